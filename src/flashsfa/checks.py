@@ -1,0 +1,70 @@
+"""Input checks shared by the public functions, and the checked mode for those that cost a device sync."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+_checked = False
+
+
+@contextmanager
+def checked(enabled: bool = True) -> Iterator[None]:
+    """Inside this context, values are checked too: NaN inputs and out-of-range indices raise `ValueError`.
+
+    Shapes, dtypes and devices are always checked. Values cost a device synchronisation on a GPU, so
+    they are looked at only here.
+    """
+    global _checked
+    before, _checked = _checked, enabled
+    try:
+        yield
+    finally:
+        _checked = before
+
+
+def is_checked() -> bool:
+    """Whether `checked()` is in force."""
+    return _checked
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `ValueError(message)` unless `condition` holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def require_float(name: str, x: Tensor) -> None:
+    """`x` is a tensor of a supported floating dtype; in checked mode without NaN."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if _checked and bool(x.isnan().any()):
+        raise ValueError(f"{name} holds NaN; find where it arises, or leave flashsfa.checked() to let it through")
+
+
+def require_alike(**tensors: Tensor) -> None:
+    """All tensors share one dtype and one device."""
+    (first_name, first), *rest = tensors.items()
+    for name, x in rest:
+        if x.dtype != first.dtype:
+            raise TypeError(f"{name} is {x.dtype} but {first_name} is {first.dtype}; cast them to one dtype")
+        if x.device != first.device:
+            raise ValueError(f"{name} is on {x.device} but {first_name} is on {first.device}; move them together")
+
+
+def require_budget(topk: int, head_dim: int, dense_dims: int) -> None:
+    """`topk` features can be kept of the `head_dim - dense_dims` sparse ones."""
+    require(1 <= head_dim <= 256, f"head_dim must be 1 to 256 (indices are uint8), got {head_dim}")
+    require(0 <= dense_dims < head_dim, f"dense_dims must be 0 to head_dim - 1 = {head_dim - 1}, got {dense_dims}")
+    sparse_dims = head_dim - dense_dims
+    require(
+        1 <= topk <= sparse_dims,
+        f"topk must be 1 to {sparse_dims} (head_dim {head_dim} less dense_dims {dense_dims}), got {topk}",
+    )

@@ -1,0 +1,199 @@
+"""Feature codes: what a query or key row leaves behind when only its largest features are kept.
+
+A row of width `head_dim` becomes a dense channel of its first `dense_dims` entries and, of the rest (the
+sparse part), the `topk` entries of largest magnitude with their positions. This is the one format that the
+operator, the kernels and the cache speak (paper section 3.1; the dense channel is ours, see docs/method.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import is_checked, require, require_budget, require_float
+
+
+@dataclass(frozen=True)
+class FeatureCodes:
+    """Codes of rows with any leading shape `...`.
+
+    Attributes:
+        dense: [..., M] the dense channel: the first M entries of each row, M >= 0.
+        values: [..., K] the kept entries of the sparse part, in ascending order of index. Dtype of `dense`.
+        indices: [..., K] uint8 positions of `values`, counted from 0 within the sparse part.
+        head_dim: width D of the coded rows; the sparse part is D - M wide.
+
+    Raises `ValueError` for parts whose shapes, dtypes or devices do not fit one another.
+    """
+
+    dense: Tensor
+    values: Tensor
+    indices: Tensor
+    head_dim: int
+
+    def __post_init__(self) -> None:
+        dense, values, indices = self.dense, self.values, self.indices
+        require(
+            values.shape == indices.shape and dense.shape[:-1] == values.shape[:-1],
+            f"codes need dense [..., M], values [..., K] and indices [..., K]; got {tuple(dense.shape)}, "
+            f"{tuple(values.shape)} and {tuple(indices.shape)}",
+        )
+        require(indices.dtype == torch.uint8, f"indices must be uint8, got {indices.dtype}")
+        require(
+            values.dtype == dense.dtype and values.device == dense.device == indices.device,
+            f"dense and values must share a dtype and all parts a device; got {dense.dtype} on {dense.device}, "
+            f"{values.dtype} on {values.device}, indices on {indices.device}",
+        )
+        require(
+            self.dense_dims + self.topk <= self.head_dim <= 256,
+            f"head_dim {self.head_dim} cannot hold {self.dense_dims} dense and {self.topk} sparse entries (at most 256)",
+        )
+
+    @property
+    def shape(self) -> torch.Size:
+        """The leading shape `...` of the coded rows followed by `head_dim`: the shape of `to_dense()`."""
+        return torch.Size((*self.values.shape[:-1], self.head_dim))
+
+    @property
+    def topk(self) -> int:
+        """Budget K: kept entries of the sparse part."""
+        return self.values.shape[-1]
+
+    @property
+    def dense_dims(self) -> int:
+        """Width M of the dense channel."""
+        return self.dense.shape[-1]
+
+    @property
+    def sparse_dims(self) -> int:
+        """Width D - M of the sparse part."""
+        return self.head_dim - self.dense_dims
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the code itself: M + K values and K indices a row."""
+        return self.dense.nbytes + self.values.nbytes + self.indices.nbytes
+
+    def to_dense(self) -> Tensor:
+        """The coded rows as [..., D], with zeros where nothing was kept. Differentiable in dense and values."""
+        rest = self.values.new_zeros((*self.values.shape[:-1], self.sparse_dims))
+        rest = rest.scatter(-1, self.indices.long(), self.values)
+        return torch.cat((self.dense, rest), dim=-1) if self.dense_dims else rest
+
+    def __getitem__(self, index: Any) -> FeatureCodes:
+        """Index the leading dimensions, as `x[index]` does for a tensor; the code's own dimension stays whole."""
+        index = index if isinstance(index, tuple) else (index,)
+        if Ellipsis not in index:
+            require(
+                len(index) < self.values.ndim, f"{len(index)} indices for {self.values.ndim - 1} leading dimensions"
+            )
+        else:
+            index = (*index, slice(None))
+        return FeatureCodes(self.dense[index], self.values[index], self.indices[index], self.head_dim)
+
+    def to(self, *args: Any, **kwargs: Any) -> FeatureCodes:
+        """`Tensor.to` for the dense channel and the values; the indices follow to the device and stay uint8."""
+        values = self.values.to(*args, **kwargs)
+        dense = self.dense.to(*args, **kwargs)
+        return FeatureCodes(dense, values, self.indices.to(values.device), self.head_dim)
+
+    def check_indices(self) -> None:
+        """Raise `ValueError` for an index past the sparse part. Costs a device sync on a GPU, so only on the
+        CPU or in checked mode are codes from outside looked at."""
+        if self.indices.numel() and (self.device.type == "cpu" or is_checked()):
+            highest = int(self.indices.max())
+            require(
+                highest < self.sparse_dims,
+                f"a code index is {highest}, past the sparse part of {self.sparse_dims} features "
+                f"(head_dim {self.head_dim} less dense_dims {self.dense_dims})",
+            )
+
+
+def topk_codes(x: Tensor, topk: int, *, dense_dims: int = 0) -> FeatureCodes:
+    """Code the rows of `x`: the first `dense_dims` entries, and the `topk` largest magnitudes of the rest.
+
+    Ties go to the lowest index; NaN counts as larger than infinity. Differentiable: the gradient reaches the
+    kept entries and is zero elsewhere (the straight-through rule of the paper, section 3.2).
+
+    Args:
+        x: [..., D] float16, bfloat16, float32 or float64, any strides, D <= 256.
+        topk: 1 to D - dense_dims.
+        dense_dims: width of the dense channel, 0 to D - 1.
+
+    Raises:
+        TypeError: x is no floating tensor of a supported dtype.
+        ValueError: a budget out of range; in checked mode also NaN in x.
+    """
+    require_float("x", x)
+    require(x.ndim >= 1, "x must have at least one dimension")
+    require_budget(topk, x.shape[-1], dense_dims)
+    dense, values, indices = _topk_codes_op(x, topk, dense_dims)
+    return FeatureCodes(dense, values, indices, x.shape[-1])
+
+
+def all_dense_codes(x: Tensor) -> FeatureCodes:
+    """The code that keeps all of `x` [..., D] in its dense channel: how unsparsified queries are written."""
+    nothing = x.shape[:-1] + (0,)
+    return FeatureCodes(x, x.new_empty(nothing), x.new_empty(nothing, dtype=torch.uint8), x.shape[-1])
+
+
+# An integer view orders magnitudes as floats do, ranks NaN above infinity and makes ties exact.
+_INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def select_topk(x: Tensor, topk: int) -> Tensor:
+    """Positions [..., K] (int64, ascending) of the `topk` largest magnitudes of x [..., D], ties to the lowest."""
+    magnitude = x.detach().abs().view(_INTEGER_OF_SIZE[x.itemsize])  # [..., D]
+    largest = magnitude.topk(topk, dim=-1, sorted=False)  # [..., K]
+    threshold = largest.values.amin(-1, keepdim=True)  # [..., 1]
+    keep = magnitude >= threshold
+    if int(keep.count_nonzero()) == largest.values.numel():
+        return largest.indices.sort(-1).values
+    # Some row has more entries at its threshold than room for them: keep the first ones.
+    above = magnitude > threshold
+    room = topk - above.sum(-1, keepdim=True)
+    tied = keep & ~above
+    keep = above | (tied & (tied.cumsum(-1) <= room))
+    # Every row now keeps exactly K entries, and nonzero() walks rows in order: its last column is the sorted indices.
+    return keep.nonzero()[:, -1].view(*x.shape[:-1], topk)
+
+
+@torch.library.custom_op("flashsfa::topk_codes", mutates_args=())
+def _topk_codes_op(x: Tensor, topk: int, dense_dims: int) -> tuple[Tensor, Tensor, Tensor]:
+    rest = x[..., dense_dims:]  # [..., D - M]
+    selected = select_topk(rest, topk)  # [..., K]
+    # contiguous copies: a view of x would keep all of x alive for as long as the code
+    dense = x[..., :dense_dims].clone(memory_format=torch.contiguous_format)
+    return dense, rest.gather(-1, selected), selected.to(torch.uint8)
+
+
+@_topk_codes_op.register_fake
+def _(x: Tensor, topk: int, dense_dims: int) -> tuple[Tensor, Tensor, Tensor]:
+    rows = x.shape[:-1]
+    return x.new_empty((*rows, dense_dims)), x.new_empty((*rows, topk)), x.new_empty((*rows, topk), dtype=torch.uint8)
+
+
+def _topk_codes_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, _, _ = inputs
+    ctx.head_dim = x.shape[-1]
+    ctx.save_for_backward(output[2])
+    ctx.mark_non_differentiable(output[2])
+
+
+def _topk_codes_backward(ctx: Any, grad_dense: Tensor, grad_values: Tensor, _: Tensor | None) -> tuple:
+    (indices,) = ctx.saved_tensors
+    return FeatureCodes(grad_dense, grad_values, indices, ctx.head_dim).to_dense(), None, None
+
+
+_topk_codes_op.register_autograd(_topk_codes_backward, setup_context=_topk_codes_setup)

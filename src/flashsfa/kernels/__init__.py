@@ -1,0 +1,1 @@
+"""Backends of the operator, one module each; `dispatch` chooses among them."""

@@ -1,0 +1,66 @@
+"""Which keys a query sees: causality, window, padding and packed sequences, described once for all backends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AttentionMask:
+    """Visibility of N_k keys to N_q queries.
+
+    Query i stands at position p = i + N_k - N_q (bottom-right alignment: the last query at the last key).
+
+    Attributes:
+        is_causal: key j is visible only if j <= p.
+        window: key j is visible only if |p - j| < window: with `is_causal`, the `window` most recent keys,
+            the query's own included.
+        key_padding_mask: [B, N_k] bool, True where a key is padding and nobody sees it.
+        cu_seqlens_q, cu_seqlens_k: [S + 1] int32 bounds of S packed sequences; queries see only keys of
+            their own sequence, and positions count within it. Batch size 1 then.
+        max_seqlen_q, max_seqlen_k: longest packed sequence.
+    """
+
+    is_causal: bool = False
+    window: int | None = None
+    key_padding_mask: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    max_seqlen_q: int = 0
+    max_seqlen_k: int = 0
+
+    def segments(self, n_q: int, n_k: int) -> list[tuple[slice, slice]]:
+        """Row and key ranges of the packed sequences; one range over everything when nothing is packed."""
+        if self.cu_seqlens_q is None or self.cu_seqlens_k is None:
+            return [(slice(0, n_q), slice(0, n_k))]
+        q_bounds, k_bounds = self.cu_seqlens_q.tolist(), self.cu_seqlens_k.tolist()
+        return [
+            (slice(q_bounds[s], q_bounds[s + 1]), slice(k_bounds[s], k_bounds[s + 1]))
+            for s in range(len(q_bounds) - 1)
+        ]
+
+    def key_ranges(self, n_q: int, n_k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """[N_q] first visible key and [N_q] end of the visible keys of each query, padding and packing apart."""
+        position = torch.arange(n_k - n_q, n_k, device=device)
+        end = position + 1 if self.is_causal else torch.full_like(position, n_k)
+        start = torch.zeros_like(position)
+        if self.window is not None:
+            start = position - self.window + 1
+            end = torch.minimum(end, position + self.window)
+        return start.clamp(0, n_k), end.clamp(0, n_k)
+
+    def to_bool(self, n_q: int, n_k: int, device: torch.device) -> Tensor:
+        """[B or 1, 1, N_q, N_k] bool, True where visible: the definition the backends are tested against."""
+        visible = torch.zeros(n_q, n_k, dtype=torch.bool, device=device)
+        key = torch.arange(n_k, device=device)
+        for rows, keys in self.segments(n_q, n_k):
+            start, end = self.key_ranges(rows.stop - rows.start, keys.stop - keys.start, device)  # [n], [n]
+            local = key[keys] - keys.start
+            visible[rows, keys] = (local >= start[:, None]) & (local < end[:, None])
+        visible = visible[None, None]
+        if self.key_padding_mask is not None:
+            visible = visible & ~self.key_padding_mask[:, None, None, :]
+        return visible

@@ -1,0 +1,95 @@
+"""The exact operator in plain PyTorch: the one truth for tests, documentation and benchmarks.
+
+Written to be read, in any float dtype up to fp64, with the N x N score matrix in full. Nothing here is fast.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .masks import AttentionMask
+
+
+def topk_rows(x: Tensor, topk: int, *, dense_dims: int = 0) -> Tensor:
+    """x [..., D] with zeros in place of all but its first `dense_dims` entries and the `topk` largest magnitudes
+    of the rest, ties to the lowest index (paper, Eq. 3)."""
+    rest = x[..., dense_dims:]
+    order = rest.abs().sort(dim=-1, descending=True, stable=True).indices[..., :topk]
+    kept = torch.zeros_like(rest).scatter(-1, order, rest.gather(-1, order))
+    return torch.cat((x[..., :dense_dims], kept), dim=-1)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: AttentionMask | None = None, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention over rows that are already sparse: softmax(scale · q kᵀ) v and its log-sum-exp.
+
+    A pair of rows without a shared feature has score 0 and keeps its weight exp(0). A query that sees no key
+    gets output 0 and log-sum-exp -inf.
+
+    Args:
+        q: [B, Hq, N_q, D]; k: [B, Hkv, N_k, D]; v: [B, Hkv, N_k, Dv]; Hq a multiple of Hkv.
+        mask: what is visible; everything by default.
+        scale: 1/sqrt(D) by default.
+
+    Returns:
+        out [B, Hq, N_q, Dv] and lse [B, Hq, N_q].
+    """
+    _, values, weights, lse = _weights(q, k, v, mask, scale)
+    return weights @ values, lse
+
+
+def attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: AttentionMask | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `attention`'s output with respect to q, k and v, written out."""
+    keys, values, weights, _ = _weights(q, k, v, mask, scale)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    grad_weights = grad_out @ values.mT  # [B, Hq, N_q, N_k]
+    grad_scores = weights * (grad_weights - (grad_weights * weights).sum(-1, keepdim=True))
+    dq = scale * (grad_scores @ keys)
+    per_query_head = scale * (grad_scores.mT @ q), weights.mT @ grad_out
+    dk, dv = (x.unflatten(1, (k.shape[1], -1)).sum(2) for x in per_query_head)
+    return dq, dk, dv
+
+
+def _weights(
+    q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Keys and values repeated to Hq heads, softmax weights [B, Hq, N_q, N_k] and log-sum-exp [B, Hq, N_q]."""
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    scores = scale * (q @ k.mT)  # [B, Hq, N_q, N_k]
+    if mask is not None:
+        scores = scores.masked_fill(~mask.to_bool(q.shape[-2], k.shape[-2], q.device), -math.inf)
+    lse = scores.logsumexp(-1)  # [B, Hq, N_q]
+    finite = lse.clamp(min=torch.finfo(lse.dtype).min)  # a row that sees no key gets weights exp(-inf) = 0
+    return k, v, (scores - finite[..., None]).exp(), lse
+
+
+def sparse_feature_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    topk: int,
+    topk_query: int | None = None,
+    dense_dims: int = 0,
+    mask: AttentionMask | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Top-k of both sides, then `attention`. Budgets as in `flashsfa.sparse_feature_attention`."""
+    topk_query = topk if topk_query is None else topk_query
+    if topk_query < q.shape[-1]:
+        q = topk_rows(q, topk_query, dense_dims=dense_dims)
+    return attention(q, topk_rows(k, topk, dense_dims=dense_dims), v, mask=mask, scale=scale)
