@@ -1,0 +1,131 @@
+"""`SparseFeatureAttention`: a drop-in self-attention module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .attention import sparse_feature_attention
+from .checks import require, require_budget
+from .decode import sparse_feature_decode
+from .kv_cache import SparseKVCache
+
+POSITIONS = ("channel", "full", "none")
+
+
+class SparseFeatureAttention(nn.Module):
+    """Causal self-attention with k-sparse queries and keys, grouped kv heads and rotary positions.
+
+    Args:
+        embed_dim: width of the input and output.
+        num_heads: query heads; num_kv_heads: key and value heads, num_heads by default.
+        topk, topk_query, dense_dims: budgets, as in `sparse_feature_attention`.
+        head_dim: embed_dim / num_heads by default.
+        positions: "channel" turns the dense channel alone by RoPE (needs an even dense_dims >= 2) and keeps the
+            sparse features free of position, which costs the least quality; "full" turns the whole head before
+            top-k; "none" leaves positions to the caller (learned embeddings, say).
+        qk_norm: RMS-normalise queries and keys per head.
+        window: see only the `window` most recent tokens.
+        bias: biases in the projections.
+        rope_theta: base of the rotary frequencies.
+
+    Raises `ValueError` for sizes that do not fit.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        topk: int,
+        topk_query: int | None = None,
+        dense_dims: int = 0,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        positions: str = "channel",
+        qk_norm: bool = False,
+        window: int | None = None,
+        bias: bool = False,
+        rope_theta: float = 10000.0,
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if head_dim is None:
+            require(embed_dim % num_heads == 0, f"embed_dim {embed_dim} is no multiple of num_heads {num_heads}; give head_dim")
+            head_dim = embed_dim // num_heads
+        require(num_heads % num_kv_heads == 0, f"num_heads {num_heads} must be a multiple of num_kv_heads {num_kv_heads}")
+        require_budget(topk, head_dim, dense_dims)
+        if topk_query is not None and topk_query != head_dim:
+            require_budget(topk_query, head_dim, dense_dims)
+        require(positions in POSITIONS, f"positions must be one of {', '.join(POSITIONS)}; got {positions!r}")
+        self.rotary_dims = {"channel": dense_dims, "full": head_dim, "none": 0}[positions]
+        require(
+            self.rotary_dims % 2 == 0 and (positions != "channel" or dense_dims >= 2),
+            f"positions={positions!r} turns {self.rotary_dims} features in pairs: choose an even width of at least 2 "
+            "(dense_dims for 'channel'), or positions='none'",
+        )
+        self.topk, self.topk_query, self.dense_dims = topk, topk_query, dense_dims
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.positions, self.window, self.rope_theta = positions, window, rope_theta
+        self.q_proj = nn.Linear(embed_dim, num_heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias)
+        self.o_proj = nn.Linear(num_heads * head_dim, embed_dim, bias=bias)
+        self.q_norm = nn.RMSNorm(head_dim) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(head_dim) if qk_norm else nn.Identity()
+
+    def make_cache(self, capacity: int = 256) -> SparseKVCache:
+        """An empty cache for `forward`, with this module's key code."""
+        return SparseKVCache(self.topk, dense_dims=self.dense_dims, capacity=capacity)
+
+    def forward(self, x: Tensor, cache: SparseKVCache | None = None) -> Tensor:
+        """x [B, N, embed_dim] to the same shape. With a cache the N tokens follow those it holds, and join them."""
+        seen = 0 if cache is None else len(cache)
+        q = self.q_norm(self.q_proj(x).unflatten(-1, (self.num_heads, -1))).transpose(1, 2)  # [B, Hq, N, D]
+        k = self.k_norm(self.k_proj(x).unflatten(-1, (self.num_kv_heads, -1))).transpose(1, 2)  # [B, Hkv, N, D]
+        v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)
+        if self.rotary_dims:
+            turn = _rotation(seen, x.shape[1], self.rotary_dims, self.rope_theta, x.device)
+            q, k = _rotate(q, *turn), _rotate(k, *turn)
+        if cache is None:
+            out = sparse_feature_attention(
+                q, k, v, topk=self.topk, topk_query=self.topk_query, dense_dims=self.dense_dims, is_causal=True,
+                window=self.window,
+            )  # fmt: skip
+        else:
+            out = attend_cached(q, *cache.append(k, v), topk_query=self.topk_query, window=self.window)
+        assert isinstance(out, Tensor)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, topk={self.topk}, "
+            f"topk_query={self.topk_query}, dense_dims={self.dense_dims}, positions={self.positions!r}"
+        )
+
+
+_DECODE_QUERIES = 16  # up to here codes are read as they are; more queries repay spreading the keys out once
+
+
+def attend_cached(q, codes, v, *, topk_query=None, scale=None, window=None, value_tolerance=0.0):  # type: ignore[no-untyped-def]
+    """The newest tokens' q [B, Hq, M, D] over cached codes and v, by decode for few queries and prefill for many."""
+    if q.shape[2] <= _DECODE_QUERIES:
+        return sparse_feature_decode(
+            q, codes, v, topk_query=topk_query, scale=scale, window=window, value_tolerance=value_tolerance
+        )
+    return sparse_feature_attention(q, codes, v, topk_query=topk_query, scale=scale, window=window, is_causal=True)
+
+
+def _rotation(start: int, n: int, dims: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin [N, dims / 2] of the rotary angles of positions start .. start + n - 1."""
+    frequency = theta ** (-torch.arange(0, dims, 2, device=device, dtype=torch.float32) / dims)
+    angle = torch.outer(torch.arange(start, start + n, device=device, dtype=torch.float32), frequency)
+    return angle.cos(), angle.sin()
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the first 2·cos.shape[-1] features of x [..., N, D], half-split pairs, and leave the rest."""
+    half = cos.shape[-1]
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
