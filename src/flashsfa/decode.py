@@ -7,11 +7,12 @@ with a tolerance only in the rows that carry weight.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .attention import code_queries
+from .attention import code_queries, sparse_feature_attention
 from .checks import require, require_alike, require_float
 from .codes import FeatureCodes
 from .kernels import dispatch
@@ -28,6 +29,7 @@ def sparse_feature_decode(
     topk_query: int | None = None,
     scale: float | None = None,
     window: int | None = None,
+    key_padding_mask: Tensor | None = None,
     value_tolerance: float = 0.0,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -41,6 +43,7 @@ def sparse_feature_decode(
         topk_query: kept features of a query: None for the codes' topk, D for dense queries.
         scale: 1/sqrt(D) by default.
         window: see only the `window` most recent keys.
+        key_padding_mask: [B, N] bool, True where a key is padding.
         value_tolerance: leave out V rows that carry at most this share of each query's weight, 0 <= τ < 1. The
             output moves by at most 2·τ·max‖v‖. 0 is exact.
         return_lse: also return the log-sum-exp of each query's scores.
@@ -51,14 +54,14 @@ def sparse_feature_decode(
     Raises:
         TypeError, ValueError: inputs that do not fit, before anything is computed.
     """
-    _check(q, codes, v, kv_lens, window, value_tolerance)
+    _check(q, codes, v, kv_lens, window, key_padding_mask, value_tolerance)
     dispatch.record("decode", "torch", f"plain PyTorch on {q.device.type}: gathers features, {_BLOCK_KEYS} keys a block")
     n, scale = v.shape[2], 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     sparse_q = code_queries(q.detach(), codes.topk, topk_query, codes.dense_dims).to_dense()
     # the query heads of a kv head and its M tokens are the rows of one small matrix
     grouped = sparse_q.unflatten(1, (v.shape[1], -1)).flatten(2, 3)  # [B, Hkv, G·M, D]
     scores = scale * _scores(grouped.to(_compute_dtype(q.dtype)), codes)  # [B, Hkv, G·M, N]
-    visible = _visible(q.shape[2], n, kv_lens, window, q.device)  # [B or 1, 1, M, N]
+    visible = _visible(q.shape[2], n, kv_lens, window, key_padding_mask, q.device)  # [B or 1, 1, M, N]
     if visible is not None:
         visible = visible.repeat(1, 1, scores.shape[2] // q.shape[2], 1)  # rows run over G, then M
         scores = scores.masked_fill(~visible, -math.inf)
@@ -68,6 +71,38 @@ def sparse_feature_decode(
     out = out.unflatten(2, (-1, q.shape[2])).flatten(1, 2).to(v.dtype)  # [B, Hq, M, Dv]
     lse = lse.unflatten(2, (-1, q.shape[2])).flatten(1, 2)
     return (out, lse) if return_lse else out
+
+
+_DECODE_QUERIES = 16  # up to here codes are read as they are; more queries repay spreading the keys out once
+
+
+def attend_cached(
+    q: Tensor,
+    codes: FeatureCodes,
+    v: Tensor,
+    *,
+    topk_query: int | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    key_padding_mask: Tensor | None = None,
+    value_tolerance: float = 0.0,
+) -> Tensor:
+    """The newest tokens' q [B, Hq, M, D] over all cached codes and v: decode for few queries, prefill for many.
+
+    `value_tolerance` is a saving of decode; prefill is exact.
+    """
+    out: Any
+    if q.shape[2] <= _DECODE_QUERIES:
+        out = sparse_feature_decode(
+            q, codes, v, topk_query=topk_query, scale=scale, window=window, key_padding_mask=key_padding_mask,
+            value_tolerance=value_tolerance,
+        )  # fmt: skip
+    else:
+        out = sparse_feature_attention(
+            q, codes, v, topk_query=topk_query, scale=scale, window=window, key_padding_mask=key_padding_mask,
+            is_causal=True,
+        )  # fmt: skip
+    return out
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -91,9 +126,11 @@ def _scores(q: Tensor, codes: FeatureCodes) -> Tensor:
     return scores
 
 
-def _visible(m: int, n: int, kv_lens: Tensor | None, window: int | None, device: torch.device) -> Tensor | None:
+def _visible(
+    m: int, n: int, kv_lens: Tensor | None, window: int | None, padding: Tensor | None, device: torch.device
+) -> Tensor | None:
     """[B or 1, 1, M, N] bool, or None when every query sees every key."""
-    if kv_lens is None and window is None and m == 1:
+    if kv_lens is None and window is None and padding is None and m == 1:
         return None
     lengths = torch.tensor([n], device=device) if kv_lens is None else kv_lens.to(device)  # [B or 1]
     position = lengths[:, None, None] - m + torch.arange(m, device=device)[:, None]  # [B or 1, M, 1]
@@ -101,6 +138,8 @@ def _visible(m: int, n: int, kv_lens: Tensor | None, window: int | None, device:
     visible = key <= position
     if window is not None:
         visible = visible & (key > position - window)
+    if padding is not None:
+        visible = visible & ~padding[:, None]
     return visible[:, None]
 
 
@@ -137,6 +176,7 @@ def _check(
     v: Tensor,
     kv_lens: Tensor | None,
     window: int | None,
+    key_padding_mask: Tensor | None,
     value_tolerance: float,
 ) -> None:
     require(isinstance(codes, FeatureCodes), f"codes must be FeatureCodes, got {type(codes).__name__}; see topk_codes")
@@ -155,6 +195,12 @@ def _check(
     )
     require(window is None or window >= 1, f"window must be at least 1 or None, got {window}")
     require(0 <= value_tolerance < 1, f"value_tolerance must be in [0, 1), got {value_tolerance}")
+    if key_padding_mask is not None:
+        require(
+            key_padding_mask.dtype == torch.bool and key_padding_mask.shape == (q.shape[0], v.shape[2]),
+            f"key_padding_mask must be bool [B, N] = [{q.shape[0]}, {v.shape[2]}], True where a key is padding; "
+            f"got {key_padding_mask.dtype} {tuple(key_padding_mask.shape)}",
+        )
     if kv_lens is not None:
         require(
             kv_lens.shape == (q.shape[0],) and not kv_lens.is_floating_point(),

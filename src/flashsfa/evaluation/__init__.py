@@ -1,0 +1,1 @@
+"""Measurements of a language model's quality."""

@@ -1,0 +1,305 @@
+"""The operator against its definition: outputs, gradients, masks, layouts, saved memory and input errors."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd.graph import saved_tensors_hooks
+
+import flashsfa
+from flashsfa import FeatureCodes, reference, topk_codes
+from flashsfa import sparse_feature_attention as attention
+from flashsfa import sparse_feature_attention_varlen as attention_varlen
+from flashsfa.masks import AttentionMask
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+
+
+def inputs(n_q, n_k, *, heads=(2, 2), d=32, d_v=None, dtype=torch.float32, batch=2, strided=False):
+    """q, k and v; strided ones are views with gaps in memory and heads after tokens."""
+    tensors = []
+    for h, n, width in ((heads[0], n_q, d), (heads[1], n_k, d), (heads[1], n_k, d_v or d)):
+        x = torch.randn(batch, n, h, 2 * width, dtype=dtype).transpose(1, 2)[..., ::2]
+        tensors.append(x if strided else x.contiguous())
+    return tensors
+
+
+def outputs_and_gradients(function, q, k, v, grad_out):
+    """(out, lse, dq, dk, dv) of function(q, k, v) -> (out, lse)."""
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    out, lse = function(q, k, v)
+    return out.detach(), lse.detach(), *torch.autograd.grad(out, (q, k, v), grad_out)
+
+
+def sparse_rows(x, topk, dense_dims):
+    """x with only its coded entries, and 1 where an entry is kept."""
+    if topk == x.shape[-1]:
+        return x, torch.ones_like(x)
+    codes = topk_codes(x, topk, dense_dims=dense_dims)
+    ones = FeatureCodes(torch.ones_like(codes.dense), torch.ones_like(codes.values), codes.indices, codes.head_dim)
+    return codes.to_dense(), ones.to_dense()
+
+
+def assert_error_rule(q, k, v, grad_out=None, *, topk, topk_query=None, dense_dims=0, scale=None, backend="auto", **visible):
+    """At most twice the error of the same mathematics in the same dtype, both measured against fp64.
+
+    All three run on the operator's own choice of features, so ties and rounding of the selection do not count.
+    """
+    mask = AttentionMask(**visible)
+    if grad_out is None:
+        grad_out = torch.randn(*q.shape[:-1], v.shape[-1], dtype=v.dtype)
+
+    def operator(q, k, v):
+        budgets = {"topk": topk, "topk_query": topk_query, "dense_dims": dense_dims}
+        return attention(q, k, v, **budgets, scale=scale, return_lse=True, backend=backend, **visible)
+
+    def plain(q, k, v):
+        return reference.attention(q, k, v, mask=mask, scale=scale)
+
+    q_sparse, q_kept = sparse_rows(q, topk_query or topk, dense_dims)
+    k_sparse, k_kept = sparse_rows(k, topk, dense_dims)
+    rows = (q_sparse, k_sparse, v, grad_out)
+    got = outputs_and_gradients(operator, q, k, v, grad_out)
+    same_dtype = outputs_and_gradients(plain, *rows)
+    truth = outputs_and_gradients(plain, *(x.double() for x in rows))
+    kept = (1, 1, q_kept, k_kept, 1)
+    slack = 4 * torch.finfo(q.dtype).eps
+    for name, x, y, ref, support in zip(("out", "lse", "dq", "dk", "dv"), got, same_dtype, truth, kept, strict=True):
+        expected_dtype = torch.promote_types(q.dtype, torch.float32) if name == "lse" else q.dtype
+        assert x.dtype == expected_dtype, name
+        y, ref = y * support, ref * support
+        assert x.shape == ref.shape, name
+        assert torch.equal(x.isneginf(), ref.isneginf()), name
+        error, allowed, size = (z.nan_to_num(neginf=0).abs() for z in (x - ref, y - ref, ref))
+        assert not x.isnan().any(), name
+        if x.numel():
+            assert error.max() <= 2 * allowed.max() + slack * size.max(), name
+    return got
+
+
+def padding(n_k):
+    """Batch 0 is all padding; batch 1 is padded on the left, so that causal queries there see nothing either."""
+    mask = torch.zeros(2, n_k, dtype=torch.bool)
+    mask[0] = True
+    mask[1, : n_k // 3 + 1] = True
+    return mask
+
+
+SHAPES = [(1, 1), (1, 17), (5, 33), (33, 5), (0, 4), (4, 0), (65, 65), (300, 300)]
+MASKS = {
+    "full": {},
+    "causal": {"is_causal": True},
+    "window": {"window": 7},
+    "causal-window": {"is_causal": True, "window": 7},
+    "wide-window": {"is_causal": True, "window": 150},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(("n_q", "n_k"), SHAPES)
+def test_masks(n_q, n_k, mask, padded, dtype):
+    visible = MASKS[mask] | ({"key_padding_mask": padding(n_k)} if padded else {})
+    out, lse, *grads = assert_error_rule(*inputs(n_q, n_k, dtype=dtype), topk=6, **visible)
+    unseen = ~AttentionMask(**visible).to_bool(n_q, n_k, out.device).any(-1).expand(out.shape[:-1])
+    assert (out[unseen] == 0).all()
+    assert lse[unseen].isneginf().all()
+    assert (grads[0][unseen] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize(
+    ("shape", "budget"),
+    [
+        ({"heads": (3, 1)}, {"topk": 4}),
+        ({"heads": (6, 2)}, {"topk": 1}),
+        ({"heads": (4, 1), "d": 64}, {"topk": 8, "topk_query": 64}),
+        ({"heads": (7, 1), "d": 96, "d_v": 32}, {"topk": 12}),
+        ({"heads": (8, 1), "d": 128, "d_v": 64}, {"topk": 16, "topk_query": 4}),
+        ({"heads": (1, 1), "d": 256}, {"topk": 16, "dense_dims": 64}),
+        ({"d": 80, "d_v": 96}, {"topk": 8, "dense_dims": 16}),
+        ({"d": 33, "d_v": 1}, {"topk": 32, "dense_dims": 1}),
+        ({"d": 40}, {"topk": 5, "scale": 0.7}),
+        ({"d": 40}, {"topk": 5, "dense_dims": 8, "topk_query": 40}),
+        ({"heads": (4, 2), "strided": True, "d_v": 48}, {"topk": 8, "dense_dims": 4}),
+        ({"strided": True}, {"topk": 8, "topk_query": 32}),
+        ({}, {"topk": 5, "backend": "reference"}),
+        ({}, {"topk": 5, "backend": "dense"}),
+    ],
+    ids=str,
+)
+def test_shapes_and_budgets(shape, budget, is_causal, dtype):
+    assert_error_rule(*inputs(19, 45, dtype=dtype, **shape), **budget, is_causal=is_causal)
+
+
+@pytest.mark.parametrize("n", [16, 45])
+def test_expanded_upstream_gradient(n):
+    q, k, v = inputs(n, 45)
+    assert_error_rule(q, k, v, torch.ones(1).expand_as(q), topk=6, is_causal=True)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_full_budget_is_dense_attention(dtype, is_causal):
+    q, k, v = inputs(40, 40, heads=(4, 2), dtype=dtype)
+    grad_out = torch.randn_like(q)
+
+    def ours(q, k, v):
+        return attention(q, k, v, topk=32, is_causal=is_causal, return_lse=True)
+
+    def torchs(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True), q.new_zeros(0)
+
+    got, expected = (outputs_and_gradients(f, q, k, v, grad_out) for f in (ours, torchs))
+    for x, y in zip(got[:1] + got[2:], expected[:1] + expected[2:], strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_pairs_without_a_shared_feature_keep_weight_one(backend):
+    q = torch.tensor([[2.0, 0, 0, 1]])[None, None]  # keeps feature 0
+    k = torch.tensor([[1.0, 3, 0, 0], [1, 0, 0.5, 0]])[None, None]  # keep features 1 and 0: scores 0 and 2
+    v = torch.eye(2)[None, None]
+    out, lse = attention(q, k, v, topk=1, scale=1.0, return_lse=True, backend=backend)
+    total = 1 + math.exp(2)
+    torch.testing.assert_close(out.flatten(), torch.tensor([1 / total, math.exp(2) / total]))
+    torch.testing.assert_close(lse.item(), math.log(total))
+
+
+@pytest.mark.parametrize("backend", ["dense", "reference"])
+@pytest.mark.parametrize("options", [{}, {"is_causal": True, "dense_dims": 2}, {"window": 2, "topk_query": 8}], ids=str)
+def test_gradcheck(options, backend):
+    def separated(heads, n):  # magnitudes 0.1 apart: a small step cannot change the kept features
+        order = torch.rand(1, heads, n, 8).argsort(-1).double()
+        return ((order + 1) / 10 * torch.randn_like(order).sign()).requires_grad_()
+
+    q, k, v = separated(2, 3), separated(1, 5), separated(1, 5)
+    # straight-through: the loss moves with the kept features alone, which is the derivative away from ties
+    assert torch.autograd.gradcheck(lambda *x: attention(*x, topk=3, backend=backend, **options), (q, k, v))
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"is_causal": True, "window": 3, "dense_dims": 2}], ids=str)
+@pytest.mark.parametrize("lengths", [([5, 0, 9, 1], [5, 3, 9, 7]), ([4, 6, 2], [4, 0, 1]), ([0], [0]), ([], [])], ids=str)
+def test_packed_sequences_equal_separate_ones(lengths, options):
+    q, k, v = inputs(sum(lengths[0]), sum(lengths[1]), heads=(4, 2), batch=1, dtype=torch.float64)
+    grad_out = torch.randn_like(q)
+    options = options | {"topk": 4, "return_lse": True}
+    bounds = [torch.tensor([0, *n], dtype=torch.int32).cumsum(0, dtype=torch.int32) for n in lengths]
+
+    def packed(q, k, v):
+        out, lse = attention_varlen(*(x[0].transpose(0, 1) for x in (q, k, v)), *bounds, **options)
+        return out.transpose(0, 1)[None], lse[None]
+
+    def separate(q, k, v):
+        parts = zip(q.split(lengths[0], 2), k.split(lengths[1], 2), v.split(lengths[1], 2), strict=True)
+        outs = [attention(*part, **options) for part in parts]
+        return torch.cat([out for out, _ in outs], 2), torch.cat([lse for _, lse in outs], 2)
+
+    got = outputs_and_gradients(packed, q, k, v, grad_out)
+    if not lengths[0]:
+        assert [x.numel() for x in got] == [0] * 5
+        return
+    for x, y in zip(got, outputs_and_gradients(separate, q, k, v, grad_out), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("dense_dims", [0, 4])
+def test_keys_given_as_codes(dense_dims):
+    q, k, v = inputs(9, 21, heads=(4, 2))
+    codes = topk_codes(k, 5, dense_dims=dense_dims)
+    expected = attention(q, k, v, topk=5, dense_dims=dense_dims, is_causal=True)
+    assert torch.equal(attention(q, codes, v, is_causal=True), expected)
+    assert torch.equal(attention(q, codes, v, topk=5, dense_dims=dense_dims, is_causal=True), expected)
+
+
+def test_autograd_keeps_codes_not_rows():
+    q, k, v = (x.requires_grad_() for x in inputs(64, 64, heads=(4, 2), d=128, d_v=32))
+    saved = {}
+
+    def pack(x):
+        saved[x.data_ptr(), x.shape] = x.nbytes
+        return x
+
+    with saved_tensors_hooks(pack, lambda x: x):
+        out, lse = attention(q, k, v, topk=8, dense_dims=4, is_causal=True, return_lse=True)
+    codes = [topk_codes(x, 8, dense_dims=4) for x in (q, k)]
+    assert sum(saved.values()) <= sum(x.nbytes for x in (*codes, v, out, lse))
+    assert sum(x.nbytes for x in codes) < 0.2 * (q.nbytes + k.nbytes)
+    assert out.requires_grad
+    assert not lse.requires_grad
+
+
+def test_explain_names_the_backend():
+    for backend in ("dense", "reference"):
+        attention(*inputs(3, 3), topk=2, backend=backend)
+        assert f"attention: {backend} (" in flashsfa.explain()
+
+
+Q = torch.ones(2, 4, 3, 8)
+KV = torch.ones(2, 2, 5, 8)
+PAST = FeatureCodes(KV[..., :0], KV[..., :1], torch.full((2, 2, 5, 1), 8, dtype=torch.uint8), 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"q": Q[0]}, ValueError, r"q must be \[B, H, N, D\]"),
+        ({"v": KV[0]}, ValueError, r"v must be \[B, H, N, D\]"),
+        ({"q": Q.long()}, TypeError, "q must be float16"),
+        ({"k": KV.tolist()}, TypeError, "k must be a torch.Tensor, got list"),
+        ({"k": KV.double()}, TypeError, "cast them to one dtype"),
+        ({"v": KV.half()}, TypeError, "cast them to one dtype"),
+        ({"v": KV.to("meta")}, ValueError, "move them together"),
+        ({"q": Q[..., :4]}, ValueError, "share head_dim, got 4 and 8"),
+        ({"v": KV[:, :, :4]}, ValueError, r"k and v must share \[B, Hkv, N_k\]"),
+        ({"q": Q[:1]}, ValueError, "q has batch 1"),
+        ({"q": Q[:, :3]}, ValueError, "multiple of kv heads, got 3 and 2"),
+        ({"k": KV[:, :0], "v": KV[:, :0]}, ValueError, "multiple of kv heads"),
+        ({"v": KV[..., :0]}, ValueError, "at least one feature"),
+        ({"window": 0}, ValueError, "window must be at least 1"),
+        ({"backend": "cuda"}, ValueError, "backend must be one of"),
+        ({"key_padding_mask": torch.zeros(2, 5)}, ValueError, "key_padding_mask must be bool"),
+        ({"key_padding_mask": torch.zeros(2, 3, dtype=torch.bool)}, ValueError, "key_padding_mask must be bool"),
+        ({"topk": None}, ValueError, "topk is needed"),
+        ({"topk": 9}, ValueError, "topk must be 1 to 8"),
+        ({"topk": 7, "dense_dims": 2}, ValueError, "topk must be 1 to 6"),
+        ({"topk_query": 0}, ValueError, "topk must be 1 to 8"),
+        ({"topk_query": 9}, ValueError, "topk must be 1 to 8"),
+        ({"dense_dims": 8}, ValueError, "dense_dims must be 0 to"),
+        ({"k": topk_codes(KV, 3)}, ValueError, "the key codes hold topk=3"),
+        ({"k": topk_codes(KV, 2), "dense_dims": 1}, ValueError, "the key codes hold topk=2, dense_dims=0"),
+        ({"k": PAST, "topk": None}, ValueError, "a code index is 8, past the sparse part"),
+    ],
+)
+def test_bad_inputs(change, error, message):
+    with pytest.raises(error, match=message):
+        attention(**({"q": Q, "k": KV, "v": KV, "topk": 2} | change))
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_checked_mode_finds_nan(name):
+    bad = {"q": Q, "k": KV, "v": KV} | {name: torch.full_like(Q if name == "q" else KV, math.nan)}
+    with flashsfa.checked(), pytest.raises(ValueError, match=f"{name} holds NaN"):
+        attention(**bad, topk=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": Q}, r"q must be packed as \[T, H, D\]"),
+        ({"cu_seqlens_q": torch.tensor([0, 3])}, "cu_seqlens_q must be a 1-D int32"),
+        ({"cu_seqlens_q": torch.tensor(0, dtype=torch.int32)}, "cu_seqlens_q must be a 1-D int32"),
+        ({"cu_seqlens_k": torch.tensor([0, 4], dtype=torch.int32)}, "cu_seqlens_k must rise from 0 to the 5"),
+        ({"cu_seqlens_k": torch.tensor([1, 5], dtype=torch.int32)}, "cu_seqlens_k must rise"),
+        ({"cu_seqlens_k": torch.tensor([0, 6, 5], dtype=torch.int32)}, "cu_seqlens_k must rise"),
+        ({"cu_seqlens_k": torch.tensor([0, 2, 5], dtype=torch.int32)}, "count 1 and 2 sequences"),
+    ],
+)
+def test_bad_packing(change, message):
+    good = {"q": Q[0].transpose(0, 1), "k": KV[0].transpose(0, 1), "v": KV[0].transpose(0, 1)}
+    good |= {f"cu_seqlens_{x}": torch.tensor([0, n], dtype=torch.int32) for x, n in (("q", 3), ("k", 5))}
+    with pytest.raises(ValueError, match=message):
+        attention_varlen(**(good | change), topk=2)
