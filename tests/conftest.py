@@ -1,7 +1,9 @@
-"""Every test starts from one seed, and memory that nobody wrote is NaN; GPU tests are skipped without a GPU."""
+"""Every test starts from one seed, and unwritten memory is NaN; GPU tests are skipped without a GPU."""
 
 import pytest
 import torch
+
+torch.set_num_threads(1)  # the tensors are tiny, and pytest-xdist runs tests side by side
 
 
 def pytest_collection_modifyitems(items):

@@ -175,7 +175,10 @@ def _check_attention(
             f"key_padding_mask must be bool [B, N_k] = [{q.shape[0]}, {key_rows.shape[2]}], True where a key is padding; "
             f"got {key_padding_mask.dtype} {tuple(key_padding_mask.shape)}",
         )
-        require(key_padding_mask.device == q.device, f"key_padding_mask is on {key_padding_mask.device}, q on {q.device}")
+        require(
+            key_padding_mask.device == q.device,
+            f"key_padding_mask is on {key_padding_mask.device}, q on {q.device}",
+        )
 
 
 def _attend(
@@ -233,9 +236,7 @@ def _codes_attention_op(
     max_seqlen_k: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    mask = AttentionMask(
-        is_causal, window, key_padding_mask, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-    )
+    mask = AttentionMask(is_causal, window, key_padding_mask, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     q = FeatureCodes(q_dense, q_values, q_indices, head_dim).to_dense()
     k = FeatureCodes(k_dense, k_values, k_indices, head_dim).to_dense()
     kernel = _choose(q, v, mask, backend)
@@ -286,9 +287,7 @@ def _codes_attention_backward_op(
     max_seqlen_k: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    mask = AttentionMask(
-        is_causal, window, key_padding_mask, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-    )
+    mask = AttentionMask(is_causal, window, key_padding_mask, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     q = FeatureCodes(q_dense, q_values, q_indices, head_dim).to_dense()
     k = FeatureCodes(k_dense, k_values, k_indices, head_dim).to_dense()
     kernel = _choose(q, v, mask, backend)

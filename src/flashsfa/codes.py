@@ -96,7 +96,8 @@ class FeatureCodes:
         index = index if isinstance(index, tuple) else (index,)
         if Ellipsis not in index:
             require(
-                len(index) < self.values.ndim, f"{len(index)} indices for {self.values.ndim - 1} leading dimensions"
+                len(index) < self.values.ndim,
+                f"{len(index)} indices for {self.values.ndim - 1} leading dimensions",
             )
         else:
             index = (*index, slice(None))
@@ -111,7 +112,9 @@ class FeatureCodes:
     def check_indices(self) -> None:
         """Raise `ValueError` for an index past the sparse part. Costs a device sync on a GPU, so only on the
         CPU or in checked mode are codes from outside looked at."""
-        if self.indices.numel() and (self.device.type == "cpu" or is_checked()):
+        if torch.compiler.is_compiling() or self.indices.numel() == 0:
+            return
+        if self.device.type == "cpu" or is_checked():
             highest = int(self.indices.max())
             require(
                 highest < self.sparse_dims,
@@ -144,7 +147,7 @@ def topk_codes(x: Tensor, topk: int, *, dense_dims: int = 0) -> FeatureCodes:
 
 def all_dense_codes(x: Tensor) -> FeatureCodes:
     """The code that keeps all of `x` [..., D] in its dense channel: how unsparsified queries are written."""
-    nothing = x.shape[:-1] + (0,)
+    nothing = (*x.shape[:-1], 0)
     return FeatureCodes(x, x.new_empty(nothing), x.new_empty(nothing, dtype=torch.uint8), x.shape[-1])
 
 
@@ -181,7 +184,11 @@ def _topk_codes_op(x: Tensor, topk: int, dense_dims: int) -> tuple[Tensor, Tenso
 @_topk_codes_op.register_fake
 def _(x: Tensor, topk: int, dense_dims: int) -> tuple[Tensor, Tensor, Tensor]:
     rows = x.shape[:-1]
-    return x.new_empty((*rows, dense_dims)), x.new_empty((*rows, topk)), x.new_empty((*rows, topk), dtype=torch.uint8)
+    return (
+        x.new_empty((*rows, dense_dims)),
+        x.new_empty((*rows, topk)),
+        x.new_empty((*rows, topk), dtype=torch.uint8),
+    )
 
 
 def _topk_codes_setup(ctx: Any, inputs: tuple, output: tuple) -> None:

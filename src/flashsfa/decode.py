@@ -55,7 +55,9 @@ def sparse_feature_decode(
         TypeError, ValueError: inputs that do not fit, before anything is computed.
     """
     _check(q, codes, v, kv_lens, window, key_padding_mask, value_tolerance)
-    dispatch.record("decode", "torch", f"plain PyTorch on {q.device.type}: gathers features, {_BLOCK_KEYS} keys a block")
+    dispatch.record(
+        "decode", "torch", f"plain PyTorch on {q.device.type}: gathers features, {_BLOCK_KEYS} keys a block"
+    )
     n, scale = v.shape[2], 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     sparse_q = code_queries(q.detach(), codes.topk, topk_query, codes.dense_dims).to_dense()
     # the query heads of a kv head and its M tokens are the rows of one small matrix
@@ -179,7 +181,10 @@ def _check(
     key_padding_mask: Tensor | None,
     value_tolerance: float,
 ) -> None:
-    require(isinstance(codes, FeatureCodes), f"codes must be FeatureCodes, got {type(codes).__name__}; see topk_codes")
+    require(
+        isinstance(codes, FeatureCodes),
+        f"codes must be FeatureCodes, got {type(codes).__name__}; see topk_codes",
+    )
     for name, x in (("q", q), ("codes", codes.values), ("v", v)):
         require_float(name, x)
         require(x.ndim == 4, f"{name} must be [B, H, N, D], got shape {tuple(x.shape)}")

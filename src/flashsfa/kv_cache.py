@@ -73,7 +73,10 @@ class SparseKVCache:
             require_float(name, x)
             require(x.ndim == 4, f"{name} must be [B, Hkv, N, D], got shape {tuple(x.shape)}")
         require_alike(k=k, v=v)
-        require(k.shape[:3] == v.shape[:3], f"k and v must share [B, Hkv, N], got {tuple(k.shape)} and {tuple(v.shape)}")
+        require(
+            k.shape[:3] == v.shape[:3],
+            f"k and v must share [B, Hkv, N], got {tuple(k.shape)} and {tuple(v.shape)}",
+        )
         require_budget(self.topk, k.shape[-1], self.dense_dims)
         if self._codes is None or self._v is None:
             self._capacity = max(self._capacity, k.shape[2])
@@ -98,7 +101,7 @@ class SparseKVCache:
     def crop(self, length: int) -> None:
         """Forget all but the first `length` tokens; a negative `length` forgets that many from the end."""
         length = self._length + length if length < 0 else length
-        require(0 <= length, f"cannot crop {self._length} tokens to {length}")
+        require(length >= 0, f"cannot crop {self._length} tokens to {length}")
         self._length = min(length, self._length)
 
     def select_batch(self, index: Tensor) -> None:

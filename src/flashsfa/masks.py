@@ -38,8 +38,7 @@ class AttentionMask:
             return [(slice(0, n_q), slice(0, n_k))]
         q_bounds, k_bounds = self.cu_seqlens_q.tolist(), self.cu_seqlens_k.tolist()
         return [
-            (slice(q_bounds[s], q_bounds[s + 1]), slice(k_bounds[s], k_bounds[s + 1]))
-            for s in range(len(q_bounds) - 1)
+            (slice(q_bounds[s], q_bounds[s + 1]), slice(k_bounds[s], k_bounds[s + 1])) for s in range(len(q_bounds) - 1)
         ]
 
     def key_ranges(self, n_q: int, n_k: int, device: torch.device) -> tuple[Tensor, Tensor]:

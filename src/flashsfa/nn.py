@@ -53,9 +53,15 @@ class SparseFeatureAttention(nn.Module):
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if head_dim is None:
-            require(embed_dim % num_heads == 0, f"embed_dim {embed_dim} is no multiple of num_heads {num_heads}; give head_dim")
+            require(
+                embed_dim % num_heads == 0,
+                f"embed_dim {embed_dim} is no multiple of num_heads {num_heads}; give head_dim",
+            )
             head_dim = embed_dim // num_heads
-        require(num_heads % num_kv_heads == 0, f"num_heads {num_heads} must be a multiple of num_kv_heads {num_kv_heads}")
+        require(
+            num_heads % num_kv_heads == 0,
+            f"num_heads {num_heads} must be a multiple of num_kv_heads {num_kv_heads}",
+        )
         require_budget(topk, head_dim, dense_dims)
         if topk_query is not None and topk_query != head_dim:
             require_budget(topk_query, head_dim, dense_dims)

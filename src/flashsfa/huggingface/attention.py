@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
@@ -24,14 +23,19 @@ class LayerCoding(nn.Module):
     """
 
     def __init__(
-        self, topk: int, topk_query: int | None, dense_dims: int, value_tolerance: float, basis: FeatureBasis | None
+        self,
+        topk: int,
+        topk_query: int | None,
+        dense_dims: int,
+        value_tolerance: float,
+        basis: FeatureBasis | None,
     ) -> None:
         super().__init__()
         self.topk, self.topk_query, self.dense_dims = topk, topk_query, dense_dims
         self.value_tolerance = value_tolerance
         self.has_basis = basis is not None
         if basis is not None:
-            for name in ("query", "key", "offset"):
+            for name in ("query", "key"):
                 self.register_buffer(name, getattr(basis, name), persistent=False)
 
     def queries(self, q: Tensor) -> Tensor:
@@ -43,7 +47,7 @@ class LayerCoding(nn.Module):
         return self._basis().transform_key(k) if self.has_basis else k
 
     def _basis(self) -> FeatureBasis:
-        return FeatureBasis(self.get_buffer("query"), self.get_buffer("key"), self.get_buffer("offset"))
+        return FeatureBasis(self.get_buffer("query"), self.get_buffer("key"))
 
 
 def attention_forward(
@@ -72,7 +76,12 @@ def attention_forward(
         out = sparse_feature_attention(query, key, value, topk=query.shape[-1], is_causal=True, **rules)
     elif isinstance(key, FeatureCodes):
         out = attend_cached(
-            coding.queries(query), key, value, topk_query=coding.topk_query, value_tolerance=coding.value_tolerance, **rules
+            coding.queries(query),
+            key,
+            value,
+            topk_query=coding.topk_query,
+            value_tolerance=coding.value_tolerance,
+            **rules,
         )
     else:
         out = sparse_feature_attention(

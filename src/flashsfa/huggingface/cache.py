@@ -30,7 +30,9 @@ class SparseCacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[FeatureCodes, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[FeatureCodes, Tensor]:
         self.is_initialized = True
         return self.store.append(self._coding.keys(key_states), value_states)
 
@@ -77,9 +79,9 @@ class SparseCache(Cache):
     """
 
     def __init__(self, model: Any) -> None:
-        codings = {m.layer_idx: getattr(m, "sfa", None) for m in model.modules() if hasattr(m, "layer_idx")}
+        codings = {m.layer_idx: m.sfa for m in model.modules() if isinstance(getattr(m, "sfa", None), LayerCoding)}
         count = model.config.get_text_config(decoder=True).num_hidden_layers
-        layers = [SparseCacheLayer(codings[i]) if codings.get(i) is not None else DynamicLayer() for i in range(count)]
+        layers = [SparseCacheLayer(codings[i]) if i in codings else DynamicLayer() for i in range(count)]
         super().__init__(layers=layers)
 
     @property

@@ -12,20 +12,21 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from ..basis import FeatureBasis, Moments
+from ..checks import require
 
 _NAME = "sfa_calibration"
 
 
 @torch.no_grad()
 def calibrate(
-    model: Any, windows: Tensor, kind: str = "balanced", progress: Callable[[], None] = lambda: None
+    model: Any, windows: Tensor, kind: str = "whitened", progress: Callable[[], None] = lambda: None
 ) -> FeatureBasis:
     """The basis [L, Hkv, D, D] of a dense model's attention layers, from text.
 
     Args:
         model: a causal language model of transformers that `enable` can switch.
         windows: [S, W] int64 token ids; a few thousand tokens suffice.
-        kind: "balanced", "pca" or "identity" (see `FeatureBasis.from_moments`).
+        kind: "whitened", "balanced", "pca" or "identity" (see `FeatureBasis.from_moments`).
         progress: called after each window.
     """
     moments: dict[int, Moments] = {}
@@ -45,4 +46,8 @@ def calibrate(
             progress()
     finally:
         model.set_attn_implementation(before)
+    require(
+        bool(moments),
+        f"{type(model).__name__} called no attention function of transformers: it cannot be switched",
+    )
     return FeatureBasis.stack([FeatureBasis.from_moments(moments[i], kind) for i in sorted(moments)])

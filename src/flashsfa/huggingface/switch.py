@@ -121,9 +121,12 @@ def _attention_layers(model: Any) -> list[nn.Module]:
 def _check(model: Any, modules: list[nn.Module], settings: SFASettings, basis: FeatureBasis | None) -> int:
     """Raise `ValueError` with the reason if the model cannot be switched; its head_dim otherwise."""
     name = type(model).__name__
-    config = model.config.get_text_config(decoder=True) if hasattr(model, "config") else None
-    require(config is not None, f"{name} is no transformers model: it has no config")
-    require(not getattr(config, "kv_lora_rank", None), f"{name} uses latent attention (MLA), which sfa does not replace")
+    require(hasattr(model, "config"), f"{name} is no transformers model: it has no config")
+    config = model.config.get_text_config(decoder=True)
+    require(
+        not getattr(config, "kv_lora_rank", None),
+        f"{name} uses latent attention (MLA), which sfa does not replace",
+    )
     require(
         bool(modules) and model._can_set_attn_implementation(),
         f"{name} does not route its attention through transformers' AttentionInterface, so it cannot be switched",
@@ -133,14 +136,20 @@ def _check(model: Any, modules: list[nn.Module], settings: SFASettings, basis: F
         f"{name} has cross-attention, which sfa does not replace",
     )
     for module in modules:
-        require(not getattr(module, "attn_logit_softcapping", None), f"{name} caps its scores (softcap): not yet supported")
+        require(
+            not getattr(module, "attn_logit_softcapping", None),
+            f"{name} caps its scores (softcap): not yet supported",
+        )
         require(getattr(module, "sinks", None) is None, f"{name} has attention sinks: not yet supported")
     head_dim = getattr(modules[0], "head_dim", None) or config.hidden_size // config.num_attention_heads
     require(head_dim <= 256, f"{name} has head_dim {head_dim}; indices are uint8, so at most 256")
     require_budget(settings.topk, head_dim, settings.dense_dims)
     if settings.topk_query not in (None, head_dim):
-        require_budget(settings.topk_query, head_dim, settings.dense_dims)  # type: ignore[arg-type]
-    require(0 <= settings.value_tolerance < 1, f"value_tolerance must be in [0, 1), got {settings.value_tolerance}")
+        require_budget(settings.topk_query, head_dim, settings.dense_dims)
+    require(
+        0 <= settings.value_tolerance < 1,
+        f"value_tolerance must be in [0, 1), got {settings.value_tolerance}",
+    )
     unknown = [i for i in settings.layers or [] if not 0 <= i < len(modules)]
     require(not unknown, f"layers {unknown} do not exist: {name} has layers 0 to {len(modules) - 1}")
     if basis is not None:
@@ -175,5 +184,5 @@ def _extend(model: Any, basis: FeatureBasis | None) -> None:
         if basis is not None:
             basis.save(Path(save_directory) / BASIS_FILE)
 
-    for name, function in zip(_METHODS, (prepare_cache, save_with_basis), strict=True):
-        setattr(model, name, types.MethodType(function, model))
+    model._prepare_cache_for_generation = types.MethodType(prepare_cache, model)
+    model.save_pretrained = types.MethodType(save_with_basis, model)

@@ -143,7 +143,9 @@ class _Piece:
     def bias(self, dtype: torch.dtype) -> Tensor | None:
         if self.hidden is None:
             return None
-        return torch.zeros(self.hidden.shape, dtype=dtype, device=self.hidden.device).masked_fill(self.hidden, -math.inf)
+        return torch.zeros(self.hidden.shape, dtype=dtype, device=self.hidden.device).masked_fill(
+            self.hidden, -math.inf
+        )
 
 
 def _pieces(mask: AttentionMask, n_q: int, n_k: int, device: torch.device) -> list[_Piece]:
@@ -210,6 +212,7 @@ class Kernel:
 
     def pad(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Zero columns until q, k and v share one width: they change no score and no kept output column."""
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # kernels assume rows in one piece
         width = max(q.shape[-1], v.shape[-1])
         width += -width % self.multiple
         return tuple(F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q, k, v))  # type: ignore[return-value]
@@ -256,7 +259,9 @@ class CudaFlash(Kernel):
         self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float
     ) -> tuple[Tensor, Tensor]:
         rows = [self._rows(x, mask) for x in (q, k, v)]
-        out, lse, *_ = _aten._flash_attention_forward(*rows, **self._mask_arguments(q, k, mask, scale), return_debug_mask=False)
+        out, lse, *_ = _aten._flash_attention_forward(
+            *rows, **self._mask_arguments(q, k, mask, scale), return_debug_mask=False
+        )
         lse = lse if lse.ndim == 3 else lse[None]
         return self._heads(out, mask), lse.masked_fill(lse == math.inf, -math.inf)  # FA2 writes +inf for empty rows
 
@@ -317,7 +322,9 @@ class CudaCudnn(Kernel):
     multiple = 8
 
     def forward(self, q, k, v, bias, is_causal, scale):  # type: ignore[no-untyped-def]
-        out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(q, k, v, bias, True, 0.0, is_causal, False, scale=scale)
+        out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(
+            q, k, v, bias, True, 0.0, is_causal, False, scale=scale
+        )
         return out, lse.view(q.shape[:-1])
 
     def backward(self, grad_out, q, k, v, out, lse, bias, is_causal, scale):  # type: ignore[no-untyped-def]

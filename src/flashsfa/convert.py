@@ -1,0 +1,215 @@
+"""`flashsfa convert`: a dense language model becomes a sparse one, and a report says what it saved and cost."""
+
+from __future__ import annotations
+
+import gc
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from . import __version__
+from .attention import sparse_feature_attention
+from .codes import topk_codes
+from .decode import sparse_feature_decode
+from .evaluation.perplexity import perplexity
+from .evaluation.text import read_text, split_text, token_windows
+from .huggingface import calibrate, disable, enable
+from .huggingface.cache import cache_nbytes
+from .models import BUNDLED_NAME, load_model
+
+Progress = Callable[[str, int], Callable[[], None]]  # (description, steps) -> call once a step
+
+_PROMPT = "The history of science is"
+_LONGEST_PREFILL = 4096  # prefill is quadratic: longer contexts are timed for decode alone
+
+
+@dataclass(frozen=True)
+class ConvertSettings:
+    """Arguments of `flashsfa convert`; see its help."""
+
+    model: str | None = None
+    topk: int = 16
+    topk_query: int | None = None  # None here means dense queries
+    dense_dims: int = 16
+    basis: str = "whitened"
+    calibrate: str | None = None
+    eval: str | None = None
+    dtype: str = "bfloat16"
+    window: int = 768
+    windows: int = 10
+    contexts: tuple[int, ...] = (1024, 4096, 16384)
+
+
+def convert(settings: ConvertSettings, output: Path, progress: Progress) -> dict[str, Any]:
+    """Convert, measure, and write the model, its tokenizer, report.json and report.png into `output`.
+
+    `output` must be a directory that exists, empty; the caller owns it. Returns the report.
+    """
+    model, tokenizer = load_model(settings.model, getattr(torch, settings.dtype))
+    calibration, evaluation = _windows(settings, tokenizer)
+    head_dim = _head_dim(model)
+    topk_query = head_dim if settings.topk_query is None else settings.topk_query
+    budgets: dict[str, Any] = {
+        "topk": settings.topk,
+        "topk_query": topk_query,
+        "dense_dims": settings.dense_dims,
+    }
+    enable(model, **budgets)  # refuses a model or a budget before any long work
+    disable(model)
+
+    basis = calibrate(model, calibration, settings.basis, progress("calibrating the basis", len(calibration)))
+    # A pure top-k code of at most the same bytes, for comparison: 2 M + 3 K bytes at 16 bits.
+    plain = min(head_dim, settings.topk + 2 * settings.dense_dims // 3)
+    variants: list[tuple[str, str, dict[str, Any] | None]] = [
+        ("dense", "dense", None),
+        ("plain_topk", f"top-{plain} alone", {"topk": plain, "topk_query": topk_query}),
+        (
+            "basis",
+            f"top-{plain}, {settings.basis} basis",
+            {"topk": plain, "topk_query": topk_query, "basis": basis},
+        ),
+        (
+            "sfa",
+            f"{settings.dense_dims} dense + top-{settings.topk}, {settings.basis} basis",
+            {**budgets, "basis": basis},
+        ),
+    ]
+    report: dict[str, Any] = {
+        "settings": {**asdict(settings), "model": settings.model or BUNDLED_NAME, "topk_query": topk_query},
+        "versions": _versions(),
+    }
+    for name, label, options in variants:
+        if options is None:
+            disable(model)
+        else:
+            enable(model, **options)
+        report[name] = {
+            "label": label,
+            "perplexity": perplexity(model, evaluation, progress(f"perplexity: {label}", len(evaluation))),
+        }
+        if name in ("dense", "sfa"):
+            report[name] |= _generate(model, tokenizer, progress(f"generating: {label}", 1))
+    report["perplexity_increase"] = report["sfa"]["perplexity"] / report["dense"]["perplexity"] - 1
+    report["attention_ms"] = _attention_times(model, settings, topk_query, progress)
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    (output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    from .report import draw
+
+    draw(report, output / "report.png")
+    return report
+
+
+def _windows(settings: ConvertSettings, tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Calibration and evaluation windows that do not overlap: two texts, or the halves of one."""
+    if settings.calibrate == settings.eval:
+        calibration_text, evaluation_text = split_text(read_text(settings.eval))
+    else:
+        calibration_text, evaluation_text = read_text(settings.calibrate), read_text(settings.eval)
+    cut = {"length": settings.window, "count": settings.windows}
+    return (
+        token_windows(tokenizer, calibration_text, purpose="calibration", **cut),
+        token_windows(tokenizer, evaluation_text, purpose="evaluation", **cut),
+    )
+
+
+def _head_dim(model: Any) -> int:
+    config = model.config.get_text_config(decoder=True)
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+@torch.no_grad()
+def _generate(model: Any, tokenizer: Any, progress: Callable[[], None]) -> dict[str, Any]:
+    """A greedy continuation, and the bytes a token of the cache that made it, read from its live tensors."""
+    inputs = tokenizer(_PROMPT, return_tensors="pt").to(model.device)
+    result = model.generate(**inputs, max_new_tokens=32, do_sample=False, return_dict_in_generate=True)
+    cache = result.past_key_values
+    tokens = cache.get_seq_length()
+    nbytes = cache_nbytes(cache)
+    heads = model.config.get_text_config(decoder=True)
+    kv_heads = getattr(heads, "num_key_value_heads", None) or heads.num_attention_heads
+    rows = tokens * heads.num_hidden_layers * kv_heads
+    progress()
+    return {
+        "text": tokenizer.decode(result.sequences[0], skip_special_tokens=True),
+        "cache": type(cache).__name__,
+        "kv_bytes_per_token": nbytes["total"] / tokens,
+        "key_bytes_per_token_and_head": nbytes["keys"] / rows,
+        "value_bytes_per_token_and_head": nbytes["values"] / rows,
+    }
+
+
+@torch.no_grad()
+def _attention_times(
+    model: Any, settings: ConvertSettings, topk_query: int, progress: Progress
+) -> list[dict[str, float]]:
+    """Median milliseconds of one layer's attention with the model's head counts and widths, dense (SDPA) and sparse.
+
+    In float32, where torch's CPU kernels are at their best.
+    """
+    config = model.config.get_text_config(decoder=True)
+    heads, head_dim = config.num_attention_heads, _head_dim(model)
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    step = progress("timing attention", len(settings.contexts))
+
+    def row(n: int) -> dict[str, float]:
+        q, k, v = (torch.randn(1, h, n, head_dim, device=model.device) for h in (heads, kv_heads, kv_heads))
+        newest, codes = q[:, :, -1:], topk_codes(k, settings.topk, dense_dims=settings.dense_dims)
+
+        def dense(queries: torch.Tensor, is_causal: bool) -> float:
+            sdpa = F.scaled_dot_product_attention
+            return _median_ms(lambda: sdpa(queries, k, v, is_causal=is_causal, enable_gqa=True))
+
+        def prefill() -> Any:
+            budgets: dict[str, Any] = {
+                "topk": settings.topk,
+                "topk_query": topk_query,
+                "dense_dims": settings.dense_dims,
+            }
+            return sparse_feature_attention(q, k, v, is_causal=True, **budgets)
+
+        times = {"context": n, "decode_dense": dense(newest, False)}
+        times["decode_sfa"] = _median_ms(lambda: sparse_feature_decode(newest, codes, v, topk_query=topk_query))
+        if n <= _LONGEST_PREFILL:
+            times |= {"prefill_dense": dense(q, True), "prefill_sfa": _median_ms(prefill)}
+        step()
+        return times
+
+    return [row(n) for n in settings.contexts]
+
+
+def _median_ms(run: Callable[[], Any], repeats: int = 7) -> float:
+    def synchronize() -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    run()
+    times = []
+    gc.collect()
+    for _ in range(repeats):
+        synchronize()
+        start = time.perf_counter()
+        run()
+        synchronize()
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def _versions() -> dict[str, str]:
+    found = {"flashsfa": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    found["transformers"] = version("transformers")
+    return {
+        **found,
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU, {torch.get_num_threads()} threads",
+    }

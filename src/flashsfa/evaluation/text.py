@@ -1,0 +1,61 @@
+"""Text for calibration and evaluation: read, split without overlap, cut into windows of tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import require
+
+_TEXT_SUFFIXES = (".txt", ".md", ".rst")
+
+
+def read_text(source: str | Path | None) -> str:
+    """The text of a file, or of all .txt, .md and .rst files below a folder in name order; None for the topics of
+    Python's own help (`pydoc_data.topics`), which need no download.
+
+    Raises `ValueError` if there is nothing readable in it.
+    """
+    if source is None:
+        from pydoc_data.topics import topics
+
+        return "\n\n".join(text for _, text in sorted(topics.items()))
+    path = Path(source)
+    require(path.exists(), f"text {path} does not exist; give a text file or a folder of .txt, .md or .rst files")
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in _TEXT_SUFFIXES)
+    require(bool(files), f"folder {path} holds no .txt, .md or .rst file")
+    try:
+        text = "\n\n".join(file.read_text(encoding="utf-8") for file in files)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"text {path} is not UTF-8: {error}") from error
+    except OSError as error:
+        raise ValueError(f"text {path} cannot be read: {error}") from error
+    require(bool(text.strip()), f"text {path} is empty")
+    return text
+
+
+def split_text(text: str) -> tuple[str, str]:
+    """Two halves that share nothing, cut at a paragraph near the middle."""
+    middle = len(text) // 2
+    cut = text.find("\n\n", middle)
+    cut = middle if cut < 0 else cut
+    return text[:cut], text[cut:]
+
+
+def token_windows(tokenizer: Any, text: str, *, length: int, count: int, purpose: str) -> Tensor:
+    """[S, length] int64: the first windows of `text`, at most `count`, taken evenly across it.
+
+    Raises `ValueError` if the text is shorter than one window.
+    """
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False)["input_ids"][0]
+    available = ids.numel() // length
+    require(
+        available > 0,
+        f"the {purpose} text has {ids.numel()} tokens, less than one window of {length}; give more text or a smaller --window",
+    )
+    windows = ids[: available * length].view(available, length)
+    chosen = torch.linspace(0, available - 1, min(count, available)).round().long()
+    return windows[chosen]
