@@ -1,7 +1,7 @@
 """`FeatureBasis`: a change of coordinates per kv head that makes a dense checkpoint's queries and keys sparse.
 
 q' = q Q and k' = k K with Q Kᵀ = 1, so q'·k' = q·k: before top-k no score changes. Q and K are chosen so that
-what top-k drops matters least (docs/method.md has the derivation).
+what top-k drops matters least.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A row of width `head_dim` becomes a dense channel of its first `dense_dims` entries and, of the rest (the
 sparse part), the `topk` entries of largest magnitude with their positions. This is the one format that the
-operator, the kernels and the cache speak (paper section 3.1; the dense channel is ours, see docs/method.md).
+operator, the kernels and the cache speak (paper section 3.1; the dense channel is ours).
 """
 
 from __future__ import annotations

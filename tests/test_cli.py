@@ -1,0 +1,130 @@
+"""The command line: one-line errors that leave nothing behind, and a whole conversion of a tiny model."""
+
+import functools
+import json
+import random
+
+import pytest
+import torch
+
+import flashsfa
+from flashsfa.cli import main
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+import flashsfa.convert  # noqa: E402
+
+WORDS = [f"word{i}" for i in range(60)] + ["The", "history", "of", "science", "is"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("tiny")
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<unk>", "<pad>", *WORDS])}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", pad_token="<pad>", model_input_names=["input_ids", "attention_mask"]
+    ).save_pretrained(folder)
+    transformers.utils.logging.disable_progress_bar()
+    config = transformers.LlamaConfig(
+        vocab_size=len(WORDS) + 2, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, pad_token_id=1, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(random.Random(0).choices(WORDS, k=300)))
+    return path
+
+
+def arguments(model, text, output, *more):
+    sizes = ["--topk", "2", "--dense-dims", "2", "--window", "32", "--windows", "2", "--dtype", "float32"]
+    texts = ["--calibrate", str(text), "--eval", str(text)]
+    return ["convert", str(model), "-o", str(output), *texts, *sizes, *more]
+
+
+def assert_refused(capsys, command, message):
+    assert main(command) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("flashsfa: error:")
+    assert message in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("missing text", "does not exist"),
+        ("empty text", "is empty"),
+        ("short text", "less than one window"),
+        ("no model", "config.json is missing"),
+        ("budget", "topk must be"),
+        ("query budget", "topk must be"),
+        ("window", "--window must be"),
+    ],
+)
+def test_errors_leave_nothing(case, message, tiny, text, tmp_path, capsys):
+    model, more = tiny, []
+    if case == "missing text":
+        text = tmp_path / "nowhere.txt"
+    elif case == "empty text":
+        text.write_text(" \n")
+    elif case == "short text":
+        text.write_text("word1 word2")
+    elif case == "no model":
+        model = tmp_path / "folder"
+        model.mkdir()
+    else:
+        more = {"budget": ["--topk", "7"], "query budget": ["--topk-query", "7"], "window": ["--window", "1"]}[case]
+    before = set(tmp_path.iterdir())
+    assert_refused(capsys, arguments(model, text, tmp_path / "out", *more), message)
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_output_that_exists_is_kept(tiny, text, tmp_path, capsys):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "precious").write_text("data")
+    before = set(tmp_path.iterdir())
+    assert_refused(capsys, arguments(tiny, text, output), "exists already")
+    assert_refused(capsys, arguments(tiny, text, text), "exists already")
+    assert (output / "precious").read_text() == "data"
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_convert(tiny, text, tmp_path, capsys, monkeypatch):
+    short = functools.partial(flashsfa.convert.ConvertSettings, contexts=(64,))
+    monkeypatch.setattr(flashsfa.convert, "ConvertSettings", short)
+    output = tmp_path / "out"
+    output.mkdir()  # an empty directory is fine
+    assert main(arguments(tiny, text, output)) == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"out", "text.txt"}
+    report = json.loads((output / "report.json").read_text())
+    layers, kv_heads, head_dim = 2, 2, 8
+    for name, key_bytes in (("dense", 4 * head_dim), ("sfa", 4 * 2 + 5 * 2)):
+        assert report[name]["perplexity"] > 1
+        assert report[name]["kv_bytes_per_token"] == layers * kv_heads * (key_bytes + 4 * head_dim)
+    assert report["settings"]["topk"] == report["settings"]["dense_dims"] == 2
+    assert report["versions"]["flashsfa"] == flashsfa.__version__
+    assert (output / "report.png").read_bytes().startswith(b"\x89PNG")
+    model = flashsfa.from_pretrained(output)
+    assert model.config.sfa["topk"] == 2
+    assert model(torch.tensor([[2, 3, 4]])).logits.isfinite().all()
+    capsys.readouterr()
+    assert main(["info", str(output)]) == 0
+    assert "topk: 2" in capsys.readouterr().out
+
+
+def test_info(tiny, tmp_path, capsys):
+    assert main(["info"]) == 0
+    assert f"flashsfa {flashsfa.__version__}" in capsys.readouterr().out
+    assert_refused(capsys, ["info", str(tmp_path)], "config.json is missing")
+    assert_refused(capsys, ["info", str(tiny)], "dense model")
