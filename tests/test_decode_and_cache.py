@@ -166,3 +166,12 @@ def test_cache_errors_store_nothing():
     with pytest.raises(TypeError, match="cast"):
         cache.append(k.float(), v.float())
     assert_holds(cache, k, v)
+
+
+def test_an_unfilled_buffer_past_kv_lens_does_not_leak():
+    k, v = torch.randn(2, 2, 12, 16), torch.randn(2, 2, 12, 16)
+    q, lens = torch.randn(2, 4, 1, 16), torch.tensor([5, 12])
+    codes = topk_codes(k, 4)
+    clean = sparse_feature_decode(q, codes, v, kv_lens=lens)
+    v[0, :, 5:] = float("nan")
+    torch.testing.assert_close(sparse_feature_decode(q, codes, v, kv_lens=lens), clean)

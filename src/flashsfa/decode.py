@@ -65,6 +65,9 @@ def sparse_feature_decode(
     scores = scale * _scores(grouped.to(_compute_dtype(q.dtype)), codes)  # [B, Hkv, G·M, N]
     visible = _visible(q.shape[2], n, kv_lens, window, key_padding_mask, q.device)  # [B or 1, 1, M, N]
     if visible is not None:
+        seen = visible.any(2)[..., None]  # [B or 1, 1, N, 1]
+        if not bool(seen.all()):
+            v = v.where(seen, 0)  # weight 0 times whatever an unfilled buffer holds must be 0, NaN included
         visible = visible.repeat(1, 1, scores.shape[2] // q.shape[2], 1)  # rows run over G, then M
         scores = scores.masked_fill(~visible, -math.inf)
     lse = scores.logsumexp(-1)  # [B, Hkv, G·M]

@@ -63,6 +63,7 @@ class SparseFeatureAttention(nn.Module):
             f"num_heads {num_heads} must be a multiple of num_kv_heads {num_kv_heads}",
         )
         require_budget(topk, head_dim, dense_dims)
+        require(window is None or window >= 1, f"window must be at least 1 or None, got {window}")
         if topk_query is not None and topk_query != head_dim:
             require_budget(topk_query, head_dim, dense_dims)
         require(positions in POSITIONS, f"positions must be one of {', '.join(POSITIONS)}; got {positions!r}")

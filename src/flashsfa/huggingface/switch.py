@@ -156,7 +156,7 @@ def _check(model: Any, modules: list[nn.Module], settings: SFASettings, basis: F
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         expected = (len(modules), heads, head_dim, head_dim)
         require(
-            tuple(basis.query.shape) == expected,
+            tuple(basis.query.shape) == tuple(basis.key.shape) == expected,
             f"the basis is {tuple(basis.query.shape)} but {name} needs [L, Hkv, D, D] = {expected}; calibrate on this model",
         )
     return head_dim
