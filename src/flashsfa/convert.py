@@ -24,6 +24,7 @@ from .evaluation.perplexity import perplexity
 from .evaluation.text import read_text, split_text, token_windows
 from .huggingface import calibrate, disable, enable
 from .huggingface.cache import cache_nbytes
+from .huggingface.switch import attention_shape
 from .models import BUNDLED_NAME, load_model
 
 Progress = Callable[[str, int], Callable[[], None]]  # (description, steps) -> call once a step
@@ -56,7 +57,7 @@ def convert(settings: ConvertSettings, output: Path, progress: Progress) -> dict
     """
     model, tokenizer = load_model(settings.model, getattr(torch, settings.dtype))
     calibration, evaluation = _windows(settings, tokenizer)
-    head_dim = _head_dim(model)
+    *_, head_dim = attention_shape(model)
     topk_query = head_dim if settings.topk_query is None else settings.topk_query
     budgets: dict[str, Any] = {
         "topk": settings.topk,
@@ -122,11 +123,6 @@ def _windows(settings: ConvertSettings, tokenizer: Any) -> tuple[torch.Tensor, t
     )
 
 
-def _head_dim(model: Any) -> int:
-    config = model.config.get_text_config(decoder=True)
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
 @torch.no_grad()
 def _generate(model: Any, tokenizer: Any, progress: Callable[[], None]) -> dict[str, Any]:
     """A greedy continuation, and the bytes a token of the cache that made it, read from its live tensors."""
@@ -135,9 +131,8 @@ def _generate(model: Any, tokenizer: Any, progress: Callable[[], None]) -> dict[
     cache = result.past_key_values
     tokens = cache.get_seq_length()
     nbytes = cache_nbytes(cache)
-    heads = model.config.get_text_config(decoder=True)
-    kv_heads = getattr(heads, "num_key_value_heads", None) or heads.num_attention_heads
-    rows = tokens * heads.num_hidden_layers * kv_heads
+    _, kv_heads, _ = attention_shape(model)
+    rows = tokens * len(cache.layers) * kv_heads
     progress()
     return {
         "text": tokenizer.decode(result.sequences[0], skip_special_tokens=True),
@@ -156,9 +151,7 @@ def _attention_times(
 
     In float32, where torch's CPU kernels are at their best.
     """
-    config = model.config.get_text_config(decoder=True)
-    heads, head_dim = config.num_attention_heads, _head_dim(model)
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    heads, kv_heads, head_dim = attention_shape(model)
     step = progress("timing attention", len(settings.contexts))
 
     def row(n: int) -> dict[str, float]:

@@ -58,14 +58,13 @@ def enable(
     """
     settings = SFASettings(topk, topk_query, dense_dims, None if layers is None else sorted(layers), value_tolerance)
     modules = _attention_layers(model)
-    head_dim = _check(model, modules, settings, basis)
+    _check(model, modules, settings, basis)
     if is_enabled(model):
         disable(model)
     register()
     for index in range(len(modules)) if layers is None else layers:
-        dense_queries = topk_query == head_dim
         layer_basis = None if basis is None else basis[index]
-        coding = LayerCoding(topk, head_dim if dense_queries else topk_query, dense_dims, value_tolerance, layer_basis)
+        coding = LayerCoding(topk, topk_query, dense_dims, value_tolerance, layer_basis)
         parameter = next(modules[index].parameters())
         modules[index].sfa = coding.to(parameter.device)
     model._sfa_dense_attention = model.config._attn_implementation
@@ -112,14 +111,22 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> Any:
     return enable(model, basis=basis, **stored)
 
 
+def attention_shape(model: Any) -> tuple[int, int, int]:
+    """Query heads, kv heads and head_dim of a model's attention, from its config."""
+    config = model.config.get_text_config(decoder=True)
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
+
+
 def _attention_layers(model: Any) -> list[nn.Module]:
     """The self-attention modules by layer index."""
     found = {m.layer_idx: m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "scaling")}
     return [found[i] for i in sorted(found)]
 
 
-def _check(model: Any, modules: list[nn.Module], settings: SFASettings, basis: FeatureBasis | None) -> int:
-    """Raise `ValueError` with the reason if the model cannot be switched; its head_dim otherwise."""
+def _check(model: Any, modules: list[nn.Module], settings: SFASettings, basis: FeatureBasis | None) -> None:
+    """Raise `ValueError` with the reason if the model cannot be switched."""
     name = type(model).__name__
     require(hasattr(model, "config"), f"{name} is no transformers model: it has no config")
     config = model.config.get_text_config(decoder=True)
@@ -141,7 +148,7 @@ def _check(model: Any, modules: list[nn.Module], settings: SFASettings, basis: F
             f"{name} caps its scores (softcap): not yet supported",
         )
         require(getattr(module, "sinks", None) is None, f"{name} has attention sinks: not yet supported")
-    head_dim = getattr(modules[0], "head_dim", None) or config.hidden_size // config.num_attention_heads
+    _, kv_heads, head_dim = attention_shape(model)
     require(head_dim <= 256, f"{name} has head_dim {head_dim}; indices are uint8, so at most 256")
     require_budget(settings.topk, head_dim, settings.dense_dims)
     if settings.topk_query not in (None, head_dim):
@@ -153,13 +160,11 @@ def _check(model: Any, modules: list[nn.Module], settings: SFASettings, basis: F
     unknown = [i for i in settings.layers or [] if not 0 <= i < len(modules)]
     require(not unknown, f"layers {unknown} do not exist: {name} has layers 0 to {len(modules) - 1}")
     if basis is not None:
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        expected = (len(modules), heads, head_dim, head_dim)
+        expected = (len(modules), kv_heads, head_dim, head_dim)
         require(
             tuple(basis.query.shape) == tuple(basis.key.shape) == expected,
             f"the basis is {tuple(basis.query.shape)} but {name} needs [L, Hkv, D, D] = {expected}; calibrate on this model",
         )
-    return head_dim
 
 
 def _extend(model: Any, basis: FeatureBasis | None) -> None:
