@@ -9,6 +9,7 @@ process's resident set over a stack of attention layers, forward and backward, e
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -74,37 +75,48 @@ def _time(d: int, topk: int, n: int) -> None:
     base = statistics.median(times["SDPA"])
     for name, values in times.items():
         median = statistics.median(values)
-        print(f"d={d} k={topk} N={n} forward  {name:<20} {median:7.1f} ms  {median / base:.2f}x SDPA")
+        print(f"d={d} k={topk} N={n} forward  {name:<20} {median:7.1f} ms  {median / base:.2f}x SDPA", flush=True)
 
 
 def _memory(d: int, topk: int, n: int) -> None:
-    for kind in ("sdpa", "sfa"):
-        command = [sys.executable, str(Path(__file__)), "--memory", kind, str(d), str(topk), str(n)]
-        growth = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-        print(f"d={d} k={topk} N={n} forward + backward, {LAYERS} layers, {kind:<5} peak growth {growth} MiB")
+    # glibc keeps freed blocks of up to 32 MiB for reuse; with a fixed threshold it returns them, and what is seen is
+    # what tensors need.
+    for allocator, setting in (("glibc default", {}), ("freed memory returned", {"MALLOC_MMAP_THRESHOLD_": "65536"})):
+        for kind in ("sdpa", "sfa"):
+            command = [sys.executable, str(Path(__file__)), "--memory", kind, str(d), str(topk), str(n)]
+            run = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | setting)
+            print(
+                f"d={d} k={topk} N={n} forward + backward, {LAYERS} layers, {allocator:<21} {kind:<5} "
+                f"peak growth {run.stdout.strip()} MiB",
+                flush=True,
+            )
 
 
 def _peak_growth(kind: str, d: int, topk: int, n: int) -> str:
     torch.manual_seed(0)
     width = HEADS * d
     projections = [torch.nn.Linear(width, 3 * width, bias=False) for _ in range(LAYERS)]
+    _stack(kind, projections, torch.randn(16, width), topk).sum().backward()  # code loads and weight gradients exist
     x = torch.randn(n, width)
     before = _resident("VmRSS")
-    h = x
+    h = _stack(kind, projections, x, topk)
+    after_forward = _resident("VmRSS")
+    h.sum().backward()
+    return f"{_resident('VmHWM') - before:.0f} (held after forward: {after_forward - before:.0f})"
+
+
+def _stack(kind: str, projections: list[torch.nn.Linear], h: torch.Tensor, topk: int) -> torch.Tensor:
+    n, width = h.shape
     for projection in projections:
-        q, k, v = projection(h).view(1, n, 3, HEADS, d).permute(2, 0, 3, 1, 4)
+        q, k, v = projection(h).view(1, n, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
         if kind == "sdpa":
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
             # V is copied out of the joint projection, whose queries and keys would otherwise stay alive through it
             out = flashsfa.sparse_feature_attention(q, k, v.clone(), topk=topk, is_causal=True)
             assert isinstance(out, torch.Tensor)
-        del q, k, v
         h = out.transpose(1, 2).reshape(n, width)
-        del out
-    after_forward = _resident("VmRSS")
-    h.sum().backward()
-    return f"{_resident('VmHWM') - before:.0f} (held after forward: {after_forward - before:.0f})"
+    return h
 
 
 def _resident(field: str) -> float:

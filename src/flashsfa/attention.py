@@ -245,7 +245,8 @@ def _codes_attention_op(
         lse = lse.to(torch.float64 if v.dtype == torch.float64 else torch.float32)
     else:
         out, lse = dense.forward(kernel, q, k, v, mask, scale)
-    return out.contiguous(), lse.contiguous()
+    # torch's kernels write [B, N, H, Dv] and hand out its transpose; so does the fake, and models need that order
+    return out.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
 
 
 @_codes_attention_op.register_fake
@@ -259,9 +260,10 @@ def _(
     v: Tensor,
     *_: Any,
 ) -> tuple[Tensor, Tensor]:
-    rows = q_values.shape[:-1]
+    batch, heads, n_q = q_values.shape[:-1]
     lse_dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
-    return v.new_empty((*rows, v.shape[-1])), v.new_empty(rows, dtype=lse_dtype)
+    out = v.new_empty((batch, n_q, heads, v.shape[-1])).transpose(1, 2)
+    return out, v.new_empty((batch, heads, n_q), dtype=lse_dtype)
 
 
 @torch.library.custom_op("flashsfa::codes_attention_backward", mutates_args=())

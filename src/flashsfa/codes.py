@@ -174,11 +174,14 @@ def select_topk(x: Tensor, topk: int) -> Tensor:
 
 @torch.library.custom_op("flashsfa::topk_codes", mutates_args=())
 def _topk_codes_op(x: Tensor, topk: int, dense_dims: int) -> tuple[Tensor, Tensor, Tensor]:
+    # The code is allocated before the work space of the selection: what lives longest must not lie above it on the
+    # heap. And it is a contiguous copy: a view of x would keep all of x alive for as long as the code.
+    values, indices = x.new_empty((*x.shape[:-1], topk)), x.new_empty((*x.shape[:-1], topk), dtype=torch.uint8)
+    dense = x[..., :dense_dims].clone(memory_format=torch.contiguous_format)
     rest = x[..., dense_dims:]  # [..., D - M]
     selected = select_topk(rest, topk)  # [..., K]
-    # contiguous copies: a view of x would keep all of x alive for as long as the code
-    dense = x[..., :dense_dims].clone(memory_format=torch.contiguous_format)
-    return dense, rest.gather(-1, selected), selected.to(torch.uint8)
+    torch.gather(rest, -1, selected, out=values)
+    return dense, values, indices.copy_(selected)
 
 
 @_topk_codes_op.register_fake
