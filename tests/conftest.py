@@ -1,4 +1,9 @@
-"""Every test starts from one seed, and unwritten memory is NaN; GPU tests are skipped without a GPU."""
+"""Every test starts from one seed, and unwritten memory is NaN; GPU tests are skipped without a GPU.
+
+`pytest --device cuda` makes every tensor on the GPU, so that the whole suite tests the CUDA paths.
+"""
+
+import contextlib
 
 import pytest
 import torch
@@ -6,11 +11,24 @@ import torch
 torch.set_num_threads(1)  # the tensors are tiny, and pytest-xdist runs tests side by side
 
 
-def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="where tests make their tensors: cpu (default) or cuda")
+
+
+@pytest.fixture(autouse=True)
+def device(request):
+    device = torch.device(request.config.getoption("--device"))
+    with contextlib.nullcontext() if device.type == "cpu" else device:
+        yield device
+
+
+def pytest_collection_modifyitems(config, items):
+    on_gpu = config.getoption("--device") != "cpu"
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if "cpu" in item.keywords and on_gpu:
+            item.add_marker(pytest.mark.skip(reason="checks what is looked at on the CPU alone"))
 
 
 @pytest.fixture(autouse=True)

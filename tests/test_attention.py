@@ -107,10 +107,10 @@ MASKS = {
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(("n_q", "n_k"), SHAPES[:-1])
-def test_mask_is_its_written_definition(n_q, n_k, mask):
+def test_mask_is_its_written_definition(n_q, n_k, mask, device):
     """The mask that the other tests take for the truth, pair by pair."""
     is_causal, window = MASKS[mask].get("is_causal", False), MASKS[mask].get("window", math.inf)
-    visible = AttentionMask(**MASKS[mask], key_padding_mask=padding(n_k)).to_bool(n_q, n_k, torch.device("cpu"))
+    visible = AttentionMask(**MASKS[mask], key_padding_mask=padding(n_k)).to_bool(n_q, n_k, device)
     for i in range(n_q):
         p = i + n_k - n_q
         seen = [(not is_causal or j <= p) and abs(p - j) < window for j in range(n_k)]
@@ -158,9 +158,10 @@ def test_shapes_and_budgets(shape, budget, is_causal, dtype):
 
 
 @pytest.mark.parametrize("n", [16, 45])
-@pytest.mark.parametrize("gradient", [torch.ones(1), torch.randn(2, 2, 1, 32), torch.randn(2, 2, 1, 64)[..., ::2]])
-def test_noncontiguous_upstream_gradient(n, gradient):
+@pytest.mark.parametrize("width", [1, 32, 64])
+def test_noncontiguous_upstream_gradient(n, width):
     q, k, v = inputs(n, 45)
+    gradient = torch.randn(2, 2, 1, width)[..., :: max(1, width // 32)]
     assert_error_rule(q, k, v, gradient.expand_as(q), topk=6, is_causal=True)
 
 
@@ -200,6 +201,8 @@ def test_gradcheck(options, backend):
         return ((order + 1) / 10 * torch.randn_like(order).sign()).requires_grad_()
 
     q, k, v = separated(2, 3), separated(1, 5), separated(1, 5)
+    if q.is_cuda and backend == "dense":
+        pytest.skip("no fused CUDA kernel takes float64")
     # away from ties the straight-through gradient is the exact derivative
     assert torch.autograd.gradcheck(lambda *x: attention(*x, topk=3, backend=backend, **options), (q, k, v))
 
@@ -329,6 +332,7 @@ def test_checked_mode_finds_nan(name):
         ({"cu_seqlens_k": torch.tensor([0, 2, 5], dtype=torch.int32)}, "count 1 and 2 sequences"),
     ],
 )
+@pytest.mark.cpu
 def test_bad_packing(change, message):
     good = {"q": Q[0].transpose(0, 1), "k": KV[0].transpose(0, 1), "v": KV[0].transpose(0, 1)}
     good |= {f"cu_seqlens_{x}": torch.tensor([0, n], dtype=torch.int32) for x, n in (("q", 3), ("k", 5))}

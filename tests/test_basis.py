@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flashsfa import FeatureBasis
+from flashsfa import FeatureBasis, topk_codes
 from flashsfa.basis import KINDS, Moments
 
 H, G, D = 2, 3, 8
@@ -28,7 +28,7 @@ def scores(q, k):
 @pytest.mark.parametrize("kind", KINDS)
 def test_scores_unchanged(kind):
     q, k = draw()
-    basis = FeatureBasis.from_moments(moments_of((q, k)), kind)
+    basis = FeatureBasis.from_moments(moments_of((q, k)), kind, topk=3, dense_dims=2)
     expected = scores(q, k)
     found = scores(basis.transform_query(q), basis.transform_key(k))
     assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()  # the basis is kept in float32
@@ -58,9 +58,33 @@ def test_moments_in_the_new_coordinates(kind):
         torch.testing.assert_close(query, key, rtol=1e-3, atol=1e-4 * float(key.abs().max()))
 
 
+def test_dictionary_loses_less_than_its_start():
+    """Keys with a hidden sparse structure: whitened axes miss it, the dictionary finds some of it."""
+    q = torch.randn(2, H * G, 500, D, dtype=torch.float64)
+    k = topk_codes(torch.randn(2, H, 500, D, dtype=torch.float64), 2).to_dense() @ torch.linalg.qr(torch.randn(D, D).double())[0]
+
+    def lost(kind):  # score error of dense queries, what the basis is to keep small
+        basis = FeatureBasis.from_moments(moments_of((q, k)), kind, topk=2, dense_dims=1)
+        kept = topk_codes(basis.transform_key(k), 2, dense_dims=1).to_dense()
+        return (scores(basis.transform_query(q), kept) - scores(q, k)).square().mean()
+
+    assert lost("dictionary") < 0.1 * lost("whitened")
+
+
+def test_sample_is_bounded_and_uniform():
+    moments = Moments(1, 1)
+    for start in range(0, 20000, 1000):
+        token = torch.arange(start, start + 1000.0).view(1, 1, -1, 1)
+        moments.update(token, token)
+    assert moments.sample.shape == (1, 4096, 1)
+    assert moments.sample.unique().numel() == 4096
+    assert abs(moments.sample.mean() - 10000) < 500
+
+
 def test_save_and_load(tmp_path):
-    layers = [FeatureBasis.from_moments(moments_of(draw())), FeatureBasis.identity(H, D)]
-    stacked = FeatureBasis.stack(layers)
+    moments = [moments_of(draw()), moments_of(draw())]
+    layers = [FeatureBasis.from_moments(x, "balanced") for x in moments]
+    stacked = FeatureBasis.from_layers(moments, "balanced")
     stacked.save(tmp_path / "basis.safetensors")
     loaded = FeatureBasis.load(tmp_path / "basis.safetensors")
     assert [p.name for p in tmp_path.iterdir()] == ["basis.safetensors"]
@@ -82,13 +106,12 @@ def test_broken_file(tmp_path, content):
         FeatureBasis.load(path)
 
 
-@pytest.mark.parametrize("kind", ["whitened", "balanced", "pca"])
-@pytest.mark.parametrize("singular", ["one token", "zeros"])
+@pytest.mark.parametrize("kind", ["dictionary", "whitened", "balanced", "pca"])
+@pytest.mark.parametrize("singular", ["one token", "one feature", "zeros"])
 def test_singular_moments_warn_and_stay_finite(kind, singular, caplog):
-    q, k = (torch.full((1, h, 1, D), 0.0 if singular == "zeros" else 2.0) for h in (H * G, H))
-    if singular == "zeros":
-        k, q = k + torch.eye(D)[0], q + torch.eye(D)[0]  # all but one feature are always 0
-    basis = FeatureBasis.from_moments(moments_of((q, k)), kind)
+    row = {"one token": torch.full((D,), 2.0), "one feature": torch.eye(D)[0], "zeros": torch.zeros(D)}[singular]
+    q, k = (row.expand(1, h, 1, D) for h in (H * G, H))
+    basis = FeatureBasis.from_moments(moments_of((q, k)), kind, topk=2)
     assert "nearly singular" in caplog.text
     assert basis.query.isfinite().all()
     assert basis.key.isfinite().all()
@@ -97,5 +120,7 @@ def test_singular_moments_warn_and_stay_finite(kind, singular, caplog):
 def test_errors():
     with pytest.raises(ValueError, match="basis must be one of"):
         FeatureBasis.from_moments(moments_of(draw()), "fourier")
+    with pytest.raises(ValueError, match="give topk"):
+        FeatureBasis.from_moments(moments_of(draw()))
     with pytest.raises(ValueError, match="no token"):
         FeatureBasis.from_moments(Moments(H, D))

@@ -156,6 +156,7 @@ def test_parts_that_do_not_fit(change, message):
         FeatureCodes(**(parts | change))
 
 
+@pytest.mark.cpu
 def test_index_past_the_sparse_part():
     codes = FeatureCodes(torch.ones(1, 2), torch.ones(1, 1), torch.tensor([[6]], dtype=torch.uint8), 8)
     with pytest.raises(ValueError, match="a code index is 6, past the sparse part of 6"):

@@ -15,9 +15,14 @@ def attend(options):
 
 
 def packed(q, k, v):
-    bounds = torch.tensor([0, 3, 9], dtype=torch.int32)
+    bounds = torch.tensor([0, 3, 9], dtype=torch.int32, device=q.device)
     rows = (x[0].transpose(0, 1) for x in (q, k, v))
     return sparse_feature_attention_varlen(*rows, bounds, bounds, 6, 6, topk=4, is_causal=True)
+
+
+def padded(q, k, v):
+    padding = torch.arange(9, device=q.device).expand(2, 9) > 6
+    return sparse_feature_attention(q, k, v, topk=4, key_padding_mask=padding)
 
 
 def code_and_attend(q, k, v):
@@ -28,7 +33,7 @@ def code_and_attend(q, k, v):
 FUNCTIONS = {
     "attention": attend({"is_causal": True}),
     "options": attend({"dense_dims": 2, "window": 5, "topk_query": 16, "scale": 0.3}),
-    "padding": attend({"key_padding_mask": torch.arange(9).expand(2, 9) > 6}),
+    "padding": padded,
     "packed": packed,
     "codes": lambda q, k, v: topk_codes(q, 4, dense_dims=2).to_dense() + topk_codes(k, 3).values.sum() + v,
     "codes-as-keys": code_and_attend,
@@ -58,14 +63,15 @@ def flat(codes):
 
 
 @pytest.mark.parametrize(
-    "mask", [(True, None, None), (False, 3, None), (False, None, torch.arange(7).expand(2, 7) > 4)]
+    ("is_causal", "window", "padded"), [(True, None, False), (False, 3, False), (False, None, True)]
 )
 @pytest.mark.parametrize("backend", ["dense", "reference"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_opcheck_attention(mask, backend, dtype):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_opcheck_attention(is_causal, window, padded, backend, dtype):
     q, k, v = heads_of(5, 4, dtype=dtype), heads_of(7, dtype=dtype), heads_of(7, dtype=dtype)
     codes = [topk_codes(x, 4, dense_dims=2) for x in (q, k)]
-    settings = (16, 0.25, *mask, None, None, 0, 0, backend)
+    padding = torch.arange(7).expand(2, 7) > 4 if padded else None
+    settings = (16, 0.25, is_causal, window, padding, None, None, 0, 0, backend)
     tensors = [*flat(codes[0]), *flat(codes[1]), v.requires_grad_()]
     op, backward = (getattr(torch.ops.flashsfa, x).default for x in ("codes_attention", "codes_attention_backward"))
     torch.library.opcheck(op, (*tensors, *settings))

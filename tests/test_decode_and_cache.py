@@ -82,6 +82,7 @@ def test_value_tolerance_bound(scores, tolerance):
     assert error <= 2 * tolerance * v.norm(dim=-1).max() + (1e-9 if tolerance else 0)
 
 
+@pytest.mark.cpu
 def test_decode_errors():
     q, k, v = draw(1)
     codes = topk_codes(k, 4)

@@ -8,6 +8,7 @@ import flashsfa
 transformers = pytest.importorskip("transformers")
 from flashsfa.huggingface import SparseCache  # noqa: E402
 from flashsfa.huggingface.cache import SparseCacheLayer  # noqa: E402
+from flashsfa.huggingface.calibration import gather_moments  # noqa: E402
 from flashsfa.huggingface.switch import is_enabled  # noqa: E402
 
 transformers.utils.logging.set_verbosity_error()
@@ -52,7 +53,7 @@ def logits(model, ids, **options):
 
 
 def switch(model, **options):
-    basis = flashsfa.calibrate(model, torch.randint(1, 97, (2, 64)))
+    basis = flashsfa.calibrate(model, torch.randint(1, 97, (2, 64)), 3, dense_dims=2)
     head_dim = HEAD_DIMS[model.config.model_type]
     return flashsfa.enable(model, 3, **{"topk_query": head_dim, "dense_dims": 2, "basis": basis, **options})
 
@@ -61,9 +62,30 @@ def greedy(model, ids, tokens=6, **options):
     return model.generate(ids, max_new_tokens=tokens, do_sample=False, **options)
 
 
+def test_calibration_covers_positions_up_to_the_maximum(model, ids):
+    positions = []
+
+    def note(module, args, kwargs):
+        positions.append(kwargs["position_ids"].flatten().tolist())
+
+    hook = model.base_model.register_forward_pre_hook(note, with_kwargs=True)
+    near, far = (gather_moments(model, ids.repeat(2, 1), max_position=n) for n in (None, 100))
+    hook.remove()
+    assert positions[:4] == [list(range(20))] * 4
+    assert [p[0] for p in positions[4:]] == [0] * 4  # the first token stays where it is
+    assert [p[1] for p in positions[4:]] == [1, 27, 54, 81]
+    assert positions[-1][-1] == 99
+    assert far[0].count == near[0].count == 80
+    for wrong in (19, 129):
+        with pytest.raises(ValueError, match="max_position must hold"):
+            gather_moments(model, ids, max_position=wrong)
+    with pytest.raises(ValueError, match="token ids"):
+        gather_moments(model, ids[0])
+
+
 def test_full_budget_equals_dense_and_disable_restores(model, kind, ids):
     dense = logits(model, ids)
-    basis = flashsfa.calibrate(model, torch.randint(1, 97, (2, 64)))
+    basis = flashsfa.calibrate(model, torch.randint(1, 97, (2, 64)), HEAD_DIMS[kind] // 2)
     assert torch.equal(logits(model, ids), dense)
     assert flashsfa.enable(model, HEAD_DIMS[kind]) is model
     torch.testing.assert_close(logits(model, ids), dense, **CLOSE)
@@ -147,7 +169,9 @@ def softcap(model):
         ({}, None, {"dense_dims": 8}, "dense_dims"),
         ({}, None, {"value_tolerance": 1.0}, "value_tolerance"),
         ({}, None, {"layers": [0, 2]}, "do not exist"),
-        ({}, None, {"basis": flashsfa.FeatureBasis.stack([flashsfa.FeatureBasis.identity(2, 8)])}, "calibrate on"),
+        ({}, None, {"layers": []}, "each layer to switch once"),
+        ({}, None, {"layers": [1, 1]}, "each layer to switch once"),
+        ({}, None, {"basis": flashsfa.FeatureBasis(*torch.eye(8).expand(2, 1, 2, 8, 8))}, "calibrate on"),
     ],
 )
 def test_refusal_leaves_the_model_unchanged(config, change, arguments, message, ids):

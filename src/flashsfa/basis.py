@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 
 from .checks import require
+from .codes import topk_codes
 
 _log = logging.getLogger("flashsfa")
 
-KINDS = ("whitened", "balanced", "pca", "identity")
+KINDS = ("dictionary", "balanced", "whitened", "pca", "identity")
 _MAX_CONDITION = 1e8
+_SAMPLE_KEYS = 4096  # keys a head that the dictionary is fitted to
+_DICTIONARY_ROUNDS = 15
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,11 @@ class FeatureBasis:
     def transform_query(self, q: Tensor) -> Tensor:
         """q [B, Hq, N, D] in the coordinates of its kv head."""
         grouped = q.unflatten(1, (self.query.shape[0], -1))  # [B, H, G, N, D]
-        return (grouped @ self.query[:, None].to(q.dtype)).flatten(1, 2)
+        return _product(grouped, self.query[:, None]).flatten(1, 2)
 
     def transform_key(self, k: Tensor) -> Tensor:
         """k [B, H, N, D] in the coordinates of its head."""
-        return k @ self.key.to(k.dtype)
+        return _product(k, self.key)
 
     @classmethod
     def identity(cls, num_kv_heads: int, head_dim: int) -> FeatureBasis:
@@ -52,16 +55,22 @@ class FeatureBasis:
         return cls(one.clone(), one.clone())
 
     @classmethod
-    def from_moments(cls, moments: Moments, kind: str = "whitened") -> FeatureBasis:
-        """The basis of one layer from its calibration moments.
+    def from_moments(
+        cls, moments: Moments, kind: str = "dictionary", *, topk: int | None = None, dense_dims: int = 0
+    ) -> FeatureBasis:
+        """The basis of one layer from its calibration moments. docs/method.md derives the kinds.
 
-        "whitened": E[q'q'ᵀ] = 1, so the largest entries of a key are the ones whose loss costs a dense query's
-        scores most; keys stand on their principal axes, largest first. "balanced": the same axes, scaled so that
-        E[q'q'ᵀ] = E[k'k'ᵀ] are one diagonal matrix and a feature counts equally on both sides, for queries that
-        are sparse too. "pca": principal axes of the keys alone. "identity": no change.
+        Args:
+            moments: what calibration gathered.
+            kind: "dictionary": "whitened", then rotated so that codes of `topk` and `dense_dims` lose least: the
+                best for dense queries. "balanced": a feature counts equally on both sides: for queries that are
+                sparse too. "whitened": the largest entries of a key are the ones whose loss costs a dense query's
+                scores most; keys on their principal axes, largest first. "pca": principal axes of the keys alone.
+                "identity": no change.
+            topk, dense_dims: the key code that a dictionary is fitted to.
 
-        Raises `ValueError` for an unknown kind or moments of no token; a nearly singular moment matrix is
-        regularised, with a warning.
+        Raises `ValueError` for an unknown kind, a dictionary without `topk`, or moments of no token; a nearly
+        singular moment matrix is regularised, with a warning.
         """
         require(kind in KINDS, f"basis must be one of {', '.join(KINDS)}; got {kind!r}")
         require(moments.count > 0, "no token was seen: calibrate on some text first")
@@ -81,11 +90,19 @@ class FeatureBasis:
         if kind == "balanced":
             scale = spectrum.clamp(min=torch.finfo(spectrum.dtype).tiny)[..., None, :] ** 0.25
             query, key = query * scale, key / scale
+        if kind == "dictionary":
+            if topk is None:
+                raise ValueError("a dictionary is fitted to a budget: give topk and dense_dims")
+            rotation = _dictionary(moments.sample.double() @ key, topk, dense_dims)
+            query, key = query @ rotation, key @ rotation
         return cls(query.float(), key.float())
 
     @classmethod
-    def stack(cls, layers: list[FeatureBasis]) -> FeatureBasis:
-        """One basis of many layers, with the layer as leading dimension."""
+    def from_layers(
+        cls, moments: list[Moments], kind: str = "dictionary", *, topk: int | None = None, dense_dims: int = 0
+    ) -> FeatureBasis:
+        """One basis of many layers, with the layer as leading dimension; arguments as in `from_moments`."""
+        layers = [cls.from_moments(layer, kind, topk=topk, dense_dims=dense_dims) for layer in moments]
         return cls(*(torch.stack([getattr(x, name) for x in layers]) for name in ("query", "key")))
 
     def save(self, path: str | Path) -> None:
@@ -113,29 +130,59 @@ class FeatureBasis:
 
 
 class Moments:
-    """Second moments of a layer's queries and keys, streamed in float64: O(D²) memory a head, any amount of text."""
+    """Second moments of a layer's queries and keys, streamed in float64, and a uniform sample of its keys.
+
+    Memory a head is O(D²) and 4096 keys, for any amount of text.
+    """
 
     def __init__(self, num_kv_heads: int, head_dim: int) -> None:
         square = (num_kv_heads, head_dim, head_dim)
         self.key_outer = torch.zeros(square, dtype=torch.float64)
         self.query_outer = torch.zeros(square, dtype=torch.float64)
         self.count = self.query_count = 0
+        self.sample = torch.zeros(num_kv_heads, 0, head_dim)  # [H, S, D] keys
+        self._lots = torch.zeros(0)  # [S] each token draws a lot, and the highest stay
+        self._generator = torch.Generator().manual_seed(0)
 
     def update(self, q: Tensor, k: Tensor) -> None:
         """Add the tokens of q [B, Hq, N, D] and k [B, H, N, D]."""
         heads = self.key_outer.shape[0]
-        keys = k.detach().transpose(0, 1).flatten(1, 2).double()  # [H, B·N, D]
+        keys = k.detach().transpose(0, 1).flatten(1, 2)  # [H, B·N, D]
         queries = q.detach().unflatten(1, (heads, -1)).transpose(0, 1).flatten(1, 3).double()  # [H, B·G·N, D]
-        self.key_outer += (keys.mT @ keys).cpu()
+        self.key_outer += (keys.mT.double() @ keys.double()).cpu()
         self.query_outer += (queries.mT @ queries).cpu()
         self.count += keys.shape[1]
         self.query_count += queries.shape[1]
+        lots = torch.cat((self._lots, torch.rand(keys.shape[1], generator=self._generator)))
+        self._lots, kept = lots.topk(min(_SAMPLE_KEYS, len(lots)))
+        self.sample = torch.cat((self.sample, keys.float().cpu()), dim=1)[:, kept]
+
+
+def _product(x: Tensor, matrix: Tensor) -> Tensor:
+    """x @ matrix in the matrix's precision: rounding it to 16 bits would undo Q Kᵀ = 1."""
+    dtype = torch.promote_types(x.dtype, matrix.dtype)
+    return (x.to(dtype) @ matrix.to(dtype)).to(x.dtype)
+
+
+def _dictionary(keys: Tensor, topk: int, dense_dims: int) -> Tensor:
+    """[H, D, D] rotation R of keys [H, S, D] that makes the codes of their rows x R nearest to them, squared.
+
+    Alternates between the best codes of a rotation and the best rotation of codes (orthogonal Procrustes); neither
+    step can increase the error.
+    """
+    rotation = torch.eye(keys.shape[-1], dtype=keys.dtype).expand(keys.shape[0], -1, -1)
+    for _ in range(_DICTIONARY_ROUNDS):
+        codes = topk_codes(keys @ rotation, topk, dense_dims=dense_dims).to_dense()
+        left, _, right = torch.linalg.svd(keys.mT @ codes)
+        rotation = left @ right
+    return rotation
 
 
 def _regularised(moment: Tensor, side: str) -> Tensor:
     """`moment` [H, D, D] with a multiple of the identity added where its condition number is past 1e8."""
     values = torch.linalg.eigvalsh(moment)  # [H, D] ascending
-    floor = values[..., -1].clamp(min=torch.finfo(values.dtype).tiny) / _MAX_CONDITION
+    largest = values[..., -1]
+    floor = largest.where(largest > 0, 1) / _MAX_CONDITION  # a head that only saw zeros gets the identity
     lift = (floor - values[..., 0]).clamp(min=0)  # [H]
     if bool((lift > 0).any()):
         _log.warning(

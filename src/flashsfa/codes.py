@@ -127,7 +127,7 @@ def topk_codes(x: Tensor, topk: int, *, dense_dims: int = 0) -> FeatureCodes:
     """Code the rows of `x`: the first `dense_dims` entries, and the `topk` largest magnitudes of the rest.
 
     Ties go to the lowest index; NaN counts as larger than infinity. Differentiable: the gradient reaches the
-    kept entries and is zero elsewhere (the straight-through rule of the paper, section 3.2).
+    kept entries and is zero elsewhere (the straight-through rule of the paper, section 3.2; docs/method.md).
 
     Args:
         x: [..., D] float16, bfloat16, float32 or float64, any strides, D <= 256.
@@ -157,7 +157,7 @@ _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def select_topk(x: Tensor, topk: int) -> Tensor:
     """Positions [..., K] (int64, ascending) of the `topk` largest magnitudes of x [..., D], ties to the lowest."""
-    magnitude = x.detach().abs().view(_INTEGER_OF_SIZE[x.itemsize])  # [..., D]
+    magnitude = x.detach().view(integer := _INTEGER_OF_SIZE[x.itemsize]) & torch.iinfo(integer).max  # [..., D], no sign
     largest = magnitude.topk(topk, dim=-1, sorted=False)  # [..., K]
     threshold = largest.values.amin(-1, keepdim=True)  # [..., 1]
     keep = magnitude >= threshold

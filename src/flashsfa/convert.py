@@ -18,12 +18,14 @@ import torch.nn.functional as F
 
 from . import __version__
 from .attention import sparse_feature_attention
+from .basis import FeatureBasis
 from .codes import topk_codes
 from .decode import sparse_feature_decode
 from .evaluation.perplexity import perplexity
 from .evaluation.text import read_text, split_text, token_windows
-from .huggingface import calibrate, disable, enable
+from .huggingface import disable, enable
 from .huggingface.cache import cache_nbytes
+from .huggingface.calibration import gather_moments
 from .huggingface.switch import attention_shape
 from .models import BUNDLED_NAME, load_model
 
@@ -38,10 +40,11 @@ class ConvertSettings:
     """Arguments of `flashsfa convert`; see its help."""
 
     model: str | None = None
-    topk: int = 16
+    topk: int = 12
     topk_query: int | None = None  # None here means dense queries
-    dense_dims: int = 16
-    basis: str = "whitened"
+    dense_dims: int = 22
+    basis: str | None = None  # None: "dictionary" for dense queries, "balanced" for sparse ones
+    max_position: int | None = None
     calibrate: str | None = None
     eval: str | None = None
     dtype: str = "bfloat16"
@@ -67,25 +70,33 @@ def convert(settings: ConvertSettings, output: Path, progress: Progress) -> dict
     enable(model, **budgets)  # refuses a model or a budget before any long work
     disable(model)
 
-    basis = calibrate(model, calibration, settings.basis, progress("calibrating the basis", len(calibration)))
+    kind = settings.basis or ("dictionary" if topk_query == head_dim else "balanced")
+    moments = gather_moments(
+        model, calibration, max_position=settings.max_position, progress=progress("calibrating", len(calibration))
+    )
     # A pure top-k code of at most the same bytes, for comparison: 2 M + 3 K bytes at 16 bits.
     plain = min(head_dim, settings.topk + 2 * settings.dense_dims // 3)
+    fit = progress(f"fitting the basis: {kind}", 2)
+    plain_basis = FeatureBasis.from_layers(moments, kind, topk=plain)
+    fit()
+    basis = FeatureBasis.from_layers(moments, kind, topk=settings.topk, dense_dims=settings.dense_dims)
+    fit()
     variants: list[tuple[str, str, dict[str, Any] | None]] = [
         ("dense", "dense", None),
         ("plain_topk", f"top-{plain} alone", {"topk": plain, "topk_query": topk_query}),
         (
             "basis",
-            f"top-{plain}, {settings.basis} basis",
-            {"topk": plain, "topk_query": topk_query, "basis": basis},
+            f"top-{plain}, {kind} basis",
+            {"topk": plain, "topk_query": topk_query, "basis": plain_basis},
         ),
         (
             "sfa",
-            f"{settings.dense_dims} dense + top-{settings.topk}, {settings.basis} basis",
+            f"{settings.dense_dims} dense + top-{settings.topk}, {kind} basis",
             {**budgets, "basis": basis},
         ),
     ]
     report: dict[str, Any] = {
-        "settings": {**asdict(settings), "model": settings.model or BUNDLED_NAME, "topk_query": topk_query},
+        "settings": {**asdict(settings), "model": settings.model or BUNDLED_NAME, "topk_query": topk_query, "basis": kind},
         "versions": _versions(),
     }
     for name, label, options in variants:

@@ -17,7 +17,8 @@ def topk_rows(x: Tensor, topk: int, *, dense_dims: int = 0) -> Tensor:
     """x [..., D] with zeros in place of all but its first `dense_dims` entries and the `topk` largest magnitudes
     of the rest, ties to the lowest index (paper, Eq. 3)."""
     rest = x[..., dense_dims:]
-    order = rest.abs().sort(dim=-1, descending=True, stable=True).indices[..., :topk]
+    magnitude = rest.abs().masked_fill(rest.isnan(), math.nan)  # CUDA's abs and sort keep a NaN's sign
+    order = magnitude.sort(dim=-1, descending=True, stable=True).indices[..., :topk]
     kept = torch.zeros_like(rest).scatter(-1, order, rest.gather(-1, order))
     return torch.cat((x[..., :dense_dims], kept), dim=-1)
 

@@ -17,18 +17,50 @@ from ..checks import require
 _NAME = "sfa_calibration"
 
 
-@torch.no_grad()
 def calibrate(
-    model: Any, windows: Tensor, kind: str = "whitened", progress: Callable[[], None] = lambda: None
+    model: Any,
+    windows: Tensor,
+    topk: int,
+    *,
+    dense_dims: int = 0,
+    kind: str = "dictionary",
+    max_position: int | None = None,
+    progress: Callable[[], None] = lambda: None,
 ) -> FeatureBasis:
     """The basis [L, Hkv, D, D] of a dense model's attention layers, from text.
 
     Args:
         model: a causal language model of transformers that `enable` can switch.
-        windows: [S, W] int64 token ids; a few thousand tokens suffice.
-        kind: "whitened", "balanced", "pca" or "identity" (see `FeatureBasis.from_moments`).
+        windows: [S, W] int64 token ids; 8000 tokens suffice, fewer than 4000 cost quality.
+        topk, dense_dims: the budget that `enable` will be given.
+        kind: "dictionary", "balanced" (for sparse queries), "whitened", "pca" or "identity"; see
+            `FeatureBasis.from_moments`.
+        max_position, progress: as in `gather_moments`.
+    """
+    moments = gather_moments(model, windows, max_position=max_position, progress=progress)
+    return FeatureBasis.from_layers(moments, kind, topk=topk, dense_dims=dense_dims)
+
+
+@torch.no_grad()
+def gather_moments(
+    model: Any, windows: Tensor, *, max_position: int | None = None, progress: Callable[[], None] = lambda: None
+) -> list[Moments]:
+    """Moments of each attention layer's queries and keys, after RoPE, over windows [S, W] of token ids.
+
+    Args:
+        max_position: longest context the model will be used with. Rotated keys look different at positions that
+            calibration has not seen, so the windows are moved there: all tokens but the first (the one that
+            attention sinks into) are placed at offsets spread evenly up to it. None: the positions of the windows.
         progress: called after each window.
     """
+    require(windows.ndim == 2 and windows.numel() > 0, f"windows must be [S, W] token ids, got {tuple(windows.shape)}")
+    count, length = windows.shape
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    furthest = length if max_position is None else max_position
+    require(
+        length <= furthest and (limit is None or furthest <= limit),
+        f"max_position must hold the windows' {length} tokens and be at most the model's {limit}, got {furthest}",
+    )
     moments: dict[int, Moments] = {}
 
     def record(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -41,8 +73,16 @@ def calibrate(
     before = model.config._attn_implementation
     model.set_attn_implementation(_NAME)
     try:
-        for window in windows:
-            model(input_ids=window[None].to(model.device), use_cache=False)
+        for index, window in enumerate(windows):
+            window = window.to(model.device)
+            positions = torch.arange(length)
+            positions[1:] += (furthest - length) * index // max(1, count - 1)
+            model(
+                input_ids=window[None],
+                position_ids=positions[None].to(model.device),
+                attention_mask=torch.ones_like(window)[None],  # without one, the gap would read as packed sequences
+                use_cache=False,
+            )
             progress()
     finally:
         model.set_attn_implementation(before)
@@ -50,4 +90,4 @@ def calibrate(
         bool(moments),
         f"{type(model).__name__} called no attention function of transformers: it cannot be switched",
     )
-    return FeatureBasis.stack([FeatureBasis.from_moments(moments[i], kind) for i in sorted(moments)])
+    return [moments[layer] for layer in sorted(moments)]

@@ -157,6 +157,10 @@ def _check(model: Any, modules: list[nn.Module], settings: SFASettings, basis: F
         0 <= settings.value_tolerance < 1,
         f"value_tolerance must be in [0, 1), got {settings.value_tolerance}",
     )
+    require(
+        settings.layers is None or 0 < len(settings.layers) == len(set(settings.layers)),
+        f"layers must name each layer to switch once, got {settings.layers}; leave it None for all",
+    )
     unknown = [i for i in settings.layers or [] if not 0 <= i < len(modules)]
     require(not unknown, f"layers {unknown} do not exist: {name} has layers 0 to {len(modules) - 1}")
     if basis is not None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..masks import AttentionMask
 
 _aten = torch.ops.aten
+_CUDNN_SHORTEST = 64  # cuDNN refuses some shorter sequences, and is no faster on them
 
 
 def choose_kernel(q: Tensor, v: Tensor, mask: AttentionMask) -> tuple[Kernel | None, str]:
@@ -32,8 +33,17 @@ def choose_kernel(q: Tensor, v: Tensor, mask: AttentionMask) -> tuple[Kernel | N
         return None, "no fused CUDA kernel takes float64"
     if q.dtype == torch.float32 or mask.key_padding_mask is not None:
         return CudaEfficient(), "torch's memory-efficient CUDA kernel: the one that takes float32 and padding"
+    n_q, n_k = q.shape[-2], v.shape[-2]
     plain = mask.window is None and mask.cu_seqlens_q is None
-    if torch.cuda.get_device_capability(q.device) >= (9, 0) and width <= 128 and plain:
+    two_sided = mask.window is not None and not mask.is_causal
+    if two_sided and (mask.cu_seqlens_q is not None or n_q > n_k):
+        return CudaEfficient(), "torch's memory-efficient CUDA kernel: FlashAttention-2 misplaces such a window"
+    if (
+        torch.cuda.get_device_capability(q.device) >= (9, 0)
+        and plain
+        and width <= 128
+        and min(n_q, n_k) >= _CUDNN_SHORTEST
+    ):
         return CudaCudnn(), "cuDNN, the fastest dense kernel torch has for this mask on Hopper and later"
     if torch.cuda.get_device_capability(q.device) >= (8, 0):
         return CudaFlash(), "FlashAttention-2 of torch"
@@ -319,7 +329,7 @@ class CudaFlash(Kernel):
 class CudaCudnn(Kernel):
     """cuDNN's fused attention: half precision, head widths to 128."""
 
-    multiple = 8
+    multiple = 16  # it accepts 8, and returns wrong gradients for a width of 40
 
     def forward(self, q, k, v, bias, is_causal, scale):  # type: ignore[no-untyped-def]
         out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(
