@@ -4,9 +4,13 @@
 """
 
 import contextlib
+import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it once, when the first kernel is defined
 
 torch.set_num_threads(1)  # the tensors are tiny, and pytest-xdist runs tests side by side
 

@@ -1,4 +1,4 @@
-"""The command line: `flashsfa convert` and `flashsfa info`."""
+"""The command line: `flashsfa convert`, `flashsfa bench` and `flashsfa info`."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ from .basis import KINDS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, or 2 with one line on stderr that says what to do."""
+    """Run the command line; returns the exit code: 0, or 2 with one line on stderr that says what to do.
+
+    `bench` returns 1 if a case failed.
+    """
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
-        options.run(options)
+        return options.run(options) or 0
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"flashsfa: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("flashsfa: stopped", file=sys.stderr)
         return 130
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,12 +50,19 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "-o", "--output", type=Path, required=True, metavar="DIR", help="new directory for model and report"
     )
-    convert.add_argument("--topk", type=int, default=16, help="kept features of a key beside the dense channel")
+    convert.add_argument("--topk", type=int, default=12, help="kept features of a key beside the dense channel")
     convert.add_argument(
         "--topk-query", type=int, default=None, help="kept features of a query (default: all, dense queries)"
     )
-    convert.add_argument("--dense-dims", type=int, default=16, help="leading features that are always kept")
-    convert.add_argument("--basis", choices=KINDS, default="whitened", help="calibrated coordinates")
+    convert.add_argument("--dense-dims", type=int, default=22, help="leading features that are always kept")
+    convert.add_argument(
+        "--basis", choices=KINDS, default=None,
+        help="calibrated coordinates (default: dictionary for dense queries, balanced for sparse ones)",
+    )  # fmt: skip
+    convert.add_argument(
+        "--max-position", type=int, default=None,
+        help="longest context in tokens to calibrate for (default: the window)",
+    )  # fmt: skip
     convert.add_argument(
         "--calibrate",
         metavar="TEXT",
@@ -66,6 +75,19 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--window", type=int, default=768, help="tokens a window")
     convert.add_argument("--windows", type=int, default=10, help="windows to calibrate on, and to evaluate on")
     convert.set_defaults(run=_convert)
+
+    bench = commands.add_parser(
+        "bench", help="time decode or coding beside torch's dense kernels, each case checked first",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    bench.add_argument("operation", choices=("decode", "topk"), help="what to time")
+    bench.add_argument("--quick", action="store_true", help="small cases and few repeats")
+    bench.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: cuda if there is one")
+    bench.add_argument(
+        "-o", "--output", type=Path, default=Path("benchmarks/results"), metavar="DIR",
+        help="for the table (CSV, JSON) and the plot; earlier results there are kept",
+    )  # fmt: skip
+    bench.set_defaults(run=_bench)
 
     info = commands.add_parser("info", help="versions and devices, or what a converted model holds")
     info.add_argument("model", nargs="?", type=Path, metavar="DIR", help="a converted model's directory")
@@ -88,7 +110,7 @@ def _convert(options: argparse.Namespace) -> None:
     settings = ConvertSettings(
         model=options.model, topk=options.topk, topk_query=options.topk_query, dense_dims=options.dense_dims,
         basis=options.basis, calibrate=options.calibrate, eval=options.eval, dtype=options.dtype,
-        window=options.window, windows=options.windows,
+        window=options.window, windows=options.windows, max_position=options.max_position,
     )  # fmt: skip
     output.parent.mkdir(parents=True, exist_ok=True)
     # Write beside, then rename: whatever stops us, there is never half a model under the final name.
@@ -158,6 +180,31 @@ def _print_report(report: dict[str, Any], output: Path) -> None:
         console.print(f"[bold]{name}[/]: ", end="")
         console.print(report[name]["text"], markup=False)
     console.print(f"\nmodel, report.json and report.png are in {output}", markup=False)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    device = torch.device(("cuda" if on_gpu else "cpu") if options.device == "auto" else options.device)
+    if device.type == "cuda" and not on_gpu:
+        raise ValueError("--device cuda, but torch finds no CUDA device here; leave it out to run on the CPU")
+    try:
+        import matplotlib  # noqa: F401
+        from rich.console import Console
+    except ImportError as error:
+        raise ImportError(f"{error}: pip install 'flashsfa[bench]'") from error
+    from . import benchmarking
+
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)
+    results, paths = benchmarking.run(
+        options.operation, device=device, quick=options.quick, directory=options.output,
+        on_start=lambda count: console.print(f"{count} cases on {device}"),
+        on_row=lambda row: console.print(row.summary()),
+    )  # fmt: skip
+    console.print(results.table())
+    console.print("written: " + ", ".join(map(str, paths)), soft_wrap=True)
+    return int(any(row.status == "failed" for row in results.rows))
 
 
 def _info(options: argparse.Namespace) -> None:

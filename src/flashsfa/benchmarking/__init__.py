@@ -1,0 +1,109 @@
+"""Benchmarks of decode and of coding, beside the strongest dense kernels torch has.
+
+A case is timed only after its output has passed the error rule; a case that fails or cannot run is a row with its
+reason and no time. `decode` and `topk` hold the cases, `timing` the clock and the copy bandwidth that serves as
+roofline, `results` the rows, table and files, `plots` the picture.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from . import decode, topk
+from .cases import Case, UnavailableError
+from .results import BaselineResult, Results, Row, environment, require_writable
+from .timing import copy_bandwidth, measure
+
+CASES: dict[str, Callable[[torch.device, bool], Sequence[Case]]] = {"decode": decode.cases, "topk": topk.cases}
+
+
+def run(
+    operation: str,
+    *,
+    device: torch.device,
+    quick: bool,
+    directory: Path,
+    on_start: Callable[[int], object],
+    on_row: Callable[[Row], object],
+) -> tuple[Results, list[Path]]:
+    """Run every case of `operation` ("decode" or "topk"); write JSON, CSV and a plot into `directory`.
+
+    `on_start` is told the number of cases, `on_row` each row as soon as it is there. Returns the results and the
+    files written. Raises `OSError` before anything is measured if `directory` cannot be written.
+    """
+    require_writable(directory)
+    cases = CASES[operation](device, quick)
+    on_start(len(cases))
+    bandwidth = copy_bandwidth(device)
+    rows = []
+    for case in cases:
+        rows.append(run_case(case, bandwidth, quick))
+        on_row(rows[-1])
+        _release(device)
+    results = Results(operation, environment(device), bandwidth, tuple(rows))
+    from .plots import draw
+
+    paths = results.save(directory)
+    picture = paths[0].with_suffix(".png")
+    draw(results, picture)
+    return results, [*paths, picture]
+
+
+def run_case(case: Case, bandwidth: float, quick: bool) -> Row:
+    """Prepare, check, and only then time a case; whatever stops it becomes the note of a row without a time.
+
+    Args:
+        bandwidth: bytes a second of a copy on the case's device, the roofline.
+        quick: a few repeats instead of many.
+    """
+    row = partial(Row, case.name, case.facet, case.curve, case.n)
+    try:
+        work = case.prepare()
+        verdict = work.check(work.run())
+        if not verdict.passed:
+            return row(status="failed", note=verdict.note)
+        runs, notes = {"flashsfa": work.run}, []
+        for name, baseline in work.baselines.items():
+            try:
+                baseline.run()
+                runs[name] = baseline.run
+            except RuntimeError as error:
+                notes.append(f"{name} does not run: {_first_line(error)}")
+        times = measure(runs, case.device, quick)
+    except UnavailableError as reason:
+        return row(status="skipped", note=str(reason))
+    except Exception as error:  # out of memory, say: the other cases still have their rows
+        return row(status="failed", note=f"{type(error).__name__}: {_first_line(error)}")
+    ours = times.pop("flashsfa")
+    choice = work.choice()
+    return row(
+        status="ok", note="; ".join(notes), timing=ours,
+        gb_per_s=work.nbytes / ours.median_ms / 1e6,
+        roofline_percent=100 * 1e3 * work.nbytes / bandwidth / ours.median_ms,
+        bytes_moved=work.nbytes, bytes_per_token=work.bytes_per_token, moved_per_token=work.nbytes / work.tokens,
+        v_rows_read=work.v_rows_read, error=verdict.error,
+        backend=choice.backend if choice else "not recorded", reason=choice.reason if choice else "",
+        baselines={
+            name: BaselineResult(
+                timing, gb_per_s=work.baselines[name].nbytes / timing.median_ms / 1e6,
+                ratio=timing.median_ms / ours.median_ms, moved_per_token=work.baselines[name].nbytes / work.tokens,
+                competes=work.baselines[name].competes,
+            )
+            for name, timing in times.items()
+        },
+    )  # fmt: skip
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

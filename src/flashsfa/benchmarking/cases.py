@@ -1,0 +1,90 @@
+"""What a case is: a name, a shape, and a factory of inputs that brings its own check and baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from ..kernels.dispatch import Choice
+
+
+class UnavailableError(Exception):
+    """A case that cannot run here, with the reason: its row says skipped, not failed."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Outcome of the correctness check.
+
+    Attributes:
+        passed: the output keeps the error rule.
+        error: norm of the output's error relative to the norm of the truth, as found.
+        note: what was wrong, for a case that did not pass.
+    """
+
+    passed: bool
+    error: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Something to be compared with.
+
+    Attributes:
+        run: does the work once.
+        nbytes: bytes it must move.
+        competes: does the same job, and so counts when the fastest baseline is looked for; False for a limit.
+    """
+
+    run: Callable[[], Any]
+    nbytes: int
+    competes: bool = True
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A prepared case, its inputs on the device.
+
+    Attributes:
+        run: the call under test; returns its output.
+        check: judges that output.
+        nbytes: bytes the call must move at least.
+        tokens: rows of cache or input, one a token and kv head, that these bytes are counted over.
+        bytes_per_token: bytes the result or cache holds of such a row.
+        choice: the backend the call last ran on.
+        v_rows_read: share of the V rows that must be read, where only some are.
+    """
+
+    run: Callable[[], Any]
+    check: Callable[[Any], Verdict]
+    nbytes: int
+    tokens: int
+    bytes_per_token: float
+    choice: Callable[[], Choice | None]
+    v_rows_read: float | None = None
+    baselines: Mapping[str, Baseline] = field(default_factory=dict)
+
+
+class Case(Protocol):
+    """A registered case. Rows of one `facet` share a panel of the plot, and of one `curve` in it a line over `n`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def facet(self) -> str: ...
+    @property
+    def curve(self) -> str: ...
+    @property
+    def n(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+    def prepare(self) -> Workload: ...
+
+
+def tokens_label(n: int) -> str:
+    """8192 as "8k"."""
+    return f"{n // 1024}k" if n % 1024 == 0 else str(n)

@@ -1,0 +1,254 @@
+"""Cases of `sparse_feature_decode`: one new token over a cache of codes, beside SDPA over the dense keys."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .. import reference
+from ..codes import FeatureCodes, topk_codes
+from ..decode import sparse_feature_decode
+from ..kernels.dispatch import last_choice
+from ..kv_cache import SparseKVCache
+from .cases import Baseline, UnavailableError, Verdict, Workload, tokens_label
+
+_APPEND_TOKENS = 8192  # coding a long context at once would need several times its memory
+_TOLERANCE = 1e-2
+_UNION_SHARE = 0.22  # of V rows that carry 1 - 1e-2 of the weight: a trained model's heads at 8000 tokens
+
+
+def cases(device: torch.device, quick: bool) -> list[DecodeCase]:
+    """Every code, head count and context length; on the CPU in float32 and smaller."""
+    on_gpu = device.type == "cuda"
+    batch, heads = (8, ((16, 16), (32, 8))) if on_gpu else (1, ((8, 8), (16, 4)))
+    lengths: tuple[int, ...] = (8192, 32768, 131072) if on_gpu else (4096, 32768)
+    if quick:
+        lengths = (1024, 4096) if on_gpu else (256, 512)
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    codes: list[dict[str, Any]] = [
+        {"head_dim": 128, "topk": 16, "dense_dims": 0},
+        {"head_dim": 128, "topk": 16, "dense_dims": 16},
+        {"head_dim": 64, "topk": 8, "dense_dims": 0},
+        {"head_dim": 128, "topk": 16, "dense_dims": 0, "cache_dtype": torch.float8_e4m3fn},
+        {"head_dim": 128, "topk": 16, "dense_dims": 16, "value_tolerance": _TOLERANCE},
+    ]
+    return [
+        DecodeCase(batch, query_heads, kv_heads, n, dtype=dtype, device=device, **code)
+        for code in codes
+        for query_heads, kv_heads in heads
+        for n in lengths
+    ]
+
+
+@dataclass(frozen=True)
+class DecodeCase:
+    """One decode step: q [batch, query_heads, 1, head_dim] over n tokens of kv_heads heads.
+
+    `cache_dtype` is that of an 8-bit cache; None stores `dtype`. With a `value_tolerance` the queries are shaped
+    so that the scores look like a trained model's, see `shaped_queries`.
+    """
+
+    batch: int
+    query_heads: int
+    kv_heads: int
+    n: int
+    head_dim: int
+    topk: int
+    dense_dims: int
+    dtype: torch.dtype
+    device: torch.device
+    cache_dtype: torch.dtype | None = None
+    value_tolerance: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return f"d={self.head_dim}, {self.curve}, {self.query_heads}/{self.kv_heads} heads, n={tokens_label(self.n)}"
+
+    @property
+    def facet(self) -> str:
+        return f"d={self.head_dim}, {self.query_heads}/{self.kv_heads} heads, batch {self.batch}"
+
+    @property
+    def curve(self) -> str:
+        code = f"{self.dense_dims} dense + k={self.topk}" if self.dense_dims else f"k={self.topk}"
+        if self.cache_dtype is not None:
+            code += ", 8-bit"
+        return f"{code}, tolerance {self.value_tolerance:g}" if self.value_tolerance else code
+
+    def prepare(self) -> Workload:
+        """Random keys and values of unit variance, in a cache; queries alike or shaped."""
+        generator = torch.Generator(self.device).manual_seed(0)
+        draw = partial(torch.randn, generator=generator, dtype=self.dtype, device=self.device)
+        k, v = (draw(self.batch, self.kv_heads, self.n, self.head_dim) for _ in "kv")
+        cache: Any = self._filled_cache(k, v)
+        q = draw(self.batch, self.query_heads, 1, self.head_dim)
+        v_rows_read = None
+        if self.value_tolerance:
+            q = shaped_queries(q, cache.codes, self.value_tolerance)
+            v_rows_read = needed_share(q, cache.codes, self.value_tolerance)
+        options: dict[str, Any] = {"value_tolerance": self.value_tolerance}
+        if self.cache_dtype is not None:
+            options["v_scale"] = cache.v_scale
+        codes, stored_v = cache.codes, cache.v
+        tokens, v_bytes = self.batch * self.kv_heads * self.n, cache.nbytes - codes.nbytes
+        read = codes.nbytes + (v_bytes if v_rows_read is None else round(v_rows_read * v_bytes))
+        return Workload(
+            run=lambda: sparse_feature_decode(q, codes, stored_v, **options),
+            check=lambda out: self._check(out, q, k, v, codes, stored_v, options.get("v_scale")),
+            nbytes=read + 2 * q.nbytes,  # the output is as large as q
+            tokens=tokens,
+            bytes_per_token=cache.nbytes / tokens,
+            choice=lambda: last_choice("decode"),
+            v_rows_read=v_rows_read,
+            baselines=baselines(q, k, v),
+        )
+
+    def _filled_cache(self, k: Tensor, v: Tensor) -> SparseKVCache:
+        stored: dict[str, Any] = {} if self.cache_dtype is None else {"dtype": self.cache_dtype}
+        try:
+            cache = SparseKVCache(self.topk, dense_dims=self.dense_dims, capacity=self.n, **stored)
+        except TypeError as error:
+            raise UnavailableError("SparseKVCache takes no dtype: no 8-bit cache here") from error
+        for start in range(0, self.n, _APPEND_TOKENS):
+            chunk = slice(start, start + _APPEND_TOKENS)
+            cache.append(k[:, :, chunk], v[:, :, chunk])
+        return cache
+
+    def _check(
+        self,
+        out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        codes: FeatureCodes,
+        stored_v: Tensor,
+        v_scale: Tensor | None,
+    ) -> Verdict:
+        """The error rule, by the norm of each output row: at most twice the error of SDPA over the same stored
+        codes in the same dtype, both against fp64, and a few roundings; a tolerance τ adds its bound 2·τ·max‖v‖.
+
+        The error that is reported is taken against unquantised codes and values.
+        """
+        sparse_q = _grouped(topk_codes(q, self.topk, dense_dims=self.dense_dims).to_dense(), self.kv_heads)
+        out = _grouped(out, self.kv_heads)  # [B, Hkv, G, Dv], and so is sparse_q
+        worst = torch.zeros(4, dtype=torch.float64, device=out.device)  # of: ours, SDPA's error, ‖truth‖, ‖v‖
+        squares = torch.zeros(2, dtype=torch.float64, device=out.device)  # of: ours against unquantised, that truth
+        for head in _kv_heads(self.batch, self.kv_heads):
+            keys, values = _wide(codes[head]), stored_v[head].double()
+            if v_scale is not None:
+                values = values * v_scale[head].double()[..., None]
+            rows, got = sparse_q[head], out[head].double()
+            truth, _ = reference.attention(rows.double(), keys, values)  # [1, 1, G, Dv]
+            plain = F.scaled_dot_product_attention(rows, keys.to(q.dtype), values.to(q.dtype)).double()
+            found = [x.norm(dim=-1).max() for x in (got - truth, plain - truth, truth, values)]
+            worst = torch.maximum(worst, torch.stack(found))
+            if self.cache_dtype is not None:
+                exact = topk_codes(k[head], self.topk, dense_dims=self.dense_dims)
+                truth, _ = reference.attention(rows.double(), _wide(exact), v[head].double())
+            squares += torch.stack([(got - truth).square().sum(), truth.square().sum()])
+        ours, sdpa, size, largest_v = worst.tolist()
+        allowed = 2 * sdpa + 4 * torch.finfo(q.dtype).eps * size + 2 * self.value_tolerance * largest_v
+        passed = ours <= allowed  # False for NaN
+        note = "" if passed else f"wrong output: error {ours:.3g}, allowed {allowed:.3g} (largest norm of a row)"
+        return Verdict(passed, math.sqrt(squares[0] / squares[1]), note)
+
+
+def baselines(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Baseline]:
+    """SDPA over dense k and v by its fastest backends, given grouped query heads as such (`enable_gqa`) and, as one
+    new token allows, as the rows of one query per kv head, which reads a kv head once for all of its queries."""
+
+    def attend(backend: SDPBackend | None, queries: Tensor) -> Any:
+        arguments: dict[str, Any] = {"enable_gqa": queries.shape[1] != k.shape[1]}
+        if backend is None:
+            return F.scaled_dot_product_attention(queries, k, v, **arguments)
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(queries, k, v, **arguments)
+
+    backends: dict[str, SDPBackend | None] = {"sdpa": None}
+    if q.device.type == "cuda":
+        backends = {"fa2": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+    forms = {"": q} if q.shape[1] == k.shape[1] else {"": q, "_grouped": _grouped(q, k.shape[1])}
+    nbytes = k.nbytes + v.nbytes + 2 * q.nbytes
+    return {
+        name + suffix: Baseline(partial(attend, backend, queries), nbytes)
+        for name, backend in backends.items()
+        for suffix, queries in forms.items()
+    }
+
+
+def shaped_queries(q: Tensor, codes: FeatureCodes, tolerance: float, share: float = _UNION_SHARE) -> Tensor:
+    """Queries whose softmax over `codes` is as peaked as a trained model's.
+
+    The query heads of a kv head are given a part in common, as they attend to related things, and all are scaled by
+    one factor, found by bisection, so that `share` of the V rows carry all but `tolerance` of the
+    weight, counted as `needed_share` does. Weights are then about log-normal, and the heavy rows lie scattered: no
+    runs of neighbours help the kernel.
+
+    Args:
+        q: [B, Hq, 1, D] normal.
+        codes: [B, Hkv, N, ...].
+
+    Returns:
+        [B, Hq, 1, D] in the dtype of q.
+    """
+    groups = q.unflatten(1, (codes.values.shape[1], -1))  # [B, Hkv, G, 1, D]
+    common = math.sqrt(groups.shape[2]) * groups.mean(2, keepdim=True)  # of the variance of each query
+    q = (groups + common).flatten(1, 2)
+    sample = next(iter(_scores(q, codes)))  # one sequence, all of its heads
+    low, high = 0.0, 64.0 / float(sample.std())
+    for _ in range(24):
+        factor = (low + high) / 2
+        if float(_needed(factor * sample, tolerance).mean()) > share:
+            low = factor  # too flat
+        else:
+            high = factor
+    return q * high
+
+
+def needed_share(q: Tensor, codes: FeatureCodes, tolerance: float) -> float:
+    """Share of V rows outside the lightest ones that sum to at most `tolerance` of the weight, as the union over
+    the query heads of a kv head, mean over all kv heads: the least that must be read."""
+    shares = [_needed(scores, tolerance).mean() for scores in _scores(q, codes)]
+    return float(torch.stack(shares).mean())
+
+
+def _scores(q: Tensor, codes: FeatureCodes) -> Iterator[Tensor]:
+    """Scores [Hkv, G, N] of each sequence in turn, float32."""
+    kept = topk_codes(q, codes.topk, dense_dims=codes.dense_dims).to_dense()
+    rows = _grouped(kept, codes.values.shape[1]).float() / math.sqrt(q.shape[-1])
+    for b in range(q.shape[0]):
+        yield rows[b] @ codes[b].to(torch.float32).to_dense().mT
+
+
+def _needed(scores: Tensor, tolerance: float) -> Tensor:
+    """Which V rows [Hkv, N] the scores [Hkv, G, N] need, 0 or 1."""
+    ascending, order = scores.softmax(-1).sort(-1)
+    light = torch.zeros_like(scores).scatter(-1, order, (ascending.cumsum(-1) <= tolerance).to(scores.dtype))
+    return 1 - light.amin(1)
+
+
+def _grouped(x: Tensor, kv_heads: int) -> Tensor:
+    """x [B, Hq, 1, D] as [B, Hkv, G, D]."""
+    return x.unflatten(1, (kv_heads, -1)).squeeze(3)
+
+
+def _kv_heads(batch: int, kv_heads: int) -> Iterator[tuple[slice, slice]]:
+    """An index a kv head, that keeps both leading dimensions: fp64 scores of all heads at once would not fit."""
+    for b in range(batch):
+        for h in range(kv_heads):
+            yield slice(b, b + 1), slice(h, h + 1)
+
+
+def _wide(codes: FeatureCodes) -> Tensor:
+    """The coded rows [..., D] in fp64, an 8-bit code's scale applied."""
+    rows = FeatureCodes(codes.dense.double(), codes.values.double(), codes.indices, codes.head_dim).to_dense()
+    scale = getattr(codes, "scale", None)
+    return rows if scale is None else rows * scale.double()[..., None]

@@ -1,0 +1,75 @@
+"""The clock: medians over interleaved runs with a cold cache, and the bandwidth of a copy."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_GIB = 1 << 30
+_FLUSH_BYTES = {"cuda": _GIB, "cpu": _GIB // 8}
+_COPY_BYTES = {"cuda": _GIB, "cpu": _GIB // 4}
+_REPEATS = {"cuda": 50, "cpu": 15}
+_QUICK_REPEATS = 3
+_WARM_UP = 2  # compiles kernels and fills the allocator's pools
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds a run: the median and the 20th and 80th percentile."""
+
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+
+
+def measure(runs: Mapping[str, Callable[[], Any]], device: torch.device, quick: bool = False) -> dict[str, Timing]:
+    """Time each of `runs` on `device`: CUDA events on a GPU, the wall clock on the CPU.
+
+    Runs alternate, so that noise and clock changes meet all alike. Before each, a large buffer is read: the caches
+    are cold and hold nothing that would have to be written back, and on a GPU the read lasts long enough for the
+    launches of the run to be queued behind it, so that the events enclose the GPU's work alone.
+    """
+    flush = torch.zeros(_FLUSH_BYTES[device.type] // 4, device=device)
+    for run in runs.values():
+        for _ in range(_WARM_UP):
+            run()
+    marks: dict[str, list[tuple[Any, Any]]] = {name: [] for name in runs}
+    for _ in range(_QUICK_REPEATS if quick else _REPEATS[device.type]):
+        for name, run in runs.items():
+            flush.sum()
+            start = _mark(device)
+            run()
+            marks[name].append((start, _mark(device)))
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return {name: _summary([_elapsed_ms(*pair) for pair in pairs]) for name, pairs in marks.items()}
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes read and written a second by a copy of a large buffer: the roofline of all that is bound by memory."""
+    source = torch.zeros(_COPY_BYTES[device.type] // 4, device=device)
+    target = torch.empty_like(source)
+    timing = measure({"copy": lambda: target.copy_(source)}, device)["copy"]
+    return 2 * source.nbytes / timing.median_ms * 1e3
+
+
+def _mark(device: torch.device) -> Any:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _elapsed_ms(start: Any, end: Any) -> float:
+    return 1e3 * (end - start) if isinstance(start, float) else start.elapsed_time(end)
+
+
+def _summary(times: list[float]) -> Timing:
+    p20, *_, p80 = statistics.quantiles(times, n=5, method="inclusive")
+    return Timing(statistics.median(times), p20, p80)

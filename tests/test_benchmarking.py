@@ -1,0 +1,313 @@
+"""`flashsfa bench`: a wrong kernel gets no time, every case gets a row, and earlier results are never overwritten."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+from flashsfa import SparseKVCache, reference, sparse_feature_decode, topk_codes
+from flashsfa.cli import main
+
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+from flashsfa import benchmarking
+from flashsfa.benchmarking import decode, plots, results, timing, topk
+
+CPU = torch.device("cpu")
+SMALL = {"head_dim": 32, "topk": 4, "dense_dims": 0, "dtype": torch.float32, "device": CPU}
+DECODE = [
+    decode.DecodeCase(1, 4, 4, 64, **SMALL),
+    decode.DecodeCase(2, 4, 1, 1024, **SMALL | {"dense_dims": 8}),
+    decode.DecodeCase(1, 4, 1, 128, **SMALL | {"value_tolerance": 0.05}),
+]
+TOPK = [topk.TopkCase(2, 2, n, 32, 4, dense, torch.bfloat16, CPU) for n in (16, 48) for dense in (0, 8)]
+
+
+@pytest.fixture(autouse=True)
+def small_buffers(monkeypatch):
+    monkeypatch.setitem(benchmarking.CASES, "decode", lambda device, quick: DECODE)
+    monkeypatch.setitem(benchmarking.CASES, "topk", lambda device, quick: TOPK)
+    monkeypatch.setitem(timing._FLUSH_BYTES, "cpu", 1024)
+    monkeypatch.setitem(timing._COPY_BYTES, "cpu", 1 << 16)
+
+
+def bench(operation, directory, *more):
+    return main(["bench", operation, "--quick", "--device", "cpu", "-o", str(directory), *more])
+
+
+def only(directory, suffix):
+    (path,) = directory.glob(f"*{suffix}")
+    return path
+
+
+def rows_in(directory):
+    return json.loads(only(directory, ".json").read_text())["rows"]
+
+
+@pytest.mark.parametrize(("operation", "cases"), [("decode", DECODE), ("topk", TOPK)])
+def test_whole_run(operation, cases, tmp_path, capsys):
+    directory = tmp_path / "new" / "results"
+    assert bench(operation, directory) == 0
+    out = capsys.readouterr().out
+    document = json.loads(only(directory, ".json").read_text())
+    assert document["copy_gb_per_s"] > 0
+    where = document["environment"]
+    assert where["torch"] == torch.__version__
+    assert {"date", "device", "flashsfa", "commit", "triton", "numba"} <= set(where)
+    assert only(directory, ".json").stem.startswith(f"{operation}-{where['date'][:10]}")
+    assert [row["case"] for row in document["rows"]] == [case.name for case in cases]
+    for row in document["rows"]:
+        assert row["status"] == "ok", row["note"]
+        assert 0 < row["timing"]["p20_ms"] <= row["timing"]["median_ms"] <= row["timing"]["p80_ms"]
+        assert row["gb_per_s"] == pytest.approx(row["bytes_moved"] / row["timing"]["median_ms"] / 1e6)
+        assert row["roofline_percent"] == pytest.approx(100 * row["gb_per_s"] / document["copy_gb_per_s"])
+        for baseline in row["baselines"].values():
+            assert baseline["ratio"] == pytest.approx(baseline["timing"]["median_ms"] / row["timing"]["median_ms"])
+        competing = [baseline["ratio"] for baseline in row["baselines"].values() if baseline["competes"]]
+        assert row["ratio"] == min(competing)
+        assert row["case"] in out
+    with only(directory, ".csv").open(newline="") as file:
+        records = list(csv.DictReader(file))
+    assert [float(record["median_ms"]) for record in records] == [
+        row["timing"]["median_ms"] for row in document["rows"]
+    ]
+    assert all(record["device"] == where["device"] for record in records)
+    assert only(directory, ".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bytes_of_decode(tmp_path):
+    bench("decode", tmp_path)
+    plain, dense, tolerant = rows_in(tmp_path)
+    queries = 2 * 4 * 32 * 4  # q in, output out: heads, width, bytes
+    assert plain["bytes_per_token"] == 5 * 4 + 4 * 32
+    assert plain["bytes_moved"] == 4 * 64 * plain["bytes_per_token"] + queries
+    assert dense["bytes_per_token"] == 4 * 8 + 5 * 4 + 4 * 32
+    assert dense["bytes_moved"] == 2 * 1024 * dense["bytes_per_token"] + 2 * queries
+    assert plain["v_rows_read"] is None
+    assert tolerant["bytes_moved"] == 128 * (5 * 4) + round(tolerant["v_rows_read"] * 128 * 4 * 32) + queries
+    assert {name: b["moved_per_token"] for name, b in plain["baselines"].items()} == {
+        "sdpa": 2 * 4 * 32 + queries / 256
+    }
+    assert set(tolerant["baselines"]) == {"sdpa", "sdpa_grouped"}
+    assert plain["backend"] in ("torch", "numba")
+
+
+def assert_no_times(directory, capsys, message):
+    """Every row failed with `message`, and no time or ratio was printed or kept."""
+    text = capsys.readouterr().out
+    assert " ms" not in text.replace(" ms ", "")  # the table's heading alone
+    for row in rows_in(directory):
+        assert row["status"] == "failed"
+        assert message in row["note"]
+        assert all(row[name] is None for name in ("timing", "gb_per_s", "roofline_percent", "ratio"))
+        assert row["baselines"] == {}
+        assert f"{row['case']}: failed: " in text
+
+
+def drop_last_key(q, codes, v, **options):
+    return sparse_feature_decode(q, codes[:, :, :-1], v[:, :, :-1], **options)
+
+
+def swap_heads(q, codes, v, **options):
+    return sparse_feature_decode(q, codes, v, **options).flip(1)
+
+
+def one_nan(q, codes, v, **options):
+    out = sparse_feature_decode(q, codes, v, **options)
+    out[-1, -1, -1, -1] = torch.nan
+    return out
+
+
+@pytest.mark.parametrize("broken", [drop_last_key, swap_heads, one_nan])
+def test_wrong_decode_gets_no_time(broken, tmp_path, capsys, monkeypatch):
+    cases = [case for case in DECODE if broken is not drop_last_key or not case.value_tolerance]
+    monkeypatch.setitem(benchmarking.CASES, "decode", lambda device, quick: cases)
+    monkeypatch.setattr(decode, "sparse_feature_decode", broken)
+    monkeypatch.setattr(benchmarking, "measure", lambda *_: pytest.fail("a wrong kernel was timed"))
+    assert bench("decode", tmp_path) == 1
+    assert_no_times(tmp_path, capsys, "wrong output")
+
+
+def last_features(x, k, *, dense_dims):
+    codes = topk_codes(x, k, dense_dims=dense_dims)
+    codes.indices[..., -1] = codes.sparse_dims - 1
+    return codes
+
+
+def unsorted(x, k, *, dense_dims):
+    codes = topk_codes(x, k, dense_dims=dense_dims)
+    for part in (codes.values, codes.indices):
+        part.copy_(part.flip(-1))
+    return codes
+
+
+@pytest.mark.parametrize(("broken", "message"), [(last_features, "other entries"), (unsorted, "ascending")])
+def test_wrong_topk_gets_no_time(broken, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(topk, "topk_codes", broken)
+    monkeypatch.setattr(benchmarking, "measure", lambda *_: pytest.fail("a wrong kernel was timed"))
+    assert bench("topk", tmp_path) == 1
+    assert_no_times(tmp_path, capsys, message)
+
+
+def test_a_crash_is_one_row(tmp_path, monkeypatch):
+    def out_of_memory(q, codes, v, **options):
+        if v.shape[2] == 1024:
+            raise RuntimeError("out of memory\nand a long trace")
+        return sparse_feature_decode(q, codes, v, **options)
+
+    monkeypatch.setattr(decode, "sparse_feature_decode", out_of_memory)
+    assert bench("decode", tmp_path) == 1
+    assert [row["status"] for row in rows_in(tmp_path)] == ["ok", "failed", "ok"]
+    assert rows_in(tmp_path)[1]["note"] == "RuntimeError: out of memory"
+
+
+def test_a_baseline_that_does_not_run_is_named(tmp_path, monkeypatch, capsys):
+    def unsupported():
+        raise RuntimeError("no kernel for these shapes")
+
+    real = decode.baselines
+    monkeypatch.setattr(
+        decode, "baselines", lambda *qkv: real(*qkv) | {"cudnn": benchmarking.cases.Baseline(unsupported, 1)}
+    )
+    assert bench("decode", tmp_path) == 0
+    for row in rows_in(tmp_path):
+        assert row["note"] == "cudnn does not run: no kernel for these shapes"
+        assert "cudnn" not in row["baselines"]
+        assert row["timing"]
+    assert "no kernel for these shapes" in capsys.readouterr().out
+
+
+def test_8_bit_is_a_row_whether_it_exists_or_not(tmp_path, monkeypatch, capsys):
+    case = decode.DecodeCase(1, 4, 2, 64, **SMALL, cache_dtype=torch.float8_e4m3fn)
+    monkeypatch.setitem(benchmarking.CASES, "decode", lambda device, quick: [case])
+    assert bench("decode", tmp_path) == 0
+    (row,) = rows_in(tmp_path)
+    if row["status"] == "ok":
+        assert row["bytes_per_token"] < 4 * 4 + 4 * 32
+        assert row["error"] > 1e-4  # against unquantised codes
+    else:
+        assert row["status"] == "skipped"
+        assert "8-bit" in row["note"]
+        assert "skipped" in capsys.readouterr().out
+
+
+def test_earlier_results_stay(tmp_path):
+    for _ in range(2):
+        assert bench("topk", tmp_path) == 0
+    assert len(list(tmp_path.iterdir())) == 6
+    # what is left of a run, any one file, still holds its name
+    first, second = sorted(tmp_path.glob("*.json"), key=lambda path: len(path.name))
+    for path in (first.with_suffix(".csv"), first.with_suffix(".png"), second, second.with_suffix(".png")):
+        path.unlink()
+    kept = {path: path.read_bytes() for path in (first, second.with_suffix(".csv"))}
+    assert bench("topk", tmp_path) == 0
+    assert len(list(tmp_path.glob("*-3.*"))) == 3
+    assert {path: path.read_bytes() for path in kept} == kept
+
+
+def assert_refused(capsys, code, message):
+    assert code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("flashsfa: error:")
+    assert message in line
+
+
+def test_wrong_input(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(benchmarking, "copy_bandwidth", lambda *_: pytest.fail("measured before the check"))
+    in_the_way = tmp_path / "file"
+    in_the_way.write_text("data")
+    assert_refused(capsys, bench("decode", in_the_way), f"cannot write results to {in_the_way}")
+    assert_refused(capsys, bench("decode", in_the_way / "below"), "cannot write results")
+    assert in_the_way.read_text() == "data"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert_refused(capsys, main(["bench", "decode", "--device", "cuda", "-o", str(tmp_path)]), "no CUDA device")
+    for wrong in (["bench", "prefill"], ["bench", "decode", "--device", "tpu"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(wrong)
+
+
+def test_target_cases_are_registered():
+    on_gpu = {
+        (c.batch, c.query_heads, c.kv_heads, c.n, c.head_dim, c.topk, c.dense_dims, c.cache_dtype, c.value_tolerance)
+        for c in decode.cases(torch.device("cuda"), quick=False)
+    }
+    assert on_gpu == {
+        (8, *heads, n, *code)
+        for heads in ((16, 16), (32, 8))
+        for n in (8192, 32768, 131072)
+        for code in (
+            (128, 16, 0, None, 0.0), (128, 16, 16, None, 0.0), (64, 8, 0, None, 0.0),
+            (128, 16, 0, torch.float8_e4m3fn, 0.0), (128, 16, 16, None, 1e-2),
+        )
+    }  # fmt: skip
+    assert (8, 16, 32768, 128, 16, 0) in {
+        (c.batch, c.heads, c.n, c.head_dim, c.topk, c.dense_dims) for c in topk.cases(torch.device("cuda"), quick=False)
+    }
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("quick", [False, True])
+def test_names_are_unique(device, quick):
+    for module in (decode, topk):
+        cases = module.cases(torch.device(device), quick)
+        assert len({case.name for case in cases}) == len(cases)
+        assert len({(case.facet, case.curve, case.n) for case in cases}) == len(cases)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_shaped_queries_have_the_share(groups):
+    n, tolerance, share = 2048, 1e-2, 0.22
+    cache = SparseKVCache(8, dense_dims=8)
+    cache.append(torch.randn(2, 4, n, 64), torch.randn(2, 4, n, 64))
+    q = decode.shaped_queries(torch.randn(2, 4 * groups, 1, 64), cache.codes, tolerance, share)
+    counted = []
+    sparse_q = reference.topk_rows(q, 8, dense_dims=8).double()
+    for b in range(2):
+        for h in range(4):
+            heavy = set()
+            for g in range(groups):
+                scores = cache.codes.to_dense()[b, h].double() @ sparse_q[b, h * groups + g, 0] / 8
+                weights, mass = scores.softmax(0), 0.0
+                for j in weights.argsort(descending=True).tolist():
+                    if mass >= 1 - tolerance:
+                        break
+                    heavy.add(j)
+                    mass += float(weights[j])
+            counted.append(len(heavy) / n)
+    mean = sum(counted) / len(counted)
+    assert decode.needed_share(q, cache.codes, tolerance) == pytest.approx(mean, abs=2e-3)
+    assert mean == pytest.approx(share, abs=0.06)  # the factor is found on the first sequence
+
+
+def test_baselines_compute_attention():
+    q, k, v = (torch.randn(2, *shape, 16, device=CPU) for shape in ((6, 1), (2, 50), (2, 50)))
+    expected, _ = reference.attention(q.double(), k.double(), v.double())
+    found = decode.baselines(q, k, v)
+    assert set(found) == {"sdpa", "sdpa_grouped"}
+    for baseline in found.values():
+        torch.testing.assert_close(baseline.run().reshape(q.shape).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_summary_of_times():
+    assert timing._summary([5.0, 1.0, 4.0, 2.0, 3.0, 6.0]) == timing.Timing(3.5, 2.0, 5.0)
+
+
+def test_plot_of_nothing(tmp_path):
+    rows = (results.Row("a", "f", "c", 8, "failed", "wrong output"),)
+    where = {"flashsfa": "0", "commit": None, "device": "none", "torch": "0"}
+    plots.draw(results.Results("decode", where, 1e9, rows), tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.gpu
+def test_whole_run_on_a_gpu(tmp_path, monkeypatch):
+    device = torch.device("cuda")
+    cases = [case for case in decode.cases(device, quick=True) if case.n == 1024]
+    monkeypatch.setitem(benchmarking.CASES, "decode", lambda device, quick: cases)
+    assert main(["bench", "decode", "--quick", "--device", "cuda", "-o", str(tmp_path)]) == 0
+    for row in rows_in(tmp_path):
+        assert row["status"] == "ok" or "8-bit" in row["note"]
+        if row["status"] == "ok":
+            assert 0 < row["timing"]["p20_ms"] <= row["timing"]["median_ms"] <= row["timing"]["p80_ms"]
+            assert {"fa2", "cudnn"} <= set(row["baselines"])
