@@ -61,7 +61,10 @@ def test_moments_in_the_new_coordinates(kind):
 def test_dictionary_loses_less_than_its_start():
     """Keys with a hidden sparse structure: whitened axes miss it, the dictionary finds some of it."""
     q = torch.randn(2, H * G, 500, D, dtype=torch.float64)
-    k = topk_codes(torch.randn(2, H, 500, D, dtype=torch.float64), 2).to_dense() @ torch.linalg.qr(torch.randn(D, D).double())[0]
+    k = (
+        topk_codes(torch.randn(2, H, 500, D, dtype=torch.float64), 2).to_dense()
+        @ torch.linalg.qr(torch.randn(D, D).double())[0]
+    )
 
     def lost(kind):  # score error of dense queries, what the basis is to keep small
         basis = FeatureBasis.from_moments(moments_of((q, k)), kind, topk=2, dense_dims=1)

@@ -123,6 +123,27 @@ def test_convert(tiny, text, tmp_path, capsys, monkeypatch):
     assert "topk: 2" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kilobytes", [1, 20])
+def test_full_disk_leaves_nothing(kilobytes, tiny, text, tmp_path, capsys, monkeypatch):
+    """No file may grow past a limit, which writers meet as they meet a full disk."""
+    resource = pytest.importorskip("resource")
+    short = functools.partial(flashsfa.convert.ConvertSettings, contexts=(64,))
+    monkeypatch.setattr(flashsfa.convert, "ConvertSettings", short)
+    before = set(tmp_path.iterdir())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024 * kilobytes, limits[1]))
+    try:
+        code = main(arguments(tiny, text, tmp_path / "out"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1
+    assert "flashsfa: error:" in error[0]
+    assert "File too large" in error[0]
+    assert set(tmp_path.iterdir()) == before
+
+
 def test_info(tiny, tmp_path, capsys):
     assert main(["info"]) == 0
     assert f"flashsfa {flashsfa.__version__}" in capsys.readouterr().out

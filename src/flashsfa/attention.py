@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .checks import require, require_alike, require_budget, require_float
+from .checks import require, require_alike, require_budget, require_float, require_padding
 from .codes import FeatureCodes, all_dense_codes, topk_codes
 from .kernels import dense, dispatch
 from .masks import AttentionMask
@@ -170,15 +170,7 @@ def _check_attention(
     require(window is None or window >= 1, f"window must be at least 1 or None, got {window}")
     require(backend in BACKENDS, f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     if key_padding_mask is not None:
-        require(
-            key_padding_mask.dtype == torch.bool and key_padding_mask.shape == (q.shape[0], key_rows.shape[2]),
-            f"key_padding_mask must be bool [B, N_k] = [{q.shape[0]}, {key_rows.shape[2]}], True where a key is padding; "
-            f"got {key_padding_mask.dtype} {tuple(key_padding_mask.shape)}",
-        )
-        require(
-            key_padding_mask.device == q.device,
-            f"key_padding_mask is on {key_padding_mask.device}, q on {q.device}",
-        )
+        require_padding(key_padding_mask, q.shape[0], key_rows.shape[2], q.device)
 
 
 def _attend(

@@ -68,3 +68,13 @@ def require_budget(topk: int, head_dim: int, dense_dims: int) -> None:
         1 <= topk <= sparse_dims,
         f"topk must be 1 to {sparse_dims} (head_dim {head_dim} less dense_dims {dense_dims}), got {topk}",
     )
+
+
+def require_padding(mask: Tensor, batch: int, n_k: int, device: torch.device) -> None:
+    """`mask` is a key padding mask [batch, n_k]."""
+    require(
+        mask.dtype == torch.bool and mask.shape == (batch, n_k),
+        f"key_padding_mask must be bool [B, N_k] = [{batch}, {n_k}], True where a key is padding; "
+        f"got {mask.dtype} {tuple(mask.shape)}",
+    )
+    require(mask.device == device, f"key_padding_mask is on {mask.device}, q on {device}; move them together")

@@ -112,13 +112,20 @@ def convert(settings: ConvertSettings, output: Path, progress: Progress) -> dict
             report[name] |= _generate(model, tokenizer, progress(f"generating: {label}", 1))
     report["perplexity_increase"] = report["sfa"]["perplexity"] / report["dense"]["perplexity"] - 1
     report["attention_ms"] = _attention_times(model, settings, topk_query, progress)
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
-    (output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    _write(model, tokenizer, report, output)
+    return report
+
+
+def _write(model: Any, tokenizer: Any, report: dict[str, Any], output: Path) -> None:
     from .report import draw
 
-    draw(report, output / "report.png")
-    return report
+    try:
+        model.save_pretrained(output)
+        tokenizer.save_pretrained(output)
+        (output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+        draw(report, output / "report.png")
+    except Exception as error:  # a full disk is another error in each of the libraries that write here
+        raise OSError(f"could not write the result: {error}; make room, or choose another place with -o") from error
 
 
 def _windows(settings: ConvertSettings, tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
