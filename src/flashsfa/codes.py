@@ -25,6 +25,7 @@ class FeatureCodes:
         values: [..., K] the kept entries of the sparse part, in ascending order of index. Dtype of `dense`.
         indices: [..., K] uint8 positions of `values`, counted from 0 within the sparse part.
         head_dim: width D of the coded rows; the sparse part is D - M wide.
+        scale: [...] float32 factor of each row's dense channel and values, for 8-bit codes; None for 1.
 
     Raises `ValueError` for parts whose shapes, dtypes or devices do not fit one another.
     """
@@ -33,6 +34,7 @@ class FeatureCodes:
     values: Tensor
     indices: Tensor
     head_dim: int
+    scale: Tensor | None = None
 
     def __post_init__(self) -> None:
         dense, values, indices = self.dense, self.values, self.indices
@@ -51,6 +53,14 @@ class FeatureCodes:
             self.dense_dims + self.topk <= self.head_dim <= 256,
             f"head_dim {self.head_dim} cannot hold {self.dense_dims} dense and {self.topk} sparse entries (at most 256)",
         )
+        if self.scale is not None:
+            require(
+                self.scale.shape == values.shape[:-1]
+                and self.scale.dtype == torch.float32
+                and self.scale.device == values.device,
+                f"scale must be float32 {tuple(values.shape[:-1])} on {values.device}, got {self.scale.dtype} "
+                f"{tuple(self.scale.shape)} on {self.scale.device}",
+            )
 
     @property
     def shape(self) -> torch.Size:
@@ -82,11 +92,15 @@ class FeatureCodes:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the code itself: M + K values and K indices a row."""
-        return self.dense.nbytes + self.values.nbytes + self.indices.nbytes
+        """Bytes of the code itself: M + K values, K indices and the scale of a row."""
+        scale = 0 if self.scale is None else self.scale.nbytes
+        return self.dense.nbytes + self.values.nbytes + self.indices.nbytes + scale
 
     def to_dense(self) -> Tensor:
-        """The coded rows as [..., D], with zeros where nothing was kept. Differentiable in dense and values."""
+        """The coded rows as [..., D], with zeros where nothing was kept; float32 for 8-bit codes. Differentiable in
+        dense and values."""
+        if self.scale is not None:
+            return self.to(torch.float32).to_dense()
         rest = self.values.new_zeros((*self.values.shape[:-1], self.sparse_dims))
         rest = rest.scatter(-1, self.indices.long(), self.values)
         return torch.cat((self.dense, rest), dim=-1) if self.dense_dims else rest
@@ -94,6 +108,7 @@ class FeatureCodes:
     def __getitem__(self, index: Any) -> FeatureCodes:
         """Index the leading dimensions, as `x[index]` does for a tensor; the code's own dimension stays whole."""
         index = index if isinstance(index, tuple) else (index,)
+        scale = None if self.scale is None else self.scale[index]
         if Ellipsis not in index:
             require(
                 len(index) < self.values.ndim,
@@ -101,13 +116,24 @@ class FeatureCodes:
             )
         else:
             index = (*index, slice(None))
-        return FeatureCodes(self.dense[index], self.values[index], self.indices[index], self.head_dim)
+        return FeatureCodes(self.dense[index], self.values[index], self.indices[index], self.head_dim, scale)
 
     def to(self, *args: Any, **kwargs: Any) -> FeatureCodes:
-        """`Tensor.to` for the dense channel and the values; the indices follow to the device and stay uint8."""
+        """`Tensor.to` for the dense channel and the values; the indices follow to the device and stay uint8. Another
+        dtype takes the scale in."""
         values = self.values.to(*args, **kwargs)
         dense = self.dense.to(*args, **kwargs)
-        return FeatureCodes(dense, values, self.indices.to(values.device), self.head_dim)
+        scale = None if self.scale is None else self.scale.to(values.device)
+        if scale is not None and values.dtype != self.dtype:
+            dense, values = (x * scale[..., None].to(x.dtype) for x in (dense, values))
+            scale = None
+        return FeatureCodes(dense, values, self.indices.to(values.device), self.head_dim, scale)
+
+    def quantize(self, dtype: torch.dtype) -> FeatureCodes:
+        """8-bit codes, `dtype` int8 or float8_e4m3fn, with one scale for the dense channel and values of a row."""
+        kept, scale = quantize_rows(torch.cat((self.dense, self.values), dim=-1), dtype)
+        dense, values = (x.contiguous() for x in kept.split((self.dense_dims, self.topk), dim=-1))
+        return FeatureCodes(dense, values, self.indices, self.head_dim, scale)
 
     def check_indices(self) -> None:
         """Raise `ValueError` for an index past the sparse part. Costs a device sync on a GPU, so only on the
@@ -141,8 +167,20 @@ def topk_codes(x: Tensor, topk: int, *, dense_dims: int = 0) -> FeatureCodes:
     require_float("x", x)
     require(x.ndim >= 1, "x must have at least one dimension")
     require_budget(topk, x.shape[-1], dense_dims)
-    dense, values, indices = _topk_codes_op(x, topk, dense_dims)
+    dense, values, indices = topk_codes_op(x, topk, dense_dims)
     return FeatureCodes(dense, values, indices, x.shape[-1])
+
+
+_LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+
+
+def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x [..., C] in 8 bits (int8 or float8_e4m3fn) and the float32 scale [...] of each row: x ≈ 8-bit · scale."""
+    require(dtype in _LARGEST, f"8-bit rows are torch.int8 or torch.float8_e4m3fn, got {dtype}")
+    wide = x.float()
+    scale = wide.abs().amax(-1) / _LARGEST[dtype]
+    scaled = wide / scale.where(scale > 0, 1)[..., None]
+    return (scaled.round() if dtype == torch.int8 else scaled).to(dtype), scale
 
 
 def all_dense_codes(x: Tensor) -> FeatureCodes:
@@ -172,8 +210,8 @@ def select_topk(x: Tensor, topk: int) -> Tensor:
     return keep.nonzero()[:, -1].view(*x.shape[:-1], topk)
 
 
-@torch.library.custom_op("flashsfa::topk_codes", mutates_args=())
-def _topk_codes_op(x: Tensor, topk: int, dense_dims: int) -> tuple[Tensor, Tensor, Tensor]:
+def plain_topk_codes(x: Tensor, topk: int, dense_dims: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Dense channel, values and indices of x in plain PyTorch, on any device."""
     # The code is allocated before the work space of the selection: what lives longest must not lie above it on the
     # heap. And it is a contiguous copy: a view of x would keep all of x alive for as long as the code.
     values, indices = x.new_empty((*x.shape[:-1], topk)), x.new_empty((*x.shape[:-1], topk), dtype=torch.uint8)
@@ -184,7 +222,11 @@ def _topk_codes_op(x: Tensor, topk: int, dense_dims: int) -> tuple[Tensor, Tenso
     return dense, values, indices.copy_(selected)
 
 
-@_topk_codes_op.register_fake
+# On a GPU `kernels.topk` replaces the plain form.
+topk_codes_op = torch.library.custom_op("flashsfa::topk_codes", plain_topk_codes, mutates_args=())
+
+
+@topk_codes_op.register_fake
 def _(x: Tensor, topk: int, dense_dims: int) -> tuple[Tensor, Tensor, Tensor]:
     rows = x.shape[:-1]
     return (
@@ -206,4 +248,4 @@ def _topk_codes_backward(ctx: Any, grad_dense: Tensor, grad_values: Tensor, _: T
     return FeatureCodes(grad_dense, grad_values, indices, ctx.head_dim).to_dense(), None, None
 
 
-_topk_codes_op.register_autograd(_topk_codes_backward, setup_context=_topk_codes_setup)
+topk_codes_op.register_autograd(_topk_codes_backward, setup_context=_topk_codes_setup)

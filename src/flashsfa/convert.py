@@ -96,7 +96,12 @@ def convert(settings: ConvertSettings, output: Path, progress: Progress) -> dict
         ),
     ]
     report: dict[str, Any] = {
-        "settings": {**asdict(settings), "model": settings.model or BUNDLED_NAME, "topk_query": topk_query, "basis": kind},
+        "settings": {
+            **asdict(settings),
+            "model": settings.model or BUNDLED_NAME,
+            "topk_query": topk_query,
+            "basis": kind,
+        },
         "versions": _versions(),
     }
     for name, label, options in variants:

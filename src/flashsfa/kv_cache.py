@@ -1,6 +1,7 @@
 """`SparseKVCache`: the key codes and values of the tokens seen so far, in preallocated buffers.
 
-A key costs 2·M + 3·K bytes in 16-bit dtypes (M dense dims, K kept features) instead of 2·D; values stay dense.
+A key costs 2·M + 3·K bytes in 16-bit dtypes (M dense dims, K kept features) instead of 2·D; values stay dense. In 8 bits
+a key costs M + 2·K + 4 bytes and a value Dv + 4, the 4 being a float32 scale.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .checks import require, require_alike, require_budget, require_float
-from .codes import FeatureCodes, topk_codes
+from .codes import FeatureCodes, quantize_rows, topk_codes
 
 _GROWTH_TOKENS = 256
 
@@ -20,16 +21,31 @@ class SparseKVCache:
     Args:
         topk, dense_dims: the key code, as in `topk_codes`.
         capacity: tokens to allocate on the first `append`, which also fixes batch, heads, widths, dtype and device.
+        dtype: torch.int8 or torch.float8_e4m3fn to keep codes and values in 8 bits; None to keep them as they come.
     """
 
-    def __init__(self, topk: int, *, dense_dims: int = 0, capacity: int = _GROWTH_TOKENS) -> None:
+    def __init__(
+        self,
+        topk: int,
+        *,
+        dense_dims: int = 0,
+        capacity: int = _GROWTH_TOKENS,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         require(capacity >= 1, f"capacity must be at least 1 token, got {capacity}")
+        require(
+            dtype in (None, torch.int8, torch.float8_e4m3fn),
+            f"dtype must be torch.int8, torch.float8_e4m3fn or None, got {dtype}",
+        )
+        self.dtype = dtype
         self.topk = topk
         self.dense_dims = dense_dims
         self._capacity = capacity
         self._length = 0
         self._codes: FeatureCodes | None = None  # buffers [B, Hkv, capacity, ...]
         self._v: Tensor | None = None  # [B, Hkv, capacity, Dv]
+        self._v_scale: Tensor | None = None  # [B, Hkv, capacity] in 8 bits
+        self._like = torch.empty(0)  # of the dtype and device that come in
 
     def __len__(self) -> int:
         """Tokens held."""
@@ -53,19 +69,26 @@ class SparseKVCache:
         return v[:, :, : self._length]
 
     @property
+    def v_scale(self) -> Tensor | None:
+        """[B, Hkv, N] float32 scales of `v`, None unless the cache keeps 8 bits."""
+        return None if self._v_scale is None else self._v_scale[:, :, : self._length]
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of the held tokens: codes and values."""
-        return 0 if self._v is None else self.codes.nbytes + self.v.nbytes
+        """Bytes of the held tokens: codes, values and scales."""
+        scales = 0 if self.v_scale is None else self.v_scale.nbytes
+        return 0 if self._v is None else self.codes.nbytes + self.v.nbytes + scales
 
     @property
     def nbytes_allocated(self) -> int:
         """Bytes of the buffers."""
         if self._codes is None or self._v is None:
             return 0
-        return self._codes.nbytes + self._v.nbytes
+        return self._codes.nbytes + self._v.nbytes + (0 if self._v_scale is None else self._v_scale.nbytes)
 
     def append(self, k: Tensor, v: Tensor) -> tuple[FeatureCodes, Tensor]:
-        """Code the keys k [B, Hkv, N, D], store them with v [B, Hkv, N, Dv], return all held codes and values.
+        """Code the keys k [B, Hkv, N, D], store them with v [B, Hkv, N, Dv], return all held codes and values
+        (with `v_scale` in 8 bits).
 
         Raises `TypeError` or `ValueError`, and stores nothing, if k and v do not fit each other or the cache.
         """
@@ -80,21 +103,24 @@ class SparseKVCache:
         require_budget(self.topk, k.shape[-1], self.dense_dims)
         if self._codes is None or self._v is None:
             self._capacity = max(self._capacity, k.shape[2])
-            self._codes, self._v = self._allocate(k, v)
+            self._like = k.new_empty(0)
+            self._codes, self._v, self._v_scale = self._allocate(k.shape, v.shape[-1])
         stored, stored_v = self._codes, self._v
         for name, new, old in (("k", k, stored.shape), ("v", v, stored_v.shape)):
             require(
                 new.shape[:2] == old[:2] and new.shape[-1] == old[-1],
                 f"{name} {tuple(new.shape)} does not fit a cache of [B, Hkv, D] = {[*old[:2], old[-1]]}",
             )
-        require_alike(cache=stored_v, k=k)
+        require_alike(cache=self._like, k=k)
         start, end = self._length, self._length + k.shape[2]
         if end > self._capacity:
-            stored, stored_v = self._grow(end)
-        fresh = topk_codes(k.detach(), self.topk, dense_dims=self.dense_dims)
-        for buffer, new in _parts(stored, fresh):
+            self._grow(end)
+        codes, values, v_scale = topk_codes(k.detach(), self.topk, dense_dims=self.dense_dims), v.detach(), None
+        if self.dtype is not None:
+            codes = codes.quantize(self.dtype)
+            values, v_scale = quantize_rows(values, self.dtype)
+        for buffer, new in zip(self._parts(), _parts(codes, values, v_scale), strict=True):
             buffer[:, :, start:end] = new
-        stored_v[:, :, start:end] = v.detach()
         self._length = end
         return self.codes, self.v
 
@@ -109,37 +135,42 @@ class SparseKVCache:
         if self._codes is None or self._v is None:
             return
         index = index.to(self._v.device)
-        codes = self._codes
-        self._codes = FeatureCodes(codes.dense[index], codes.values[index], codes.indices[index], codes.head_dim)
-        self._v = self._v[index]
+        self._codes, self._v = self._codes[index], self._v[index]
+        self._v_scale = None if self._v_scale is None else self._v_scale[index]
 
     def _buffers(self) -> tuple[FeatureCodes, Tensor]:
         if self._codes is None or self._v is None:
             raise RuntimeError("the cache is empty: append keys and values first")
         return self._codes, self._v
 
-    def _allocate(self, k: Tensor, v: Tensor) -> tuple[FeatureCodes, Tensor]:
-        rows = (*k.shape[:2], self._capacity)
-        return (
-            FeatureCodes(
-                k.new_empty((*rows, self.dense_dims)),
-                k.new_empty((*rows, self.topk)),
-                k.new_empty((*rows, self.topk), dtype=torch.uint8),
-                k.shape[-1],
-            ),
-            v.new_empty((*rows, v.shape[-1])),
+    def _allocate(self, k_shape: torch.Size, v_dim: int) -> tuple[FeatureCodes, Tensor, Tensor | None]:
+        rows, device = (*k_shape[:2], self._capacity), self._like.device
+        kept = self._like.dtype if self.dtype is None else self.dtype
+        scale = v_scale = None
+        if self.dtype is not None:
+            scale, v_scale = (torch.empty(rows, dtype=torch.float32, device=device) for _ in range(2))
+        codes = FeatureCodes(
+            torch.empty((*rows, self.dense_dims), dtype=kept, device=device),
+            torch.empty((*rows, self.topk), dtype=kept, device=device),
+            torch.empty((*rows, self.topk), dtype=torch.uint8, device=device),
+            k_shape[-1],
+            scale,
         )
+        return codes, torch.empty((*rows, v_dim), dtype=kept, device=device), v_scale
 
-    def _grow(self, needed: int) -> tuple[FeatureCodes, Tensor]:
-        old_codes, old_v = self.codes, self.v
+    def _grow(self, needed: int) -> None:
+        old, codes = self._parts(), self.codes
         self._capacity = max(needed, self._capacity + max(_GROWTH_TOKENS, self._capacity // 4))
-        rows = old_v.shape[0], old_v.shape[1], 0
-        like_k = old_codes.values.new_empty((*rows, old_codes.head_dim))
-        self._codes, self._v = codes, v = self._allocate(like_k, old_v)
-        for buffer, old in (*_parts(codes, old_codes), (v, old_v)):
-            buffer[:, :, : self._length] = old
-        return codes, v
+        self._codes, self._v, self._v_scale = self._allocate(codes.shape, self.v.shape[-1])
+        for buffer, before in zip(self._parts(), old, strict=True):
+            buffer[:, :, : self._length] = before[:, :, : self._length]
+
+    def _parts(self) -> list[Tensor]:
+        codes, v = self._buffers()
+        return _parts(codes, v, self._v_scale)
 
 
-def _parts(a: FeatureCodes, b: FeatureCodes) -> tuple[tuple[Tensor, Tensor], ...]:
-    return (a.dense, b.dense), (a.values, b.values), (a.indices, b.indices)
+def _parts(codes: FeatureCodes, v: Tensor, v_scale: Tensor | None) -> list[Tensor]:
+    """The tensors of codes and values, scales where there are any."""
+    parts = (codes.dense, codes.values, codes.indices, codes.scale, v, v_scale)
+    return [x for x in parts if x is not None]

@@ -1,0 +1,1 @@
+"""Triton kernels; imported only where they run, so that `import flashsfa` needs no Triton."""
