@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from flashsfa import FeatureCodes, explain, reference, sparse_feature_decode, topk_codes
-from flashsfa.attention import code_queries
+from flashsfa.codes import code_queries
 from flashsfa.kernels import decode_torch
 from flashsfa.kernels.decode_torch import DecodeRules
 from flashsfa.kernels.triton import decode as decode_triton
@@ -210,7 +210,7 @@ def flat(q, codes, v, **rules):
     """The arguments of the operator behind `decode`."""
     given = DecodeRules(**rules)
     masks = given.kv_lens, given.key_padding_mask, given.page_table, given.window
-    return q, codes.dense, codes.values, codes.indices, v, None, None, *masks, 0.125, 0.0
+    return q, codes.dense, codes.values, codes.indices, v, None, None, *masks, 0.125, 0.0, 3
 
 
 @pytest.mark.parametrize("dense_dims", [0, 4])
@@ -302,3 +302,18 @@ def test_offsets_past_two_to_the_31():
     q, codes = coded(q, k, 16, 0)
     out, _ = decode_triton.decode(q, codes, v, DecodeRules(), 1.0, 0.0)
     torch.testing.assert_close(out[:, ::2], torch.ones_like(out[:, ::2]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("group", "m", "d", "dense_dims"), [(1, 1, 64, 0), (3, 2, 96, 16), (4, 1, 256, 22)])
+@pytest.mark.parametrize("topk_query", [1, 7, None])
+def test_queries_are_coded_on_the_way(topk_query, group, m, d, dense_dims, dtype):
+    """The kernel keeps the features of a query that `topk_codes` keeps, ties and NaN included."""
+    q, k, v = draw(group=group, m=m, d=d, n=40, dtype=dtype)
+    q[0, 0] = q[0, 0].sign()  # ties everywhere
+    q = q.transpose(1, 2).contiguous().transpose(1, 2)
+    sparse, codes = coded(q, k, 5, dense_dims, topk_query or d)
+    expected = decode_triton.decode(sparse, codes, v, DecodeRules(), 0.125, 0.0)
+    torch.testing.assert_close(
+        decode_triton.decode(q, codes, v, DecodeRules(), 0.125, 0.0, topk_query=topk_query), expected, **EXACT
+    )

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from flashsfa import SparseKVCache, sparse_feature_decode, topk_codes
-from flashsfa.attention import code_queries
-from flashsfa.codes import quantize_rows
+from flashsfa.codes import code_queries, quantize_rows
 from flashsfa.decode import attend_cached
 from flashsfa.kernels import decode_torch
 from flashsfa.kernels.decode_torch import DecodeRules

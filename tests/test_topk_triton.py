@@ -214,3 +214,14 @@ def test_public_function_runs_on_triton(dtype):
     codes.to_dense().sum().backward()
     same(x.grad, (codes.to_dense() != 0).to(dtype))
     assert ("torch" if dtype == torch.float64 else "triton") in flashsfa.explain()
+
+
+@pytest.mark.gpu
+def test_cache_appends_in_place():
+    cache, k, v = flashsfa.SparseKVCache(8, dense_dims=4), *torch.randn(2, 2, 3, 300, 64, device="cuda").bfloat16()
+    for start, end in ((0, 5), (5, 6), (6, 300)):  # the last one makes the buffers grow
+        cache.append(k[:, :, start:end], v[:, :, start:end])
+    expected = flashsfa.topk_codes(k, 8, dense_dims=4)
+    for got, part in ((cache.codes.dense, expected.dense), (cache.codes.values, expected.values), (cache.v, v)):
+        same(got, part)
+    same(cache.codes.indices, expected.indices)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import reference
 from .checks import require, require_alike, require_budget, require_float, require_padding
-from .codes import FeatureCodes, all_dense_codes, topk_codes
+from .codes import FeatureCodes, code_queries, topk_codes
 from .kernels import dense, dispatch
 from .masks import AttentionMask
 
@@ -129,14 +129,6 @@ def sparse_feature_attention_varlen(
     out, lse = _attend(q, k, v, topk, topk_query, dense_dims, mask, scale, backend)
     out, lse = out[0].transpose(0, 1), lse[0]
     return (out, lse) if return_lse else out
-
-
-def code_queries(q: Tensor, topk: int, topk_query: int | None, dense_dims: int) -> FeatureCodes:
-    """Code q [..., D] by the rule of `topk_query`: None means `topk`, D means dense queries."""
-    topk_query = topk if topk_query is None else topk_query
-    if topk_query == q.shape[-1]:
-        return all_dense_codes(q)
-    return topk_codes(q, topk_query, dense_dims=dense_dims)
 
 
 def _longest(bounds: Tensor) -> int:

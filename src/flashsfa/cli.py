@@ -1,4 +1,4 @@
-"""The command line: `flashsfa convert`, `flashsfa bench` and `flashsfa info`."""
+"""The command line: `flashsfa convert`, `flashsfa eval`, `flashsfa bench` and `flashsfa info`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 from . import __version__
 from .basis import KINDS
+from .evaluation import command as evaluation
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,6 +76,10 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--window", type=int, default=768, help="tokens a window")
     convert.add_argument("--windows", type=int, default=10, help="windows to calibrate on, and to evaluate on")
     convert.set_defaults(run=_convert)
+
+    evaluate = commands.add_parser("eval", help="measure a model's quality, switched, dense or both")
+    evaluation.add_arguments(evaluate)
+    evaluate.set_defaults(run=_eval)
 
     bench = commands.add_parser(
         "bench", help="time decode or coding beside torch's dense kernels, each case checked first",
@@ -180,6 +185,22 @@ def _print_report(report: dict[str, Any], output: Path) -> None:
         console.print(f"[bold]{name}[/]: ", end="")
         console.print(report[name]["text"], markup=False)
     console.print(f"\nmodel, report.json and report.png are in {output}", markup=False)
+
+
+def _eval(options: argparse.Namespace) -> None:
+    try:
+        import matplotlib  # noqa: F401
+        from rich.console import Console
+        from transformers.utils import logging as transformers_logging
+    except ImportError as error:
+        raise ImportError(f"{error}: pip install 'flashsfa[eval]'") from error
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    with _progress() as progress:
+        document, paths = evaluation.run(options, progress)
+    console = Console()
+    console.print(evaluation.table(document))
+    console.print("written: " + ", ".join(map(str, paths)), markup=False, soft_wrap=True)
 
 
 def _bench(options: argparse.Namespace) -> int:

@@ -189,6 +189,14 @@ def all_dense_codes(x: Tensor) -> FeatureCodes:
     return FeatureCodes(x, x.new_empty(nothing), x.new_empty(nothing, dtype=torch.uint8), x.shape[-1])
 
 
+def code_queries(q: Tensor, topk: int, topk_query: int | None, dense_dims: int) -> FeatureCodes:
+    """Code q [..., D] by the rule of `topk_query`: None means `topk`, D means dense queries."""
+    topk_query = topk if topk_query is None else topk_query
+    if topk_query == q.shape[-1]:
+        return all_dense_codes(q)
+    return topk_codes(q, topk_query, dense_dims=dense_dims)
+
+
 # An integer view orders magnitudes as floats do, ranks NaN above infinity and makes ties exact.
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 

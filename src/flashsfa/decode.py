@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import code_queries, sparse_feature_attention
-from .checks import is_checked, require, require_alike, require_float
+from .attention import sparse_feature_attention
+from .checks import is_checked, require, require_alike, require_budget, require_float, require_padding
 from .codes import FeatureCodes
 from .kernels import decode_torch, dispatch
 from .kernels.decode_torch import DecodeRules
@@ -66,9 +66,14 @@ def sparse_feature_decode(
     kv_lens = None if kv_lens is None else kv_lens.to(q.device)
     rules = DecodeRules(kv_lens, window, key_padding_mask, page_table)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    sparse_q = code_queries(q.detach(), codes.topk, topk_query, codes.dense_dims).to_dense()
+    topk_query = codes.topk if topk_query is None else topk_query
+    if topk_query == q.shape[-1]:
+        topk_query = None
+    else:
+        require_budget(topk_query, q.shape[-1], codes.dense_dims)
     eight_bit = {} if v_scale is None else {"v_scale": v_scale}
-    out, lse = _backend(q, codes, rules, v_scale)(sparse_q, codes, v, rules, scale, value_tolerance, **eight_bit)
+    run = _backend(q, codes, rules, v_scale)
+    out, lse = run(q.detach(), codes, v, rules, scale, value_tolerance, topk_query=topk_query, **eight_bit)
     return (out, lse) if return_lse else out
 
 
@@ -186,11 +191,7 @@ def _check(
         n = _check_pages(batch, v, rules.page_table, rules.kv_lens)
     padding, kv_lens = rules.key_padding_mask, rules.kv_lens
     if padding is not None:
-        require(
-            padding.dtype == torch.bool and padding.shape == (batch, n) and padding.device == q.device,
-            f"key_padding_mask must be bool [B, N] = [{batch}, {n}] on {q.device}, True where a key is padding; "
-            f"got {padding.dtype} {tuple(padding.shape)} on {padding.device}",
-        )
+        require_padding(padding, batch, n, q.device)
     if kv_lens is not None:
         require(
             kv_lens.shape == (batch,) and kv_lens.dtype in (torch.int32, torch.int64),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .checks import require, require_alike, require_budget, require_float
 from .codes import FeatureCodes, quantize_rows, topk_codes
+from .kernels.topk import append_codes, has_fused
 
 _GROWTH_TOKENS = 256
 
@@ -115,13 +116,25 @@ class SparseKVCache:
         start, end = self._length, self._length + k.shape[2]
         if end > self._capacity:
             self._grow(end)
-        codes, values, v_scale = topk_codes(k.detach(), self.topk, dense_dims=self.dense_dims), v.detach(), None
-        if self.dtype is not None:
-            codes = codes.quantize(self.dtype)
-            values, v_scale = quantize_rows(values, self.dtype)
-        for buffer, new in zip(self._parts(), _parts(codes, values, v_scale), strict=True):
-            buffer[:, :, start:end] = new
+        self._write(k.detach(), v.detach(), start)
         self._length = end
+        return self.codes, self.v
+
+    def allocate(self, codes: FeatureCodes, v: Tensor) -> None:
+        """Allocate `capacity` zeroed tokens shaped as codes and v [B, Hkv, any, ...] and hold them all: a cache of fixed
+        size and address, filled by `write_at`."""
+        require(self.dtype is None, "a cache of fixed size keeps codes and values as they come: leave dtype None")
+        self._like = v.new_empty(0)
+        self._codes, self._v, self._v_scale = self._allocate(codes.shape, v.shape[-1])
+        for buffer in self._parts():
+            buffer.zero_()
+        self._length = self._capacity
+
+    def write_at(self, codes: FeatureCodes, v: Tensor, slots: Tensor) -> tuple[FeatureCodes, Tensor]:
+        """Overwrite the tokens `slots` [N] (int64, on the device) of an allocated cache with codes and v
+        [B, Hkv, N, ...], in place and without a host sync; return all held codes and values."""
+        for buffer, new in zip(self._parts(), _parts(codes, v, None), strict=True):
+            buffer.index_copy_(2, slots, new.detach())
         return self.codes, self.v
 
     def crop(self, length: int) -> None:
@@ -130,6 +143,23 @@ class SparseKVCache:
         require(length >= 0, f"cannot crop {self._length} tokens to {length}")
         self._length = min(length, self._length)
 
+    def keep_last(self, length: int, capacity: int) -> None:
+        """Forget all but the last `length` tokens and move them to buffers of `capacity` tokens."""
+        require(length <= capacity, f"{length} tokens do not fit a capacity of {capacity}")
+        kept = [x[:, :, max(0, self._length - length) : self._length] for x in self._parts()]
+        self._length, self._capacity = min(length, self._length), capacity
+        self._codes, self._v, self._v_scale = self._allocate(self._buffers()[0].shape, self._buffers()[1].shape[-1])
+        for buffer, before in zip(self._parts(), kept, strict=True):
+            buffer[:, :, : self._length] = before
+
+    def to(self, device: torch.device | str) -> None:
+        """Move the buffers to `device`; further tokens must come from there."""
+        if self._codes is None or self._v is None:
+            return
+        self._codes, self._v = self._codes.to(device, non_blocking=True), self._v.to(device, non_blocking=True)
+        self._v_scale = None if self._v_scale is None else self._v_scale.to(device, non_blocking=True)
+        self._like = self._like.to(device)
+
     def select_batch(self, index: Tensor) -> None:
         """Keep the batch rows `index` [B'] (int64), in that order, repeats allowed: beam search, batch filters."""
         if self._codes is None or self._v is None:
@@ -137,6 +167,19 @@ class SparseKVCache:
         index = index.to(self._v.device)
         self._codes, self._v = self._codes[index], self._v[index]
         self._v_scale = None if self._v_scale is None else self._v_scale[index]
+
+    def _write(self, k: Tensor, v: Tensor, start: int) -> None:
+        """Code k and store it with v at token `start`."""
+        codes, v_buffer = self._buffers()
+        if self.dtype is None and has_fused(k):
+            append_codes(k, v, codes, v_buffer, start)
+            return
+        fresh, v_scale = topk_codes(k, self.topk, dense_dims=self.dense_dims), None
+        if self.dtype is not None:
+            fresh = fresh.quantize(self.dtype)
+            v, v_scale = quantize_rows(v, self.dtype)
+        for buffer, new in zip(self._parts(), _parts(fresh, v, v_scale), strict=True):
+            buffer[:, :, start : start + new.shape[2]] = new
 
     def _buffers(self) -> tuple[FeatureCodes, Tensor]:
         if self._codes is None or self._v is None:

@@ -121,7 +121,7 @@ class Results:
     def save(self, directory: Path) -> list[Path]:
         """Write JSON and CSV under a name that carries date and commit and is free; returns their paths."""
         parts = [self.operation, str(self.environment["date"])[:10], self.environment["commit"]]
-        target = _free_json(directory, "-".join(part for part in parts if part))
+        target = free_json(directory, "-".join(part for part in parts if part))
         document = {
             "operation": self.operation,
             "environment": dict(self.environment),
@@ -201,7 +201,7 @@ def require_writable(directory: Path) -> None:
         raise OSError(f"cannot write results to {directory}: {error.strerror or error}") from error
 
 
-def _free_json(directory: Path, stem: str) -> Path:
+def free_json(directory: Path, stem: str) -> Path:
     """An empty file of our own: `stem.json`, or with a number where earlier results stand."""
     for number in range(1, 10_000):
         path = directory / f"{stem}{f'-{number}' if number > 1 else ''}.json"

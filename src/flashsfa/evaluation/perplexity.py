@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_ROWS = 1024  # logits turned to float32 at a time: of a long window they would be the largest tensor by far
+
 
 @torch.no_grad()
 def perplexity(model: Any, windows: Tensor, progress: Callable[[], None] = lambda: None) -> float:
@@ -23,7 +25,8 @@ def perplexity(model: Any, windows: Tensor, progress: Callable[[], None] = lambd
     total = 0.0
     for window in windows:
         ids = window[None].to(model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()  # [W - 1, vocabulary]
-        total += F.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]  # [W - 1, vocabulary]
+        for rows, targets in zip(logits.split(_ROWS), ids[0, 1:].split(_ROWS), strict=True):
+            total += F.cross_entropy(rows.float(), targets, reduction="sum").item()
         progress()
     return math.exp(total / (windows.shape[0] * (windows.shape[1] - 1)))

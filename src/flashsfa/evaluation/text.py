@@ -45,6 +45,13 @@ def split_text(text: str) -> tuple[str, str]:
     return text[:cut], text[cut:]
 
 
+def separate_texts(calibrate: str | Path | None, evaluate: str | Path | None) -> tuple[str, str]:
+    """A text to calibrate on and one to evaluate on that share nothing: two sources, or the halves of one."""
+    if calibrate == evaluate:
+        return split_text(read_text(evaluate))
+    return read_text(calibrate), read_text(evaluate)
+
+
 def token_windows(tokenizer: Any, text: str, *, length: int, count: int, purpose: str) -> Tensor:
     """[S, length] int64: the first windows of `text`, at most `count`, taken evenly across it.
 

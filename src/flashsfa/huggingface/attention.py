@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
-from ..attention import sparse_feature_attention
+from ..attention import code_queries, sparse_feature_attention
 from ..basis import FeatureBasis
+from ..checks import require
 from ..codes import FeatureCodes
-from ..decode import attend_cached
+from ..decode import attend_cached, sparse_feature_decode
+from ..kernels.decode_torch import DecodeRules
 
 NAME = "sfa"
+FEW_QUERIES = 16  # up to here the cache's codes are read as they are, by the decode kernels
 
 
 class LayerCoding(nn.Module):
@@ -38,6 +44,11 @@ class LayerCoding(nn.Module):
             for name in ("query", "key"):
                 self.register_buffer(name, getattr(basis, name), persistent=False)
 
+    @classmethod
+    def lossless(cls, head_dim: int) -> LayerCoding:
+        """The code that keeps every feature: all but the last in the dense channel, which leaves top-1 of one."""
+        return cls(1, head_dim, head_dim - 1, 0.0, None)
+
     def queries(self, q: Tensor) -> Tensor:
         """q [B, Hq, N, D] in the layer's coordinates."""
         return self._basis().transform_query(q) if self.has_basis else q
@@ -50,10 +61,26 @@ class LayerCoding(nn.Module):
         return FeatureBasis(self.get_buffer("query"), self.get_buffer("key"))
 
 
+@dataclass(frozen=True)
+class StaticCodes:
+    """What a cache of fixed size hands to the attention function in place of keys.
+
+    Attributes:
+        codes: [B, Hkv, N, ...] key codes.
+        kv_lens: [B] int64 slots filled so far, from the first on; None for all.
+        positions: [N] int64 position in the sequence of each slot's token, negative for an empty slot; None where
+            slot j holds token j. With several queries the slots must be in order and end at the last query.
+    """
+
+    codes: FeatureCodes
+    kv_lens: Tensor | None = None
+    positions: Tensor | None = None
+
+
 def attention_forward(
     module: nn.Module,
     query: Tensor,
-    key: Tensor | FeatureCodes,
+    key: Tensor | FeatureCodes | StaticCodes,
     value: Tensor,
     attention_mask: Tensor | None,
     dropout: float = 0.0,
@@ -70,24 +97,26 @@ def attention_forward(
     if dropout:
         raise ValueError("sfa does not drop attention weights: set the config's attention dropout to 0")
     coding: LayerCoding | None = getattr(module, "sfa", None)
-    rules: dict[str, Any] = {"scale": scaling, "window": sliding_window, "key_padding_mask": attention_mask}
+    rules: dict[str, Any] = {
+        "topk_query": query.shape[-1] if coding is None else coding.topk_query,
+        "scale": scaling,
+        "window": sliding_window,
+        "key_padding_mask": _padding(attention_mask, key),
+    }
+    query = query if coding is None else coding.queries(query)
     out: Any
-    if coding is None:
-        out = sparse_feature_attention(query, key, value, topk=query.shape[-1], is_causal=True, **rules)
-    elif isinstance(key, FeatureCodes):
-        out = attend_cached(
-            coding.queries(query),
-            key,
-            value,
-            topk_query=coding.topk_query,
-            value_tolerance=coding.value_tolerance,
-            **rules,
-        )
+    if isinstance(key, Tensor):
+        if coding is None:
+            rules["topk"] = key.shape[-1]
+        else:
+            key, rules["topk"], rules["dense_dims"] = coding.keys(key), coding.topk, coding.dense_dims
+        out = sparse_feature_attention(query, key, value, is_causal=True, **rules)
     else:
-        out = sparse_feature_attention(
-            coding.queries(query), coding.keys(key), value, topk=coding.topk, topk_query=coding.topk_query,
-            dense_dims=coding.dense_dims, is_causal=True, **rules,
-        )  # fmt: skip
+        rules["value_tolerance"] = 0.0 if coding is None else coding.value_tolerance
+        if isinstance(key, StaticCodes):
+            out = _attend_static(query, key, value, **rules)
+        else:
+            out = attend_cached(query, key, value, **rules)
     return out.transpose(1, 2), None
 
 
@@ -95,28 +124,78 @@ def attention_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: int = 0,
+    q_offset: int | Tensor = 0,
     kv_offset: int = 0,
     mask_function: Any = causal_mask_function,
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
     allow_is_causal_skip: bool = True,
+    use_vmap: bool = False,
     **kwargs: Any,
 ) -> Tensor | None:
-    """[B, kv_length] bool, True where a key is padding, or None. Causality and the window are the operator's own."""
-    plain = mask_function is causal_mask_function or (local_size is not None and allow_is_causal_skip)
-    if not plain or kv_length != int(q_offset) - kv_offset + q_length:
-        raise ValueError(
-            "sfa runs causal masks, with or without a sliding window and padding, over a cache that grows; this call asks "
-            "for another mask (packed sequences by position_ids, a custom mask or a static cache)"
-        )
+    """[B, 1, 1, kv_length] bool, False where a key is padding, or None. Causality and the window are the operator's.
+
+    A mask of four dimensions is one that transformers hands on as it is. transformers never allows a skip in the
+    decode steps of a static cache, so there a sliding window is known by `use_vmap`, which any other mask sets.
+    """
+    may_skip = allow_is_causal_skip or (q_length == 1 and not use_vmap)
+    require(
+        mask_function is causal_mask_function or (local_size is not None and may_skip),
+        "sfa runs causal masks, with or without a sliding window and padding; this call asks for another mask (packed "
+        "sequences by position_ids, or a custom mask)",
+    )
     if attention_mask is None:
         return None
-    padding = attention_mask[:, kv_offset : kv_offset + kv_length] == 0
-    return padding if bool(padding.any()) else None
+    visible = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
+    if _may_look(visible, q_length) and bool(visible.all()):
+        return None
+    return F.pad(visible, (0, kv_length - visible.shape[1]))[:, None, None]
 
 
 def register() -> None:
     """Make "sfa" known to transformers."""
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, attention_mask)
+
+
+def _may_look(mask: Tensor, q_length: int) -> bool:
+    """Whether to look at a mask's values: on a GPU that is a sync, worth it for a prompt, which runs faster unmasked."""
+    return not torch.compiler.is_compiling() and (mask.device.type == "cpu" or q_length > FEW_QUERIES)
+
+
+def _padding(mask: Tensor | None, key: Tensor | FeatureCodes | StaticCodes) -> Tensor | None:
+    """[B, N] bool, True where a slot of `key` holds padding or nothing."""
+    keys, positions = (key.codes, key.positions) if isinstance(key, StaticCodes) else (key, None)
+    n = keys.shape[2]
+    if mask is None:
+        return None if positions is None else (positions < 0).expand(keys.shape[0], -1)
+    require(
+        mask.ndim == 4 and mask.shape[1:3] == (1, 1) and mask.dtype == torch.bool
+        and (mask.shape[3] == n or isinstance(key, StaticCodes)),
+        f"sfa takes a 2D attention mask of ones and zeros, one for each of {n} keys, or none; got a mask "
+        f"{tuple(mask.shape)} of {mask.dtype}",
+    )  # fmt: skip
+    padding = ~mask[:, 0, 0]  # [B, tokens]
+    if positions is None:
+        return padding[:, :n]  # a static cache announces its capacity, and may hand out fewer keys
+    return padding[:, positions.clamp(min=0)] | (positions < 0)
+
+
+def _attend_static(q: Tensor, key: StaticCodes, v: Tensor, **rules: Any) -> Tensor:
+    """`attend_cached` over a cache of fixed size, without a host sync."""
+    codes, n_q = key.codes, q.shape[2]
+    if key.positions is not None and n_q == 1:
+        rules["window"] = None  # the slots are the window, in any order
+    if key.kv_lens is None:
+        return attend_cached(q, codes, v, **rules)
+    out: Any
+    if n_q <= FEW_QUERIES:
+        out = sparse_feature_decode(q, codes, v, kv_lens=key.kv_lens, **rules)
+    else:  # a chunk of a prompt in a compiled model, where the host does not know the number of keys
+        visible = DecodeRules(key.kv_lens, rules["window"], rules["key_padding_mask"]).visible(
+            n_q, v.shape[2], q.device
+        )
+        q = code_queries(q, codes.topk, rules["topk_query"], codes.dense_dims).to_dense()
+        mask = None if visible is None else visible[:, None]  # [B, 1, M, N]
+        out = F.scaled_dot_product_attention(q, codes.to_dense(), v, mask, scale=rules["scale"], enable_gqa=True)
+    return out

@@ -1,4 +1,8 @@
-"""`SparseCache`: transformers' cache interface over `SparseKVCache`."""
+"""`SparseCache` and `StaticSparseCache`: transformers' cache interface over `SparseKVCache`.
+
+A layer's `update` returns codes in place of dense keys; the attention function knows both. Layers whose config has a
+sliding window keep the codes of the window alone.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +10,105 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
-from ..codes import FeatureCodes
+from ..checks import require
+from ..codes import FeatureCodes, topk_codes
 from ..kv_cache import SparseKVCache
-from .attention import LayerCoding
+from .attention import FEW_QUERIES, LayerCoding, StaticCodes
 
 
-class SparseCacheLayer(CacheLayerMixin):
-    """One layer: keys as codes in the layer's coordinates, values as they are.
+class SparseCache(Cache):
+    """The cache of a model that `enable` switched; it grows with the tokens, and `generate()` makes one by itself.
 
-    `update` returns the codes in place of dense keys; the attention function knows both.
+    Layers that were left dense keep transformers' own layer.
+
+    Args:
+        model: the switched model.
+        offloading: keep all layers but the one at work in the memory of the CPU, as transformers' offloaded cache does.
     """
 
-    is_sliding = False
+    def __init__(self, model: Any, *, offloading: bool = False) -> None:
+        layers = _dense_layers(model)
+        for index, coding in _codings(model).items():
+            window = _window(layers[index])
+            layers[index] = SparseCacheLayer(coding) if window is None else SparseSlidingLayer(coding, window)
+        super().__init__(layers=layers, offloading=offloading, offload_only_non_sliding=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys (codes) and values of the tokens held, read from the live tensors."""
+        return cache_nbytes(self)["total"]
+
+
+class StaticSparseCache(Cache):
+    """The cache of a switched model in buffers of fixed size and address, for torch.compile and CUDA graphs.
+
+    Layers that were left dense hold lossless codes.
+
+    Args:
+        model: the switched model.
+        max_cache_len: tokens that fit.
+    """
+
+    def __init__(self, model: Any, max_cache_len: int) -> None:
+        require(max_cache_len >= 1, f"max_cache_len must be at least 1 token, got {max_cache_len}")
+        codings, layers = _codings(model), []
+        for index, dense in enumerate(_dense_layers(model)):
+            require(isinstance(dense, DynamicLayer), f"no static cache of codes beside a {type(dense).__name__}")
+            window, coding = _window(dense), codings.get(index)
+            kind = StaticSparseLayer if window is None or window >= max_cache_len else StaticSparseSlidingLayer
+            layers.append(kind(coding, max_cache_len if window is None else min(window, max_cache_len), max_cache_len))
+        super().__init__(layers=layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers."""
+        return cache_nbytes(self)["total"]
+
+
+def cache_nbytes(cache: Cache) -> dict[str, int]:
+    """Bytes of the tokens held by any dynamic cache, or of a static one's buffers: {"keys", "values", "total"}, read
+    from the live tensors."""
+    keys = values = 0
+    for layer in cache.layers:
+        if isinstance(layer, _CodedLayer):
+            keys += layer.store.codes.nbytes
+            values += layer.store.v.nbytes
+        else:
+            keys += layer.keys.nbytes
+            values += layer.values.nbytes
+    return {"keys": keys, "values": values, "total": keys + values}
+
+
+class _CodedLayer(CacheLayerMixin):
+    """What the layers share: codes and values in a `SparseKVCache`."""
+
     is_croppable = True
+    store: SparseKVCache
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.store.select_batch(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.store.select_batch(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            self.batch_select_indices(torch.arange(self.store.v.shape[0]).repeat_interleave(repeats))
+
+    def offload(self) -> None:
+        self.store.to("cpu")
+
+    def prefetch(self) -> None:
+        if self.is_initialized:
+            self.store.to(self.device)
+
+
+class SparseCacheLayer(_CodedLayer):
+    """One layer that grows, in preallocated chunks."""
+
+    is_sliding = False
 
     def __init__(self, coding: LayerCoding) -> None:
         super().__init__()
@@ -28,12 +116,13 @@ class SparseCacheLayer(CacheLayerMixin):
         self.reset()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.device = key_states.device
         self.is_initialized = True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[FeatureCodes, Tensor]:
-        self.is_initialized = True
+        self.lazy_initialization(key_states, value_states)
         return self.store.append(self._coding.keys(key_states), value_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -51,53 +140,194 @@ class SparseCacheLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove -`tokens_to_remove` tokens from the end, as transformers counts."""
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop takes the negative number of tokens to remove, got {tokens_to_remove}")
+        _require_removal(tokens_to_remove)
         if tokens_to_remove:
             self.store.crop(tokens_to_remove)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.store.select_batch(beam_idx)
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.store.select_batch(indices)
+class SparseSlidingLayer(SparseCacheLayer):
+    """One layer with a sliding window: it forgets what no later query sees, a quarter of a window at a time."""
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if len(self.store):
-            self.store.select_batch(torch.arange(self.store.v.shape[0]).repeat_interleave(repeats))
+    is_sliding = True
 
-    def offload(self) -> None:
-        raise NotImplementedError("a SparseCache cannot be offloaded yet; use cache_implementation=None")
+    def __init__(self, coding: LayerCoding, window: int) -> None:
+        self.sliding_window = window
+        self.record_past = False
+        super().__init__(coding)
 
-    prefetch = offload
+    def activate_past_recording(self) -> None:
+        """From now on forget in `crop` alone, so that tokens can be taken back."""
+        self.record_past = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[FeatureCodes, Tensor]:
+        start = max(0, len(self.store) - self.sliding_window + 1)
+        codes, values = super().update(key_states, value_states)
+        self._seen += key_states.shape[2]
+        if not self.record_past:
+            self._forget()
+        return codes[:, :, start:], values[:, :, start:]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        offset = max(0, self._seen - self.sliding_window + 1)
+        return self._seen - offset + query_length, offset
+
+    def get_seq_length(self) -> int:
+        return self._seen
+
+    def get_max_length(self) -> int:
+        return self.sliding_window
+
+    def reset(self) -> None:
+        super().reset()
+        self._seen = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        _require_removal(tokens_to_remove)
+        remaining = self._seen + tokens_to_remove
+        if len(self.store) + tokens_to_remove < min(remaining, self.sliding_window - 1):
+            raise RuntimeError(
+                f"{-tokens_to_remove} tokens cannot be taken back: the window has moved on. Call "
+                "activate_past_recording() before the first of them"
+            )
+        super().crop(tokens_to_remove)
+        self._seen = remaining
+        self._forget()
+
+    def _forget(self) -> None:
+        window = self.sliding_window
+        if len(self.store) > window + window // 4:
+            self.store.keep_last(window - 1, capacity=window + window // 4 + FEW_QUERIES)
 
 
-class SparseCache(Cache):
-    """The cache of a model that `enable` switched; `generate()` makes one by itself.
+class StaticSparseLayer(_CodedLayer):
+    """One layer in buffers of fixed size, written at positions that stay on the device.
 
-    Layers that were left dense keep transformers' own dynamic layer.
+    Args:
+        coding: the layer's code; None for lossless codes.
+        slots: tokens held; max_cache_len: tokens that the whole sequence may have.
     """
 
-    def __init__(self, model: Any) -> None:
-        codings = {m.layer_idx: m.sfa for m in model.modules() if isinstance(getattr(m, "sfa", None), LayerCoding)}
-        count = model.config.get_text_config(decoder=True).num_hidden_layers
-        layers = [SparseCacheLayer(codings[i]) if i in codings else DynamicLayer() for i in range(count)]
-        super().__init__(layers=layers)
+    is_compileable = True
+    is_sliding = False
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of keys (codes) and values of the tokens held, read from the live tensors."""
-        return cache_nbytes(self)["total"]
+    def __init__(self, coding: LayerCoding | None, slots: int, max_cache_len: int) -> None:
+        super().__init__()
+        self._coding, self._slots, self.max_cache_len = coding, slots, max_cache_len
+        self._is_empty = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self._coding = LayerCoding.lossless(key_states.shape[-1]) if self._coding is None else self._coding
+        self.device = key_states.device
+        self.store = SparseKVCache(self._coding.topk, dense_dims=self._coding.dense_dims, capacity=self._slots)
+        self.store.allocate(self._code(key_states), value_states)
+        self._kv_lens = torch.zeros(key_states.shape[0], dtype=torch.int64, device=self.device)  # [B], all the same
+        codes = self.store.codes
+        if not torch.compiler.is_compiling():  # a CUDA graph may rely on their addresses
+            for buffer in (codes.dense, codes.values, codes.indices, self.store.v, self._kv_lens):
+                torch._dynamo.mark_static_address(buffer)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[StaticCodes, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        count, was_empty = key_states.shape[2], self._is_empty
+        require(count <= self.max_cache_len, f"{count} tokens do not fit a cache of {self.max_cache_len}")
+        self._is_empty = False
+        position = self._kv_lens[:1] + torch.arange(count, device=self.device)  # [N]
+        self._kv_lens.add_(count)
+        return self._store(self._code(key_states), value_states, position, was_empty)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.max_cache_len, 0
+
+    def get_seq_length(self) -> int | Tensor:
+        return self._kv_lens[0] if self.is_initialized else 0
+
+    def get_max_length(self) -> int:
+        return self.max_cache_len
+
+    def reset(self) -> None:
+        self._is_empty = True
+        if self.is_initialized:
+            self._kv_lens.zero_()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        _require_removal(tokens_to_remove)
+        if self.is_initialized:
+            self._kv_lens.add_(tokens_to_remove).clamp_(min=0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._kv_lens = self._kv_lens[indices.to(self.device)]
+
+    def _code(self, k: Tensor) -> FeatureCodes:
+        assert self._coding is not None
+        return topk_codes(self._coding.keys(k).detach(), self._coding.topk, dense_dims=self._coding.dense_dims)
+
+    def _store(self, codes: FeatureCodes, v: Tensor, position: Tensor, was_empty: bool) -> tuple[StaticCodes, Tensor]:
+        """Write the tokens at `position` [N]; what their queries attend to."""
+        codes, v = self.store.write_at(codes, v, position)
+        count = position.shape[0]
+        if count <= FEW_QUERIES or torch.compiler.is_compiling():
+            return StaticCodes(codes, kv_lens=self._kv_lens), v
+        # a prompt pays one sync a chunk, and none for the first, to see only the slots that are filled
+        held = count if was_empty else int(self._kv_lens[0])
+        return StaticCodes(codes[:, :, :held]), v[:, :, :held]
 
 
-def cache_nbytes(cache: Cache) -> dict[str, int]:
-    """Bytes of the tokens held by any dynamic cache: {"keys", "values", "total"}, read from the live tensors."""
-    keys = values = 0
-    for layer in cache.layers:
-        if isinstance(layer, SparseCacheLayer):
-            keys += layer.store.codes.nbytes
-            values += layer.store.v.nbytes
-        else:
-            keys += layer.keys.nbytes
-            values += layer.values.nbytes
-    return {"keys": keys, "values": values, "total": keys + values}
+class StaticSparseSlidingLayer(StaticSparseLayer):
+    """One layer with a sliding window: a ring of its tokens, the token at position p in slot p modulo the window."""
+
+    is_sliding = True
+    is_croppable = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        _require_removal(tokens_to_remove)
+        require(not tokens_to_remove, "a static cache with a sliding window cannot take tokens back")
+
+    def _store(self, codes: FeatureCodes, v: Tensor, position: Tensor, was_empty: bool) -> tuple[StaticCodes, Tensor]:
+        count, slots = position.shape[0], self._slots
+        slot = torch.arange(slots, device=self.device)
+        if count == 1:
+            codes, v = self.store.write_at(codes, v, position % slots)
+            return StaticCodes(codes, positions=position - (position - slot) % slots), v
+        last = (codes[:, :, -slots:], v[:, :, -slots:], position[-slots:] % slots)
+        if was_empty:
+            self.store.write_at(*last)
+            return StaticCodes(codes), v
+        # Several tokens overwrite keys that the first of them still see, so these attend to a copy, in order.
+        earlier = position[0] - slots + slot[1:]  # [slots - 1] positions
+        held, order = self.store.codes, earlier % slots
+        pairs = (
+            (held.dense, codes.dense),
+            (held.values, codes.values),
+            (held.indices, codes.indices),
+            (self.store.v, v),
+        )
+        dense, values, indices, v = (torch.cat((old[:, :, order], new), dim=2) for old, new in pairs)
+        self.store.write_at(*last)
+        seen = FeatureCodes(dense, values, indices, codes.head_dim)
+        return StaticCodes(seen, positions=torch.cat((earlier, position))), v
+
+
+def _require_removal(tokens_to_remove: int) -> None:
+    if tokens_to_remove > 0:
+        raise ValueError(f"crop takes the negative number of tokens to remove, got {tokens_to_remove}")
+
+
+def _codings(model: Any) -> dict[int, LayerCoding]:
+    """The codes of the switched layers by layer index."""
+    found = {m.layer_idx: m.sfa for m in model.modules() if isinstance(getattr(m, "sfa", None), LayerCoding)}
+    require(bool(found), f"{type(model).__name__} is not switched: call enable first")
+    return found
+
+
+def _dense_layers(model: Any) -> list[Any]:
+    """The layers that transformers itself would cache in."""
+    return DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+
+
+def _window(layer: Any) -> int | None:
+    return layer.sliding_window if getattr(layer, "is_sliding", False) else None

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import types
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from torch import nn
 
 from ..basis import FeatureBasis
 from ..checks import require, require_budget
 from .attention import NAME, LayerCoding, register
-from .cache import SparseCache
+from .cache import SparseCache, StaticSparseCache
 
 BASIS_FILE = "sfa_basis.safetensors"
+TESTED_VERSIONS = ((5, 17), (5, 23))  # of transformers, first and last
 _METHODS = ("_prepare_cache_for_generation", "save_pretrained")
 
 
@@ -34,7 +39,7 @@ def enable(
     topk: int,
     *,
     topk_query: int | None = None,
-    dense_dims: int = 0,
+    dense_dims: int | None = None,
     basis: FeatureBasis | None = None,
     layers: list[int] | None = None,
     value_tolerance: float = 0.0,
@@ -42,11 +47,14 @@ def enable(
     """Switch a transformers causal language model to Sparse Feature Attention, in place.
 
     The model then generates with a cache of codes, without being asked, and `save_pretrained` keeps settings and
-    basis. Switching again replaces the settings. `disable` undoes it.
+    basis. `generate` takes cache_implementation "dynamic" (its default), "static" and "offloaded", and
+    prefill_chunk_size. Switching again replaces the settings. `disable` undoes it.
 
     Args:
         model: a model whose attention goes through transformers' AttentionInterface (GPT-2, Llama, Qwen3 ...).
-        topk, topk_query, dense_dims: budgets, as in `sparse_feature_attention`.
+        topk, topk_query: budgets, as in `sparse_feature_attention`.
+        dense_dims: as in `sparse_feature_attention`; None for `default_dense_dims`, the part of a head that carries
+            positions in a model with partial rotary embeddings (GPT-NeoX, Phi, StableLM, GLM-4), 0 in others.
         basis: [L, Hkv, D, D] coordinates from `calibrate`; None for the model's own.
         layers: indices of the layers to switch; None for all.
         value_tolerance: as in `sparse_feature_decode`.
@@ -56,21 +64,26 @@ def enable(
 
     Raises `ValueError`, with the model unchanged, if it cannot be switched; the message names the reason.
     """
-    settings = SFASettings(topk, topk_query, dense_dims, None if layers is None else sorted(layers), value_tolerance)
     modules = _attention_layers(model)
-    _check(model, modules, settings, basis)
-    if is_enabled(model):
-        disable(model)
+    _check_model(model, modules)
+    dense_dims = default_dense_dims(model) if dense_dims is None else dense_dims
+    settings = SFASettings(topk, topk_query, dense_dims, None if layers is None else sorted(layers), value_tolerance)
+    _check_settings(model, modules, settings, basis)
+    _warn_of_untested_version()
     register()
-    for index in range(len(modules)) if layers is None else layers:
-        layer_basis = None if basis is None else basis[index]
-        coding = LayerCoding(topk, topk_query, dense_dims, value_tolerance, layer_basis)
-        parameter = next(modules[index].parameters())
-        modules[index].sfa = coding.to(parameter.device)
-    model._sfa_dense_attention = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
-    model.config.sfa = asdict(settings)
-    _extend(model, basis)
+    disable(model)
+    try:
+        model._sfa_dense_attention = model.config._attn_implementation
+        for index in range(len(modules)) if layers is None else layers:
+            layer_basis = None if basis is None else basis[index]
+            coding = LayerCoding(topk, topk_query, dense_dims, value_tolerance, layer_basis)
+            modules[index].sfa = coding.to(next(modules[index].parameters()).device)
+        model.set_attn_implementation(NAME)
+        model.config.sfa = asdict(settings)
+        _extend(model, basis)
+    except BaseException:
+        disable(model)
+        raise
     return model
 
 
@@ -82,9 +95,10 @@ def disable(model: Any) -> Any:
         if isinstance(getattr(module, "sfa", None), LayerCoding):
             del module.sfa
     model.set_attn_implementation(model._sfa_dense_attention)
-    del model._sfa_dense_attention, model.config.sfa
-    for name in _METHODS:
-        delattr(model, name)
+    if hasattr(model, "_sfa_hook"):
+        model._sfa_hook.remove()
+    for owner, name in ((model.config, "sfa"), *((model, x) for x in ("_sfa_dense_attention", "_sfa_hook", *_METHODS))):
+        vars(owner).pop(name, None)
     return model
 
 
@@ -119,17 +133,28 @@ def attention_shape(model: Any) -> tuple[int, int, int]:
     return heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
 
 
+def default_dense_dims(model: Any) -> int:
+    """Rotary dimensions of a model that rotates the first part of each head only; 0 if it rotates all or nothing."""
+    config = model.config.get_text_config(decoder=True)
+    _, _, head_dim = attention_shape(model)
+    factor = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor") or 1.0
+    rotary_dims = int(head_dim * factor)
+    return rotary_dims if rotary_dims < head_dim else 0
+
+
 def _attention_layers(model: Any) -> list[nn.Module]:
     """The self-attention modules by layer index."""
+    require(isinstance(model, nn.Module), f"enable switches a transformers model, got {type(model).__name__}")
     found = {m.layer_idx: m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "scaling")}
     return [found[i] for i in sorted(found)]
 
 
-def _check(model: Any, modules: list[nn.Module], settings: SFASettings, basis: FeatureBasis | None) -> None:
-    """Raise `ValueError` with the reason if the model cannot be switched."""
+def _check_model(model: Any, modules: list[nn.Module]) -> None:
+    """Raise `ValueError` with the reason if a model of this kind cannot be switched."""
     name = type(model).__name__
     require(hasattr(model, "config"), f"{name} is no transformers model: it has no config")
     config = model.config.get_text_config(decoder=True)
+    require(config is model.config, f"{name} has more than one part (text beside images, say): not yet supported")
     require(
         not getattr(config, "kv_lora_rank", None),
         f"{name} uses latent attention (MLA), which sfa does not replace",
@@ -142,14 +167,22 @@ def _check(model: Any, modules: list[nn.Module], settings: SFASettings, basis: F
         not getattr(config, "is_encoder_decoder", False) and not getattr(config, "add_cross_attention", False),
         f"{name} has cross-attention, which sfa does not replace",
     )
+    require(not getattr(config, "attention_chunk_size", None), f"{name} has chunked attention: not yet supported")
+    require(not getattr(config, "num_kv_shared_layers", None), f"{name} shares keys between layers: not yet supported")
     for module in modules:
         require(
             not getattr(module, "attn_logit_softcapping", None),
             f"{name} caps its scores (softcap): not yet supported",
         )
         require(getattr(module, "sinks", None) is None, f"{name} has attention sinks: not yet supported")
-    _, kv_heads, head_dim = attention_shape(model)
+    _, _, head_dim = attention_shape(model)
     require(head_dim <= 256, f"{name} has head_dim {head_dim}; indices are uint8, so at most 256")
+
+
+def _check_settings(model: Any, modules: list[nn.Module], settings: SFASettings, basis: FeatureBasis | None) -> None:
+    """Raise `ValueError` with the reason if the settings do not fit the model."""
+    name = type(model).__name__
+    _, kv_heads, head_dim = attention_shape(model)
     require_budget(settings.topk, head_dim, settings.dense_dims)
     if settings.topk_query not in (None, head_dim):
         require_budget(settings.topk_query, head_dim, settings.dense_dims)
@@ -171,27 +204,79 @@ def _check(model: Any, modules: list[nn.Module], settings: SFASettings, basis: F
         )
 
 
+@functools.cache
+def _warn_of_untested_version() -> None:
+    first, last = TESTED_VERSIONS
+    if not first <= tuple(int(x) for x in transformers.__version__.split(".")[:2]) <= last:
+        tested = " to ".join(f"{major}.{minor}" for major, minor in TESTED_VERSIONS)
+        warnings.warn(f"flashsfa is tested with transformers {tested}, not {transformers.__version__}", stacklevel=3)
+
+
 def _extend(model: Any, basis: FeatureBasis | None) -> None:
-    """On this instance: generate() makes a SparseCache, save_pretrained() writes the basis too."""
-    prepare, save = model._prepare_cache_for_generation, model.save_pretrained
+    """On this instance: generate() makes a cache of codes, save_pretrained() writes the basis too, calls are checked."""
 
     def prepare_cache(
-        self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        implementation = generation_config.cache_implementation
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            require(
-                implementation in (None, "dynamic"),
-                f"cache_implementation={implementation!r} holds dense keys; leave it None for the cache of codes",
-            )
-            model_kwargs["past_key_values"] = SparseCache(self)
-            generation_config.cache_implementation = None
-        return prepare(generation_config, model_kwargs, *args, **kwargs)
+        self: Any,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        given = model_kwargs.get("past_key_values") is not None
+        if given or generation_config.use_cache is False:
+            arguments = (generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+            type(self)._prepare_cache_for_generation(self, *arguments)
+            return
+        implementation = generation_config.cache_implementation or "dynamic"
+        require(
+            implementation in ("dynamic", "offloaded", "static"),
+            f"cache_implementation={implementation!r} holds dense keys; caches of codes are 'dynamic' (the default), "
+            "'offloaded' and 'static'",
+        )
+        if implementation == "static":
+            longest = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
+            cache: Any = StaticSparseCache(self, longest)
+        else:
+            cache = SparseCache(self, offloading=implementation == "offloaded")
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+        model_kwargs["past_key_values"] = cache
 
     def save_with_basis(self: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        save(save_directory, *args, **kwargs)
+        type(self).save_pretrained(self, save_directory, *args, **kwargs)
         if basis is not None:
             basis.save(Path(save_directory) / BASIS_FILE)
 
     model._prepare_cache_for_generation = types.MethodType(prepare_cache, model)
     model.save_pretrained = types.MethodType(save_with_basis, model)
+    model._sfa_hook = model.base_model.register_forward_pre_hook(_CallCheck(), with_kwargs=True)
+
+
+class _CallCheck:
+    """Looks at each call of the model: refuses dense static caches, and warns of padding that shifts positions, once."""
+
+    def __init__(self) -> None:
+        self.warned = False
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        require(
+            not isinstance(kwargs.get("past_key_values"), transformers.StaticCache),
+            "transformers' StaticCache holds dense keys: pass flashsfa.huggingface.StaticSparseCache(model, max_cache_len)",
+        )
+        mask = kwargs.get("attention_mask")
+        if (
+            self.warned
+            or torch.compiler.is_compiling()
+            or kwargs.get("position_ids") is not None
+            or not isinstance(mask, torch.Tensor)
+            or mask.ndim != 2
+            or bool((mask[:, 0] != 0).all())
+        ):
+            return
+        self.warned = True
+        warnings.warn(
+            "left-padded input without position_ids: its tokens stand at shifted positions, and top-k features depend on "
+            "them. Pass position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0), as generate() does",
+            stacklevel=2,
+        )

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..codes import FeatureCodes
+from ..codes import FeatureCodes, topk_codes
 from .decode_torch import DecodeRules
 
 try:
@@ -63,21 +63,31 @@ def supports(dtype: torch.dtype) -> bool:
 
 
 def decode(
-    q: Tensor, codes: FeatureCodes, v: Tensor, rules: DecodeRules, scale: float, value_tolerance: float
+    q: Tensor,
+    codes: FeatureCodes,
+    v: Tensor,
+    rules: DecodeRules,
+    scale: float,
+    value_tolerance: float,
+    *,
+    topk_query: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of the last M tokens over key codes.
 
     Args:
-        q: [B, Hq, M, D] sparsified queries with zeros written out, on the CPU, of a supported dtype.
+        q: [B, Hq, M, D] queries on the CPU, of a supported dtype.
         codes, v: [B, Hkv, N, ...] and [B, Hkv, N, Dv], in the dtype of q, any strides of B and Hkv. Copied first if
             the code rows of a head are not adjacent or the entries of a V row are not.
         rules: what is visible: `kv_lens`, `window` and `key_padding_mask`, as in `sparse_feature_decode`.
         scale: factor of the scores.
         value_tolerance: share of a query's weight that may be left out; 0 reads every visible row of V.
+        topk_query: features of a query to keep beside the dense channel; None for q as it is.
 
     Returns:
         out [B, Hq, M, Dv] in the dtype of v, lse [B, Hq, M] float32.
     """
+    if topk_query is not None:
+        q = topk_codes(q, topk_query, dense_dims=codes.dense_dims).to_dense()
     batch, kv_heads, n, value_dim = v.shape
     m, rows = q.shape[2], q.shape[1] // kv_heads * q.shape[2]
     grouped = (q.detach().float() * (scale * _LOG2_E)).reshape(batch * kv_heads, rows, q.shape[-1]).contiguous()

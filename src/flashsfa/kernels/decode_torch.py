@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..codes import FeatureCodes
+from ..codes import FeatureCodes, topk_codes
 
 _BLOCK_KEYS = 2048  # keys a block: its gathered features stay in the CPU's cache
 
@@ -57,20 +57,24 @@ def decode(
     scale: float,
     value_tolerance: float,
     *,
+    topk_query: int | None = None,
     v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of the last M tokens over coded keys.
 
     Args:
-        q: [B, Hq, M, D] queries, sparsified already and written with their zeros.
+        q: [B, Hq, M, D] queries.
         codes, v: keys [B, Hkv, N, ...] and values [B, Hkv, N, Dv], or pools of pages (`DecodeRules.page_table`).
         scale: factor of the scores.
         value_tolerance: share of each query's weight whose V rows may be left out.
+        topk_query: features of a query to keep beside the dense channel; None for q as it is.
         v_scale: [B, Hkv, N] float32 factor of each row of an 8-bit v, or the pool of them.
 
     Returns:
         out [B, Hq, M, Dv] in q's dtype and lse [B, Hq, M] float32 (float64 for float64).
     """
+    if topk_query is not None:
+        q = topk_codes(q, topk_query, dense_dims=codes.dense_dims).to_dense()
     if rules.page_table is not None:
         codes, v, v_scale = _gather_pages(codes, v, v_scale, rules.page_table)
     if codes.scale is not None:

@@ -30,6 +30,7 @@ def decode(
     scale: float,
     value_tolerance: float,
     *,
+    topk_query: int | None = None,
     v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `decode_torch.decode`, for float16, bfloat16 and float32. No host sync, deterministic, no gradients.
@@ -44,7 +45,7 @@ def decode(
         )
     return _decode_op(
         q, codes.dense, codes.values, codes.indices, v, codes.scale, v_scale, rules.kv_lens, rules.key_padding_mask,
-        rules.page_table, rules.window, scale, value_tolerance,
+        rules.page_table, rules.window, scale, value_tolerance, topk_query,
     )  # fmt: skip
 
 
@@ -63,14 +64,16 @@ def _decode_op(
     window: int | None,
     scale: float,
     value_tolerance: float,
+    topk_query: int | None,
 ) -> tuple[Tensor, Tensor]:
     out = q.new_empty((*q.shape[:3], v.shape[-1]))
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if out.numel():
         with torch.cuda.device_of(q):
             problem = Problem(
-                q, dense, values, indices, v, code_scale, v_scale, kv_lens, key_padding_mask, page_table, window, scale
-            )
+                q, dense, values, indices, v, code_scale, v_scale, kv_lens, key_padding_mask, page_table, window, scale,
+                topk_query,
+            )  # fmt: skip
             if value_tolerance > 0:
                 decode_skipping(problem, value_tolerance, out, lse)
             else:
@@ -84,8 +87,8 @@ def _(q: Tensor, dense: Tensor, values: Tensor, indices: Tensor, v: Tensor, *_: 
 
 
 def _decode_exact(problem: Problem, out: Tensor, lse: Tensor) -> None:
-    launch = _launch(problem)
-    splits = problem.splits(launch["BN"])
+    launch, waves = _launch(problem)
+    splits = problem.splits(launch["BN"], waves)
     partial = problem.scratch(splits, problem.padded_rows, problem.width)
     peak, total = (problem.scratch(splits, problem.padded_rows) for _ in range(2))
     decode_partial_kernel[problem.heads * problem.tiles, splits](
@@ -95,10 +98,19 @@ def _decode_exact(problem: Problem, out: Tensor, lse: Tensor) -> None:
     combine(problem, partial, peak, total, out, lse)
 
 
-def _launch(problem: Problem) -> dict[str, Any]:
-    """Keys a block, sparse features a step and warps of the partial kernel. A thread scores one key, and a block of V
-    is at most 32 KB: enough bytes in flight, held in registers. Software pipelining costs more registers than it gains."""
-    return {"BN": block_keys(problem.row_bytes), "KC": chunk(problem.topk), "num_warps": 4, "num_stages": 1}
+def _launch(problem: Problem) -> tuple[dict[str, Any], int]:
+    """Keys a block and warps of the partial kernel, and programs a processor: a table measured on an H100.
+
+    A warp is to have about 8 KB of V in flight, held in registers (software pipelining costs more registers than it
+    gains); more rows want fewer programs, whose results must be combined.
+    """
+    rows, row_bytes = problem.tile, problem.row_bytes
+    keys, warps, waves = block_keys(row_bytes), 4, 16 if rows == 1 else 8
+    if row_bytes <= 128:
+        keys, warps, waves = (32, 1, 16) if problem.width <= 64 and 1 < rows <= 4 else (128, 2, 16)
+    elif problem.dense_dims:
+        warps = 2
+    return {"BN": keys, "KC": chunk(problem.topk), "num_warps": warps, "num_stages": 1}, waves
 
 
 @triton.jit

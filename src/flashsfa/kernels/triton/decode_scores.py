@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_WAVES = 16  # programs a processor
 _ROW_TILE = 16  # query rows a program: more would not fit the registers beside a block of keys
 
 
@@ -45,9 +44,11 @@ class Problem:
         page_table: Tensor | None,
         window: int | None,
         scale: float,
+        topk_query: int | None,
     ) -> None:
         (batch, q_heads, m, d), kv_heads = q.shape, v.shape[1]
         self.device, self.dtype, self.topk, self.width = q.device, q.dtype, values.shape[-1], v.shape[-1]
+        self.dense_dims = dense.shape[-1]
         self.row_bytes = triton.next_power_of_2(self.width) * v.itemsize
         self.keys = v.shape[2] if page_table is None else page_table.shape[1] * v.shape[2]
         self.heads, self.rows = batch * kv_heads, q_heads // kv_heads * m
@@ -64,25 +65,37 @@ class Problem:
             "PAGE": 0 if page_table is None else v.shape[2],
         }
         self.coded: dict[str, Any] = {
-            "Q": _by_feature(q, kv_heads, self.padded_rows), "PADDING": padding, "scale": scale * math.log2(math.e),
+            "Q": self._by_feature(q, kv_heads, topk_query), "PADDING": padding, "scale": scale * math.log2(math.e),
             "padding_sb": 0 if padding is None else padding.stride(0),
             **_strided("DENSE_K", dense), **_strided("VALUES", values), **_strided("INDICES", indices),
             **_strided("CODE_SCALE", code_scale),
-            "D": d, "DENSE": dense.shape[-1], "K": self.topk, "CAUSAL": m > 1,
+            "D": d, "DENSE": self.dense_dims, "K": self.topk, "CAUSAL": m > 1,
         }  # fmt: skip
         self.valued: dict[str, Any] = {
             **_strided("V", v), **_strided("V_SCALE", v_scale), "DV": self.width, "DTYPE": _TRITON_DTYPES[q.dtype],
         }  # fmt: skip
 
-    def splits(self, block: int) -> int:
-        """Splits of each sequence: enough programs for each processor that the last wave is short beside the rest, but
+    def splits(self, block: int, waves: int) -> int:
+        """Splits of each sequence: `waves` programs a processor, so that the last one is short beside the rest, but
         none with fewer than 2 blocks of keys, where the combine would cost as much as the keys."""
-        wanted = triton.cdiv(_WAVES * _processors(self.device), self.heads * self.tiles)
+        wanted = triton.cdiv(waves * _processors(self.device), self.heads * self.tiles)
         return max(1, min(wanted, self.keys // (2 * block)))
 
     def scratch(self, *shape: int) -> Tensor:
         """Uninitialised float32 [heads, *shape]."""
         return torch.empty(self.heads, *shape, dtype=torch.float32, device=self.device)
+
+    def _by_feature(self, q: Tensor, kv_heads: int, topk_query: int | None) -> Tensor:
+        """Sparsified q [B, Hq, M, D] as [heads, D, R]: a feature of all rows is one contiguous load. Padding rows hold
+        anything."""
+        m, d = q.shape[2:]
+        by_feature = q.new_empty((self.heads, d, self.padded_rows))
+        decode_query_kernel[self.heads, self.rows](
+            q, by_feature, *q.stride(), kv_heads, self.rows // m, m,
+            D=d, DENSE=self.dense_dims, K=topk_query or d, R=self.padded_rows,
+            INTEGER=tl.int32 if q.itemsize == 4 else tl.int16, CHUNK=min(64, triton.next_power_of_2(d)), num_warps=4,
+        )  # fmt: skip
+        return by_feature
 
 
 def block_keys(row_bytes: int) -> int:
@@ -111,14 +124,35 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _by_feature(q: Tensor, kv_heads: int, padded_rows: int) -> Tensor:
-    """q [B, Hq, M, D] as [B, Hkv, D, R]: a feature of all rows is one contiguous load. Padding rows hold anything."""
-    grouped = q.unflatten(1, (kv_heads, -1)).flatten(2, 3).mT  # [B, Hkv, D, G·M]
-    if grouped.shape[-1] == padded_rows:
-        return grouped.contiguous()
-    by_feature = q.new_empty((*grouped.shape[:3], padded_rows))
-    by_feature[..., : grouped.shape[-1]] = grouped
-    return by_feature
+@triton.jit
+def decode_query_kernel(
+    Q, BY_FEATURE, q_sb, q_sh, q_sm, q_sd, kv_heads, group, m,
+    D: tl.constexpr, DENSE: tl.constexpr, K: tl.constexpr, R: tl.constexpr, INTEGER: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One query row: its dense channel and K largest magnitudes of the rest, ties to the lowest index; all for K = D."""
+    head, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    b, h = head // kv_heads, head % kv_heads * group + row // m
+    q = Q + b * q_sb + h * q_sh + (row % m) * q_sm
+    DP: tl.constexpr = triton.next_power_of_2(D)
+    d = tl.arange(0, DP)
+    x = tl.load(q + d * q_sd, mask=d < D, other=0.0)  # [DP]
+    if K < D:
+        size = _magnitude(x, d, DENSE, D, INTEGER)
+        rank = tl.zeros([DP], tl.int32)
+        for first in tl.static_range(0, DP, CHUNK):
+            e = first + tl.arange(0, CHUNK)
+            other = _magnitude(tl.load(q + e * q_sd, mask=e < D, other=0.0), e, DENSE, D, INTEGER)  # [CHUNK]
+            before = (other[None, :] > size[:, None]) | ((other[None, :] == size[:, None]) & (e[None, :] < d[:, None]))
+            rank += tl.sum(before.to(tl.int32), 1)
+        x = tl.where((d < DENSE) | (rank < K), x, 0.0)
+    tl.store(BY_FEATURE + (head * D + d) * R + row, x, mask=d < D)
+
+
+@triton.jit
+def _magnitude(x, d, DENSE: tl.constexpr, D: tl.constexpr, INTEGER: tl.constexpr):
+    """|x| as an integer in the same order, NaN above infinity; -1 outside of the sparse part."""
+    LARGEST: tl.constexpr = 0x7FFF if tl.int16 == INTEGER else 0x7FFFFFFF
+    return tl.where((d >= DENSE) & (d < D), x.to(INTEGER, bitcast=True).to(tl.int32) & LARGEST, -1)
 
 
 @triton.jit

@@ -35,7 +35,7 @@ _CERTAIN = 1 - 2**-7  # of the tolerance: room for the rounding of weights and s
 def decode_skipping(problem: Problem, value_tolerance: float, out: Tensor, lse: Tensor) -> None:
     """Decode with `value_tolerance` > 0 into out [B, Hq, M, Dv] and lse [B, Hq, M]; the lse is exact."""
     rows, tiles = problem.padded_rows, problem.tiles
-    splits, keys = problem.splits(_BLOCK), triton.cdiv(problem.keys, _BLOCK) * _BLOCK
+    splits, keys = problem.splits(_BLOCK, 32 if problem.tile == 1 else 16), triton.cdiv(problem.keys, _BLOCK) * _BLOCK
     grid = problem.heads * tiles, splits
     on = {"device": problem.device}
     weight_dtype = torch.float32 if problem.dtype == torch.float32 else torch.bfloat16
@@ -61,11 +61,12 @@ def decode_skipping(problem: Problem, value_tolerance: float, out: Tensor, lse: 
 
 
 def _launch_scores(problem: Problem) -> dict[str, Any]:
-    return {"KC": chunk(problem.topk), "num_warps": 4, "num_stages": 1}
+    return {"KC": chunk(problem.topk), "num_warps": 2, "num_stages": 1}
 
 
 def _launch_values(problem: Problem) -> dict[str, Any]:
-    return {"BN": block_keys(problem.row_bytes), "num_warps": 4, "num_stages": 1}
+    halves = 2 if problem.tile == 1 else 1
+    return {"BN": block_keys(problem.row_bytes) // halves, "num_warps": 4 // halves, "num_stages": 1}
 
 
 @triton.jit
