@@ -88,7 +88,7 @@ def decode(
     visible = rules.visible(m, n, q.device)  # [B or 1, M, N]
     if visible is not None:
         seen = visible.any(1)[:, None, :, None]  # [B or 1, 1, N, 1]
-        if not bool(seen.all()):
+        if torch.compiler.is_compiling() or not bool(seen.all()):
             v = v.where(seen, 0)  # weight 0 times whatever an unfilled buffer holds must be 0, NaN included
         visible = visible.repeat(1, scores.shape[2] // m, 1)[:, None]  # rows run over G, then M
         scores = scores.masked_fill(~visible, -math.inf)
