@@ -15,6 +15,7 @@ from .decode import sparse_feature_decode
 from .kernels.dispatch import explain
 from .kv_cache import SparseKVCache
 from .nn import SparseFeatureAttention
+from .paged_cache import PagedSparseKVCache
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,7 @@ _HUGGINGFACE = ("calibrate", "disable", "enable", "from_pretrained")
 __all__ = [
     "FeatureBasis",
     "FeatureCodes",
+    "PagedSparseKVCache",
     "SparseFeatureAttention",
     "SparseKVCache",
     "calibrate",

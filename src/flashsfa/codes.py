@@ -129,9 +129,9 @@ class FeatureCodes:
             scale = None
         return FeatureCodes(dense, values, self.indices.to(values.device), self.head_dim, scale)
 
-    def quantize(self, dtype: torch.dtype) -> FeatureCodes:
-        """8-bit codes, `dtype` int8 or float8_e4m3fn, with one scale for the dense channel and values of a row."""
-        kept, scale = quantize_rows(torch.cat((self.dense, self.values), dim=-1), dtype)
+    def quantize(self) -> FeatureCodes:
+        """int8 codes, with one scale for the dense channel and values of a row."""
+        kept, scale = quantize_rows(torch.cat((self.dense, self.values), dim=-1))
         dense, values = (x.contiguous() for x in kept.split((self.dense_dims, self.topk), dim=-1))
         return FeatureCodes(dense, values, self.indices, self.head_dim, scale)
 
@@ -171,16 +171,11 @@ def topk_codes(x: Tensor, topk: int, *, dense_dims: int = 0) -> FeatureCodes:
     return FeatureCodes(dense, values, indices, x.shape[-1])
 
 
-_LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-
-
-def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x [..., C] in 8 bits (int8 or float8_e4m3fn) and the float32 scale [...] of each row: x ≈ 8-bit · scale."""
-    require(dtype in _LARGEST, f"8-bit rows are torch.int8 or torch.float8_e4m3fn, got {dtype}")
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., C] in int8 and the float32 scale [...] of each row: x ≈ int8 · scale."""
     wide = x.float()
-    scale = wide.abs().amax(-1) / _LARGEST[dtype]
-    scaled = wide / scale.where(scale > 0, 1)[..., None]
-    return (scaled.round() if dtype == torch.int8 else scaled).to(dtype), scale
+    scale = wide.abs().amax(-1) / 127
+    return (wide / scale.where(scale > 0, 1)[..., None]).round().to(torch.int8), scale
 
 
 def all_dense_codes(x: Tensor) -> FeatureCodes:

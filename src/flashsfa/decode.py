@@ -50,7 +50,7 @@ def sparse_feature_decode(
             power of two from 16 to 256; key j of sequence b is slot j % page_size of page
             `page_table[b, j // page_size]`, and N = max_pages * page_size. Needs kv_lens; entries past a
             sequence's length are not read.
-        v_scale: [B, Hkv, N] float32 factor of each row of v, where v is int8 or float8_e4m3fn. The codes may be 8-bit
+        v_scale: [B, Hkv, N] float32 factor of each row of v, where v is int8. The codes may be 8-bit
             with their own scale (`FeatureCodes.quantize`) then.
         value_tolerance: leave out V rows that carry at most this share of each query's weight, 0 <= τ < 1. The
             output moves by at most 2·τ·max‖v‖. 0 is exact.
@@ -166,8 +166,8 @@ def _check(
     require_alike(**{name: x for name, x in tensors.items() if scaled[name] is None})
     for name, x in tensors.items():
         require(x.device == q.device, f"{name} is on {x.device} but q is on {q.device}; move them together")
-        if scaled[name] is not None and x.dtype not in (torch.int8, torch.float8_e4m3fn):
-            raise TypeError(f"{name} with a scale must be int8 or float8_e4m3fn, got {x.dtype}")
+        if scaled[name] is not None and x.dtype != torch.int8:
+            raise TypeError(f"{name} with a scale must be int8, got {x.dtype}")
     require(
         v_scale is None
         or (v_scale.shape == v.shape[:3] and v_scale.dtype == torch.float32 and v_scale.device == q.device),

@@ -22,7 +22,7 @@ class SparseKVCache:
     Args:
         topk, dense_dims: the key code, as in `topk_codes`.
         capacity: tokens to allocate on the first `append`, which also fixes batch, heads, widths, dtype and device.
-        dtype: torch.int8 or torch.float8_e4m3fn to keep codes and values in 8 bits; None to keep them as they come.
+        dtype: torch.int8 to keep codes and values in 8 bits with a scale a row; None to keep them as they come.
     """
 
     def __init__(
@@ -35,8 +35,8 @@ class SparseKVCache:
     ) -> None:
         require(capacity >= 1, f"capacity must be at least 1 token, got {capacity}")
         require(
-            dtype in (None, torch.int8, torch.float8_e4m3fn),
-            f"dtype must be torch.int8, torch.float8_e4m3fn or None, got {dtype}",
+            dtype in (None, torch.int8),
+            f"dtype must be torch.int8 or None, got {dtype}",
         )
         self.dtype = dtype
         self.topk = topk
@@ -120,12 +120,13 @@ class SparseKVCache:
         self._length = end
         return self.codes, self.v
 
-    def allocate(self, codes: FeatureCodes, v: Tensor) -> None:
-        """Allocate `capacity` zeroed tokens shaped as codes and v [B, Hkv, any, ...] and hold them all: a cache of fixed
-        size and address, filled by `write_at`."""
+    def allocate(self, k: Tensor, v: Tensor) -> None:
+        """Allocate `capacity` zeroed tokens for the codes of keys such as k [B, Hkv, any, D] and values such as v, and
+        hold them all: a cache of fixed size and address, filled by `write_at`."""
         require(self.dtype is None, "a cache of fixed size keeps codes and values as they come: leave dtype None")
-        self._like = v.new_empty(0)
-        self._codes, self._v, self._v_scale = self._allocate(codes.shape, v.shape[-1])
+        require_budget(self.topk, k.shape[-1], self.dense_dims)
+        self._like = k.new_empty(0)
+        self._codes, self._v, self._v_scale = self._allocate(k.shape, v.shape[-1])
         for buffer in self._parts():
             buffer.zero_()
         self._length = self._capacity
@@ -176,8 +177,8 @@ class SparseKVCache:
             return
         fresh, v_scale = topk_codes(k, self.topk, dense_dims=self.dense_dims), None
         if self.dtype is not None:
-            fresh = fresh.quantize(self.dtype)
-            v, v_scale = quantize_rows(v, self.dtype)
+            fresh = fresh.quantize()
+            v, v_scale = quantize_rows(v)
         for buffer, new in zip(self._parts(), _parts(fresh, v, v_scale), strict=True):
             buffer[:, :, start : start + new.shape[2]] = new
 
