@@ -1,5 +1,8 @@
 """transformers' models: switching, generating from codes, saving, restoring, refusing."""
 
+import copy
+import warnings
+
 import pytest
 import torch
 
@@ -7,6 +10,7 @@ import flashsfa
 
 transformers = pytest.importorskip("transformers")
 from flashsfa.huggingface import SparseCache  # noqa: E402
+from flashsfa.huggingface import switch as switching  # noqa: E402
 from flashsfa.huggingface.cache import SparseCacheLayer  # noqa: E402
 from flashsfa.huggingface.calibration import gather_moments  # noqa: E402
 from flashsfa.huggingface.switch import is_enabled  # noqa: E402
@@ -141,6 +145,29 @@ def test_save_and_load(model, ids, tmp_path):
     torch.testing.assert_close(logits(loaded, ids), expected, **CLOSE)
 
 
+def test_saving_again_leaves_no_old_basis(ids, tmp_path):
+    model = switch(make("llama"))
+    model.save_pretrained(tmp_path)
+    assert [x.name for x in tmp_path.glob("*.safetensors")] == ["model.safetensors"]  # what others take for weights
+    flashsfa.enable(model, 3).save_pretrained(tmp_path)
+    loaded = flashsfa.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    torch.testing.assert_close(logits(loaded, ids), logits(model, ids), **CLOSE)
+
+
+def test_load_refuses_an_incomplete_model(tmp_path):
+    switch(make("llama")).save_pretrained(tmp_path)
+    (tmp_path / switching.BASIS_FILE).unlink()
+    with pytest.raises(ValueError, match="incomplete"):
+        flashsfa.from_pretrained(tmp_path)
+
+
+def test_another_attention_chosen_later_generates_dense(ids):
+    model = make("llama")
+    dense = greedy(model, ids)
+    flashsfa.enable(model, 2).set_attn_implementation("sdpa")
+    assert torch.equal(greedy(model, ids), dense)
+
+
 def test_load_refuses_what_is_not_switched(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json is missing"):
         flashsfa.from_pretrained(tmp_path)
@@ -188,10 +215,71 @@ def test_refusal_leaves_the_model_unchanged(config, change, arguments, message, 
     assert torch.equal(logits(model, ids), dense)
 
 
-def test_dropout_and_static_cache_refused(ids):
+def test_dropout_and_dense_caches_refused(ids):
     model = switch(make("llama", attention_dropout=0.1))
     logits(model, ids)  # evaluation drops nothing
     with pytest.raises(ValueError, match="dropout"):
         model.train()(ids)
     with pytest.raises(ValueError, match="cache_implementation"):
-        greedy(model.eval(), ids, cache_implementation="static")
+        greedy(model.eval(), ids, cache_implementation="quantized")
+    with pytest.raises(ValueError, match="StaticSparseCache"):
+        logits(model, ids, past_key_values=transformers.StaticCache(config=model.config, max_cache_len=32))
+
+
+def test_masks_that_are_not_causal_refused(ids):
+    model = switch(make("llama"))
+    with pytest.raises(ValueError, match="packed"):
+        logits(model, ids, position_ids=torch.arange(20).remainder(10)[None], use_cache=False)
+    with pytest.raises(ValueError, match="2D attention mask"):
+        logits(model, ids, attention_mask=torch.ones(2, 1, 20, 20).tril().bool())
+
+
+def test_failure_on_the_way_leaves_the_model_dense(ids, monkeypatch):
+    model = make("llama")
+    dense = logits(model, ids)
+    monkeypatch.setattr(switching, "_extend", lambda model, basis: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        flashsfa.enable(model, 3)
+    assert not is_enabled(model)
+    assert not hasattr(model.config, "sfa")
+    assert torch.equal(logits(model, ids), dense)
+
+
+def test_left_padding_without_positions_warns_once(model, ids):
+    flashsfa.enable(model, 3)
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        logits(model, ids, attention_mask=mask.flip(1))
+        logits(model, ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
+        greedy(model, ids, attention_mask=mask)
+    with pytest.warns(UserWarning, match="left-padded"):
+        logits(model, ids, attention_mask=mask)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        logits(model, ids, attention_mask=mask)
+
+
+def test_untested_version_warns_once(monkeypatch):
+    monkeypatch.setattr(transformers, "__version__", "6.1.0.dev0")
+    switching._warn_of_untested_version.cache_clear()
+    with pytest.warns(UserWarning, match=r"tested with transformers 5\.17 to 5\.23, not 6\.1"):
+        flashsfa.enable(make("llama"), 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        flashsfa.enable(make("llama"), 3)
+    switching._warn_of_untested_version.cache_clear()
+
+
+def test_a_copy_is_a_model_of_its_own(ids, tmp_path):
+    model = switch(make("llama"))
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        copied.lm_head.weight.mul_(2)
+    copied.save_pretrained(tmp_path)
+    loaded = flashsfa.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    torch.testing.assert_close(logits(loaded, ids), 2 * logits(model, ids), **CLOSE)
+    flashsfa.disable(copied)
+    assert is_enabled(model)
+    assert not is_enabled(copied)

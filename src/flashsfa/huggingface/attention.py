@@ -69,7 +69,8 @@ class StaticCodes:
         codes: [B, Hkv, N, ...] key codes.
         kv_lens: [B] int64 slots filled so far, from the first on; None for all.
         positions: [N] int64 position in the sequence of each slot's token, negative for an empty slot; None where
-            slot j holds token j. With several queries the slots must be in order and end at the last query.
+            slot j holds token j. One query sees all tokens held, in any order; several need them in order, up to the
+            last query's own.
     """
 
     codes: FeatureCodes
@@ -184,8 +185,6 @@ def _padding(mask: Tensor | None, key: Tensor | FeatureCodes | StaticCodes) -> T
 def _attend_static(q: Tensor, key: StaticCodes, v: Tensor, **rules: Any) -> Tensor:
     """`attend_cached` over a cache of fixed size, without a host sync."""
     codes, n_q = key.codes, q.shape[2]
-    if key.positions is not None and n_q == 1:
-        rules["window"] = None  # the slots are the window, in any order
     if key.kv_lens is None:
         return attend_cached(q, codes, v, **rules)
     out: Any

@@ -88,17 +88,19 @@ class _CodedLayer(CacheLayerMixin):
     store: SparseKVCache
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.store.select_batch(beam_idx)
+        self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.store.select_batch(indices)
+        if self.is_initialized:
+            self.store.select_batch(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.is_initialized:
             self.batch_select_indices(torch.arange(self.store.v.shape[0]).repeat_interleave(repeats))
 
     def offload(self) -> None:
-        self.store.to("cpu")
+        if self.is_initialized:
+            self.store.to("cpu")
 
     def prefetch(self) -> None:
         if self.is_initialized:
@@ -221,7 +223,7 @@ class StaticSparseLayer(_CodedLayer):
         self._coding = LayerCoding.lossless(key_states.shape[-1]) if self._coding is None else self._coding
         self.device = key_states.device
         self.store = SparseKVCache(self._coding.topk, dense_dims=self._coding.dense_dims, capacity=self._slots)
-        self.store.allocate(self._code(key_states), value_states)
+        self.store.allocate(key_states, value_states)
         self._kv_lens = torch.zeros(key_states.shape[0], dtype=torch.int64, device=self.device)  # [B], all the same
         codes = self.store.codes
         if not torch.compiler.is_compiling():  # a CUDA graph may rely on their addresses
@@ -260,7 +262,8 @@ class StaticSparseLayer(_CodedLayer):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
-        self._kv_lens = self._kv_lens[indices.to(self.device)]
+        if self.is_initialized:
+            self._kv_lens = self._kv_lens[indices.to(self.device)]
 
     def _code(self, k: Tensor) -> FeatureCodes:
         assert self._coding is not None

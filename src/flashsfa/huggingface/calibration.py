@@ -13,6 +13,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from ..basis import FeatureBasis, Moments
 from ..checks import require
+from .switch import default_dense_dims
 
 _NAME = "sfa_calibration"
 
@@ -22,7 +23,7 @@ def calibrate(
     windows: Tensor,
     topk: int,
     *,
-    dense_dims: int = 0,
+    dense_dims: int | None = None,
     kind: str = "dictionary",
     max_position: int | None = None,
     progress: Callable[[], None] = lambda: None,
@@ -32,11 +33,12 @@ def calibrate(
     Args:
         model: a causal language model of transformers that `enable` can switch.
         windows: [S, W] int64 token ids; 8000 tokens suffice, fewer than 4000 cost quality.
-        topk, dense_dims: the budget that `enable` will be given.
+        topk, dense_dims: the budget that `enable` will be given, with the same default.
         kind: "dictionary", "balanced" (for sparse queries), "whitened", "pca" or "identity"; see
             `FeatureBasis.from_moments`.
         max_position, progress: as in `gather_moments`.
     """
+    dense_dims = default_dense_dims(model) if dense_dims is None else dense_dims
     moments = gather_moments(model, windows, max_position=max_position, progress=progress)
     return FeatureBasis.from_layers(moments, kind, topk=topk, dense_dims=dense_dims)
 

@@ -18,20 +18,23 @@ from ..checks import require, require_budget
 from .attention import NAME, LayerCoding, register
 from .cache import SparseCache, StaticSparseCache
 
-BASIS_FILE = "sfa_basis.safetensors"
+# In a folder, for some programs load every *.safetensors file beside config.json as weights.
+BASIS_FILE = "sfa/basis.safetensors"
 TESTED_VERSIONS = ((5, 17), (5, 23))  # of transformers, first and last
 _METHODS = ("_prepare_cache_for_generation", "save_pretrained")
 
 
 @dataclass(frozen=True)
 class SFASettings:
-    """What `enable` was told; stored as `config.sfa` and so in config.json. Fields as `enable`'s arguments."""
+    """What `enable` was told; stored as `config.sfa` and so in config.json. Fields as `enable`'s arguments, and whether
+    a basis belongs to them, which a saved model keeps in `BASIS_FILE`."""
 
     topk: int
     topk_query: int | None = None
     dense_dims: int = 0
     layers: list[int] | None = None
     value_tolerance: float = 0.0
+    has_basis: bool = False
 
 
 def enable(
@@ -67,7 +70,8 @@ def enable(
     modules = _attention_layers(model)
     _check_model(model, modules)
     dense_dims = default_dense_dims(model) if dense_dims is None else dense_dims
-    settings = SFASettings(topk, topk_query, dense_dims, None if layers is None else sorted(layers), value_tolerance)
+    layers = None if layers is None else sorted(layers)
+    settings = SFASettings(topk, topk_query, dense_dims, layers, value_tolerance, has_basis=basis is not None)
     _check_settings(model, modules, settings, basis)
     _warn_of_untested_version()
     register()
@@ -110,7 +114,7 @@ def is_enabled(model: Any) -> bool:
 def from_pretrained(path: str | Path, **kwargs: Any) -> Any:
     """Load a model that was saved while switched, with its settings and basis. `kwargs` go to transformers.
 
-    Raises `ValueError` if `path` holds no such model.
+    Raises `ValueError` if `path` holds no such model, or not all of it.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -120,9 +124,15 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> Any:
     stored = getattr(AutoConfig.from_pretrained(path), "sfa", None)
     if stored is None:
         raise ValueError(f"{path} holds a dense model; load it with transformers and call flashsfa.enable")
-    basis = FeatureBasis.load(path / BASIS_FILE) if (path / BASIS_FILE).is_file() else None
+    settings = SFASettings(**stored)
+    if settings.has_basis and not (path / BASIS_FILE).is_file():
+        raise ValueError(f"{path} is incomplete: the model was saved with a basis, but {BASIS_FILE} is missing")
+    basis = FeatureBasis.load(path / BASIS_FILE) if settings.has_basis else None
     model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
-    return enable(model, basis=basis, **stored)
+    return enable(
+        model, settings.topk, topk_query=settings.topk_query, dense_dims=settings.dense_dims, basis=basis,
+        layers=settings.layers, value_tolerance=settings.value_tolerance,
+    )  # fmt: skip
 
 
 def attention_shape(model: Any) -> tuple[int, int, int]:
@@ -224,7 +234,7 @@ def _extend(model: Any, basis: FeatureBasis | None) -> None:
         max_cache_length: int,
     ) -> None:
         given = model_kwargs.get("past_key_values") is not None
-        if given or generation_config.use_cache is False:
+        if given or generation_config.use_cache is False or self.config._attn_implementation != NAME:
             arguments = (generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
             type(self)._prepare_cache_for_generation(self, *arguments)
             return
@@ -237,6 +247,11 @@ def _extend(model: Any, basis: FeatureBasis | None) -> None:
         if implementation == "static":
             longest = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
             cache: Any = StaticSparseCache(self, longest)
+            if generation_config.prefill_chunk_size is not None and not hasattr(self, "hf_device_map"):
+                # the first chunk may run compiled, and what is allocated there has no fixed address
+                _, kv_heads, head_dim = attention_shape(self)
+                rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+                cache.early_initialization(rows, kv_heads, head_dim, self.dtype, self.device)
         else:
             cache = SparseCache(self, offloading=implementation == "offloaded")
         if generation_config.is_assistant:
@@ -245,8 +260,11 @@ def _extend(model: Any, basis: FeatureBasis | None) -> None:
 
     def save_with_basis(self: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         type(self).save_pretrained(self, save_directory, *args, **kwargs)
+        file = Path(save_directory) / BASIS_FILE
+        file.unlink(missing_ok=True)  # an earlier model's
         if basis is not None:
-            basis.save(Path(save_directory) / BASIS_FILE)
+            file.parent.mkdir(exist_ok=True)
+            basis.save(file)
 
     model._prepare_cache_for_generation = types.MethodType(prepare_cache, model)
     model.save_pretrained = types.MethodType(save_with_basis, model)

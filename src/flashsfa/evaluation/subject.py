@@ -1,0 +1,165 @@
+"""The model under test: loaded once, measured switched to Sparse Feature Attention, dense, or one after the other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import require
+from ..huggingface import calibrate, disable, enable, from_pretrained
+from ..huggingface.switch import attention_shape
+from ..models import BUNDLED_NAME, load_model
+from .text import token_windows
+
+_CALIBRATION_TOKENS, _CALIBRATION_WINDOWS = 768, 10
+
+
+@dataclass(frozen=True)
+class SubjectSettings:
+    """Which model, and how it is measured. Fields as the options of `flashsfa eval`; see its help.
+
+    Attributes:
+        topk: None to leave a dense model as it is.
+        topk_query: None for dense queries.
+        basis: None for "dictionary" with dense queries and "balanced" with sparse ones.
+        max_position: None for the longest context that is measured.
+    """
+
+    model: str | None = None
+    dense: bool = False
+    topk: int | None = None
+    topk_query: int | None = None
+    dense_dims: int = 22
+    basis: str | None = None
+    max_position: int | None = None
+    dtype: str = "bfloat16"
+    device: str = "auto"
+
+
+class Subject:
+    """A model and its tokenizer, and the variants of it that are to be measured.
+
+    Raises `ValueError` if there is no such model or it cannot be switched as asked.
+
+    Attributes:
+        switched: the settings of the switch once it is made, with its calibration if that was made here; None for a model
+            that stays dense.
+    """
+
+    def __init__(self, settings: SubjectSettings) -> None:
+        self._settings = settings
+        self._device = _device(settings.device)
+        self.name = settings.model or BUNDLED_NAME
+        self.switched: dict[str, Any] | None = None
+        converted = _is_converted(settings.model)
+        require(
+            not (converted and settings.topk is not None),
+            f"{self.name} is converted already and brings its settings along; leave out --topk",
+        )
+        require(
+            converted or settings.topk is not None or settings.dense,
+            f"{self.name} is a dense model: give --topk to switch it, --dense to measure it as it is, or both to compare",
+        )
+        dtype = getattr(torch, settings.dtype)
+        self.model, self.tokenizer = (_load_converted if converted else load_model)(settings.model, dtype)
+        self.model.to(self._device)
+        if converted:
+            self.switched = self.model.config.sfa
+        elif settings.topk is not None:
+            enable(self.model, **self._budgets())  # refuses a model or a budget before any long work
+            disable(self.model)
+
+    @property
+    def usual_length(self) -> int:
+        """Tokens of a context where a task does not say: as long as calibration's windows, if the model has positions."""
+        return min(_CALIBRATION_TOKENS, self._limit or _CALIBRATION_TOKENS)
+
+    def require_length(self, longest: int) -> None:
+        """Raise `ValueError` unless the model has positions for `longest` tokens, and `max_position` covers them."""
+        limit = self._limit
+        require(
+            limit is None or longest <= limit,
+            f"{self.name} has {limit} positions, fewer than the {longest} tokens asked for",
+        )
+        furthest = self._settings.max_position
+        require(
+            furthest is None or (longest <= furthest and (limit is None or furthest <= limit)),
+            f"--max-position must be at least the {longest} tokens measured"
+            f"{'' if limit is None else f' and at most the model’s {limit}'}, got {furthest}",
+        )
+
+    def calibration_windows(self, text: str, longest: int) -> Tensor | None:
+        """[S, W] token ids to calibrate on; None for a model that is not calibrated here."""
+        if self._settings.topk is None:
+            return None
+        return token_windows(
+            self.tokenizer, text, length=min(_CALIBRATION_TOKENS, longest), count=_CALIBRATION_WINDOWS,
+            purpose="calibration",
+        )  # fmt: skip
+
+    def variants(
+        self, calibration: Tensor | None, longest: int, progress: Callable[[str, int], Callable[[], None]]
+    ) -> Iterator[str]:
+        """The names of the variants, "sfa" and "dense"; when a name comes, `model` is that variant.
+
+        Args:
+            calibration: from `calibration_windows`.
+            longest: tokens of the longest context that will be measured.
+        """
+        if calibration is not None:
+            budgets = self._budgets()
+            queries_are_dense = budgets["topk_query"] == attention_shape(self.model)[2]
+            kind = self._settings.basis or ("dictionary" if queries_are_dense else "balanced")
+            furthest = self._settings.max_position or longest
+            basis = calibrate(
+                self.model, calibration, budgets["topk"], dense_dims=budgets["dense_dims"], kind=kind,
+                max_position=furthest, progress=progress("calibrating", len(calibration)),
+            )  # fmt: skip
+            enable(self.model, basis=basis, **budgets)
+            self.switched = self.model.config.sfa | {"basis": kind, "max_position": furthest}
+        if self.switched is not None:
+            yield "sfa"
+        if self._settings.dense:
+            disable(self.model)
+            yield "dense"
+
+    @property
+    def _limit(self) -> int | None:
+        return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+    def _budgets(self) -> dict[str, Any]:
+        settings = self._settings
+        topk_query = attention_shape(self.model)[2] if settings.topk_query is None else settings.topk_query
+        return {"topk": settings.topk, "topk_query": topk_query, "dense_dims": settings.dense_dims}
+
+
+def _device(name: str) -> torch.device:
+    on_gpu = torch.cuda.is_available()
+    require(
+        name != "cuda" or on_gpu, "--device cuda, but torch finds no CUDA device here; leave it out to run on the CPU"
+    )
+    return torch.device(("cuda" if on_gpu else "cpu") if name == "auto" else name)
+
+
+def _is_converted(model: str | None) -> bool:
+    config = Path(model or "") / "config.json"
+    try:
+        return config.is_file() and "sfa" in json.loads(config.read_text())
+    except ValueError as error:
+        raise ValueError(f"{config} is no JSON: {error}") from error
+
+
+def _load_converted(path: Any, dtype: torch.dtype) -> tuple[Any, Any]:
+    from transformers import AutoTokenizer
+
+    try:
+        return from_pretrained(path, dtype=dtype).eval(), AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{path} cannot be loaded as a converted model: {first_line}") from error

@@ -1,0 +1,241 @@
+"""The caches of codes: growth, windows, fixed buffers, batch and length changes, compilation, offloading."""
+
+import pytest
+import torch
+
+import flashsfa
+
+transformers = pytest.importorskip("transformers")
+from flashsfa.huggingface import SparseCache, StaticSparseCache  # noqa: E402
+
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+WINDOW, CAPACITY = 7, 48
+CLOSE = {"rtol": 1e-8, "atol": 1e-8}
+
+
+def make(sliding=False, **options):
+    sizes = {"hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 6}
+    sizes |= {"num_key_value_heads": 2, "vocab_size": 61, "max_position_embeddings": 512, "initializer_range": 0.3}
+    # a layer with a window and one without
+    config = transformers.Qwen3Config(
+        **sizes, head_dim=16, use_sliding_window=sliding, sliding_window=WINDOW, max_window_layers=1,
+        layer_types=["sliding_attention" if sliding else "full_attention", "full_attention"],
+        pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    return flashsfa.enable(transformers.Qwen3ForCausalLM(config).double().eval(), 3, **{"dense_dims": 2, **options})
+
+
+def cache_for(model, kind):
+    return SparseCache(model) if kind == "dynamic" else StaticSparseCache(model, CAPACITY)
+
+
+def run(model, ids, cache=None):
+    with torch.no_grad():
+        return model(ids, past_key_values=cache, use_cache=cache is not None).logits
+
+
+def tokens(n, batch=2):
+    return torch.randint(1, 61, (batch, n))
+
+
+@pytest.fixture(params=[False, True], ids=["full", "sliding"])
+def model(request):
+    return make(request.param)
+
+
+@pytest.fixture(params=["dynamic", "static"])
+def kind(request):
+    return request.param
+
+
+@pytest.mark.parametrize("steps", [(20, 1, 1, 1), (1,) * 20, (3, 5, 17, 1, 4), (4, 4, 4, 4, 4), (20, 20)], ids=str)
+@pytest.mark.parametrize("layers", [None, [1]], ids=["all", "some"])
+@pytest.mark.parametrize("sliding", [False, True], ids=["full", "sliding"])
+def test_any_steps_equal_no_cache(sliding, layers, kind, steps):
+    model, ids = make(sliding, layers=layers), tokens(sum(steps))
+    cache = cache_for(model, kind)
+    found = torch.cat([run(model, part, cache) for part in ids.split(steps, dim=1)], dim=1)
+    assert cache.get_seq_length() == sum(steps)
+    torch.testing.assert_close(found, run(model, ids), **CLOSE)
+
+
+def test_float32(kind):
+    """The fused code for this device, where there is any, takes windows, padding and fixed buffers too."""
+    model, ids = make(sliding=True).float(), tokens(30)
+    mask = (torch.arange(30) >= torch.tensor([4, 0])[:, None]).long()
+    position_ids, cache = (mask.cumsum(-1) - 1).clamp(min=0), cache_for(model, kind)
+    found, start = [], 0
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask, position_ids=position_ids, use_cache=False).logits
+        for count in (20, 3, 1, 1, 4, 1):
+            stop = start + count
+            here = {"attention_mask": mask[:, :stop], "position_ids": position_ids[:, start:stop]}
+            found.append(model(ids[:, start:stop], past_key_values=cache, **here).logits)
+            start = stop
+    torch.testing.assert_close(torch.cat(found, 1)[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-4)
+
+
+def changed(cache, ids, change):
+    if change == "reorder":
+        index = torch.tensor([1, 1])
+        cache.reorder_cache(index)
+        return ids[index]
+    if change == "select":
+        cache.batch_select_indices(torch.tensor([1]))
+        return ids[1:]
+    if change == "repeat":
+        cache.batch_repeat_interleave(2)
+        return ids.repeat_interleave(2, dim=0)
+    if change == "reset":
+        cache.reset()
+        return ids[:, :0]
+    cache.crop(-3)
+    return ids[:, :-3]
+
+
+@pytest.mark.parametrize("change", ["reorder", "select", "repeat", "reset", "crop"])
+def test_changes(model, kind, change):
+    cache, ids = cache_for(model, kind), tokens(20)
+    if change == "crop":
+        if kind == "static" and any(cache.is_sliding):
+            assert not cache.is_croppable
+            with pytest.raises(ValueError, match="cannot take tokens back"):
+                cache.crop(-3)
+            return
+        cache.activate_past_recording()
+    run(model, ids, cache)
+    ids = changed(cache, ids, change)
+    more = tokens(3, len(ids))
+    found = torch.cat([run(model, more[:, :2], cache), run(model, more[:, 2:], cache)], dim=1)
+    torch.testing.assert_close(found, run(model, torch.cat((ids, more), dim=1))[:, -3:], **CLOSE)
+
+
+def test_changes_of_an_empty_cache(model, kind):
+    cache = cache_for(model, kind)
+    cache.reset()
+    cache.reorder_cache(torch.tensor([0]))
+    cache.batch_repeat_interleave(2)
+    cache.crop(0)
+    assert cache.get_seq_length() == 0
+    with pytest.raises(ValueError, match="negative"):
+        cache.crop(2)
+
+
+def test_a_growing_layer_seldom_reallocates():
+    model = make()
+    cache, places = SparseCache(model), set()
+    run(model, tokens(20), cache)
+    for token in tokens(240).split(1, dim=1):
+        run(model, token, cache)
+        places.add(cache.layers[0].store.v.data_ptr())
+    assert len(places) <= 2
+    assert cache.nbytes == 2 * 2 * 2 * 260 * (8 * (16 + 2 + 3) + 3)  # layers, batch, heads, tokens, bytes
+
+
+def test_a_sliding_layer_keeps_the_window_alone():
+    model = make(sliding=True)
+    cache = SparseCache(model)
+    run(model, tokens(40), cache)
+    assert len(cache.layers[0].store) == WINDOW - 1
+    for token in tokens(20).split(1, dim=1):
+        run(model, token, cache)
+        assert WINDOW - 1 <= len(cache.layers[0].store) <= WINDOW + WINDOW // 4
+        assert cache.layers[0].store.capacity < 30
+    with pytest.raises(RuntimeError, match="activate_past_recording"):
+        cache.crop(-5)
+    static = StaticSparseCache(model, CAPACITY)
+    run(model, tokens(40), static)
+    assert static.layers[0].store.v.shape[2] == WINDOW
+
+
+def test_static_buffers_stay_in_place():
+    model = make(sliding=True)
+    cache = StaticSparseCache(model, CAPACITY)
+
+    def places():
+        stores = [layer.store for layer in cache.layers]
+        return [x.data_ptr() for s in stores for x in (s.codes.dense, s.codes.values, s.codes.indices, s.v)]
+
+    run(model, tokens(9), cache)
+    before = places()
+    for part in tokens(24).split((1, 20, 3), dim=1):
+        run(model, part, cache)
+    cache.reset()
+    run(model, tokens(5), cache)
+    assert places() == before
+
+
+def test_static_refusals():
+    model = make()
+    with pytest.raises(ValueError, match="do not fit"):
+        run(model, tokens(CAPACITY + 1), StaticSparseCache(model, CAPACITY))
+    with pytest.raises(ValueError, match="max_cache_len"):
+        StaticSparseCache(model, 0)
+    flashsfa.disable(model)
+    with pytest.raises(ValueError, match="not switched"):
+        StaticSparseCache(model, 4)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_static_decode_equals_eager(model, backend):
+    torch._dynamo.reset()
+    ids = tokens(30)
+    graphs = []
+
+    def count(module, inputs):
+        graphs.append(module)
+        return torch._dynamo.lookup_backend(backend)(module, inputs)
+
+    cache = StaticSparseCache(model, CAPACITY)
+    run(model, ids[:, :20], cache)  # a prompt runs as it is
+    compiled = torch.compile(model, fullgraph=True, backend=count)
+    found = torch.cat([run(compiled, token, cache) for token in ids[:, 20:].split(1, dim=1)], dim=1)
+    assert len(graphs) == 1  # no step compiles again
+    torch.testing.assert_close(found, run(model, ids)[:, 20:], **CLOSE)
+
+
+@pytest.mark.parametrize("chunk", [None, 18])
+def test_generate_compiles_with_a_static_cache(model, chunk):
+    torch._dynamo.reset()
+    ids = tokens(24)
+    compile_config = transformers.CompileConfig(fullgraph=True, backend="eager", mode=None)
+    compile_config._compile_all_devices = True  # on the CPU too
+    settings = {"cache_implementation": "static", "max_new_tokens": 6, "do_sample": False}
+    settings |= {"prefill_chunk_size": chunk, "attention_mask": torch.ones_like(ids)}
+    expected = model.generate(ids, **settings)
+    assert torch.equal(model.generate(ids, **settings, compile_config=compile_config), expected)
+
+
+@pytest.mark.gpu
+def test_offloaded_equals_dynamic(model):
+    model, ids = model.cuda(), tokens(24).cuda()
+    settings = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    expected = model.generate(ids, **settings)
+    found = model.generate(ids, **settings, cache_implementation="offloaded", return_dict_in_generate=True)
+    assert torch.equal(found.sequences, expected)
+    assert {layer.store.v.device.type for layer in found.past_key_values.layers} <= {"cpu", "cuda"}
+    assert found.past_key_values.layers[-1].store.v.device.type == "cpu"
+
+
+@pytest.mark.gpu
+def test_static_decode_in_a_cuda_graph(model):
+    model, ids = model.float().cuda(), tokens(30).cuda()
+    cache = StaticSparseCache(model, CAPACITY)
+    run(model, ids[:, :19], cache)
+    token = ids[:, 19:20].clone()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run(model, token, cache)  # warm up: compile the kernels
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # recorded, not run
+        out = run(model, token, cache)
+    found = []
+    for i in range(20, 30):
+        token.copy_(ids[:, i : i + 1])
+        graph.replay()
+        found.append(out.clone())
+    torch.testing.assert_close(torch.cat(found, 1), run(model, ids)[:, 20:], rtol=1e-3, atol=1e-3)
