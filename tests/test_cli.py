@@ -66,6 +66,7 @@ def assert_refused(capsys, command, message):
         ("empty text", "is empty"),
         ("short text", "less than one window"),
         ("no model", "config.json is missing"),
+        ("no directory", "does not exist: give a model"),
         ("budget", "topk must be"),
         ("query budget", "topk must be"),
         ("window", "--window must be"),
@@ -79,6 +80,8 @@ def test_errors_leave_nothing(case, message, tiny, text, tmp_path, capsys):
         text.write_text(" \n")
     elif case == "short text":
         text.write_text("word1 word2")
+    elif case == "no directory":
+        model = tmp_path / "nowhere"
     elif case == "no model":
         model = tmp_path / "folder"
         model.mkdir()

@@ -101,6 +101,7 @@ def test_full_budget_equals_dense_and_disable_restores(model, kind, ids):
     assert torch.equal(logits(model, ids), dense)
     assert not is_enabled(model)
     assert not hasattr(model.config, "sfa")
+    assert not model.base_model._forward_pre_hooks
     assert flashsfa.disable(model) is model
 
 
@@ -150,6 +151,7 @@ def test_saving_again_leaves_no_old_basis(ids, tmp_path):
     model.save_pretrained(tmp_path)
     assert [x.name for x in tmp_path.glob("*.safetensors")] == ["model.safetensors"]  # what others take for weights
     flashsfa.enable(model, 3).save_pretrained(tmp_path)
+    assert not (tmp_path / switching.BASIS_FILE).exists()
     loaded = flashsfa.from_pretrained(tmp_path, dtype=torch.float64).eval()
     torch.testing.assert_close(logits(loaded, ids), logits(model, ids), **CLOSE)
 

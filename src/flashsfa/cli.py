@@ -1,4 +1,4 @@
-"""The command line: `flashsfa convert`, `flashsfa eval`, `flashsfa bench` and `flashsfa info`."""
+"""The command line: `flashsfa convert`, `flashsfa eval`, `flashsfa train`, `flashsfa bench` and `flashsfa info`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 from . import __version__
 from .basis import KINDS
 from .evaluation import command as evaluation
+from .training import command as training
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,11 +82,15 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.add_arguments(evaluate)
     evaluate.set_defaults(run=_eval)
 
+    train = commands.add_parser("train", help="train a model from scratch, or fine-tune a converted one")
+    training.add_arguments(train)
+    train.set_defaults(run=_train)
+
     bench = commands.add_parser(
         "bench", help="time decode or coding beside torch's dense kernels, each case checked first",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
-    bench.add_argument("operation", choices=("decode", "topk"), help="what to time")
+    bench.add_argument("operation", choices=("decode", "topk", "generate"), help="what to time")
     bench.add_argument("--quick", action="store_true", help="small cases and few repeats")
     bench.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: cuda if there is one")
     bench.add_argument(
@@ -201,6 +206,10 @@ def _eval(options: argparse.Namespace) -> None:
     console = Console()
     console.print(evaluation.table(document))
     console.print("written: " + ", ".join(map(str, paths)), markup=False, soft_wrap=True)
+
+
+def _train(options: argparse.Namespace) -> None:
+    training.run(options, _progress)
 
 
 def _bench(options: argparse.Namespace) -> int:

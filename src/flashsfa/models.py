@@ -31,6 +31,10 @@ def load_model(name: str | None, dtype: torch.dtype) -> tuple[Any, Any]:
     source: str | Path = bundled_model() if name is None else name
     if name is not None and Path(name).exists():
         require((Path(name) / "config.json").is_file(), f"{name} is no model directory: config.json is missing")
+    require(
+        name is None or Path(name).exists() or not (name.startswith(("/", ".", "~")) or name.count("/") > 1),
+        f"{name} does not exist: give a model's directory or its name on the hub",
+    )
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
         return model.eval(), AutoTokenizer.from_pretrained(source)

@@ -1,7 +1,7 @@
-"""Benchmarks of decode and of coding, beside the strongest dense kernels torch has.
+"""Benchmarks of decode, of coding and of whole models, beside the strongest dense kernels torch has.
 
 A case is timed only after its output has passed the error rule; a case that fails or cannot run is a row with its
-reason and no time. `decode` and `topk` hold the cases, `timing` the clock and the copy bandwidth that serves as
+reason and no time. `decode`, `topk` and `generate` hold the cases, `timing` the clock and the copy bandwidth that serves as
 roofline, `results` the rows, table and files, `plots` the picture.
 """
 
@@ -19,7 +19,18 @@ from .cases import Case, UnavailableError
 from .results import BaselineResult, Results, Row, environment, require_writable
 from .timing import copy_bandwidth, measure
 
-CASES: dict[str, Callable[[torch.device, bool], Sequence[Case]]] = {"decode": decode.cases, "topk": topk.cases}
+
+def _generate_cases(device: torch.device, quick: bool) -> Sequence[Case]:
+    from . import generate  # needs transformers
+
+    return generate.cases(device, quick)
+
+
+CASES: dict[str, Callable[[torch.device, bool], Sequence[Case]]] = {
+    "decode": decode.cases,
+    "topk": topk.cases,
+    "generate": _generate_cases,
+}
 
 
 def run(
@@ -31,7 +42,7 @@ def run(
     on_start: Callable[[int], object],
     on_row: Callable[[Row], object],
 ) -> tuple[Results, list[Path]]:
-    """Run every case of `operation` ("decode" or "topk"); write JSON, CSV and a plot into `directory`.
+    """Run every case of `operation`, a key of `CASES`; write JSON, CSV and a plot into `directory`.
 
     `on_start` is told the number of cases, `on_row` each row as soon as it is there. Returns the results and the
     files written. Raises `OSError` before anything is measured if `directory` cannot be written.
