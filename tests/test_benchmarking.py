@@ -295,7 +295,7 @@ def test_whole_models(phase):
     pytest.importorskip("transformers")
     from flashsfa.benchmarking.generate import GenerateCase
 
-    row = benchmarking.run_case(GenerateCase("tiny", 2, 128, phase, torch.float32, CPU), 1e9, quick=True)
+    row = benchmarking.run_case(GenerateCase("tiny", 2, 256, phase, torch.float32, CPU), 1e9, quick=True)
     assert row.status == "ok", row.note
     assert row.bytes_per_token == 8 * 4 + 8 * 5 + 64 * 4
     assert set(row.baselines) == {"sdpa", "sdpa_unmasked"} if phase == "token" else {"sdpa"}
@@ -308,7 +308,7 @@ def test_a_captured_step_that_differs_is_no_time(monkeypatch):
 
     step = GenerateCase._step
     monkeypatch.setattr(GenerateCase, "_step", lambda *args: lambda run=step(*args): 1.1 * run())
-    row = benchmarking.run_case(GenerateCase("tiny", 1, 128, "token", torch.float32, CPU), 1e9, quick=True)
+    row = benchmarking.run_case(GenerateCase("tiny", 1, 256, "token", torch.float32, CPU), 1e9, quick=True)
     assert row.status == "failed"
     assert "from the plain one" in row.note
 

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+import flashsfa
 from flashsfa import FeatureCodes, SparseKVCache, sparse_feature_attention, sparse_feature_decode, topk_codes
+from flashsfa.decode import attend_cached
 
 B, HKV, N, D = 2, 2, 40, 16
 EXACT = {"rtol": 0, "atol": 0}
@@ -176,3 +178,61 @@ def test_an_unfilled_buffer_past_kv_lens_does_not_leak():
     clean = sparse_feature_decode(q, codes, v, kv_lens=lens)
     v[0, :, 5:] = float("nan")
     torch.testing.assert_close(sparse_feature_decode(q, codes, v, kv_lens=lens), clean)
+
+
+def test_out_of_memory_leaves_the_cache_as_it_was(monkeypatch):
+    _, k, v = draw(1)
+    cache = SparseKVCache(4, capacity=4)
+    cache.append(k[:, :, :4], v[:, :, :4])
+    before = cache.codes.to_dense().clone()
+
+    def full(*args, **kwargs):
+        raise MemoryError
+
+    for change in (lambda: cache.append(k[:, :, 4:6], v[:, :, 4:6]), lambda: cache.keep_last(2, 8)):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty", full)
+            with pytest.raises(MemoryError):
+                change()
+        assert (len(cache), cache.capacity) == (4, 4)
+        assert torch.equal(cache.codes.to_dense(), before)
+    cache.append(k[:, :, 4:], v[:, :, 4:])
+    assert torch.equal(cache.codes.to_dense(), topk_codes(k, 4).to_dense())
+
+
+def test_write_at_refuses_what_does_not_fit():
+    _, k, v = draw(1)
+    cache = SparseKVCache(4, capacity=8)
+    cache.allocate(k, v)
+    slots, codes = torch.tensor([0]), topk_codes(k[:, :, :1], 4)
+    for wrong_codes, wrong_v, error in (
+        (codes, v[:, :, :1].float(), TypeError),
+        (topk_codes(torch.cat((k, k), -1)[:, :, :1], 4), v[:, :, :1], ValueError),
+        (codes, v[:, :, :1, :3], ValueError),
+    ):
+        with pytest.raises(error):
+            cache.write_at(wrong_codes, wrong_v, slots)
+    assert (cache.codes.values == 0).all()
+
+
+@pytest.mark.parametrize("m", [1, 17])
+def test_decode_carries_no_gradient(m):
+    q, k, v = (x.requires_grad_() for x in draw(m))
+    out = attend_cached(q, topk_codes(k, 4), v)
+    assert not out.requires_grad
+    with pytest.raises(ValueError, match="value_tolerance"):
+        attend_cached(q, topk_codes(k, 4), v, value_tolerance=5.0)
+
+
+def test_checked_mode_looks_at_what_is_visible():
+    q, k, v = draw(1)
+    codes = topk_codes(k, 4, dense_dims=2)
+    lens = torch.tensor([N - 1] * q.shape[0])
+    v[:, :, -1] = torch.nan
+    with flashsfa.checked():
+        sparse_feature_decode(q, codes, v, kv_lens=lens)
+        with pytest.raises(ValueError, match="v holds NaN"):
+            sparse_feature_decode(q, codes, v)
+        codes.dense[0, 0, 0, 0] = torch.nan
+        with pytest.raises(ValueError, match="dense holds NaN"):
+            sparse_feature_decode(q, codes, k)

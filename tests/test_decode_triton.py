@@ -317,3 +317,26 @@ def test_queries_are_coded_on_the_way(topk_query, group, m, d, dense_dims, dtype
     torch.testing.assert_close(
         decode_triton.decode(q, codes, v, DecodeRules(), 0.125, 0.0, topk_query=topk_query), expected, **EXACT
     )
+
+
+def test_strided_rules():
+    """Lengths, padding and pages may be views with gaps; the kernels get them whole."""
+    q, k, v = draw(n=256)
+    q, codes = coded(q, k, 8, 0)
+    lens = torch.tensor([[200, 1], [77, 1]], device=DEVICE)[:, 0]
+    padding = (torch.arange(256, device=DEVICE)[:, None] < torch.tensor([3, 40], device=DEVICE)).T
+    for rules in (
+        DecodeRules(lens),
+        DecodeRules(torch.tensor([9], device=DEVICE).expand(2)),
+        DecodeRules(None, None, padding),
+    ):
+        assert_close_to_torch(q, codes, v, rules)
+
+
+def assert_close_to_torch(q, codes, v, rules):
+    for got, expected in zip(
+        decode_triton.decode(q, codes, v, rules, 0.125, 0.0),
+        decode_torch.decode(q, codes, v, rules, 0.125, 0.0),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)

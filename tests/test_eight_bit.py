@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flashsfa import SparseKVCache, sparse_feature_decode, topk_codes
+from flashsfa import FeatureCodes, SparseKVCache, sparse_feature_decode, topk_codes
 from flashsfa.codes import code_queries, quantize_rows
 from flashsfa.decode import attend_cached
 from flashsfa.kernels import decode_torch
@@ -79,7 +79,10 @@ def test_errors():
 
 @pytest.mark.parametrize("tolerance", [0.0, 0.05])
 @pytest.mark.parametrize("dense_dims", [0, 4])
-@pytest.mark.parametrize(("m", "q_dtype"), [(1, torch.float32), (2, torch.float16)], ids=str)
+# int8 with 16-bit queries multiplies in bfloat16, which Triton's interpreter cannot
+@pytest.mark.parametrize(
+    ("m", "q_dtype"), [(1, torch.float32), pytest.param(2, torch.float16, marks=pytest.mark.gpu)], ids=str
+)
 def test_kernels_read_eight_bits(m, q_dtype, dense_dims, tolerance):
     pytest.importorskip("triton")
     from flashsfa.kernels.triton import decode as decode_triton
@@ -95,3 +98,38 @@ def test_kernels_read_eight_bits(m, q_dtype, dense_dims, tolerance):
     assert out.dtype == q_dtype
     assert (out - truth).norm(dim=-1).max() <= 2 * tolerance * largest + slack * largest
     torch.testing.assert_close(lse.double(), truth_lse, rtol=1e-5, atol=1e-5)
+
+
+def test_quantizing_twice_changes_nothing():
+    codes = topk_codes(torch.randn(5, 32), 8).quantize()
+    assert codes.quantize() is codes
+
+
+def test_small_rows_widen_exactly():
+    """A scale below float16's smallest normal number must not be rounded before it is multiplied."""
+    codes = topk_codes(1e-3 * torch.randn(50, 32), 8).quantize()
+    torch.testing.assert_close(codes.to(torch.float16).to_dense(), codes.to_dense().half(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("values", [torch.float32, torch.int8])
+def test_scale_belongs_to_int8_alone(values):
+    parts = torch.ones(3, 0), torch.ones(3, 2), torch.tensor([[0, 1]] * 3, dtype=torch.uint8)
+    scale = torch.ones(3) if values == torch.float32 else None
+    with pytest.raises(ValueError, match="int8 codes need a scale"):
+        FeatureCodes(parts[0].to(values), parts[1].to(values), parts[2], 8, scale)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tolerance", [0.0, 1e-3])
+def test_float16_queries_keep_small_rows_of_v(tolerance):
+    """Weights times the scales of small V rows leave the range of float16."""
+    q, k, v = (x.cuda().half() for x in draw(n=4096))
+    k[:, :, 7] = 3 * q[:, ::3, 0]  # one peaked key, and the rest small but many
+    v = 0.03 * v
+    codes, (small, scale) = topk_codes(k, 8).quantize(), quantize_rows(v)
+    out = sparse_feature_decode(q, codes, small, v_scale=scale, value_tolerance=tolerance).double()
+    wide = small.double() * scale[..., None]
+    truth, _ = decode_torch.decode(
+        q.double(), codes.to(torch.float64), wide, DecodeRules(), 32**-0.5, 0.0, topk_query=8
+    )
+    assert (out - truth).norm() / truth.norm() <= 0.02 + 2 * tolerance * wide.norm(dim=-1).max() / truth.norm()

@@ -147,6 +147,8 @@ def _check_attention(
     for name, x in (("q", q), ("k", key_rows), ("v", v)):
         require_float(name, x)
         require(x.ndim == 4, f"{name} must be [B, H, N, D], got shape {tuple(x.shape)}")
+    if isinstance(k, FeatureCodes):
+        require_float("k.dense", k.dense)
     require_alike(q=q, k=key_rows, v=v)
     require(q.shape[-1] == k.shape[-1], f"q and k must share head_dim, got {q.shape[-1]} and {k.shape[-1]}")
     require(

@@ -53,6 +53,10 @@ class FeatureCodes:
             self.dense_dims + self.topk <= self.head_dim <= 256,
             f"head_dim {self.head_dim} cannot hold {self.dense_dims} dense and {self.topk} sparse entries (at most 256)",
         )
+        require(
+            (self.scale is not None) == (values.dtype == torch.int8),
+            f"int8 codes need a scale, and others have none; got {values.dtype} {'without' if self.scale is None else 'with'} one",
+        )
         if self.scale is not None:
             require(
                 self.scale.shape == values.shape[:-1]
@@ -121,16 +125,20 @@ class FeatureCodes:
     def to(self, *args: Any, **kwargs: Any) -> FeatureCodes:
         """`Tensor.to` for the dense channel and the values; the indices follow to the device and stay uint8. Another
         dtype takes the scale in."""
-        values = self.values.to(*args, **kwargs)
-        dense = self.dense.to(*args, **kwargs)
-        scale = None if self.scale is None else self.scale.to(values.device)
-        if scale is not None and values.dtype != self.dtype:
-            dense, values = (x * scale[..., None].to(x.dtype) for x in (dense, values))
+        dense, values, scale = self.dense, self.values, self.scale
+        like = values.new_empty(0).to(*args, **kwargs)  # what dtype and device the arguments ask for
+        if scale is not None and like.dtype != self.dtype:
+            wide = torch.promote_types(torch.float32, like.dtype)
+            dense, values = (x.to(wide) * scale[..., None] for x in (dense, values))
             scale = None
-        return FeatureCodes(dense, values, self.indices.to(values.device), self.head_dim, scale)
+        scale = None if scale is None else scale.to(like.device)
+        dense, values = dense.to(*args, **kwargs), values.to(*args, **kwargs)
+        return FeatureCodes(dense, values, self.indices.to(like.device), self.head_dim, scale)
 
     def quantize(self) -> FeatureCodes:
-        """int8 codes, with one scale for the dense channel and values of a row."""
+        """int8 codes, with one scale for the dense channel and values of a row; codes in int8 stay as they are."""
+        if self.scale is not None:
+            return self
         kept, scale = quantize_rows(torch.cat((self.dense, self.values), dim=-1))
         dense, values = (x.contiguous() for x in kept.split((self.dense_dims, self.topk), dim=-1))
         return FeatureCodes(dense, values, self.indices, self.head_dim, scale)

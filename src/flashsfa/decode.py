@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from .attention import sparse_feature_attention
-from .checks import is_checked, require, require_alike, require_budget, require_float, require_padding
+from .checks import checked, is_checked, require, require_alike, require_budget, require_float, require_padding
 from .codes import FeatureCodes
 from .kernels import decode_torch, dispatch
 from .kernels.decode_torch import DecodeRules
 
 
+@torch.no_grad()
 def sparse_feature_decode(
     q: Tensor,
     codes: FeatureCodes,
@@ -73,13 +74,14 @@ def sparse_feature_decode(
         require_budget(topk_query, q.shape[-1], codes.dense_dims)
     eight_bit = {} if v_scale is None else {"v_scale": v_scale}
     run = _backend(q, codes, rules, v_scale)
-    out, lse = run(q.detach(), codes, v, rules, scale, value_tolerance, topk_query=topk_query, **eight_bit)
+    out, lse = run(q, codes, v, rules, scale, value_tolerance, topk_query=topk_query, **eight_bit)
     return (out, lse) if return_lse else out
 
 
 _DECODE_QUERIES = 16  # up to here codes are read as they are; more queries repay spreading the keys out once
 
 
+@torch.no_grad()
 def attend_cached(
     q: Tensor,
     codes: FeatureCodes,
@@ -94,8 +96,9 @@ def attend_cached(
 ) -> Tensor:
     """The newest tokens' q [B, Hq, M, D] over all cached codes and v: decode for few queries, prefill for many.
 
-    `value_tolerance` is a saving of decode; prefill is exact.
+    `value_tolerance` is a saving of decode; prefill is exact. No gradients.
     """
+    require(0 <= value_tolerance < 1, f"value_tolerance must be in [0, 1), got {value_tolerance}")
     out: Any
     if q.shape[2] <= _DECODE_QUERIES:
         out = sparse_feature_decode(
@@ -157,11 +160,13 @@ def _check(
         isinstance(codes, FeatureCodes),
         f"codes must be FeatureCodes, got {type(codes).__name__}; see topk_codes",
     )
-    scaled = {"q": None, "codes": codes.scale, "v": v_scale}
-    tensors = {"q": q, "codes": codes.values, "v": v}
+    scaled = {"q": None, "codes": codes.scale, "dense": codes.scale, "v": v_scale}
+    tensors = {"q": q, "codes": codes.values, "dense": codes.dense, "v": v}
     for name, x in tensors.items():
         if scaled[name] is None:
-            require_float(name, x)
+            # past a sequence's length a buffer may hold anything, NaN too
+            with checked(is_checked() and (name == "q" or rules.kv_lens is None)):
+                require_float(name, x)
         require(x.ndim == 4, f"{name} must be [B, H, N, D], got shape {tuple(x.shape)}")
     require_alike(**{name: x for name, x in tensors.items() if scaled[name] is None})
     for name, x in tensors.items():

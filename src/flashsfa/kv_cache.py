@@ -102,10 +102,10 @@ class SparseKVCache:
             f"k and v must share [B, Hkv, N], got {tuple(k.shape)} and {tuple(v.shape)}",
         )
         require_budget(self.topk, k.shape[-1], self.dense_dims)
+        require(v.shape[-1] >= 1, "v must have at least one feature")
         if self._codes is None or self._v is None:
-            self._capacity = max(self._capacity, k.shape[2])
             self._like = k.new_empty(0)
-            self._codes, self._v, self._v_scale = self._allocate(k.shape, v.shape[-1])
+            self._reallocate(max(self._capacity, k.shape[2]), k.shape, v.shape[-1])
         stored, stored_v = self._codes, self._v
         for name, new, old in (("k", k, stored.shape), ("v", v, stored_v.shape)):
             require(
@@ -124,9 +124,10 @@ class SparseKVCache:
         """Allocate `capacity` zeroed tokens for the codes of keys such as k [B, Hkv, any, D] and values such as v, and
         hold them all: a cache of fixed size and address, filled by `write_at`."""
         require(self.dtype is None, "a cache of fixed size keeps codes and values as they come: leave dtype None")
+        require_alike(k=k, v=v)
         require_budget(self.topk, k.shape[-1], self.dense_dims)
         self._like = k.new_empty(0)
-        self._codes, self._v, self._v_scale = self._allocate(k.shape, v.shape[-1])
+        self._reallocate(self._capacity, k.shape, v.shape[-1])
         for buffer in self._parts():
             buffer.zero_()
         self._length = self._capacity
@@ -134,6 +135,14 @@ class SparseKVCache:
     def write_at(self, codes: FeatureCodes, v: Tensor, slots: Tensor) -> tuple[FeatureCodes, Tensor]:
         """Overwrite the tokens `slots` [N] (int64, on the device) of an allocated cache with codes and v
         [B, Hkv, N, ...], in place and without a host sync; return all held codes and values."""
+        held, held_v = self._buffers()
+        require(
+            (codes.head_dim, codes.dense_dims, codes.topk) == (held.head_dim, held.dense_dims, held.topk)
+            and v.shape[-1] == held_v.shape[-1],
+            f"codes of head_dim {codes.head_dim} and v {tuple(v.shape)} do not fit a cache of {held.head_dim} and "
+            f"{tuple(held_v.shape)}",
+        )
+        require_alike(cache=held_v, codes=codes.values, v=v)
         for buffer, new in zip(self._parts(), _parts(codes, v, None), strict=True):
             buffer.index_copy_(2, slots, new.detach())
         return self.codes, self.v
@@ -146,10 +155,10 @@ class SparseKVCache:
 
     def keep_last(self, length: int, capacity: int) -> None:
         """Forget all but the last `length` tokens and move them to buffers of `capacity` tokens."""
-        require(length <= capacity, f"{length} tokens do not fit a capacity of {capacity}")
+        require(0 <= length <= capacity, f"{length} tokens do not fit a capacity of {capacity}")
         kept = [x[:, :, max(0, self._length - length) : self._length] for x in self._parts()]
-        self._length, self._capacity = min(length, self._length), capacity
-        self._codes, self._v, self._v_scale = self._allocate(self._buffers()[0].shape, self._buffers()[1].shape[-1])
+        self._reallocate(capacity, self.codes.shape, self.v.shape[-1])
+        self._length = min(length, self._length)
         for buffer, before in zip(self._parts(), kept, strict=True):
             buffer[:, :, : self._length] = before
 
@@ -157,8 +166,8 @@ class SparseKVCache:
         """Move the buffers to `device`; further tokens must come from there."""
         if self._codes is None or self._v is None:
             return
-        self._codes, self._v = self._codes.to(device, non_blocking=True), self._v.to(device, non_blocking=True)
-        self._v_scale = None if self._v_scale is None else self._v_scale.to(device, non_blocking=True)
+        self._codes, self._v = self._codes.to(device), self._v.to(device)
+        self._v_scale = None if self._v_scale is None else self._v_scale.to(device)
         self._like = self._like.to(device)
 
     def select_batch(self, index: Tensor) -> None:
@@ -187,8 +196,9 @@ class SparseKVCache:
             raise RuntimeError("the cache is empty: append keys and values first")
         return self._codes, self._v
 
-    def _allocate(self, k_shape: torch.Size, v_dim: int) -> tuple[FeatureCodes, Tensor, Tensor | None]:
-        rows, device = (*k_shape[:2], self._capacity), self._like.device
+    def _reallocate(self, capacity: int, k_shape: torch.Size, v_dim: int) -> None:
+        """New buffers of `capacity` tokens; nothing changes where memory does not suffice."""
+        rows, device = (*k_shape[:2], capacity), self._like.device
         kept = self._like.dtype if self.dtype is None else self.dtype
         scale = v_scale = None
         if self.dtype is not None:
@@ -200,12 +210,13 @@ class SparseKVCache:
             k_shape[-1],
             scale,
         )
-        return codes, torch.empty((*rows, v_dim), dtype=kept, device=device), v_scale
+        v = torch.empty((*rows, v_dim), dtype=kept, device=device)
+        self._codes, self._v, self._v_scale, self._capacity = codes, v, v_scale, capacity
 
     def _grow(self, needed: int) -> None:
-        old, codes = self._parts(), self.codes
-        self._capacity = max(needed, self._capacity + max(_GROWTH_TOKENS, self._capacity // 4))
-        self._codes, self._v, self._v_scale = self._allocate(codes.shape, self.v.shape[-1])
+        old = self._parts()
+        capacity = max(needed, self._capacity + max(_GROWTH_TOKENS, self._capacity // 4))
+        self._reallocate(capacity, self.codes.shape, self.v.shape[-1])
         for buffer, before in zip(self._parts(), old, strict=True):
             buffer[:, :, : self._length] = before[:, :, : self._length]
 

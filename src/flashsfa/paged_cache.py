@@ -99,18 +99,18 @@ class PagedSparseKVCache:
             RuntimeError: too few free pages. Nothing is stored in either case.
         """
         self._check(sequences, k, v)
-        if self._codes is None or self._v is None:
-            self._codes, self._v = self._allocate(k, v)
         needed = self._missing_pages(sequences, k.shape[2])
         if needed > self.free_pages:
             raise RuntimeError(f"appending needs {needed} pages, {self.free_pages} are free: free a sequence first")
-        for sequence in sequences:
+        fresh = topk_codes(k.detach(), self.topk, dense_dims=self.dense_dims)
+        if self._codes is None or self._v is None:
+            self._codes, self._v = self._allocate(k, v)
+        for sequence in sequences:  # from here on nothing large is allocated that could fail
             self._reserve(sequence, k.shape[2])
         at = [range(self._lengths[s], self._lengths[s] + k.shape[2]) for s in sequences]
         page = [[self._held[s][i // self.page_size] for i in span] for s, span in zip(sequences, at, strict=True)]
         pages = torch.tensor(page, device=k.device, dtype=torch.long).reshape(len(sequences), -1)  # [B, N]
         slots = torch.tensor([list(span) for span in at], device=k.device, dtype=torch.long) % self.page_size  # [B, N]
-        fresh = topk_codes(k.detach(), self.topk, dense_dims=self.dense_dims)
         new = (fresh.dense, fresh.values, fresh.indices, v.detach())
         for pool, x in zip(self._all_pools(), new, strict=True):
             pool[pages, :, slots.reshape_as(pages)] = x.transpose(1, 2)  # [B, N, Hkv, C]

@@ -26,7 +26,7 @@ from ..kernels.dispatch import last_choice
 from .cases import Baseline, Verdict, Workload, tokens_label
 
 _CHUNK_TOKENS = 4096  # tokens that go into a cache at a time
-_STEPS = 96  # room for the tokens of warm-up and repeats
+_STEPS = 128  # room for the tokens of warm-up and repeats, of two baselines over one cache
 
 
 def cases(device: torch.device, quick: bool) -> list[GenerateCase]:
@@ -97,6 +97,7 @@ class GenerateCase:
         cache = SparseCache(sparse)
         read(sparse, lambda: cache)
         rows, weights = self._rows(model), _weight_bytes(model)
+        dense_bytes = rows * 2 * attention_shape(model)[2] * self.dtype.itemsize
         return Workload(
             run=lambda: read(sparse, lambda: SparseCache(sparse)),
             check=lambda out: Verdict(bool(out.isfinite().all()), 0.0, "the logits are not finite"),
@@ -104,7 +105,9 @@ class GenerateCase:
             tokens=rows,
             bytes_per_token=cache.nbytes / rows,
             choice=lambda: last_choice("attention"),
-            baselines={"sdpa": Baseline(lambda: read(model, lambda: DynamicCache(config=model.config)), weights)},
+            baselines={
+                "sdpa": Baseline(lambda: read(model, lambda: DynamicCache(config=model.config)), weights + dense_bytes)
+            },
         )
 
     def _rows(self, model: Any) -> int:
@@ -179,7 +182,10 @@ def _twin(model: Any) -> Any:
 
 
 def _weight_bytes(model: Any) -> int:
-    return sum(p.nbytes for p in model.parameters())
+    """Bytes of the weights that a token reads: an input embedding of its own is looked up in one row."""
+    own = model.get_input_embeddings().weight
+    tied = model.get_output_embeddings().weight is own
+    return sum(p.nbytes for p in model.parameters()) - (0 if tied else own.nbytes)
 
 
 def _allocated(layers: Sequence[Any], device: torch.device) -> int:

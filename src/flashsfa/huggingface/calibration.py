@@ -52,7 +52,8 @@ def gather_moments(
     Args:
         max_position: longest context the model will be used with. Rotated keys look different at positions that
             calibration has not seen, so the windows are moved there: all tokens but the first (the one that
-            attention sinks into) are placed at offsets spread evenly up to it. None: the positions of the windows.
+            attention sinks into) are placed at offsets spread evenly up to it, a single window at its end. None: the
+            positions of the windows.
         progress: called after each window.
     """
     require(windows.ndim == 2 and windows.numel() > 0, f"windows must be [S, W] token ids, got {tuple(windows.shape)}")
@@ -78,7 +79,7 @@ def gather_moments(
         for index, window in enumerate(windows):
             window = window.to(model.device)
             positions = torch.arange(length)
-            positions[1:] += (furthest - length) * index // max(1, count - 1)
+            positions[1:] += (furthest - length) * (index + 1 if count == 1 else index) // max(1, count - 1)
             model(
                 input_ids=window[None],
                 position_ids=positions[None].to(model.device),

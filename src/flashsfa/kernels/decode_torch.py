@@ -38,7 +38,7 @@ class DecodeRules:
         """[B or 1, M, N] bool, or None when every query sees every key."""
         if self.kv_lens is None and self.window is None and self.key_padding_mask is None and m == 1:
             return None
-        lengths = torch.tensor([n], device=device) if self.kv_lens is None else self.kv_lens  # [B or 1]
+        lengths = torch.tensor([n], device=device) if self.kv_lens is None else self.kv_lens.clamp(max=n)  # [B or 1]
         position = lengths[:, None, None] - m + torch.arange(m, device=device)[:, None]  # [B or 1, M, 1]
         key = torch.arange(n, device=device)
         visible = key <= position

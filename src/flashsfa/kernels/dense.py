@@ -33,6 +33,8 @@ def choose_kernel(q: Tensor, v: Tensor, mask: AttentionMask) -> tuple[Kernel | N
         return None, "no fused CUDA kernel takes float64"
     if q.dtype == torch.float32 or mask.key_padding_mask is not None:
         return CudaEfficient(), "torch's memory-efficient CUDA kernel: the one that takes float32 and padding"
+    if width > 256:
+        return CudaEfficient(), "torch's memory-efficient CUDA kernel: the one that takes heads wider than 256"
     n_q, n_k = q.shape[-2], v.shape[-2]
     plain = mask.window is None and mask.cu_seqlens_q is None
     two_sided = mask.window is not None and not mask.is_causal

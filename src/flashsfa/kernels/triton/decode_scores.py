@@ -46,6 +46,8 @@ class Problem:
         scale: float,
         topk_query: int | None,
     ) -> None:
+        # small, and read entry by entry: the kernels count on adjacent ones
+        kv_lens, padding, page_table = (None if x is None else x.contiguous() for x in (kv_lens, padding, page_table))
         (batch, q_heads, m, d), kv_heads = q.shape, v.shape[1]
         self.device, self.dtype, self.topk, self.width = q.device, q.dtype, values.shape[-1], v.shape[-1]
         self.dense_dims = dense.shape[-1]
@@ -72,7 +74,9 @@ class Problem:
             "D": d, "DENSE": self.dense_dims, "K": self.topk, "CAUSAL": m > 1,
         }  # fmt: skip
         self.valued: dict[str, Any] = {
-            **_strided("V", v), **_strided("V_SCALE", v_scale), "DV": self.width, "DTYPE": _TRITON_DTYPES[q.dtype],
+            **_strided("V", v), **_strided("V_SCALE", v_scale), "DV": self.width,
+            # a weight times the scale of its row can leave the range of float16
+            "DTYPE": tl.bfloat16 if v_scale is not None and q.dtype == torch.float16 else _TRITON_DTYPES[q.dtype],
         }  # fmt: skip
 
     def splits(self, block: int, waves: int) -> int:
