@@ -307,7 +307,12 @@ def test_a_captured_step_that_differs_is_no_time(monkeypatch):
     from flashsfa.benchmarking.generate import GenerateCase
 
     step = GenerateCase._step
-    monkeypatch.setattr(GenerateCase, "_step", lambda *args: lambda run=step(*args): 1.1 * run())
+
+    def ten_percent_off(*args):
+        run = step(*args)
+        return lambda: 1.1 * run()
+
+    monkeypatch.setattr(GenerateCase, "_step", ten_percent_off)
     row = benchmarking.run_case(GenerateCase("tiny", 1, 256, "token", torch.float32, CPU), 1e9, quick=True)
     assert row.status == "failed"
     assert "from the plain one" in row.note
