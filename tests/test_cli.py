@@ -3,6 +3,7 @@
 import functools
 import json
 import random
+import sys
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 import flashsfa.convert  # noqa: E402
+from flashsfa import benchmarking  # noqa: E402
+from flashsfa.benchmarking.results import Results, Row  # noqa: E402
 
 WORDS = [f"word{i}" for i in range(60)] + ["The", "history", "of", "science", "is"]
 
@@ -65,6 +68,7 @@ def assert_refused(capsys, command, message):
         ("missing text", "does not exist"),
         ("empty text", "is empty"),
         ("short text", "less than one window"),
+        ("texts overlap", "lies inside the other"),
         ("no model", "config.json is missing"),
         ("no directory", "does not exist: give a model"),
         ("budget", "topk must be"),
@@ -85,6 +89,8 @@ def test_errors_leave_nothing(case, message, tiny, text, tmp_path, capsys):
     elif case == "no model":
         model = tmp_path / "folder"
         model.mkdir()
+    elif case == "texts overlap":
+        more = ["--calibrate", str(text.parent)]
     else:
         more = {"budget": ["--topk", "7"], "query budget": ["--topk-query", "7"], "window": ["--window", "1"]}[case]
     before = set(tmp_path.iterdir())
@@ -145,6 +151,28 @@ def test_full_disk_leaves_nothing(kilobytes, tiny, text, tmp_path, capsys, monke
     assert "flashsfa: error:" in error[0]
     assert "File too large" in error[0]
     assert set(tmp_path.iterdir()) == before
+
+
+def test_bench_generate_without_transformers(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "flashsfa.benchmarking.generate", raising=False)
+    monkeypatch.delattr(benchmarking, "generate", raising=False)
+    command = ["bench", "generate", "--quick", "--device", "cpu", "-o", str(tmp_path / "a" / "out")]
+    assert_refused(capsys, command, "pip install 'flashsfa[hf]'")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("writer", ["json.dumps", "csv.DictWriter"])
+def test_results_that_cannot_be_written_leave_nothing(writer, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError("no space left")
+
+    results = Results("topk", {"date": "2026-01-01", "commit": None}, 1.0, (Row("a", "f", "c", 8, "skipped"),))
+    assert len(results.save(tmp_path / "kept")) == len(list((tmp_path / "kept").iterdir())) == 2
+    monkeypatch.setattr(f"flashsfa.benchmarking.results.{writer}", full)
+    with pytest.raises(OSError, match="no space left"):
+        results.save(tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_info(tiny, tmp_path, capsys):

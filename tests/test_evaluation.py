@@ -18,10 +18,15 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 from flashsfa.evaluation import needle  # noqa: E402
 from flashsfa.evaluation.haystack import TASKS, Haystack, Sample, samples  # noqa: E402
+from flashsfa.evaluation.subject import SWITCH_OPTIONS, Subject, SubjectSettings  # noqa: E402
+from flashsfa.evaluation.text import separate_texts  # noqa: E402
 
 TEXT = " ".join(
     f"Sentence {i} tells of {a} and {b}." for i in range(40) for a in ("rivers", "stones") for b in ("wind", "rain")
 )
+SWITCH = [
+    ["--topk-query", 8], ["--dense-dims", 2], ["--basis", "pca"], ["--max-position", 50], ["--calibrate", __file__]
+]  # fmt: skip
 BUDGET = ["--topk", "2", "--dense-dims", "2", "--dtype", "float32", "--device", "cpu"]
 
 
@@ -161,7 +166,10 @@ def test_perplexity(tiny, text, tmp_path, capsys, monkeypatch):
     found = document(tmp_path / "out")
     assert found["settings"]["sfa"]["topk"] == 2
     assert found["settings"]["sfa"]["topk_query"] == 8
+    assert found["settings"]["sfa"]["dense_dims"] == 2
+    assert found["settings"]["sfa"]["max_position"] == 200
     assert found["settings"]["window"] == 200
+    assert not set(SWITCH_OPTIONS) & set(found["settings"])  # as given, they need not be what was used
     assert {"date", "torch", "transformers", "flashsfa"} <= set(found["environment"])
     assert found["results"]["sfa"]["tokens"] == 600
     assert found["results"]["sfa"]["perplexity"] != found["results"]["dense"]["perplexity"]
@@ -189,8 +197,9 @@ def test_converted_model_and_names(tiny, text, tmp_path, capsys):
     assert len(files) == 2
     assert any(json.loads(file.read_text()) == first for file in files)
     capsys.readouterr()
-    assert evaluate(*command, "--topk", 2) == 2
-    assert "converted already" in capsys.readouterr().err
+    for option, value in (["--topk", 2], *SWITCH):
+        assert evaluate(*command, option, value) == 2
+        assert f"converted already and brings its settings along; leave out {option}" in capsys.readouterr().err
 
 
 def test_needle(tiny, text, tmp_path, capsys):
@@ -248,6 +257,38 @@ def test_lm_eval_on_local_tasks(tiny, text, tmp_path, capsys):
         assert 0 <= results["results"]["tiny_choice"]["acc,none"] <= 1
         assert results["n-samples"]["tiny_written"]["effective"] == 6
     assert found["settings"]["batch_size"] == 2
+    assert found["settings"]["sfa"]["max_position"] == 1024  # the model's
+    more = ["--tasks", "tiny_choice", *command, "--limit", 1, "--max-position", 300]
+    assert evaluate("lm-eval", tiny, tmp_path / "short", *more) == 0
+    assert document(tmp_path / "short")["settings"]["sfa"]["max_position"] == 300
+
+
+def test_usual_length(tiny, capsys):
+    with torch.device("cpu"):
+        subject = Subject(SubjectSettings(model=str(tiny), dense=True, device="cpu"))
+    assert subject.usual_length == 1024
+    subject.model.config.max_position_embeddings = 4096
+    assert subject.usual_length == 2048
+    for name, default in (("lm-eval", "2048, or the model's"), ("needle", "the longest measured")):
+        with pytest.raises(SystemExit, match="0"):
+            main(["eval", name, "--help"])
+        assert f"(default: {default}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_separate_texts(text, tmp_path, monkeypatch):
+    """Two spellings of one path are one text, which is split; one inside the other is refused."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path)
+    for other in (text, "text.txt", "./link/text.txt"):
+        first, second = separate_texts(other, str(text))
+        assert first + second == TEXT
+        assert abs(len(first) - len(second)) <= 1
+    for one, other in ((text, tmp_path), (".", "link/text.txt")):
+        with pytest.raises(ValueError, match="lies inside the other"):
+            separate_texts(one, other)
+    (tmp_path / "text.txt.md").write_text("another")
+    assert separate_texts("text.txt.md", text) == ("another", TEXT)
+    assert separate_texts(None, text)[1] == TEXT
 
 
 @pytest.mark.parametrize(
@@ -259,6 +300,7 @@ def test_lm_eval_on_local_tasks(tiny, text, tmp_path, capsys):
         ("perplexity", ["--window", 100], "give --topk"),
         ("perplexity", ["--topk", 7, "--dense-dims", 2, "--window", 100], "topk must be"),
         ("perplexity", [*BUDGET, "--window", 200, "--max-position", 100], "--max-position must be"),
+        *(("perplexity", ["--dense", "--window", 100, *given], f"leave out {given[0]}, or") for given in SWITCH),
         ("needle", ["--dense", "--depths", "0,101"], "percents"),
         ("needle", ["--dense", "--trials", 0], "--trials must be"),
         ("needle", ["--dense", "--lengths", "100"], "too few"),
@@ -266,6 +308,7 @@ def test_lm_eval_on_local_tasks(tiny, text, tmp_path, capsys):
         ("needle", ["--dense", "--lengths", "4096"], "1024 positions"),
         ("needle", ["--dense", "--lengths", "450", "--task", "common-words"], "too few"),
         ("lm-eval", ["--dense", "--tasks", "a", "--limit", 0], "--limit must be"),
+        ("lm-eval", ["--topk", 2, "--tasks", "a", "--max-position", 1], "--max-position must be"),
     ],
 )
 def test_errors_leave_nothing(name, more, message, tiny, text, tmp_path, capsys):
@@ -293,7 +336,7 @@ def test_lm_eval_refuses(more, message, tiny, tmp_path, capsys):
 
 def test_output_that_is_a_file(tiny, text, tmp_path, capsys):
     assert evaluate("perplexity", tiny, text, "--dense", "--text", text) == 2
-    assert "is a file" in capsys.readouterr().err
+    assert f"cannot write results to {text}: {text}: Not a directory" in capsys.readouterr().err
     assert text.read_text() == TEXT
 
 

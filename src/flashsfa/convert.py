@@ -22,7 +22,7 @@ from .basis import FeatureBasis
 from .codes import topk_codes
 from .decode import sparse_feature_decode
 from .evaluation.perplexity import perplexity
-from .evaluation.text import read_text, split_text, token_windows
+from .evaluation.text import separate_texts, token_windows
 from .huggingface import disable, enable
 from .huggingface.cache import cache_nbytes
 from .huggingface.calibration import gather_moments
@@ -134,11 +134,8 @@ def _write(model: Any, tokenizer: Any, report: dict[str, Any], output: Path) -> 
 
 
 def _windows(settings: ConvertSettings, tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Calibration and evaluation windows that do not overlap: two texts, or the halves of one."""
-    if settings.calibrate == settings.eval:
-        calibration_text, evaluation_text = split_text(read_text(settings.eval))
-    else:
-        calibration_text, evaluation_text = read_text(settings.calibrate), read_text(settings.eval)
+    """Calibration and evaluation windows that do not overlap."""
+    calibration_text, evaluation_text = separate_texts(settings.calibrate, settings.eval)
     cut = {"length": settings.window, "count": settings.windows}
     return (
         token_windows(tokenizer, calibration_text, purpose="calibration", **cut),

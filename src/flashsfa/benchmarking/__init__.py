@@ -16,13 +16,15 @@ import torch
 
 from . import decode, topk
 from .cases import Case, UnavailableError
-from .results import BaselineResult, Results, Row, environment, require_writable
+from .results import BaselineResult, Results, Row, environment, require_place
 from .timing import copy_bandwidth, measure
 
 
 def _generate_cases(device: torch.device, quick: bool) -> Sequence[Case]:
-    from . import generate  # needs transformers
-
+    try:
+        from . import generate  # needs transformers
+    except ImportError as error:
+        raise ImportError(f"{error}: pip install 'flashsfa[hf]'") from error
     return generate.cases(device, quick)
 
 
@@ -47,7 +49,7 @@ def run(
     `on_start` is told the number of cases, `on_row` each row as soon as it is there. Returns the results and the
     files written. Raises `OSError` before anything is measured if `directory` cannot be written.
     """
-    require_writable(directory)
+    require_place(directory)
     cases = CASES[operation](device, quick)
     on_start(len(cases))
     bandwidth = copy_bandwidth(device)

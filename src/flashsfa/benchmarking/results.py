@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -119,23 +121,29 @@ class Results:
         )
 
     def save(self, directory: Path) -> list[Path]:
-        """Write JSON and CSV under a name that carries date and commit and is free; returns their paths."""
+        """Write JSON and CSV under a name that carries date and commit and is free; returns their paths.
+
+        Raises `OSError`, with neither left behind, if either cannot be written.
+        """
         parts = [self.operation, str(self.environment["date"])[:10], self.environment["commit"]]
-        target = free_json(directory, "-".join(part for part in parts if part))
         document = {
             "operation": self.operation,
             "environment": dict(self.environment),
             "copy_gb_per_s": self.copy_bytes_per_s / 1e9,
             "rows": [asdict(row) | {"fastest_baseline": row.fastest_baseline, "ratio": row.ratio} for row in self.rows],
         }
-        target.write_text(json.dumps(document, indent=1) + "\n")
         records = [_record(row) | dict(self.environment) for row in self.rows]
         columns = list(dict.fromkeys(column for record in records for column in record))
-        with target.with_suffix(".csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(records)
-        return [target, target.with_suffix(".csv")]
+        directory.mkdir(parents=True, exist_ok=True)
+        target = free_json(directory, "-".join(part for part in parts if part))
+        paths = [target, target.with_suffix(".csv")]
+        with all_or_none(paths):
+            target.write_text(json.dumps(document, indent=1) + "\n")
+            with paths[1].open("w", newline="") as file:
+                writer = csv.DictWriter(file, columns)
+                writer.writeheader()
+                writer.writerows(records)
+        return paths
 
     def table(self) -> Table:
         """The rows as a rich table, the notes of failed and skipped ones below it."""
@@ -191,14 +199,27 @@ def environment(device: torch.device) -> dict[str, str | None]:
     }
 
 
-def require_writable(directory: Path) -> None:
-    """Make `directory` and write to it for a moment; raises an `OSError` that names it otherwise."""
+def require_place(directory: Path) -> None:
+    """Raise `OSError` if results cannot be written to `directory`, which may not exist yet; makes nothing."""
+    there = directory.absolute()
+    while not os.path.lexists(there):
+        there = there.parent
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
+        with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
-        raise OSError(f"cannot write results to {directory}: {error.strerror or error}") from error
+        raise OSError(f"cannot write results to {directory}: {there}: {error.strerror or error}") from error
+
+
+@contextmanager
+def all_or_none(paths: Iterable[Path]) -> Iterator[None]:
+    """Removes the files at `paths` if what runs inside, which is to write them, fails."""
+    try:
+        yield
+    except BaseException:
+        for path in paths:
+            path.unlink(missing_ok=True)
+        raise
 
 
 def free_json(directory: Path, stem: str) -> Path:

@@ -23,10 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give `parser` the three evaluations as commands of its own."""
     evaluations = parser.add_subparsers(required=True, dest="evaluation", metavar="EVALUATION")
 
-    def add(name: str, help: str, measure: Callable[..., Any]) -> argparse.ArgumentParser:
+    def add(
+        name: str, help: str, measure: Callable[..., Any], context: str = "the longest measured"
+    ) -> argparse.ArgumentParser:
         command = evaluations.add_parser(name, help=help, formatter_class=_HelpFormatter)
         command.set_defaults(measure=measure)
-        _add_subject(command)
+        _add_subject(command, context)
         return command
 
     perplexity = add("perplexity", "perplexity over long windows of a text", _perplexity)
@@ -44,7 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     needle.add_argument("--trials", type=int, default=1, help="prompts a length and depth")
     needle.add_argument("--seed", type=int, default=0, help="another one gives other prompts")
 
-    harness = add("lm-eval", "tasks of EleutherAI's lm-eval, built in or of your own", _lm_eval)
+    harness = add(
+        "lm-eval", "tasks of EleutherAI's lm-eval, built in or of your own", _lm_eval,
+        context="2048, or the model's positions if fewer",
+    )  # fmt: skip
     harness.add_argument("--tasks", type=_names, required=True, help="names of tasks, groups or tags, by commas")
     harness.add_argument("--include-path", type=Path, metavar="DIR", help="folder with task files (.yaml) of your own")
     harness.add_argument("--limit", type=int, default=None, help="examples a task (default: all)")
@@ -149,8 +154,8 @@ def _needle(options: argparse.Namespace, progress: Progress) -> tuple[dict[str, 
 
 
 def _lm_eval(options: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], list[Path]]:
-    for name in ("limit", "num_fewshot", "batch_size"):
-        value, least = getattr(options, name), int(name != "num_fewshot")
+    for name, least in {"limit": 1, "num_fewshot": 0, "batch_size": 1, "max_position": 2}.items():
+        value = getattr(options, name)
         require(value is None or value >= least, f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     from .harness import Harness
     from .results import save
@@ -158,7 +163,7 @@ def _lm_eval(options: argparse.Namespace, progress: Progress) -> tuple[dict[str,
 
     harness = Harness(options.tasks, options.include_path)
     subject = _subject(options)
-    longest = subject.usual_length
+    longest = subject.usual_length if options.max_position is None else options.max_position
     subject.require_length(longest)
     calibration = subject.calibration_windows(read_text(options.calibrate), longest)
     document = _document(options, subject)
@@ -171,8 +176,8 @@ def _lm_eval(options: argparse.Namespace, progress: Progress) -> tuple[dict[str,
     return document, save(document, options.output)
 
 
-def _add_subject(parser: argparse.ArgumentParser) -> None:
-    """The options that say which model, how it is switched and where results go."""
+def _add_subject(parser: argparse.ArgumentParser, context: str) -> None:
+    """The options that say which model, how it is switched and where results go; `context` is calibrated for."""
     parser.add_argument(
         "model", nargs="?", metavar="MODEL",
         help="a converted model's directory, or a dense model: local directory or hub name (default: a small bundled model)",
@@ -186,18 +191,16 @@ def _add_subject(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: cuda if there is one")
     switch = parser.add_argument_group(
-        "switching a dense model", "as flashsfa convert does; nothing happens without --topk"
+        "switching a dense model", "as flashsfa convert does; --topk switches it, the others say how"
     )
     switch.add_argument("--topk", type=int, help="kept features of a key beside the dense channel")
     switch.add_argument("--topk-query", type=int, help="kept features of a query (default: all, dense queries)")
-    switch.add_argument("--dense-dims", type=int, default=22, help="leading features that are always kept")
+    switch.add_argument("--dense-dims", type=int, help="leading features that are always kept (default: 22)")
     switch.add_argument(
         "--basis", choices=KINDS,
         help="calibrated coordinates (default: dictionary for dense queries, balanced for sparse ones)",
     )  # fmt: skip
-    switch.add_argument(
-        "--max-position", type=int, help="context in tokens to calibrate for (default: the longest measured)"
-    )
+    switch.add_argument("--max-position", type=int, help=f"context in tokens to calibrate for (default: {context})")
     switch.add_argument(
         "--calibrate", metavar="TEXT",
         help="file or folder to calibrate on (default: topics of Python's help); a TEXT that is measured on too is split in two",
@@ -210,16 +213,18 @@ def _subject(options: argparse.Namespace) -> Subject:
     return Subject(
         SubjectSettings(
             model=options.model, dense=options.dense, topk=options.topk, topk_query=options.topk_query,
-            dense_dims=options.dense_dims, basis=options.basis, max_position=options.max_position, dtype=options.dtype,
-            device=options.device,
+            dense_dims=options.dense_dims, basis=options.basis, max_position=options.max_position,
+            calibrate=options.calibrate, dtype=options.dtype, device=options.device,
         )
     )  # fmt: skip
 
 
 def _document(options: argparse.Namespace, subject: Subject) -> dict[str, Any]:
     from .results import document
+    from .subject import SWITCH_OPTIONS
 
-    settings = {n: v for n, v in vars(options).items() if n not in ("run", "measure", "evaluation", "output")}
+    elsewhere = ("run", "measure", "evaluation", "output", *SWITCH_OPTIONS)  # the last as used: under "sfa"
+    settings = {n: v for n, v in vars(options).items() if n not in elsewhere}
     return document(options.evaluation, settings | {"model": subject.name}, subject.model.device)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any
 
 import torch
 
-from ..benchmarking.results import environment, free_json
-from ..checks import require
+from ..benchmarking.results import all_or_none, environment, free_json, require_place
+
+__all__ = ["document", "require_place", "save"]
 
 
 def document(evaluation: str, settings: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -31,21 +31,8 @@ def save(content: Mapping[str, Any], directory: Path, draw: Callable[[Path], Non
     directory.mkdir(parents=True, exist_ok=True)
     target = free_json(directory, "-".join(part for part in parts if part))
     paths = [target] if draw is None else [target, target.with_suffix(".png")]
-    try:
+    with all_or_none(paths):
         target.write_text(json.dumps(content, indent=1, default=str) + "\n")
         if draw is not None:
             draw(paths[-1])
-    except BaseException:
-        for path in paths:
-            path.unlink(missing_ok=True)
-        raise
     return paths
-
-
-def require_place(directory: Path) -> None:
-    """Raise `ValueError` if results cannot be written to `directory`; makes nothing."""
-    there = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
-    require(
-        there.is_dir() and os.access(there, os.W_OK),
-        f"cannot write results to {directory}: {there} is {'not writable' if there.is_dir() else 'a file'}",
-    )

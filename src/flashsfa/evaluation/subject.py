@@ -17,6 +17,10 @@ from ..huggingface.switch import attention_shape
 from ..models import BUNDLED_NAME, load_model
 from .text import token_windows
 
+SWITCH_OPTIONS = ("topk", "topk_query", "dense_dims", "basis", "max_position", "calibrate")
+
+_USUAL_TOKENS = 2048
+_DENSE_DIMS = 22  # as `flashsfa convert`
 _CALIBRATION_TOKENS, _CALIBRATION_WINDOWS = 768, 10
 
 
@@ -24,20 +28,25 @@ _CALIBRATION_TOKENS, _CALIBRATION_WINDOWS = 768, 10
 class SubjectSettings:
     """Which model, and how it is measured. Fields as the options of `flashsfa eval`; see its help.
 
+    Those in `SWITCH_OPTIONS` say how a dense model is switched: without `topk`, all of them must be None.
+
     Attributes:
         topk: None to leave a dense model as it is.
         topk_query: None for dense queries.
+        dense_dims: None for 22.
         basis: None for "dictionary" with dense queries and "balanced" with sparse ones.
         max_position: None for the longest context that is measured.
+        calibrate: the text to calibrate on, for the record; None for `read_text`'s own.
     """
 
     model: str | None = None
     dense: bool = False
     topk: int | None = None
     topk_query: int | None = None
-    dense_dims: int = 22
+    dense_dims: int | None = None
     basis: str | None = None
     max_position: int | None = None
+    calibrate: str | None = None
     dtype: str = "bfloat16"
     device: str = "auto"
 
@@ -58,9 +67,14 @@ class Subject:
         self.name = settings.model or BUNDLED_NAME
         self.switched: dict[str, Any] | None = None
         converted = _is_converted(settings.model)
+        given = [f"--{name.replace('_', '-')}" for name in SWITCH_OPTIONS if getattr(settings, name) is not None]
         require(
-            not (converted and settings.topk is not None),
-            f"{self.name} is converted already and brings its settings along; leave out --topk",
+            not (converted and given),
+            f"{self.name} is converted already and brings its settings along; leave out {', '.join(given)}",
+        )
+        require(
+            not given or settings.topk is not None,
+            f"without --topk {self.name} stays dense; leave out {', '.join(given)}, or give --topk to switch it",
         )
         require(
             converted or settings.topk is not None or settings.dense,
@@ -77,8 +91,8 @@ class Subject:
 
     @property
     def usual_length(self) -> int:
-        """Tokens of a context where a task does not say: as long as calibration's windows, if the model has positions."""
-        return min(_CALIBRATION_TOKENS, self._limit or _CALIBRATION_TOKENS)
+        """Tokens of a context where nothing says how long it will be: 2048, or the model's positions if fewer."""
+        return min(_USUAL_TOKENS, self._limit or _USUAL_TOKENS)
 
     def require_length(self, longest: int) -> None:
         """Raise `ValueError` unless the model has positions for `longest` tokens, and `max_position` covers them."""
@@ -122,7 +136,8 @@ class Subject:
                 max_position=furthest, progress=progress("calibrating", len(calibration)),
             )  # fmt: skip
             enable(self.model, basis=basis, **budgets)
-            self.switched = self.model.config.sfa | {"basis": kind, "max_position": furthest}
+            calibrated = {"basis": kind, "max_position": furthest, "calibrate": self._settings.calibrate}
+            self.switched = self.model.config.sfa | calibrated
         if self.switched is not None:
             yield "sfa"
         if self._settings.dense:
@@ -136,7 +151,8 @@ class Subject:
     def _budgets(self) -> dict[str, Any]:
         settings = self._settings
         topk_query = attention_shape(self.model)[2] if settings.topk_query is None else settings.topk_query
-        return {"topk": settings.topk, "topk_query": topk_query, "dense_dims": settings.dense_dims}
+        dense_dims = _DENSE_DIMS if settings.dense_dims is None else settings.dense_dims
+        return {"topk": settings.topk, "topk_query": topk_query, "dense_dims": dense_dims}
 
 
 def _device(name: str) -> torch.device:

@@ -37,18 +37,20 @@ def read_text(source: str | Path | None) -> str:
     return text
 
 
-def split_text(text: str) -> tuple[str, str]:
-    """Two halves that share nothing, cut at a paragraph near the middle."""
-    middle = len(text) // 2
-    cut = text.find("\n\n", middle)
-    cut = middle if cut < 0 else cut
-    return text[:cut], text[cut:]
-
-
 def separate_texts(calibrate: str | Path | None, evaluate: str | Path | None) -> tuple[str, str]:
-    """A text to calibrate on and one to evaluate on that share nothing: two sources, or the halves of one."""
-    if calibrate == evaluate:
-        return split_text(read_text(evaluate))
+    """A text to calibrate on and one to evaluate on that share nothing: two sources, or the halves of one.
+
+    Raises `ValueError` if one source lies inside the other.
+    """
+    one, other = (None if source is None else Path(source).resolve() for source in (calibrate, evaluate))
+    if one == other:
+        return _halves(read_text(evaluate))
+    if one is not None and other is not None:
+        require(
+            not (one.is_relative_to(other) or other.is_relative_to(one)),
+            f"of the texts to calibrate on ({calibrate}) and to evaluate on ({evaluate}) one lies inside the other;"
+            " give texts that share nothing, or the same one for both, which is split in two",
+        )
     return read_text(calibrate), read_text(evaluate)
 
 
@@ -66,3 +68,11 @@ def token_windows(tokenizer: Any, text: str, *, length: int, count: int, purpose
     windows = ids[: available * length].view(available, length)
     chosen = torch.linspace(0, available - 1, min(count, available)).round().long()
     return windows[chosen]
+
+
+def _halves(text: str) -> tuple[str, str]:
+    """Cut at a paragraph near the middle."""
+    middle = len(text) // 2
+    cut = text.find("\n\n", middle)
+    cut = middle if cut < 0 else cut
+    return text[:cut], text[cut:]
