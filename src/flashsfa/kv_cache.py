@@ -106,7 +106,7 @@ class SparseKVCache:
         if self._codes is None or self._v is None:
             self._like = k.new_empty(0)
             self._reallocate(max(self._capacity, k.shape[2]), k.shape, v.shape[-1])
-        stored, stored_v = self._codes, self._v
+        stored, stored_v = self._buffers()
         for name, new, old in (("k", k, stored.shape), ("v", v, stored_v.shape)):
             require(
                 new.shape[:2] == old[:2] and new.shape[-1] == old[-1],
