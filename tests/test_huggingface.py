@@ -2,6 +2,8 @@
 
 import copy
 import warnings
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +11,9 @@ import torch
 import flashsfa
 
 transformers = pytest.importorskip("transformers")
-from flashsfa.huggingface import SparseCache  # noqa: E402
+from flashsfa.huggingface import SparseCache, StaticSparseCache  # noqa: E402
 from flashsfa.huggingface import switch as switching  # noqa: E402
+from flashsfa.huggingface.attention import LayerCoding  # noqa: E402
 from flashsfa.huggingface.cache import SparseCacheLayer  # noqa: E402
 from flashsfa.huggingface.calibration import gather_moments  # noqa: E402
 from flashsfa.huggingface.switch import is_enabled  # noqa: E402
@@ -159,8 +162,94 @@ def test_saving_again_leaves_no_old_basis(ids, tmp_path):
 def test_load_refuses_an_incomplete_model(tmp_path):
     switch(make("llama")).save_pretrained(tmp_path)
     (tmp_path / switching.BASIS_FILE).unlink()
-    with pytest.raises(ValueError, match="incomplete"):
+    with pytest.raises(ValueError, match="saved without flashsfa, or is incomplete"):
         flashsfa.from_pretrained(tmp_path)
+
+
+def test_the_basis_is_uploaded_too(tmp_path, monkeypatch):
+    uploaded = []
+
+    def upload(self, directory, repo_id, files_timestamps, **options):
+        changed = [x for x in Path(directory).iterdir() if x.stat().st_mtime > files_timestamps.get(x.name, 0)]
+        uploaded.append({y.name for x in changed for y in (x.iterdir() if x.is_dir() else [x])})
+
+    model, modeling = switch(make("llama")), transformers.modeling_utils
+    hub = SimpleNamespace(create_repo=lambda repo_id, **options: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(modeling, "hf_api", lambda: hub)
+    monkeypatch.setattr(modeling, "create_and_tag_model_card", lambda *args, **options: SimpleNamespace(save=str))
+    monkeypatch.setattr(type(model), "_upload_modified_files", upload)
+    for _ in range(2):
+        model.save_pretrained(tmp_path, push_to_hub=True)
+    names = {"config.json", "model.safetensors", "basis.safetensors"}
+    assert [names - found for found in uploaded] == [set(), set()]
+
+
+def test_only_the_main_process_saves_the_basis(tmp_path):
+    model = switch(make("llama"))
+    model.save_pretrained(tmp_path, is_main_process=False)
+    assert not list(tmp_path.rglob("*"))
+    model.save_pretrained(tmp_path, True)
+    flashsfa.enable(model, 3).save_pretrained(tmp_path, is_main_process=False)
+    assert (tmp_path / switching.BASIS_FILE).exists()
+
+
+@pytest.mark.parametrize("convert", [torch.nn.Module.bfloat16, torch.nn.Module.half, lambda m: m.to(torch.float16)])
+def test_changing_the_dtype_does_not_round_the_basis(convert):
+    model = switch(make("llama"))
+    coding = model.model.layers[0].self_attn.sfa
+    query, key = coding.query.clone(), coding.key.clone()
+    assert next(convert(model).parameters()).itemsize == 2
+    assert coding.query.dtype == coding.key.dtype == torch.float32
+    assert torch.equal(coding.query, query)
+    assert torch.equal(coding.key, key)
+    assert coding.to("meta").key.is_meta
+
+
+@pytest.mark.parametrize("kind", ["none", "dense", "dynamic", "static"])
+def test_autocast(ids, device, kind):
+    """Norms leave queries and keys in float32 beside values in 16 bits; a basis is not rounded."""
+    model = switch(make("qwen3")).float()
+    expected = logits(model, ids, use_cache=False)
+    caches = {"none": lambda: None, "dense": transformers.DynamicCache, "dynamic": lambda: SparseCache(model)}
+    cache = {**caches, "static": lambda: StaticSparseCache(model, 32)}[kind]()
+    with torch.autocast(device.type, torch.bfloat16):
+        parts = (ids,) if cache is None else ids.split((17, 1, 2), dim=1)
+        found = torch.cat([logits(model, x, past_key_values=cache, use_cache=cache is not None) for x in parts], dim=1)
+    error = (found - expected).norm() / expected.norm()
+    assert error < 0.05
+    if kind in ("dynamic", "static"):
+        assert cache.layers[0].store.v.dtype == cache.layers[0].store.codes.dtype == torch.bfloat16
+
+
+def test_generation_under_autocast(ids, device):
+    model, mask = switch(make("qwen3")).float(), torch.ones_like(ids)
+    with torch.autocast(device.type, torch.bfloat16):
+        for options in ({}, {"cache_implementation": "static"}):
+            whole, chunks = (
+                greedy(model, ids, attention_mask=mask, prefill_chunk_size=n, **options) for n in (None, 7)
+            )
+            assert whole.shape == chunks.shape == (2, 26)
+
+
+def test_autocast_does_not_round_a_basis(device):
+    """Of a basis with very unlike sides."""
+    scale = torch.diag(torch.logspace(-3, 3, 8)) @ torch.linalg.qr(torch.randn(8, 8)).Q
+    basis = flashsfa.FeatureBasis(torch.linalg.inv(scale).mT.expand(1, 8, 8), scale.expand(1, 8, 8))
+    coding, x = LayerCoding(8, 8, 0, 0.0, basis), torch.randn(1, 1, 5, 8)
+    with torch.autocast(device.type, torch.bfloat16):
+        q, k = coding.queries(x), coding.keys(x)
+    assert torch.equal(q, basis.transform_query(x))
+    assert torch.equal(k, basis.transform_key(x))
+
+
+def test_training_runs_without_a_cache_of_codes(ids):
+    model = switch(make("llama"))
+    model(ids).logits.sum().backward()  # with transformers' own cache, as by default
+    with pytest.raises(ValueError, match=r"no gradient: use torch\.no_grad"):
+        model(ids, past_key_values=SparseCache(model))
+    with pytest.raises(ValueError, match=r"no gradient: use torch\.no_grad"):
+        model(ids, past_key_values=StaticSparseCache(model, 32))
+    model.requires_grad_(False)(ids, past_key_values=SparseCache(model))
 
 
 def test_another_attention_chosen_later_generates_dense(ids):
@@ -182,6 +271,13 @@ def latent(model):
     model.config.kv_lora_rank = 8
 
 
+def sizes_by_layer(model):
+    def fail(config):
+        raise RuntimeError("'head_dim' is a per-layer attribute")
+
+    model.config.__class__ = type("SizesByLayer", (type(model.config),), {"head_dim": property(fail)})
+
+
 def softcap(model):
     model.model.layers[1].self_attn.attn_logit_softcapping = 30.0
 
@@ -191,6 +287,7 @@ def softcap(model):
     [
         ({}, latent, {}, "MLA"),
         ({}, softcap, {}, "softcap"),
+        ({}, sizes_by_layer, {}, "no single head size"),
         ({"head_dim": 258}, None, {}, "at most 256"),
         ({}, None, {"topk": 0}, "topk"),
         ({}, None, {"topk": 9}, "topk"),

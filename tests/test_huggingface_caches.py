@@ -6,7 +6,10 @@ import torch
 import flashsfa
 
 transformers = pytest.importorskip("transformers")
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer  # noqa: E402
+
 from flashsfa.huggingface import SparseCache, StaticSparseCache  # noqa: E402
+from flashsfa.huggingface.cache import cache_nbytes  # noqa: E402
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -118,6 +121,8 @@ def test_changes_of_an_empty_cache(model, kind):
     cache.reorder_cache(torch.tensor([0]))
     cache.batch_repeat_interleave(2)
     cache.crop(0)
+    if kind == "dynamic":
+        cache.crop(-1)
     assert cache.get_seq_length() == 0
     with pytest.raises(ValueError, match="negative"):
         cache.crop(2)
@@ -167,10 +172,47 @@ def test_static_buffers_stay_in_place():
     assert places() == before
 
 
+@pytest.mark.cpu
+def test_a_full_static_cache_refuses_and_stays_as_it_is(model):
+    cache, ids = StaticSparseCache(model, CAPACITY), tokens(CAPACITY)
+    with pytest.raises(ValueError, match="49 tokens do not fit a cache of 48 that holds 0"):
+        run(model, tokens(CAPACITY + 1), cache)
+    run(model, ids[:, :-2], cache)
+    with pytest.raises(ValueError, match="3 tokens do not fit a cache of 48 that holds 46"):
+        run(model, tokens(3), cache)
+    found = run(model, ids[:, -2:], cache)
+    torch.testing.assert_close(found, run(model, ids)[:, -2:], **CLOSE)
+
+
+def test_a_failed_write_does_not_count(monkeypatch):
+    model = make()
+    cache, ids = StaticSparseCache(model, CAPACITY), tokens(20)
+    run(model, ids[:, :5], cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(cache.layers[0].store), "write_at", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(model, ids[:, 5:], cache)
+    found = run(model, ids[:, 5:], cache)
+    torch.testing.assert_close(found, run(model, ids)[:, 5:], **CLOSE)
+
+
+def test_nbytes_of_an_empty_cache(kind):
+    model = make(layers=[1])  # the other one holds dense keys
+    cache = cache_for(model, kind)
+    assert cache.nbytes == 0
+    run(model, tokens(3), cache)
+    assert cache.nbytes > 0
+
+
+def test_nbytes_of_a_hybrid_cache():
+    cache = transformers.DynamicCache()
+    cache.layers = [LinearAttentionLayer(), DynamicLayer(), DynamicLayer()]
+    cache.layers[1].update(torch.zeros(1, 1, 3, 8), torch.zeros(1, 1, 3, 4))
+    assert cache_nbytes(cache) == {"keys": 96, "values": 48, "total": 144}
+
+
 def test_static_refusals():
     model = make()
-    with pytest.raises(ValueError, match="do not fit"):
-        run(model, tokens(CAPACITY + 1), StaticSparseCache(model, CAPACITY))
     with pytest.raises(ValueError, match="max_cache_len"):
         StaticSparseCache(model, 0)
     flashsfa.disable(model)

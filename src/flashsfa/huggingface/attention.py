@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +24,11 @@ FEW_QUERIES = 16  # up to here the cache's codes are read as they are, by the de
 
 
 class LayerCoding(nn.Module):
-    """How one attention layer codes its queries and keys: budgets and, as buffers that follow the model, its basis.
+    """How one attention layer codes its queries and keys: budgets and, as buffers, its basis.
 
-    The buffers are not part of the state dict: the checkpoint stays the dense model's, the basis has its own file.
+    The buffers follow the model from device to device, but keep their precision: rounded to 16 bits the two sides of a
+    basis are no longer inverse to one another. They are not part of the state dict: the checkpoint stays the dense
+    model's, the basis has its own file.
     """
 
     def __init__(
@@ -51,14 +54,23 @@ class LayerCoding(nn.Module):
 
     def queries(self, q: Tensor) -> Tensor:
         """q [B, Hq, N, D] in the layer's coordinates."""
-        return self._basis().transform_query(q) if self.has_basis else q
+        if not self.has_basis:
+            return q
+        with torch.autocast(q.device.type, enabled=False):
+            return self._basis().transform_query(q)
 
     def keys(self, k: Tensor) -> Tensor:
         """k [B, Hkv, N, D] in the layer's coordinates."""
-        return self._basis().transform_key(k) if self.has_basis else k
+        if not self.has_basis:
+            return k
+        with torch.autocast(k.device.type, enabled=False):
+            return self._basis().transform_key(k)
 
     def _basis(self) -> FeatureBasis:
         return FeatureBasis(self.get_buffer("query"), self.get_buffer("key"))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LayerCoding:
+        return super()._apply(lambda x: x.to(fn(x).device), recurse)
 
 
 @dataclass(frozen=True)
@@ -76,6 +88,11 @@ class StaticCodes:
     codes: FeatureCodes
     kv_lens: Tensor | None = None
     positions: Tensor | None = None
+
+
+def to_dtype_of(v: Tensor, x: Tensor) -> Tensor:
+    """Queries or keys x in the dtype of the values v: under autocast, norms and RoPE leave them in float32."""
+    return x.to(v.dtype)
 
 
 def attention_forward(
@@ -104,9 +121,11 @@ def attention_forward(
         "window": sliding_window,
         "key_padding_mask": _padding(attention_mask, key),
     }
+    query = to_dtype_of(value, query)
     query = query if coding is None else coding.queries(query)
     out: Any
     if isinstance(key, Tensor):
+        key = to_dtype_of(value, key)
         if coding is None:
             rules["topk"] = key.shape[-1]
         else:

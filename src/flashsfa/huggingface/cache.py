@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from ..checks import require
 from ..codes import FeatureCodes, topk_codes
 from ..kv_cache import SparseKVCache
-from .attention import FEW_QUERIES, LayerCoding, StaticCodes
+from .attention import FEW_QUERIES, LayerCoding, StaticCodes, to_dtype_of
 
 
 class SparseCache(Cache):
@@ -69,13 +69,14 @@ class StaticSparseCache(Cache):
 
 def cache_nbytes(cache: Cache) -> dict[str, int]:
     """Bytes of the tokens held by any dynamic cache, or of a static one's buffers: {"keys", "values", "total"}, read
-    from the live tensors."""
+    from the live tensors; 0 before the first token. Layers that hold no keys do not count."""
     keys = values = 0
     for layer in cache.layers:
         if isinstance(layer, _CodedLayer):
-            keys += layer.store.codes.nbytes
-            values += layer.store.v.nbytes
-        else:
+            if layer.is_initialized and len(layer.store):
+                keys += layer.store.codes.nbytes
+                values += layer.store.v.nbytes
+        elif getattr(layer, "keys", None) is not None:
             keys += layer.keys.nbytes
             values += layer.values.nbytes
     return {"keys": keys, "values": values, "total": keys + values}
@@ -124,6 +125,8 @@ class SparseCacheLayer(_CodedLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[FeatureCodes, Tensor]:
+        _require_no_gradient(key_states, value_states)
+        key_states = to_dtype_of(value_states, key_states)
         self.lazy_initialization(key_states, value_states)
         return self.store.append(self._coding.keys(key_states), value_states)
 
@@ -143,7 +146,7 @@ class SparseCacheLayer(_CodedLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """Remove -`tokens_to_remove` tokens from the end, as transformers counts."""
         _require_removal(tokens_to_remove)
-        if tokens_to_remove:
+        if tokens_to_remove and self.get_seq_length():
             self.store.crop(tokens_to_remove)
 
 
@@ -187,6 +190,8 @@ class SparseSlidingLayer(SparseCacheLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         _require_removal(tokens_to_remove)
+        if not self._seen:
+            return
         remaining = self._seen + tokens_to_remove
         if len(self.store) + tokens_to_remove < min(remaining, self.sliding_window - 1):
             raise RuntimeError(
@@ -232,19 +237,29 @@ class StaticSparseLayer(_CodedLayer):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[StaticCodes, Tensor]:
+        _require_no_gradient(key_states, value_states)
+        count, was_empty = key_states.shape[2], self._is_empty
+        # the number held is on the device: looked at where that costs no sync
+        looks = not was_empty and key_states.device.type == "cpu" and not torch.compiler.is_compiling()
+        held = int(self._kv_lens[0]) if looks else 0
+        require(
+            held + count <= self.max_cache_len,
+            f"{count} tokens do not fit a cache of {self.max_cache_len} that holds {held}",
+        )
+        key_states = to_dtype_of(value_states, key_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        count, was_empty = key_states.shape[2], self._is_empty
-        require(count <= self.max_cache_len, f"{count} tokens do not fit a cache of {self.max_cache_len}")
-        self._is_empty = False
         position = self._kv_lens[:1] + torch.arange(count, device=self.device)  # [N]
-        self._kv_lens.add_(count)
-        return self._store(self._code(key_states), value_states, position, was_empty)
+        seen = self._store(self._code(key_states), value_states, position, was_empty)
+        self._kv_lens.add_(count)  # in place: `seen` holds this tensor
+        self._is_empty = False
+        return seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.max_cache_len, 0
 
     def get_seq_length(self) -> int | Tensor:
+        """Tokens seen: the live tensor on the device, which grows with the next `update`; 0 before the first."""
         return self._kv_lens[0] if self.is_initialized else 0
 
     def get_max_length(self) -> int:
@@ -276,7 +291,7 @@ class StaticSparseLayer(_CodedLayer):
         if count <= FEW_QUERIES or torch.compiler.is_compiling():
             return StaticCodes(codes, kv_lens=self._kv_lens), v
         # a prompt pays one sync a chunk, and none for the first, to see only the slots that are filled
-        held = count if was_empty else int(self._kv_lens[0])
+        held = count if was_empty else int(position[-1]) + 1
         return StaticCodes(codes[:, :, :held]), v[:, :, :held]
 
 
@@ -313,6 +328,13 @@ class StaticSparseSlidingLayer(StaticSparseLayer):
         self.store.write_at(*last)
         seen = FeatureCodes(dense, values, indices, codes.head_dim)
         return StaticCodes(seen, positions=torch.cat((earlier, position))), v
+
+
+def _require_no_gradient(k: Tensor, v: Tensor) -> None:
+    require(
+        not (torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)),
+        "caches of codes carry no gradient: use torch.no_grad(), or no cache (use_cache=False)",
+    )
 
 
 def _require_removal(tokens_to_remove: int) -> None:

@@ -21,7 +21,7 @@ from .cache import SparseCache, StaticSparseCache
 # In a folder, for some programs load every *.safetensors file beside config.json as weights.
 BASIS_FILE = "sfa/basis.safetensors"
 TESTED_VERSIONS = ((5, 17), (5, 23))  # of transformers: the suite ran on 5.17, 5.20 and 5.23
-_METHODS = ("_prepare_cache_for_generation", "save_pretrained")
+_METHODS = ("_prepare_cache_for_generation", "save_pretrained", "_get_files_timestamps")
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,9 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> Any:
         raise ValueError(f"{path} holds a dense model; load it with transformers and call flashsfa.enable")
     settings = SFASettings(**stored)
     if settings.has_basis and not (path / BASIS_FILE).is_file():
-        raise ValueError(f"{path} is incomplete: the model was saved with a basis, but {BASIS_FILE} is missing")
+        raise ValueError(
+            f"{path} names a basis, but {BASIS_FILE} is missing: it was saved without flashsfa, or is incomplete"
+        )
     basis = FeatureBasis.load(path / BASIS_FILE) if settings.has_basis else None
     model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
     return enable(
@@ -185,7 +187,10 @@ def _check_model(model: Any, modules: list[nn.Module]) -> None:
             f"{name} caps its scores (softcap): not yet supported",
         )
         require(getattr(module, "sinks", None) is None, f"{name} has attention sinks: not yet supported")
-    _, _, head_dim = attention_shape(model)
+    try:
+        _, _, head_dim = attention_shape(model)
+    except (AttributeError, RuntimeError) as error:  # transformers' answer for what differs from layer to layer
+        raise ValueError(f"{name} has no single head size for all layers: not yet supported") from error
     require(head_dim <= 256, f"{name} has head_dim {head_dim}; indices are uint8, so at most 256")
 
 
@@ -251,23 +256,36 @@ def _extend(model: Any, basis: FeatureBasis | None) -> None:
                 # the first chunk may run compiled, and what is allocated there has no fixed address
                 _, kv_heads, head_dim = attention_shape(self)
                 rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-                cache.early_initialization(rows, kv_heads, head_dim, self.dtype, self.device)
+                device = self.device.type
+                dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.dtype
+                cache.early_initialization(rows, kv_heads, head_dim, dtype, self.device)
         else:
             cache = SparseCache(self, offloading=implementation == "offloaded")
         if generation_config.is_assistant:
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache
 
-    def save_with_basis(self: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        type(self).save_pretrained(self, save_directory, *args, **kwargs)
+    def save_with_basis(
+        self: Any, save_directory: str | Path, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
         file = Path(save_directory) / BASIS_FILE
-        file.unlink(missing_ok=True)  # an earlier model's
-        if basis is not None:
-            file.parent.mkdir(exist_ok=True)
-            basis.save(file)
+        if is_main_process:
+            if basis is None:
+                file.unlink(missing_ok=True)  # an earlier model's
+            else:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                basis.save(file)
+        type(self).save_pretrained(self, save_directory, is_main_process, *args, **kwargs)  # uploads too, if asked to
+
+    def files_before_saving(self: Any, directory: str | Path) -> dict[str, float]:
+        # save_pretrained(push_to_hub=True) uploads what changed since this call, which comes after the basis was written
+        found = type(self)._get_files_timestamps(self, directory)
+        found.pop(Path(BASIS_FILE).parts[0], None)
+        return found
 
     model._prepare_cache_for_generation = types.MethodType(prepare_cache, model)
     model.save_pretrained = types.MethodType(save_with_basis, model)
+    model._get_files_timestamps = types.MethodType(files_before_saving, model)
     model._sfa_hook = model.base_model.register_forward_pre_hook(_CallCheck(), with_kwargs=True)
 
 
