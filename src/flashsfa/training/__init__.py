@@ -1,0 +1,6 @@
+"""Training with Sparse Feature Attention, on transformers' Trainer and accelerate: `flashsfa train`.
+
+`recipe` reads the YAML of a run; `data`, `needle` and `models` make what it names; `attention` and `baselines` are the forms
+of attention that can be trained; `run` is the Trainer and the run's directory; `pretrain` and `distill` tie them together;
+`support` looks at what a model learned; `command` is the command line.
+"""

@@ -1,0 +1,173 @@
+"""`flashsfa train`: its options and what they run."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Progress = Callable[[str, int], Callable[[], None]]  # (description, steps) -> call once a step
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give `parser` its commands."""
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def recipe_command(name: str, help: str, run: Callable[..., Any]) -> None:
+        command = commands.add_parser(name, help=help)
+        command.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="see recipes/")
+        command.add_argument(
+            "-o", "--output", type=Path, metavar="DIR",
+            help="of the run; the same command goes on where it was stopped (default: runs/ and the recipe's name)",
+        )  # fmt: skip
+        command.add_argument(
+            "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+            help="change a value of the recipe, as in --set training.seed=1",
+        )  # fmt: skip
+        command.set_defaults(train=run)
+
+    recipe_command("pretrain", "train a GPT-2 or Qwen3 from scratch, dense, sparse or as a baseline", _pretrain)
+    recipe_command("distill", "fine-tune a converted model towards its dense attention", _distill)
+
+    tokenize = commands.add_parser(
+        "tokenize", help="turn text into a token file, once for many runs, with its tokenizer beside it"
+    )
+    tokenize.add_argument(
+        "text", type=Path, metavar="TEXT", help="file or folder; a line holding only U+001E ends a document"
+    )
+    tokenize.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.npy", help="a new file")
+    tokenize.add_argument(
+        "--tokenizer", metavar="NAME", help="directory or hub name (default: the small bundled model's)"
+    )
+    tokenize.set_defaults(train=_tokenize)
+
+    support = commands.add_parser(
+        "support", help="which features a converted model keeps: entropy, overlap, effective k"
+    )
+    support.add_argument("model", metavar="MODEL", help="a converted model's directory")
+    support.add_argument(
+        "--text", metavar="TEXT", help="file or folder, or a token file (default: topics of Python's help)"
+    )
+    support.add_argument("--window", type=int, default=1024, help="tokens a window (default: 1024)")
+    support.add_argument("--windows", type=int, default=8, help="windows, spread over the text (default: 8)")
+    support.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("results"),
+        metavar="DIR",
+        help="earlier results there are kept (default: results)",
+    )
+    support.set_defaults(train=_support)
+
+
+def run(options: argparse.Namespace, progress: Callable[[], Any]) -> None:
+    """Run the command that `options` name. `progress` opens the bars of the command line."""
+    try:
+        import accelerate  # noqa: F401
+        import rich  # noqa: F401
+        import yaml  # noqa: F401
+        from transformers.utils import logging as transformers_logging
+    except ImportError as error:
+        raise ImportError(f"{error}: pip install 'flashsfa[train]'") from error
+    transformers_logging.set_verbosity_error()
+    options.train(options, progress)
+
+
+def _pretrain(options: argparse.Namespace, progress: Any) -> None:
+    from .pretrain import pretrain
+    from .recipe import PretrainRecipe
+
+    _train(options, PretrainRecipe, pretrain)
+
+
+def _distill(options: argparse.Namespace, progress: Any) -> None:
+    from .distill import distill
+    from .recipe import DistillRecipe
+
+    _train(options, DistillRecipe, distill)
+
+
+def _train(options: argparse.Namespace, kind: Any, run: Callable[..., dict[str, Any]]) -> None:
+    from .recipe import read
+
+    directory = options.output or Path("runs") / options.recipe.stem
+    result = run(read(kind, options.recipe, options.overrides), directory)
+    needles = "".join(f", needle at {n}: {100 * share:.0f} %" for n, share in result.get("needle", {}).items())
+    print(f"validation perplexity {result['perplexity']:.3f} after {result['steps']} steps{needles}; in {directory}")
+
+
+def _tokenize(options: argparse.Namespace, progress: Any) -> None:
+    import numpy as np
+
+    from ..models import bundled_model
+    from .data import text_documents, tokenize
+    from .pretrain import load_tokenizer
+
+    output: Path = options.output
+    if output.suffix != ".npy" or output.exists():
+        raise ValueError(f"-o {output}: name a new file that ends in .npy")
+    tokenizer: Any = load_tokenizer(options.tokenizer or str(bundled_model()))
+    ids = tokenize(text_documents(options.text), tokenizer, tokenizer.eos_token_id)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    beside = output.with_name(f".{output.name}")
+    try:
+        np.save(beside, ids)
+        tokenizer.save_pretrained(output.parent / "tokenizer")
+        beside.rename(output)
+    finally:
+        beside.unlink(missing_ok=True)
+    print(f"{len(ids)} tokens ({ids.dtype}), documents end with token {tokenizer.eos_token_id}; in {output}")
+
+
+def _support(options: argparse.Namespace, progress: Any) -> None:
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..checks import require
+    from ..evaluation.results import document, require_place, save
+    from ..huggingface import from_pretrained
+    from .support import draw, support_statistics
+
+    require(options.window >= 2 and options.windows >= 1, "--window must be at least 2 tokens and --windows at least 1")
+    require_place(options.output)
+    model = from_pretrained(options.model).eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    windows = _windows(options)
+    with progress() as bars:
+        statistics = support_statistics(model, windows, bars("supports", len(windows)))
+    settings = {"model": options.model, "text": options.text, "windows": list(windows.shape), "sfa": model.config.sfa}
+    content = document("support", settings, model.device)
+    content["results"] = statistics.rows()
+    topk, name = model.config.sfa["topk"], Path(options.model).resolve().name
+    paths = save(content, options.output, lambda path: draw(f"{name}: supports", statistics, topk, path))
+    table = Table(
+        "layer", "entropy", "overlap", f"effective k of {topk}", title=f"{name}: supports, lowest to highest head"
+    )
+    for layer in range(len(statistics.entropy)):
+        parts = (getattr(statistics, n)[layer] for n in ("entropy", "overlap", "effective_topk"))
+        table.add_row(str(layer), *(f"{float(x.min()):.2f} to {float(x.max()):.2f}" for x in parts))
+    Console().print(table)
+    print("written: " + ", ".join(map(str, paths)))
+
+
+def _windows(options: argparse.Namespace) -> Any:
+    """[S, W] token ids to look at."""
+    import torch
+
+    from ..evaluation.text import read_text, token_windows
+    from .data import read_stream
+    from .pretrain import load_tokenizer
+
+    cut = {"length": options.window, "count": options.windows}
+    if not (options.text or "").endswith(".npy"):
+        return token_windows(load_tokenizer(options.model), read_text(options.text), purpose="--text", **cut)
+    stream = read_stream(options.text, "--text", None, None)
+    available = len(stream.ids) // options.window
+    if not available:
+        raise ValueError(
+            f"--text {options.text} has {len(stream.ids)} tokens, less than one window of {options.window}"
+        )
+    chosen = torch.linspace(0, available - 1, min(options.windows, available)).round().long().tolist()
+    return torch.stack([stream.window(index, options.window) for index in chosen])

@@ -1,0 +1,169 @@
+"""`flashsfa train distill`: a converted model learns to do with its sparse features what it did with dense ones.
+
+The paper's Eq. 8, L = L_LM + λ · mean over heads ‖Õ_h - stopgrad(O_h)‖²: the sparse and the dense output of a head come from
+the same queries, keys and values, so that one forward pass gives both.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..basis import FeatureBasis
+from ..checks import require
+from ..huggingface import disable, enable, from_pretrained
+from ..huggingface.switch import BASIS_FILE
+from ..huggingface.switch import _attention_layers as attention_layers
+from .attention import Core, DenseCore, DistillCore, TrainedBasis, install, uninstall
+from .data import IGNORED
+from .pretrain import load_corpus, load_tokenizer, save
+from .recipe import Distill, DistillRecipe, Lora
+from .run import Annealing, RunDirectory, RunTrainer, fit, prepare, total_steps
+
+_ROWS = 2048  # logits compared at a time: in float32 they would be the largest tensors by far
+
+
+def distill(recipe: DistillRecipe, directory: Path) -> dict[str, Any]:
+    """Run `recipe` in `directory`; returns the figures that stand in its `result.json`.
+
+    Raises `ValueError`, with nothing written, for a recipe that does not fit.
+    """
+    place = RunDirectory(directory, recipe)
+    model = _load(recipe.model)
+    tokenizer = load_tokenizer(recipe.data.tokenizer or recipe.model)
+    limit = getattr(model.config, "max_position_embeddings", recipe.data.context)
+    require(recipe.data.context <= limit, f"data.context: the model has {limit} positions, got {recipe.data.context}")
+    warmup = recipe.distill.warmup
+    corpus = load_corpus(
+        recipe.data, recipe.training, tokenizer, model.config.vocab_size,
+        None if warmup is None else (warmup.text, warmup.tokens),
+    )  # fmt: skip
+    teacher = _teacher(recipe.model) if recipe.distill.logits else None
+    basis = _basis(recipe.model)
+    _install(model, basis, recipe.distill)
+    trained: Any = model if recipe.distill.lora is None else _with_adapters(model, recipe.distill.lora)
+    callbacks = Annealing.of(model, recipe.distill.anneal, total_steps(recipe.training, recipe.data.context))
+    trainer = prepare(
+        DistillTrainer, place, trained, corpus.train, corpus.validation, corpus.collate, recipe.training,
+        recipe.data.context, callbacks, settings=recipe.distill, teacher=teacher,
+    )  # fmt: skip
+    result = fit(trainer, place)
+
+    def finish() -> None:
+        if recipe.distill.lora is not None:
+            trainer.model = trained.merge_and_unload()
+        _finish(model, basis)
+
+    save(trainer, place, result, tokenizer, finish)
+    return result
+
+
+class DistillTrainer(RunTrainer):
+    """Adds Eq. 8 and the divergence of logits to the language modelling loss, and logs each by its name."""
+
+    def __init__(self, place: RunDirectory, *, settings: Distill, teacher: Any | None, **options: Any) -> None:
+        super().__init__(place, **options)
+        self._settings = settings
+        self._teacher = None if teacher is None else teacher.to(self.args.device)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = super().compute_loss(model, {**inputs, "output_attentions": True}, True, num_items_in_batch)
+        self.note("lm_loss", loss * self.current_gradient_accumulation_steps)
+        terms: list[tuple[str, float, Tensor]] = []
+        distances = [layer for layer in outputs.attentions if layer is not None]
+        if self._settings.weight and distances:
+            terms.append(("attention_distance", self._settings.weight, torch.stack(distances).mean()))
+        if self._teacher is not None:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                target = self._teacher(**{k: v for k, v in inputs.items() if k != "labels"}, use_cache=False).logits
+            terms.append(("divergence", self._settings.logits, _divergence(target, outputs.logits, inputs["labels"])))
+        for name, weight, value in terms:
+            self.note(name, value)
+            # The language modelling loss is a share of the whole step's already.
+            loss = loss + weight * value / self.current_gradient_accumulation_steps
+        return (loss, outputs) if return_outputs else loss
+
+
+def _divergence(target: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """KL(target ‖ logits), the mean over predicted tokens; logits [B, N, V]."""
+    kept = labels[:, 1:] != IGNORED  # [B, N - 1]
+    rows = (x[:, :-1][kept] for x in (target, logits))  # [T, V] each
+    total = logits.new_zeros((), dtype=torch.float32)
+    for one, other in zip(*(x.split(_ROWS) for x in rows), strict=True):
+        one, other = one.float().log_softmax(-1), other.float().log_softmax(-1)
+        total = total + F.kl_div(other, one, log_target=True, reduction="sum")
+    return total / kept.sum().clamp(min=1)
+
+
+def _load(path: str) -> Any:
+    """The converted model, in float32 to be trained."""
+    try:
+        return from_pretrained(path, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise ValueError(f"model: {path} cannot be loaded as a converted model: {first_line}") from error
+
+
+def _teacher(path: str) -> Any:
+    """The model as it is before, dense and frozen."""
+    dense = disable(_load(path)).eval().requires_grad_(False)
+    install(dense, lambda index, module: DenseCore())  # which knows packed documents
+    return dense
+
+
+def _basis(path: str) -> FeatureBasis | None:
+    """The basis beside a converted model."""
+    file = Path(path) / BASIS_FILE
+    return FeatureBasis.load(file) if file.is_file() else None
+
+
+def _install(model: Any, basis: FeatureBasis | None, settings: Distill) -> None:
+    modules = attention_layers(model)
+    sparse = [i for i, module in enumerate(modules) if hasattr(module, "sfa")]
+    layers = sparse if settings.layers is None else settings.layers
+    wrong = [i for i in layers if i not in sparse]
+    require(not wrong, f"distill.layers: layers {wrong} are not sparse in this model; {sparse} are")
+    require(
+        not settings.train_basis or basis is not None,
+        "distill.train_basis: the model has no basis; convert it with one",
+    )
+
+    def core(index: int, module: Any) -> Core:
+        if index not in sparse:
+            return DenseCore()
+        trained = TrainedBasis(basis[index]) if settings.train_basis and basis is not None else None
+        return DistillCore(module.sfa, index in layers, trained)
+
+    install(model, core)
+
+
+def _with_adapters(model: Any, settings: Lora) -> Any:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError(f"{error}: pip install 'flashsfa[train]'") from error
+    alpha = 2 * settings.rank if settings.alpha is None else settings.alpha
+    return get_peft_model(
+        model, LoraConfig(r=settings.rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+
+
+def _finish(model: Any, basis: FeatureBasis | None) -> None:
+    """A switched model again, with the basis it has learned."""
+    modules: list[Any] = attention_layers(model)
+    learned = {i: m.sfa_core.trained for i, m in enumerate(modules) if getattr(m.sfa_core, "trained", None) is not None}
+    uninstall(model, "sfa")
+    if learned and basis is not None:
+        for index, trained in learned.items():
+            with torch.no_grad():
+                basis.query[index], basis.key[index] = (x.cpu() for x in vars(trained()).values())
+        budgets = {name: value for name, value in model.config.sfa.items() if name != "has_basis"}
+        enable(model, basis=basis, **budgets)

@@ -1,0 +1,131 @@
+"""`flashsfa train pretrain`: a model from scratch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import ConcatDataset, Dataset
+
+from ..checks import require
+from . import needle
+from .data import Collator, TokenStream, Windows, check_stream, read_stream
+from .models import build, can_load, finish
+from .needle import NeedleWindows, needle_accuracy
+from .recipe import Data, PretrainRecipe, Training
+from .run import MODEL, Annealing, RunDirectory, RunTrainer, fit, prepare, total_steps
+
+_NEEDLES_A_LENGTH = 200
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The data of a run: windows to train on and to validate on, and how they become a batch."""
+
+    train: Dataset
+    validation: Dataset
+    collate: Collator
+
+
+def pretrain(recipe: PretrainRecipe, directory: Path) -> dict[str, Any]:
+    """Run `recipe` in `directory`; returns the figures that stand in its `result.json`.
+
+    Raises `ValueError`, with nothing written, for a recipe that does not fit.
+    """
+    place = RunDirectory(directory, recipe)
+    tokenizer = load_tokenizer(recipe.data.tokenizer)
+    given = recipe.model.config.get("vocab_size")
+    is_needle = recipe.data.train == "needle"
+    default = needle.VOCABULARY if is_needle else None if tokenizer is None else len(tokenizer)
+    model = build(recipe.model, recipe.attention, recipe.data.context, given or default, recipe.training.seed)
+    corpus = load_corpus(recipe.data, recipe.training, tokenizer, model.config.vocab_size)
+    callbacks = Annealing.of(model, recipe.attention.anneal, total_steps(recipe.training, recipe.data.context))
+    trainer = prepare(
+        RunTrainer, place, model, corpus.train, corpus.validation, corpus.collate, recipe.training, recipe.data.context,
+        callbacks,
+    )  # fmt: skip
+    result = fit(trainer, place)
+    if is_needle and trainer.args.should_save and not recipe.training.fsdp:
+        lengths = [recipe.data.context >> i for i in range(4) if recipe.data.context >> i >= needle.SHORTEST]
+        result["needle"] = needle_accuracy(model.eval(), lengths, _NEEDLES_A_LENGTH, recipe.training.seed + 1)
+    loads = can_load(recipe.model.architecture, recipe.attention)
+    save(
+        trainer,
+        place,
+        result,
+        tokenizer if loads else None,
+        (lambda: finish(model, recipe.attention)) if loads else None,
+    )
+    return result
+
+
+def save(
+    trainer: RunTrainer,
+    place: RunDirectory,
+    result: dict[str, Any],
+    tokenizer: Any | None,
+    finish: Callable[[], None] | None,
+) -> None:
+    """Write the result and, after `finish`, the model; no model if `finish` is None."""
+    target = place.path / MODEL
+    trainer.model.config.use_cache = True  # which the Trainer turned off
+    if finish is not None and trainer.is_fsdp_enabled:
+        trainer.save_model(str(target))  # gathers the shards; attention is no part of what is saved
+    elif finish is not None and trainer.args.should_save:
+        finish()
+        trainer.model.save_pretrained(target)
+    if trainer.args.should_save:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(target)
+        place.close(result | {"model": None if finish is None else MODEL})
+
+
+def load_tokenizer(name: str | None) -> Any | None:
+    """transformers' tokenizer of a directory or hub name."""
+    if name is None:
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise ValueError(f"data.tokenizer: {name} cannot be loaded: {first_line}") from error
+
+
+def load_corpus(
+    data: Data, training: Training, tokenizer: Any | None, vocab_size: int, before: tuple[str, int] | None = None
+) -> Corpus:
+    """The data of a run. `before`: a text, and tokens of it, to train on first."""
+    count = training.batch * total_steps(training, data.context)
+    if data.train == "needle":
+        require(vocab_size >= needle.VOCABULARY, f"model.config.vocab_size: needle takes {needle.VOCABULARY} tokens")
+        require(data.context >= needle.SHORTEST, f"data.context: needle takes at least {needle.SHORTEST} tokens")
+        require(not data.packed and data.validation == "needle", "data: needle is validated on needle, not packed")
+        return Corpus(
+            NeedleWindows(data.context, count, training.seed),
+            NeedleWindows(data.context, data.validation_windows, training.seed + 1, at_end=True),
+            Collator(),
+        )  # fmt: skip
+
+    def stream(source: str, key: str) -> tuple[TokenStream, int]:
+        found = read_stream(source, key, tokenizer, data.separator)
+        return found, check_stream(found, key, data.context, vocab_size)
+
+    (train, _), (validation, available) = stream(data.train, "data.train"), stream(data.validation, "data.validation")
+    require(
+        not data.packed or train.separator is not None,
+        "data.separator: missing; packed documents need the token that ends them",
+    )
+    windows: Dataset = Windows(train, data.context, count, training.seed)
+    if before is not None:
+        first, _ = stream(before[0], "distill.warmup.text")
+        early = min(count, -(-before[1] // data.context))
+        later = Windows(train, data.context, count - early, training.seed)
+        windows = ConcatDataset([Windows(first, data.context, early, training.seed), later])
+    return Corpus(
+        windows, Windows(validation, data.context, min(available, data.validation_windows)),
+        Collator(train.separator if data.packed else None),
+    )  # fmt: skip

@@ -1,0 +1,335 @@
+"""The YAML of a run: dataclasses, read strictly. Every error names the key it is about."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..checks import require
+
+ARCHITECTURES = ("gpt2", "qwen3")
+KINDS = ("dense", "sfa", "short", "low_rank", "int8", "performer")
+POSITIONS = ("learned", "full", "channel")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model from scratch.
+
+    Attributes:
+        architecture: "gpt2" or "qwen3".
+        config: fields of transformers' config that differ from its defaults. The context is the data's; GPT-2's dropout
+            is 0 unless given; the vocabulary is the tokenizer's unless `vocab_size` is given.
+    """
+
+    architecture: str
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _one_of("model.architecture", self.architecture, ARCHITECTURES)
+
+
+@dataclass(frozen=True)
+class Anneal:
+    """A budget that shrinks: from all features to `topk` in halvings, spread evenly over the first `share` of the steps."""
+
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        require(0 < self.share <= 1, f"anneal.share must be in (0, 1], got {self.share}")
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Which attention a model is trained with.
+
+    Attributes:
+        kind: "dense"; "sfa"; or a baseline: "short" (queries and keys `width` wide), "low_rank" (query and key projections
+            of rank `width`), "int8" (8-bit queries and keys, straight-through), "performer" (`width` random features).
+        topk, topk_query, dense_dims: budgets of "sfa", as in `flashsfa.sparse_feature_attention`.
+        positions: "learned" (GPT-2); Qwen3: "full" turns the whole head by RoPE, "channel" its `dense_dims` alone.
+        window: see the `window` most recent tokens only.
+        width: of a baseline, see `kind`.
+        anneal: shrink the budget of "sfa" during training.
+    """
+
+    kind: str = "dense"
+    topk: int | None = None
+    topk_query: int | None = None
+    dense_dims: int = 0
+    positions: str | None = None
+    window: int | None = None
+    width: int | None = None
+    anneal: Anneal | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("attention.kind", self.kind, KINDS)
+        if self.positions is not None:
+            _one_of("attention.positions", self.positions, POSITIONS)
+        sparse, wide = self.kind == "sfa", self.kind in ("short", "low_rank", "performer")
+        require((self.topk is not None) == sparse, f"attention.topk: {'missing' if sparse else 'only for kind sfa'}")
+        require(
+            (self.width is not None) == wide,
+            f"attention.width: {'missing' if wide else 'only for kinds short, low_rank and performer'}",
+        )
+        require(sparse or self.topk_query is None, "attention.topk_query: only for kind sfa")
+        require(sparse or self.anneal is None, "attention.anneal: only for kind sfa")
+        require(
+            sparse or self.dense_dims == 0 or self.positions == "channel",
+            "attention.dense_dims: only for kind sfa or positions channel",
+        )
+        require(self.window is None or self.window >= 1, f"attention.window must be at least 1, got {self.window}")
+        require(self.kind != "performer" or self.window is None, "attention.window: not with kind performer")
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is read.
+
+    Attributes:
+        train, validation: a text file or a folder of them (.txt, .md, .rst; a line holding only U+001E ends a document
+            within a file), a token file (.npy, uint16 or uint32), "datasets:NAME:SPLIT" (a hub name or local folder of the
+            datasets package, its column "text"), or "needle" for the synthetic task of `flashsfa.training.needle`.
+        context: tokens of a window.
+        tokenizer: directory or hub name; needed for text.
+        separator: token id that ends documents; the tokenizer's end-of-text token by default.
+        packed: tokens see their own document only, through the packed form of attention.
+        validation_windows: at most so many windows of the validation data are used.
+    """
+
+    train: str
+    validation: str
+    context: int
+    tokenizer: str | None = None
+    separator: int | None = None
+    packed: bool = False
+    validation_windows: int = 512
+
+    def __post_init__(self) -> None:
+        require(self.context >= 2, f"data.context must be at least 2 tokens, got {self.context}")
+        require(self.validation_windows >= 1, "data.validation_windows must be at least 1")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How it is trained; AdamW with betas 0.9 and 0.95, a linear warm-up and a cosine to a tenth.
+
+    Attributes:
+        tokens: of the whole run, passes over the data as needed.
+        batch: windows a step, over all processes.
+        micro_batch: windows a process holds at a time; None for all of its share.
+        warmup: steps until the full learning rate.
+        precision: "bf16" (mixed, float32 weights) or "fp32".
+        compile: torch.compile.
+        checkpointing: recompute activations in the backward pass.
+        fsdp: shard weights, gradients and optimizer over the processes of torchrun (FSDP2).
+        save_every, evaluate_every, log_every: steps.
+    """
+
+    tokens: int
+    batch: int
+    micro_batch: int | None = None
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.1
+    warmup: int = 100
+    clip: float = 1.0
+    seed: int = 0
+    precision: str = "bf16"
+    compile: bool = False
+    checkpointing: bool = False
+    fsdp: bool = False
+    save_every: int = 500
+    evaluate_every: int = 500
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "batch", "save_every", "evaluate_every", "log_every"):
+            require(getattr(self, name) >= 1, f"training.{name} must be at least 1, got {getattr(self, name)}")
+        require(self.micro_batch is None or self.micro_batch >= 1, "training.micro_batch must be at least 1")
+        require(self.learning_rate > 0, f"training.learning_rate must be above 0, got {self.learning_rate}")
+        _one_of("training.precision", self.precision, ("bf16", "fp32"))
+
+
+@dataclass(frozen=True)
+class PretrainRecipe:
+    """`flashsfa train pretrain`."""
+
+    model: Model
+    data: Data
+    training: Training
+    attention: Attention = field(default_factory=Attention)
+
+    def __post_init__(self) -> None:
+        require(
+            not (self.training.fsdp and self.attention.kind == "low_rank"),
+            "training.fsdp: not with attention.kind low_rank, whose products are not sharded",
+        )
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """Text that is trained on before the data: `text` as `data.train`, `tokens` of it."""
+
+    text: str
+    tokens: int
+
+    def __post_init__(self) -> None:
+        require(self.tokens >= 1, f"distill.warmup.tokens must be at least 1, got {self.tokens}")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters on all linear layers (peft), merged into the weights at the end."""
+
+    rank: int
+    alpha: float | None = None  # twice the rank by default
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 1, f"distill.lora.rank must be at least 1, got {self.rank}")
+
+
+@dataclass(frozen=True)
+class Distill:
+    """The terms of the loss: language modelling + weight · Eq. 8 + logits · KL(dense model ‖ sparse model).
+
+    Attributes:
+        weight: λ of Eq. 8: squared distance of each head's sparse output from its dense one, summed over features,
+            averaged over tokens, heads and layers.
+        layers: those Eq. 8 looks at; None for all that are sparse.
+        logits: weight of the Kullback-Leibler divergence a token from the dense model as it was before.
+        train_basis: train the basis too; its two sides stay inverse to one another.
+        anneal: shrink the budget during training.
+        warmup, lora: see there.
+    """
+
+    weight: float = 1.0
+    layers: list[int] | None = None
+    logits: float = 0.0
+    train_basis: bool = False
+    anneal: Anneal | None = None
+    warmup: Warmup | None = None
+    lora: Lora | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "logits"):
+            require(getattr(self, name) >= 0, f"distill.{name} must not be negative, got {getattr(self, name)}")
+        require(not (self.lora and self.train_basis), "distill.train_basis: not together with distill.lora")
+
+
+@dataclass(frozen=True)
+class DistillRecipe:
+    """`flashsfa train distill`.
+
+    Attributes:
+        model: directory that `flashsfa convert` wrote; its tokenizer is the data's unless that names another.
+    """
+
+    model: str
+    data: Data
+    training: Training
+    distill: Distill = field(default_factory=Distill)
+
+    def __post_init__(self) -> None:
+        require(
+            not (self.training.fsdp and (self.distill.train_basis or self.distill.lora)),
+            "training.fsdp: not with distill.train_basis or distill.lora",
+        )
+
+
+def read(kind: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
+    """The recipe in a YAML file, with `key.key=value` overrides put in.
+
+    Raises `ValueError` that names the key for one that is missing, unknown or of another type.
+    """
+    import yaml
+
+    require(path.is_file(), f"recipe {path} does not exist")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        require(isinstance(content, dict), f"{path} holds no mapping of keys to values")
+        for override in overrides:
+            key, equals, value = override.partition("=")
+            require(bool(equals), f"--set {override}: write it as key=value")
+            _put(content, key.strip().split("."), yaml.safe_load(value))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    return _build(kind, content, "")
+
+
+def write(recipe: Any, path: Path) -> None:
+    """Write a recipe with all its values, defaults too, so that `read` gives it back."""
+    import yaml
+
+    path.write_text(yaml.safe_dump(asdict(recipe), sort_keys=False), encoding="utf-8")
+
+
+def differences(one: Any, other: Any) -> list[str]:
+    """The keys in which two recipes differ."""
+    flat_one, flat_other = _flat(asdict(one)), _flat(asdict(other))
+    return sorted(k for k in flat_one.keys() | flat_other.keys() if flat_one.get(k) != flat_other.get(k))
+
+
+def _put(content: dict[str, Any], keys: list[str], value: Any) -> None:
+    *parents, last = keys
+    for key in parents:
+        inner = content.get(key)
+        content[key] = content = inner if isinstance(inner, dict) else {}
+    content[last] = value
+
+
+def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(content, dict) or not content:
+        return {prefix: content}
+    parts = (_flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in content.items())
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def _build(kind: type[T], content: Any, prefix: str) -> T:
+    """A dataclass from a mapping, recursively."""
+    require(isinstance(content, Mapping), f"{prefix.rstrip('.') or 'the recipe'}: must be a mapping, got {content!r}")
+    known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
+    for key in content:
+        require(key in known, f"{prefix}{key}: unknown key; there are {', '.join(known)}")
+    for name, f in known.items():
+        needed = f.default is MISSING and f.default_factory is MISSING
+        require(not needed or name in content, f"{prefix}{name}: missing")
+    hints = typing.get_type_hints(kind)
+    return kind(**{key: _value(hints[key], value, f"{prefix}{key}") for key, value in content.items()})
+
+
+def _value(hint: Any, value: Any, key: str) -> Any:
+    """`value` as the type `hint`, or an error that names the key."""
+    if isinstance(hint, types.UnionType):  # X | None
+        return None if value is None else _value(typing.get_args(hint)[0], value, key)
+    if is_dataclass(hint):
+        return _build(hint, value, f"{key}.")  # type: ignore[arg-type]
+    if typing.get_origin(hint) is list:
+        require(isinstance(value, list), f"{key}: must be a list, got {value!r}")
+        return [_value(typing.get_args(hint)[0], item, key) for item in value]
+    if typing.get_origin(hint) is dict:
+        require(isinstance(value, dict), f"{key}: must be a mapping, got {value!r}")
+        return dict(value)
+    if hint in (int, float) and isinstance(value, str):  # YAML reads 1e-3 as a string
+        try:
+            value = float(value)
+        except ValueError:
+            raise ValueError(f"{key}: must be a number, got {value!r}") from None
+    if hint is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    require(isinstance(value, hint) and not (hint is int and isinstance(value, bool)),
+            f"{key}: must be {_NAMES[hint]}, got {value!r}")  # fmt: skip
+    return value
+
+
+_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+
+
+def _one_of(key: str, value: str, choices: Sequence[str]) -> None:
+    require(value in choices, f"{key}: must be one of {', '.join(choices)}; got {value!r}")

@@ -1,0 +1,264 @@
+"""One run: its directory, its Trainer and its result.
+
+The directory holds `recipe.yaml`, checkpoints while the run lasts, and at the end `result.json` and, if the model can be
+loaded again, `model/`. The same command goes on where the run was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from ..benchmarking.results import environment
+from ..checks import require
+from ..huggingface.attention import LayerCoding
+from ..huggingface.switch import _attention_layers as attention_layers
+from ..huggingface.switch import attention_shape
+from .data import IGNORED
+from .recipe import Anneal, Training, differences, read, write
+
+RECIPE, RESULT, MODEL = "recipe.yaml", "result.json", "model"
+_CHECKPOINT, _PARTIAL = "checkpoint-", ".partial"
+
+
+class RunDirectory:
+    """Where a run lives.
+
+    Raises `ValueError`, with nothing written, if the run there is finished or is of another recipe, or if something else
+    is there.
+    """
+
+    def __init__(self, path: Path, recipe: Any) -> None:
+        self.path, self._recipe = path, recipe
+        require(not path.exists() or path.is_dir(), f"{path} is a file: name a directory with -o")
+        if path.is_dir() and any(path.iterdir()):
+            require((path / RECIPE).is_file(), f"{path} exists and holds no run: name a new directory with -o")
+            require(not (path / RESULT).exists(), f"{path} holds a finished run: name a new directory with -o")
+            changed = differences(read(type(recipe), path / RECIPE), recipe)
+            require(
+                not changed,
+                f"{path} holds a run of another recipe ({', '.join(changed)} differ): name a new directory with -o",
+            )
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The newest checkpoint; each is whole, as it got its name last."""
+        found = self.path.glob(f"{_CHECKPOINT}*")
+        return max(found, key=lambda p: int(p.name.removeprefix(_CHECKPOINT)), default=None)
+
+    @property
+    def partial(self) -> Path:
+        """Where a checkpoint is written before it gets its name."""
+        return self.path / _PARTIAL
+
+    def open(self) -> None:
+        """Make the directory, with its recipe."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write(self._recipe, self.path / RECIPE)
+
+    def keep(self, step: int) -> None:
+        """The checkpoint of `step` is whole: give it its name and remove the one before."""
+        before = self.checkpoint
+        (self.partial / f"{_CHECKPOINT}{step}").rename(self.path / f"{_CHECKPOINT}{step}")
+        if before is not None and before.name != f"{_CHECKPOINT}{step}":
+            shutil.rmtree(before)
+
+    def close(self, result: dict[str, Any]) -> None:
+        """Write the result, after everything else, and remove the checkpoints."""
+        beside = self.path / f".{RESULT}"
+        beside.write_text(json.dumps({"recipe": asdict(self._recipe), **result}, indent=1, default=str) + "\n")
+        beside.rename(self.path / RESULT)
+        for path in (*self.path.glob(f"{_CHECKPOINT}*"), self.partial):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+class Annealing(TrainerCallback):
+    """Shrinks the budget of `codings` from all sparse features to their own in halvings.
+
+    Queries that are sparser than an early budget allows for follow it; dense queries stay dense.
+    """
+
+    def __init__(self, codings: Sequence[LayerCoding], sparse_dims: int, anneal: Anneal, steps: int) -> None:
+        self._codings = codings
+        self._goals = [(coding.topk, coding.topk_query) for coding in codings]
+        self._budgets = []
+        while sparse_dims > min(goal for goal, _ in self._goals):
+            self._budgets.append(sparse_dims)
+            sparse_dims //= 2
+        self._until = max(1, round(anneal.share * steps))
+
+    @classmethod
+    def of(cls, model: Any, anneal: Anneal | None, steps: int) -> list[Annealing]:
+        """The callbacks that a switched model needs: one, or none if `anneal` is None."""
+        codings: list[Any] = [module.sfa for module in attention_layers(model) if hasattr(module, "sfa")]
+        if anneal is None:
+            return []
+        return [cls(codings, attention_shape(model)[2] - codings[0].dense_dims, anneal, steps)]
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        stage = state.global_step * len(self._budgets) // self._until
+        self._set(self._budgets[stage] if stage < len(self._budgets) else 0)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._set(0)
+
+    def _set(self, least: int) -> None:
+        for coding, (topk, topk_query) in zip(self._codings, self._goals, strict=True):
+            coding.topk = max(topk, least)
+            coding.topk_query = None if topk_query is None else max(topk_query, least)
+
+
+class RunTrainer(Trainer):
+    """transformers' Trainer with whole checkpoints and a stop at the first loss that is no number."""
+
+    def __init__(self, place: RunDirectory, **options: Any) -> None:
+        super().__init__(**options)
+        self._place, self._saves = place, False
+        self._terms: dict[str, list[torch.Tensor]] = {}
+        self._predicted = 0.0  # tokens of a validation window, on average
+        self.add_callback(_LogBeforeSaving())
+
+    def note(self, name: str, value: torch.Tensor) -> None:
+        """Log the mean of `value` over the steps between two logs."""
+        self._terms.setdefault(name, []).append(value.detach())
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if not self._predicted:
+            windows: Any = self.eval_dataset
+            labels = [self.data_collator([windows[i]])["labels"] for i in range(len(windows))]
+            self._predicted = sum(int((x != IGNORED).sum()) for x in labels) / len(windows)
+        return super().evaluate(*args, **kwargs)
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple[Any, None, None]:
+        """A loss whose mean over windows is that over all tokens, however they are spread over batches and processes."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            total = model(**inputs, num_items_in_batch=1).loss
+        return total / (len(inputs["labels"]) * self._predicted), None, None
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs |= {name: float(torch.stack(values).mean()) for name, values in self._terms.items()}
+            self._terms.clear()
+        super().log(logs, *args, **kwargs)
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                raise ValueError(
+                    f"training stopped: {name} is {logs[name]} at step {self.state.global_step}; {self._last_good()}. A lower "
+                    "training.learning_rate or a longer training.warmup may help"
+                )
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._saves = True
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self._place.keep(self.state.global_step)
+        except Exception as error:  # a full disk is another error in each of the libraries that write here
+            raise OSError(
+                f"the checkpoint of step {self.state.global_step} could not be written: {error}; {self._last_good()}"
+            ) from error
+        finally:
+            self._saves = False
+            if self.args.should_save:
+                shutil.rmtree(self._place.partial, ignore_errors=True)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._place.partial) if self._saves else super()._get_output_dir(trial)
+
+    def _last_good(self) -> str:
+        checkpoint = self._place.checkpoint
+        return "no checkpoint was written yet" if checkpoint is None else f"the last good checkpoint is {checkpoint}"
+
+
+class _LogBeforeSaving(TrainerCallback):
+    """What is saved has been looked at: a loss that is no number stops the run in `log`."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_save:
+            control.should_log = True
+
+
+def arguments(training: Training, context: int, directory: Path) -> TrainingArguments:
+    """transformers' arguments for a recipe, for the number of processes that torchrun started."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    share, rest = divmod(training.batch, processes)
+    require(rest == 0, f"training.batch {training.batch} must be a multiple of the {processes} processes")
+    micro = training.micro_batch or share
+    require(
+        share % micro == 0,
+        f"training.batch {training.batch} must be a multiple of training.micro_batch {micro} times {processes} processes",
+    )
+    return TrainingArguments(
+        output_dir=str(directory), max_steps=total_steps(training, context), seed=training.seed,
+        per_device_train_batch_size=micro, per_device_eval_batch_size=micro, gradient_accumulation_steps=share // micro,
+        learning_rate=training.learning_rate, weight_decay=training.weight_decay, adam_beta1=0.9, adam_beta2=0.95,
+        max_grad_norm=training.clip, warmup_steps=training.warmup, lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.1}, bf16=training.precision == "bf16", use_cpu=not torch.cuda.is_available(),
+        torch_compile=training.compile,
+        fsdp=True if training.fsdp else None, ddp_find_unused_parameters=False,
+        train_sampling_strategy="sequential",  # the data has an order of its own
+        remove_unused_columns=False, prediction_loss_only=True, label_names=["labels"],
+        logging_steps=training.log_every, logging_first_step=True, logging_nan_inf_filter=False,
+        save_strategy="steps", save_steps=training.save_every, eval_strategy="steps", eval_steps=training.evaluate_every,
+        report_to=["tensorboard"] if find_spec("tensorboard") else [],
+    )  # fmt: skip
+
+
+def total_steps(training: Training, context: int) -> int:
+    """Steps of a run, rounded up."""
+    return -(-training.tokens // (training.batch * context))
+
+
+def fit(trainer: RunTrainer, place: RunDirectory) -> dict[str, Any]:
+    """Train, from the newest checkpoint on if there is one, and evaluate; returns the figures of `result.json`."""
+    if trainer.args.should_save:
+        place.open()
+    trainer.accelerator.wait_for_everyone()
+    checkpoint = place.checkpoint
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        metrics = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint)).metrics
+        validation = trainer.evaluate()["eval_loss"]
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            "the GPU is out of memory: lower training.micro_batch, or set training.checkpointing"
+        ) from error
+    steps = trainer.state.max_steps - (0 if checkpoint is None else int(checkpoint.name.removeprefix(_CHECKPOINT)))
+    return {
+        "environment": environment(trainer.args.device),
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "steps": trainer.state.max_steps,
+        "validation_loss": validation,
+        "perplexity": math.exp(validation),
+        "steps_per_second": steps / metrics["train_runtime"],
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        "curve": trainer.state.log_history,
+    }
+
+
+def prepare(
+    kind: type[RunTrainer], place: RunDirectory, model: Any, train: Dataset, validation: Dataset,
+    collate: Callable[..., Any], training: Training, context: int, callbacks: Sequence[TrainerCallback], **options: Any,
+) -> RunTrainer:  # fmt: skip
+    """A Trainer of `kind`; nothing is written yet."""
+    if training.checkpointing:
+        # The new name of an old method; both recompute without re-entering autograd.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    return kind(
+        place, model=model, args=arguments(training, context, place.path), train_dataset=train, eval_dataset=validation,
+        data_collator=collate, callbacks=list(callbacks), **options,
+    )  # fmt: skip

@@ -1,0 +1,149 @@
+"""Statistics of supports: which features queries and keys of a switched model keep, layer by layer and head by head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from ..checks import require
+from ..codes import topk_codes
+from ..huggingface.attention import attention_forward, attention_mask
+from ..huggingface.switch import NAME, is_enabled
+
+_NAME = "sfa_support"
+
+
+@dataclass(frozen=True)
+class SupportStatistics:
+    """Means over text, [L, H] each for L layers and H kv heads; NaN for a layer that was left dense.
+
+    Attributes:
+        entropy: of how often each sparse feature is among a key's largest, divided by that of equal shares: 1 if all are
+            used alike (paper: 0.85 to 0.98 in trained models).
+        overlap: share of causal pairs whose query and key share a sparse feature, over the query heads of the kv head.
+            1 for dense queries.
+        effective_topk: features that carry a key: (Σ|x|²)² / Σ|x|⁴ over its kept sparse ones, 1 to topk.
+    """
+
+    entropy: Tensor
+    overlap: Tensor
+    effective_topk: Tensor
+
+    def rows(self) -> list[dict[str, float]]:
+        """A row a layer and head."""
+        layers, heads = self.entropy.shape
+        return [
+            {"layer": layer, "head": head, **{name: float(x[layer, head]) for name, x in vars(self).items()}}
+            for layer in range(layers)
+            for head in range(heads)
+        ]
+
+
+@torch.no_grad()
+def support_statistics(model: Any, windows: Tensor, progress: Callable[[], None] = lambda: None) -> SupportStatistics:
+    """The statistics of a model that `flashsfa.enable` switched, over windows [S, W] of token ids.
+
+    Args:
+        progress: called after each window.
+
+    Raises `ValueError` for a model that is not switched.
+    """
+    require(is_enabled(model), f"{type(model).__name__} is dense: flashsfa convert or flashsfa.enable makes it sparse")
+    found: dict[int, _Sums] = {}
+    layers = model.config.num_hidden_layers
+
+    def record(module: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+        coding = getattr(module, "sfa", None)
+        if coding is not None:
+            sums = found.setdefault(module.layer_idx, _Sums(key.shape[1], key.shape[-1] - coding.dense_dims))
+            sums.add(coding, coding.queries(query), coding.keys(key))
+        return attention_forward(module, query, key, *args, **kwargs)
+
+    AttentionInterface.register(_NAME, record)
+    AttentionMaskInterface.register(_NAME, attention_mask)
+    model.set_attn_implementation(_NAME)
+    try:
+        for window in windows:
+            model(input_ids=window[None].to(model.device), use_cache=False)
+            progress()
+    finally:
+        model.set_attn_implementation(NAME)
+    heads = next(iter(found.values())).counts.shape[0]
+    missing = torch.full((heads,), math.nan)
+    means = [found[i].means() if i in found else (missing,) * 3 for i in range(layers)]
+    return SupportStatistics(*(torch.stack(columns) for columns in zip(*means, strict=True)))
+
+
+def draw(title: str, statistics: SupportStatistics, topk: int, path: Path) -> None:
+    """Write three maps, layers over heads, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    layers, heads = statistics.entropy.shape
+    figure, panels = plt.subplots(1, 3, figsize=(10, 1.8 + 0.16 * max(layers, 8)), layout="constrained", sharey=True)
+    figure.suptitle(title, fontsize=11)
+    labels = (
+        ("entropy", "entropy of keys' features", 1.0), ("overlap", "pairs that share a feature", 1.0),
+        ("effective_topk", f"effective features of {topk}", float(topk)),
+    )  # fmt: skip
+    for axes, (name, label, most) in zip(panels, labels, strict=True):
+        values = getattr(statistics, name)
+        image = axes.imshow(values.numpy(), vmin=0, vmax=most, cmap="YlGnBu", aspect="auto")
+        axes.set_title(f"{label}\nmean {float(values.nanmean()):.2f}", fontsize=10)
+        axes.set_xlabel("kv head")
+        axes.set_xticks(range(heads) if heads <= 16 else range(0, heads, heads // 8))
+        figure.colorbar(image, ax=axes)
+    panels[0].set_ylabel("layer")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+class _Sums:
+    """What is added up of one layer."""
+
+    def __init__(self, kv_heads: int, sparse_dims: int) -> None:
+        self.counts = torch.zeros(kv_heads, sparse_dims, dtype=torch.float64)
+        self.overlap = torch.zeros(kv_heads, dtype=torch.float64)
+        self.effective = torch.zeros(kv_heads, dtype=torch.float64)
+        self.windows = 0
+
+    def add(self, coding: Any, q: Tensor, k: Tensor) -> None:
+        """q [1, Hq, N, D] and k [1, H, N, D] of one window, in the layer's coordinates."""
+        heads, n = k.shape[1], k.shape[2]
+        codes = topk_codes(k, coding.topk, dense_dims=coding.dense_dims)
+        kept = _support(codes.indices, codes.sparse_dims)[0]  # [H, N, D - M]
+        self.counts += kept.sum(1).double().cpu()
+        power = codes.values[0].double().square()  # [H, N, K]
+        ratio = power.sum(-1).square() / power.square().sum(-1).clamp(min=torch.finfo(power.dtype).tiny)
+        self.effective += ratio.mean(-1).cpu()
+        topk_query = coding.topk if coding.topk_query is None else coding.topk_query
+        if topk_query == q.shape[-1]:
+            self.overlap += 1
+        else:
+            indices = topk_codes(q, topk_query, dense_dims=coding.dense_dims).indices
+            queries = _support(indices, codes.sparse_dims)[0].unflatten(0, (heads, -1))  # [H, G, N, D - M]
+            share = (queries @ kept[:, None].mT > 0).tril().sum((1, 2, 3))  # [H]
+            self.overlap += (share.double() / (queries.shape[1] * n * (n + 1) / 2)).cpu()
+        self.windows += 1
+
+    def means(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Entropy, overlap and effective features, [H] each."""
+        shares = self.counts / self.counts.sum(-1, keepdim=True)
+        entropy = torch.special.entr(shares).sum(-1) / math.log(max(2, shares.shape[-1]))
+        return tuple(x.float() for x in (entropy, self.overlap / self.windows, self.effective / self.windows))  # type: ignore[return-value]
+
+
+def _support(indices: Tensor, dims: int) -> Tensor:
+    """[..., N, dims] float32: 1 where a feature is kept."""
+    kept = torch.zeros((*indices.shape[:-1], dims), device=indices.device)
+    return kept.scatter_(-1, indices.long(), 1.0)
