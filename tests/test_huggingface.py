@@ -361,7 +361,7 @@ def test_left_padding_without_positions_warns_once(model, ids):
 
 
 def test_untested_version_warns_once(monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", "6.1.0.dev0")
+    monkeypatch.setattr(switching.transformers, "__version__", "6.1.0.dev0")
     switching._warn_of_untested_version.cache_clear()
     with pytest.warns(UserWarning, match=r"tested with transformers 5\.17 to 5\.23, not 6\.1"):
         flashsfa.enable(make("llama"), 3)

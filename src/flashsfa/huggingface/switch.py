@@ -67,7 +67,7 @@ def enable(
 
     Raises `ValueError`, with the model unchanged, if it cannot be switched; the message names the reason.
     """
-    modules = _attention_layers(model)
+    modules = attention_layers(model)
     _check_model(model, modules)
     dense_dims = default_dense_dims(model) if dense_dims is None else dense_dims
     layers = None if layers is None else sorted(layers)
@@ -149,12 +149,15 @@ def default_dense_dims(model: Any) -> int:
     """Rotary dimensions of a model that rotates the first part of each head only; 0 if it rotates all or nothing."""
     config = model.config.get_text_config(decoder=True)
     _, _, head_dim = attention_shape(model)
-    factor = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor") or 1.0
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "proportional":  # its rotated features are not the first ones
+        return 0
+    factor = rope.get("partial_rotary_factor") or 1.0
     rotary_dims = int(head_dim * factor)
     return rotary_dims if rotary_dims < head_dim else 0
 
 
-def _attention_layers(model: Any) -> list[nn.Module]:
+def attention_layers(model: Any) -> list[nn.Module]:
     """The self-attention modules by layer index."""
     require(isinstance(model, nn.Module), f"enable switches a transformers model, got {type(model).__name__}")
     found = {m.layer_idx: m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "scaling")}

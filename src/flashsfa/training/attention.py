@@ -19,7 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from ..attention import sparse_feature_attention, sparse_feature_attention_varlen
 from ..basis import FeatureBasis
 from ..huggingface.attention import LayerCoding
-from ..huggingface.switch import _attention_layers as attention_layers
+from ..huggingface.switch import attention_layers
 
 NAME = "sfa_training"
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..checks import require
-from ..huggingface.switch import _attention_layers as attention_layers
+from ..huggingface.switch import attention_layers
 from .attention import Core, Visible, dense_attention
 
 _LARGEST_INT8 = 127

@@ -16,8 +16,7 @@ from torch import Tensor
 from ..basis import FeatureBasis
 from ..checks import require
 from ..huggingface import disable, enable, from_pretrained
-from ..huggingface.switch import BASIS_FILE
-from ..huggingface.switch import _attention_layers as attention_layers
+from ..huggingface.switch import BASIS_FILE, attention_layers
 from .attention import Core, DenseCore, DistillCore, TrainedBasis, install, uninstall
 from .data import IGNORED
 from .pretrain import load_corpus, load_tokenizer, save

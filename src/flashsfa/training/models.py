@@ -11,8 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ..checks import require, require_budget
 from ..huggingface import enable
 from ..huggingface.attention import LayerCoding
-from ..huggingface.switch import _attention_layers as attention_layers
-from ..huggingface.switch import attention_shape
+from ..huggingface.switch import attention_layers, attention_shape
 from .attention import Core, DenseCore, SparseCore, Visible, channel_basis, install, uninstall
 from .baselines import PerformerCore, QuantizedCore, factorise, multiply, shorten
 from .recipe import Attention, Model

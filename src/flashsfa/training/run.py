@@ -23,8 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from ..benchmarking.results import environment
 from ..checks import require
 from ..huggingface.attention import LayerCoding
-from ..huggingface.switch import _attention_layers as attention_layers
-from ..huggingface.switch import attention_shape
+from ..huggingface.switch import attention_layers, attention_shape
 from .data import IGNORED
 from .recipe import Anneal, Training, differences, read, write
 
