@@ -24,6 +24,11 @@ _SAMPLE_KEYS = 4096  # keys a head that the dictionary is fitted to
 _DICTIONARY_ROUNDS = 15
 
 
+def default_kind(topk_query: int, head_dim: int) -> str:
+    """The best kind where none is asked for: a dictionary for dense queries, a balanced basis for sparse ones."""
+    return "dictionary" if topk_query == head_dim else "balanced"
+
+
 @dataclass(frozen=True)
 class FeatureBasis:
     """Coordinates of H kv heads, for one layer or stacked for many (leading `...`).
@@ -159,9 +164,10 @@ class Moments:
 
 
 def _product(x: Tensor, matrix: Tensor) -> Tensor:
-    """x @ matrix in the matrix's precision: rounding it to 16 bits would undo Q Kᵀ = 1."""
+    """x @ matrix in the matrix's precision, autocast or not: rounding it to 16 bits would undo Q Kᵀ = 1."""
     dtype = torch.promote_types(x.dtype, matrix.dtype)
-    return (x.to(dtype) @ matrix.to(dtype)).to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return (x.to(dtype) @ matrix.to(dtype)).to(x.dtype)
 
 
 def _dictionary(keys: Tensor, topk: int, dense_dims: int) -> Tensor:

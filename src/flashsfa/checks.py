@@ -78,3 +78,20 @@ def require_padding(mask: Tensor, batch: int, n_k: int, device: torch.device) ->
         f"got {mask.dtype} {tuple(mask.shape)}",
     )
     require(mask.device == device, f"key_padding_mask is on {mask.device}, q on {device}; move them together")
+
+
+def require_keys_and_values(k: Tensor, v: Tensor) -> None:
+    """Keys [B, Hkv, N, D] and values [B, Hkv, N, Dv] that can be stored together."""
+    for name, x in (("k", k), ("v", v)):
+        require_float(name, x)
+        require(x.ndim == 4, f"{name} must be [B, Hkv, N, D], got shape {tuple(x.shape)}")
+    require_alike(k=k, v=v)
+    require(k.shape[:3] == v.shape[:3], f"k and v must share [B, Hkv, N], got {tuple(k.shape)} and {tuple(v.shape)}")
+
+
+def require_page_size(page_size: int) -> None:
+    """Pages of a size that the kernels know."""
+    require(
+        16 <= page_size <= 256 and page_size & (page_size - 1) == 0,
+        f"page_size must be a power of two from 16 to 256, got {page_size}",
+    )

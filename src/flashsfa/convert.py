@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from . import __version__
 from .attention import sparse_feature_attention
-from .basis import FeatureBasis
+from .basis import FeatureBasis, default_kind
 from .codes import topk_codes
 from .decode import sparse_feature_decode
 from .evaluation.perplexity import perplexity
@@ -43,7 +43,7 @@ class ConvertSettings:
     topk: int = 12
     topk_query: int | None = None  # None here means dense queries
     dense_dims: int = 22
-    basis: str | None = None  # None: "dictionary" for dense queries, "balanced" for sparse ones
+    basis: str | None = None  # None for `default_kind`
     max_position: int | None = None
     calibrate: str | None = None
     eval: str | None = None
@@ -70,7 +70,7 @@ def convert(settings: ConvertSettings, output: Path, progress: Progress) -> dict
     enable(model, **budgets)  # refuses a model or a budget before any long work
     disable(model)
 
-    kind = settings.basis or ("dictionary" if topk_query == head_dim else "balanced")
+    kind = settings.basis or default_kind(topk_query, head_dim)
     moments = gather_moments(
         model, calibration, max_position=settings.max_position, progress=progress("calibrating", len(calibration))
     )
@@ -116,7 +116,7 @@ def convert(settings: ConvertSettings, output: Path, progress: Progress) -> dict
         if name in ("dense", "sfa"):
             report[name] |= _generate(model, tokenizer, progress(f"generating: {label}", 1))
     report["perplexity_increase"] = report["sfa"]["perplexity"] / report["dense"]["perplexity"] - 1
-    report["attention_ms"] = _attention_times(model, settings, topk_query, progress)
+    report["attention_ms"] = _attention_times(model, settings, budgets, progress)
     _write(model, tokenizer, report, output)
     return report
 
@@ -165,7 +165,7 @@ def _generate(model: Any, tokenizer: Any, progress: Callable[[], None]) -> dict[
 
 @torch.no_grad()
 def _attention_times(
-    model: Any, settings: ConvertSettings, topk_query: int, progress: Progress
+    model: Any, settings: ConvertSettings, budgets: dict[str, Any], progress: Progress
 ) -> list[dict[str, float]]:
     """Median milliseconds of one layer's attention with the model's head counts and widths, dense (SDPA) and sparse.
 
@@ -183,15 +183,12 @@ def _attention_times(
             return _median_ms(lambda: sdpa(queries, k, v, is_causal=is_causal, enable_gqa=True))
 
         def prefill() -> Any:
-            budgets: dict[str, Any] = {
-                "topk": settings.topk,
-                "topk_query": topk_query,
-                "dense_dims": settings.dense_dims,
-            }
             return sparse_feature_attention(q, k, v, is_causal=True, **budgets)
 
         times = {"context": n, "decode_dense": dense(newest, False)}
-        times["decode_sfa"] = _median_ms(lambda: sparse_feature_decode(newest, codes, v, topk_query=topk_query))
+        times["decode_sfa"] = _median_ms(
+            lambda: sparse_feature_decode(newest, codes, v, topk_query=budgets["topk_query"])
+        )
         if n <= _LONGEST_PREFILL:
             times |= {"prefill_dense": dense(q, True), "prefill_sfa": _median_ms(prefill)}
         step()

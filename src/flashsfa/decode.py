@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from .attention import sparse_feature_attention
-from .checks import checked, is_checked, require, require_alike, require_budget, require_float, require_padding
+from .checks import (
+    checked,
+    is_checked,
+    require,
+    require_alike,
+    require_budget,
+    require_float,
+    require_padding,
+    require_page_size,
+)
 from .codes import FeatureCodes
 from .kernels import decode_torch, dispatch
 from .kernels.decode_torch import DecodeRules
@@ -78,7 +87,7 @@ def sparse_feature_decode(
     return (out, lse) if return_lse else out
 
 
-_DECODE_QUERIES = 16  # up to here codes are read as they are; more queries repay spreading the keys out once
+FEW_QUERIES = 16  # up to here codes are read as they are; more queries repay spreading the keys out once
 
 
 @torch.no_grad()
@@ -100,7 +109,7 @@ def attend_cached(
     """
     require(0 <= value_tolerance < 1, f"value_tolerance must be in [0, 1), got {value_tolerance}")
     out: Any
-    if q.shape[2] <= _DECODE_QUERIES:
+    if q.shape[2] <= FEW_QUERIES:
         out = sparse_feature_decode(
             q, codes, v, topk_query=topk_query, scale=scale, window=window, key_padding_mask=key_padding_mask,
             v_scale=v_scale, value_tolerance=value_tolerance,
@@ -221,10 +230,7 @@ def _check(
 def _check_pages(batch: int, v: Tensor, page_table: Tensor, kv_lens: Tensor | None) -> int:
     """Checks of paged caches; the number of keys that the table has room for."""
     page_size = v.shape[2]
-    require(
-        16 <= page_size <= 256 and page_size & (page_size - 1) == 0,
-        f"pages must hold a power of two from 16 to 256 keys, got {page_size}",
-    )
+    require_page_size(page_size)
     require(
         page_table.ndim == 2 and page_table.shape[0] == batch and page_table.dtype == torch.int32
         and page_table.device == v.device,

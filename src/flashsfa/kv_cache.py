@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import require, require_alike, require_budget, require_float
+from .checks import require, require_alike, require_budget, require_keys_and_values
 from .codes import FeatureCodes, quantize_rows, topk_codes
 from .kernels.topk import append_codes, has_fused
 
@@ -93,14 +93,7 @@ class SparseKVCache:
 
         Raises `TypeError` or `ValueError`, and stores nothing, if k and v do not fit each other or the cache.
         """
-        for name, x in (("k", k), ("v", v)):
-            require_float(name, x)
-            require(x.ndim == 4, f"{name} must be [B, Hkv, N, D], got shape {tuple(x.shape)}")
-        require_alike(k=k, v=v)
-        require(
-            k.shape[:3] == v.shape[:3],
-            f"k and v must share [B, Hkv, N], got {tuple(k.shape)} and {tuple(v.shape)}",
-        )
+        require_keys_and_values(k, v)
         require_budget(self.topk, k.shape[-1], self.dense_dims)
         require(v.shape[-1] >= 1, "v must have at least one feature")
         if self._codes is None or self._v is None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .checks import require, require_alike, require_budget, require_float
+from .checks import require, require_alike, require_budget, require_keys_and_values, require_page_size
 from .codes import FeatureCodes, topk_codes
 
 
@@ -33,10 +33,7 @@ class PagedSparseKVCache:
 
     def __init__(self, topk: int, *, dense_dims: int = 0, pages: int, page_size: int = 64) -> None:
         require(pages >= 1, f"a pool needs at least 1 page, got {pages}")
-        require(
-            16 <= page_size <= 256 and page_size & (page_size - 1) == 0,
-            f"page_size must be a power of two from 16 to 256, got {page_size}",
-        )
+        require_page_size(page_size)
         self.topk, self.dense_dims, self.page_size = topk, dense_dims, page_size
         self._holders = [0] * pages  # sequences that hold each page
         self._free = list(range(pages - 1, -1, -1))
@@ -192,12 +189,9 @@ class PagedSparseKVCache:
         for sequence in sequences:
             self._require_known(sequence)
         require(len(set(sequences)) == len(sequences), f"each sequence can be appended to once, got {list(sequences)}")
-        for name, x in (("k", k), ("v", v)):
-            require_float(name, x)
-            require(x.ndim == 4, f"{name} must be [B, Hkv, N, D], got shape {tuple(x.shape)}")
-        require_alike(k=k, v=v)
+        require_keys_and_values(k, v)
         require(
-            k.shape[:3] == v.shape[:3] and k.shape[0] == len(sequences),
+            k.shape[0] == len(sequences),
             f"k and v must share [B, Hkv, N] with B = {len(sequences)} sequences, got {tuple(k.shape)} and {tuple(v.shape)}",
         )
         require_budget(self.topk, k.shape[-1], self.dense_dims)

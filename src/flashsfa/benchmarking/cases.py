@@ -85,6 +85,11 @@ class Case(Protocol):
     def prepare(self) -> Workload: ...
 
 
+def code_label(topk: int, dense_dims: int) -> str:
+    """A key code in words."""
+    return f"{dense_dims} dense + k={topk}" if dense_dims else f"k={topk}"
+
+
 def tokens_label(n: int) -> str:
     """8192 as "8k"."""
     return f"{n // 1024}k" if n % 1024 == 0 else str(n)

@@ -18,7 +18,7 @@ from ..codes import FeatureCodes, topk_codes
 from ..decode import sparse_feature_decode
 from ..kernels.dispatch import last_choice
 from ..kv_cache import SparseKVCache
-from .cases import Baseline, UnavailableError, Verdict, Workload, tokens_label
+from .cases import Baseline, UnavailableError, Verdict, Workload, code_label, tokens_label
 
 _APPEND_TOKENS = 8192  # coding a long context at once would need several times its memory
 _TOLERANCE = 1e-2
@@ -78,7 +78,7 @@ class DecodeCase:
 
     @property
     def curve(self) -> str:
-        code = f"{self.dense_dims} dense + k={self.topk}" if self.dense_dims else f"k={self.topk}"
+        code = code_label(self.topk, self.dense_dims)
         if self.cache_dtype is not None:
             code += ", 8-bit"
         return f"{code}, tolerance {self.value_tolerance:g}" if self.value_tolerance else code

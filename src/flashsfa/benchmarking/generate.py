@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -117,15 +116,18 @@ class GenerateCase:
     def _filled(self, model: Any, cache: Any) -> tuple[Any, int]:
         """The cache with all but its last tokens random, and the bytes that it took."""
         _, kv_heads, head_dim = attention_shape(model)
+        on_gpu = self.device.type == "cuda"
         k, v = torch.randn(2, self.batch, kv_heads, min(_CHUNK_TOKENS, self.n), head_dim, device=self.device).to(
             self.dtype
         )
-        before = _allocated([], self.device)
+        before = torch.cuda.memory_allocated(self.device) if on_gpu else 0
         for layer in cache.layers:
             for start in range(0, self.n - _STEPS, _CHUNK_TOKENS):
                 chunk = slice(0, min(_CHUNK_TOKENS, self.n - _STEPS - start))
                 layer.update(k[:, :, chunk], v[:, :, chunk])
-        return cache, _allocated(cache.layers, self.device) - before
+        if on_gpu:  # what the allocator gave; the CPU's keeps no account
+            return cache, torch.cuda.memory_allocated(self.device) - before
+        return cache, cache_nbytes(cache)["total"]
 
     def _step(self, model: Any, cache: Any) -> Callable[[], Tensor]:
         """The next token as a call; on a GPU a captured graph of it."""
@@ -186,13 +188,6 @@ def _weight_bytes(model: Any) -> int:
     own = model.get_input_embeddings().weight
     tied = model.get_output_embeddings().weight is own
     return sum(p.nbytes for p in model.parameters()) - (0 if tied else own.nbytes)
-
-
-def _allocated(layers: Sequence[Any], device: torch.device) -> int:
-    """Bytes that the allocator has given out; on the CPU, which keeps no account, those of the caches' buffers."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    return sum(cache_nbytes(SimpleNamespace(layers=layers)).values()) // 2 if layers else 0
 
 
 def _unmasked(model: Any) -> Any:

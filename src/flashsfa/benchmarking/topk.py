@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..codes import FeatureCodes, topk_codes
 from ..kernels.dispatch import last_choice
-from .cases import Baseline, Verdict, Workload, tokens_label
+from .cases import Baseline, Verdict, Workload, code_label, tokens_label
 
 
 def cases(device: torch.device, quick: bool) -> list[TopkCase]:
@@ -55,8 +55,7 @@ class TopkCase:
 
     @property
     def _code(self) -> str:
-        code = f"{self.dense_dims} dense + k={self.topk}" if self.dense_dims else f"k={self.topk}"
-        return f"d={self.head_dim}, {code}"
+        return f"d={self.head_dim}, {code_label(self.topk, self.dense_dims)}"
 
     def prepare(self) -> Workload:
         generator = torch.Generator(self.device).manual_seed(0)

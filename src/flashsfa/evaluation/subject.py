@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..basis import default_kind
 from ..checks import require
 from ..huggingface import calibrate, disable, enable, from_pretrained
 from ..huggingface.switch import attention_shape
@@ -128,8 +129,7 @@ class Subject:
         """
         if calibration is not None:
             budgets = self._budgets()
-            queries_are_dense = budgets["topk_query"] == attention_shape(self.model)[2]
-            kind = self._settings.basis or ("dictionary" if queries_are_dense else "balanced")
+            kind = self._settings.basis or default_kind(budgets["topk_query"], attention_shape(self.model)[2])
             furthest = self._settings.max_position or longest
             basis = calibrate(
                 self.model, calibration, budgets["topk"], dense_dims=budgets["dense_dims"], kind=kind,

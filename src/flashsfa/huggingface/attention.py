@@ -12,15 +12,14 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
-from ..attention import code_queries, sparse_feature_attention
+from ..attention import sparse_feature_attention
 from ..basis import FeatureBasis
 from ..checks import require
-from ..codes import FeatureCodes
-from ..decode import attend_cached, sparse_feature_decode
+from ..codes import FeatureCodes, code_queries
+from ..decode import FEW_QUERIES, attend_cached, sparse_feature_decode
 from ..kernels.decode_torch import DecodeRules
 
 NAME = "sfa"
-FEW_QUERIES = 16  # up to here the cache's codes are read as they are, by the decode kernels
 
 
 class LayerCoding(nn.Module):
@@ -54,17 +53,11 @@ class LayerCoding(nn.Module):
 
     def queries(self, q: Tensor) -> Tensor:
         """q [B, Hq, N, D] in the layer's coordinates."""
-        if not self.has_basis:
-            return q
-        with torch.autocast(q.device.type, enabled=False):
-            return self._basis().transform_query(q)
+        return self._basis().transform_query(q) if self.has_basis else q
 
     def keys(self, k: Tensor) -> Tensor:
         """k [B, Hkv, N, D] in the layer's coordinates."""
-        if not self.has_basis:
-            return k
-        with torch.autocast(k.device.type, enabled=False):
-            return self._basis().transform_key(k)
+        return self._basis().transform_key(k) if self.has_basis else k
 
     def _basis(self) -> FeatureBasis:
         return FeatureBasis(self.get_buffer("query"), self.get_buffer("key"))

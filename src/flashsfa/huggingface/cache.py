@@ -14,8 +14,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 from ..checks import require
 from ..codes import FeatureCodes, topk_codes
+from ..decode import FEW_QUERIES
 from ..kv_cache import SparseKVCache
-from .attention import FEW_QUERIES, LayerCoding, StaticCodes, to_dtype_of
+from .attention import LayerCoding, StaticCodes, to_dtype_of
 
 
 class SparseCache(Cache):

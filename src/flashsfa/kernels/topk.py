@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 
 import torch
@@ -25,7 +26,7 @@ def has_fused(x: Tensor) -> bool:
     """Whether the fused kernel codes the rows of x; recorded for `explain()`."""
     if not x.is_cuda:
         return False
-    installed = importlib.util.find_spec("triton") is not None
+    installed = _triton_is_installed()
     if installed and x.dtype != torch.float64:
         dispatch.record("topk_codes", "triton", "one pass over the rows")
         return True
@@ -34,6 +35,11 @@ def has_fused(x: Tensor) -> bool:
     )
     dispatch.record("topk_codes", "torch", reason, fallback=True)
     return False
+
+
+@functools.cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def append_codes(k: Tensor, v: Tensor, codes: FeatureCodes, v_buffer: Tensor, start: int) -> None:

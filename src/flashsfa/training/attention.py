@@ -91,13 +91,11 @@ class DistillCore(Core):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> tuple[Tensor, Tensor | None]:
         coding = self.coding
-        # Rounded to 16 bits the two sides of a basis would no longer be inverse to one another.
-        with torch.autocast(q.device.type, enabled=False):
-            if self.trained is not None:
-                basis = self.trained()
-                sparse_q, sparse_k = basis.transform_query(q), basis.transform_key(k)
-            else:
-                sparse_q, sparse_k = coding.queries(q), coding.keys(k)
+        if self.trained is not None:
+            basis = self.trained()
+            sparse_q, sparse_k = basis.transform_query(q), basis.transform_key(k)
+        else:
+            sparse_q, sparse_k = coding.queries(q), coding.keys(k)
         out = sparse_attention(sparse_q, sparse_k, v, visible, coding)
         if not (self.training and self._has_loss):
             return out, None
@@ -114,7 +112,8 @@ class TrainedBasis(nn.Module):
         self.key = nn.Parameter(basis.key.float().clone())
 
     def forward(self) -> FeatureBasis:
-        return FeatureBasis(torch.linalg.inv(self.key).mT, self.key)
+        with torch.autocast(self.key.device.type, enabled=False):  # rounded, the sides would not be inverse
+            return FeatureBasis(torch.linalg.inv(self.key).mT, self.key)
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
