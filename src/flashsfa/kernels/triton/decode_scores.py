@@ -80,9 +80,9 @@ class Problem:
         }  # fmt: skip
 
     def splits(self, block: int, waves: int) -> int:
-        """Splits of each sequence: `waves` programs a processor, so that the last one is short beside the rest, but
-        none with fewer than 2 blocks of keys, where the combine would cost as much as the keys."""
-        wanted = triton.cdiv(waves * _processors(self.device), self.heads * self.tiles)
+        """Splits of each sequence: at most `waves` programs a processor, so that no last few run alone, but none with
+        fewer than 2 blocks of keys, where the combine would cost as much as the keys."""
+        wanted = waves * _processors(self.device) // (self.heads * self.tiles)
         return max(1, min(wanted, self.keys // (2 * block)))
 
     def scratch(self, *shape: int) -> Tensor:

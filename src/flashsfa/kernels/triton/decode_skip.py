@@ -5,7 +5,7 @@ Scores need only the codes, so all weights are known before V is touched:
 1. `decode_score_kernel` reads the codes and writes every weight p = 2^(s - m), m the whole-numbered maximum of the
    key's block, and the maxima and sums. Whole-numbered maxima make each later change of base exact.
 2. `decode_count_kernel` takes each key's largest share w of any query row's mass, w = max over rows of p / total,
-   and counts the shares by half-octave (the top bits of their pattern).
+   writes its depth (half-octaves below 1, the top bits of its pattern), and counts the depths.
 3. `decode_value_kernel` bounds the mass of a half-octave by count times upper edge, cuts where the bound of all below
    stays within the tolerance, and reads the V rows of the keys above the cut.
 
@@ -16,8 +16,6 @@ Weights are kept in bfloat16 for 16-bit caches.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -27,7 +25,7 @@ from .decode_combine import combine
 from .decode_scores import Problem, block_keys, block_scores, chunk, live_keys, locate, split_range
 
 _BLOCK = 128  # keys that share a maximum
-_SCAN = 1024  # keys at a time where only weights are looked at
+_SCAN = 1024  # weights, or depths, at a time where nothing else is looked at
 _BINS = 64  # half-octaves below a share of 1 that are told apart: weights down to 2^-32
 _CERTAIN = 1 - 2**-7  # of the tolerance: room for the rounding of weights and sums
 
@@ -41,32 +39,29 @@ def decode_skipping(problem: Problem, value_tolerance: float, out: Tensor, lse: 
     weight_dtype = torch.float32 if problem.dtype == torch.float32 else torch.bfloat16
     sizes = {"keys": keys, "ROWS": problem.rows, "BLOCK": _BLOCK, "BINS": _BINS}
     scored = {
-        "WEIGHTS": torch.empty(problem.heads, rows, keys, dtype=weight_dtype, **on),
-        "BLOCK_PEAK": problem.scratch(rows, keys // _BLOCK),
+        "WEIGHTS": torch.empty(problem.heads, keys, rows, dtype=weight_dtype, **on),
+        "BLOCK_PEAK": problem.scratch(keys // _BLOCK, rows),
         "PEAK": problem.scratch(splits, rows),
         "TOTAL": problem.scratch(splits, rows),
         "COUNTS": torch.empty(problem.heads, tiles, _BINS, dtype=torch.int32, **on),
     }
+    depths = torch.empty(problem.heads, tiles, keys, dtype=torch.uint8, **on)
     decode_score_kernel[grid](
-        **scored, **sizes, **problem.visibility, **problem.places, **problem.coded, **_launch_scores(problem)
-    )
-    decode_count_kernel[grid](**scored, LSE=lse, **sizes, **problem.visibility, SCAN=_SCAN, num_warps=4, num_stages=1)
+        **scored, **sizes, **problem.visibility, **problem.places, **problem.coded, KC=chunk(problem.topk),
+        num_warps=2, num_stages=1,
+    )  # fmt: skip
+    decode_count_kernel[grid](
+        **scored, DEPTHS=depths, LSE=lse, **sizes, **problem.visibility,
+        SCAN=max(_BLOCK, _SCAN // max(1, problem.tile // 4)), num_warps=4, num_stages=1,
+    )  # fmt: skip
     partial, kept = problem.scratch(splits, rows, problem.width), problem.scratch(splits, rows)
     needed = torch.empty(problem.heads, tiles, keys, dtype=torch.int32, **on)
     decode_value_kernel[grid](
-        **scored, NEEDED=needed, PARTIAL=partial, KEPT=kept, tolerance=value_tolerance * _CERTAIN, **sizes,
-        **problem.visibility, **problem.places, **problem.valued, SCAN=_SCAN, **_launch_values(problem),
+        **scored, DEPTHS=depths, NEEDED=needed, PARTIAL=partial, KEPT=kept, tolerance=value_tolerance * _CERTAIN,
+        **sizes, **problem.visibility, **problem.places, **problem.valued, SCAN=_SCAN,
+        BN=max(16, block_keys(problem.row_bytes) // 2), num_warps=2, num_stages=1,
     )  # fmt: skip
     combine(problem, partial, None, kept, out, None)
-
-
-def _launch_scores(problem: Problem) -> dict[str, Any]:
-    return {"KC": chunk(problem.topk), "num_warps": 2, "num_stages": 1}
-
-
-def _launch_values(problem: Problem) -> dict[str, Any]:
-    halves = 2 if problem.tile == 1 else 1
-    return {"BN": block_keys(problem.row_bytes) // halves, "num_warps": 4 // halves, "num_stages": 1}
 
 
 @triton.jit
@@ -86,7 +81,6 @@ def decode_score_kernel(
     b, h = head // kv_heads, head % kv_heads
     first_row = tile * RT
     r = first_row + tl.arange(0, RT)  # [RT]
-    row = head * R + r
     if tl.program_id(1) == 0:
         tl.store(COUNTS + tl.program_id(0) * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
     length, begin, end = split_range(LENS, b, n, m, window, WINDOW, BLOCK)
@@ -111,8 +105,8 @@ def decode_score_kernel(
         total = total * tl.exp2(peak - base) + tl.sum(p, 0) * tl.exp2(block_peak - base)
         peak = new_peak
         stored = tl.where(score == float("-inf"), -1.0, p).to(WEIGHTS.dtype.element_ty)
-        tl.store(WEIGHTS + row[None, :] * keys + key[:, None], stored, mask=(r < ROWS)[None, :])
-        tl.store(BLOCK_PEAK + row * (keys // BLOCK) + start // BLOCK, block_peak)
+        tl.store(WEIGHTS + (head * keys + key)[:, None] * R + r[None, :], stored)
+        tl.store(BLOCK_PEAK + (head * (keys // BLOCK) + start // BLOCK) * R + r, block_peak)
     at = (head * tl.num_programs(1) + tl.program_id(1)) * R + r
     tl.store(PEAK + at, peak)
     tl.store(TOTAL + at, total)
@@ -120,12 +114,12 @@ def decode_score_kernel(
 
 @triton.jit
 def decode_count_kernel(
-    LENS, WEIGHTS, BLOCK_PEAK, PEAK, TOTAL, COUNTS, LSE,
+    LENS, WEIGHTS, BLOCK_PEAK, PEAK, TOTAL, COUNTS, DEPTHS, LSE,
     keys, kv_heads, n, m, window,
     ROWS: tl.constexpr, R: tl.constexpr, RT: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr,
     BINS: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
-    """Add one split's shares to the counts of its tile of rows; the first split writes the rows' log-sum-exp."""
+    """Depths of one split's keys, added to the counts of its tile; the first split writes the rows' log-sum-exp."""
     head, tile = (tl.program_id(0) // (R // RT)).to(tl.int64), tl.program_id(0) % (R // RT)
     r = tile * RT + tl.arange(0, RT)  # [RT]
     peak, total = row_mass(PEAK, TOTAL, head, r, R)  # [RT]
@@ -133,20 +127,32 @@ def decode_count_kernel(
         some = tl.where(total == 0.0, 1.0, total)
         tl.store(LSE + head * ROWS + r, (peak + tl.log2(some)) * 0.6931471805599453, mask=r < ROWS)
     _, begin, end = split_range(LENS, head // kv_heads, n, m, window, WINDOW, BLOCK)
+    depths = DEPTHS + tl.program_id(0).to(tl.int64) * keys
     counts = tl.zeros([BINS], tl.int32)
     for start in range(begin, end, SCAN):
-        share = key_shares(
-            WEIGHTS, BLOCK_PEAK, head * R, tile * RT, keys, peak, total, start, end, ROWS, RT, BLOCK, SCAN
+        block = start // BLOCK + tl.arange(0, SCAN // BLOCK)
+        inside = (block < tl.cdiv(end, BLOCK))[:, None] & (r < ROWS)[None, :]  # [SCAN / BLOCK, RT]
+        block_peak = tl.load(
+            BLOCK_PEAK + (head * (keys // BLOCK) + block)[:, None] * R + r[None, :], mask=inside, other=0.0
         )
-        octave = share.to(tl.int32, bitcast=True) >> 22
+        key = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]  # [SCAN / BLOCK, BLOCK]
+        p = tl.load(
+            WEIGHTS + (head * keys + key)[:, :, None] * R + r[None, None, :], mask=inside[:, None, :], other=-1.0
+        ).to(tl.float32)  # [SCAN / BLOCK, BLOCK, RT]
+        share = tl.where(p < 0, -1.0, p * (tl.exp2(block_peak - peak[None, :]) / total[None, :])[:, None, :])
+        share = tl.reduce(share, 2, largest)  # [SCAN / BLOCK, BLOCK]
+        share = tl.where(share == share, share, 1.0)  # NaN is not to be lost
+        octave = share.to(tl.int32, bitcast=True) >> 22  # negative where no row sees the key
         depth = tl.minimum(tl.maximum(TOP_OCTAVE - octave, 0), BINS - 1)
-        counts += tl.histogram(depth, BINS, mask=octave >= 0)
+        seen = octave >= 0
+        tl.store(depths + key, tl.where(seen, depth, UNSEEN).to(tl.uint8), mask=key < end)
+        counts += tl.histogram(tl.reshape(depth, [SCAN]), BINS, mask=tl.reshape(seen, [SCAN]))
     tl.atomic_add(COUNTS + tl.program_id(0) * BINS + tl.arange(0, BINS), counts)
 
 
 @triton.jit
 def decode_value_kernel(
-    V, V_SCALE, LENS, PAGES, WEIGHTS, BLOCK_PEAK, PEAK, TOTAL, COUNTS, NEEDED, PARTIAL, KEPT,
+    V, V_SCALE, LENS, PAGES, WEIGHTS, BLOCK_PEAK, PEAK, TOTAL, COUNTS, DEPTHS, NEEDED, PARTIAL, KEPT,
     keys, kv_heads, n, m, window, tolerance, v_sb, v_sh, v_scale_sb, v_scale_sh, pages_sb,
     v_sn: tl.constexpr, v_scale_sn: tl.constexpr, DTYPE: tl.constexpr, DV: tl.constexpr,
     ROWS: tl.constexpr, R: tl.constexpr, RT: tl.constexpr,
@@ -157,19 +163,16 @@ def decode_value_kernel(
     head, tile = (tl.program_id(0) // (R // RT)).to(tl.int64), tl.program_id(0) % (R // RT)
     b, h = head // kv_heads, head % kv_heads
     r = tile * RT + tl.arange(0, RT)  # [RT]
-    row = head * R + r
-    peak, total = row_mass(PEAK, TOTAL, head, r, R)  # [RT]
-    lightest = lightest_share(COUNTS + tl.program_id(0) * BINS, tolerance, BINS)
+    peak, _ = row_mass(PEAK, TOTAL, head, r, R)  # [RT]
+    deepest = kept_depths(COUNTS + tl.program_id(0) * BINS, tolerance, BINS)
     _, begin, end = split_range(LENS, b, n, m, window, WINDOW, BLOCK)
-    weights, block_peaks = WEIGHTS + row * keys, BLOCK_PEAK + row * (keys // BLOCK)  # [RT]
+    depths = DEPTHS + tl.program_id(0).to(tl.int64) * keys
     needed = NEEDED + tl.program_id(0).to(tl.int64) * keys + begin
     count = 0
     for start in range(begin, end, SCAN):
-        share = key_shares(
-            WEIGHTS, BLOCK_PEAK, head * R, tile * RT, keys, peak, total, start, end, ROWS, RT, BLOCK, SCAN
-        )
-        need = ((share >= lightest) | (share != share)).to(tl.int32)  # [SCAN]; NaN is not to be lost
-        tl.store(needed + count + tl.cumsum(need, 0) - 1, start + tl.arange(0, SCAN), mask=need > 0)
+        key = start + tl.arange(0, SCAN)
+        need = (tl.load(depths + key, mask=key < end, other=UNSEEN) < deepest).to(tl.int32)  # [SCAN]
+        tl.store(needed + count + tl.cumsum(need, 0) - 1, key, mask=need > 0)
         count += tl.sum(need, 0)
     tl.debug_barrier()  # what one thread stored another loads
     DVP: tl.constexpr = triton.next_power_of_2(DV)
@@ -182,56 +185,37 @@ def decode_value_kernel(
         outer, slot = locate(PAGES + b * pages_sb if PAGES is not None else None, b, key, inside, PAGE)
         v_row = V + outer * v_sb + h * v_sh + slot * v_sn  # [BN]
         v = tl.load(v_row[:, None] + c[None, :], mask=inside[:, None] & (c < DV)[None, :], other=0.0)  # [BN, DVP]
-        weight = load_weights(weights, block_peaks, peak, r < ROWS, key, inside, BLOCK)  # [RT, BN]
-        weight = tl.where(weight < 0, 0.0, weight)
-        kept += tl.sum(weight, 1)
+        wanted = inside[:, None] & (r < ROWS)[None, :]  # [BN, RT]
+        p = tl.load(WEIGHTS + (head * keys + key)[:, None] * R + r[None, :], mask=wanted, other=0.0).to(tl.float32)
+        block_peak = tl.load(
+            BLOCK_PEAK + (head * (keys // BLOCK) + key // BLOCK)[:, None] * R + r[None, :], mask=wanted, other=0.0
+        )
+        weight = tl.where(p > 0, p * tl.exp2(block_peak - peak[None, :]), tl.where(p < 0, 0.0, p))  # -1: unseen
+        kept += tl.sum(weight, 0)
         if V_SCALE is not None:
             v_scale = V_SCALE + outer * v_scale_sb + h * v_scale_sh + slot * v_scale_sn  # [BN]
-            weight *= tl.load(v_scale, mask=inside, other=0.0)[None, :]
-        acc = tl.dot(weight.to(DTYPE), v.to(DTYPE), acc, input_precision="ieee")
+            weight *= tl.load(v_scale, mask=inside, other=0.0)[:, None]
+        acc = tl.dot(tl.trans(weight).to(DTYPE), v.to(DTYPE), acc, input_precision="ieee")
     at = (head * tl.num_programs(1) + tl.program_id(1)) * R + r  # [RT]
     tl.store(KEPT + at, kept)
     tl.store(PARTIAL + at[:, None] * DV + c[None, :], acc, mask=(c < DV)[None, :])
 
 
 TOP_OCTAVE = tl.constexpr(2 * 127)  # the half-octave that starts at 1: twice the biased exponent, plus the next bit
+UNSEEN = tl.constexpr(255)  # the depth of a key that no query sees
 
 
 @triton.jit
-def key_shares(
-    WEIGHTS, BLOCK_PEAK, head_row, first_row, keys, peak, total, start, end,
-    ROWS: tl.constexpr, RT: tl.constexpr, BLOCK: tl.constexpr, SCAN: tl.constexpr,
-):  # fmt: skip
-    """Largest share [SCAN] of a row's mass that each key from `start` carries, -1 where no row of the tile sees it."""
-    block = start // BLOCK + tl.arange(0, SCAN // BLOCK)
-    share = tl.full([SCAN // BLOCK, BLOCK], -1.0, tl.float32)
-    rows = tl.arange(0, RT)
-    for i in tl.static_range(RT):
-        inside = block < tl.where(first_row + i < ROWS, tl.cdiv(end, BLOCK), 0)  # a padding row sees nothing
-        row = head_row + first_row + i
-        peak_i, total_i = tl.sum(tl.where(rows == i, peak, 0.0), 0), tl.sum(tl.where(rows == i, total, 0.0), 0)
-        block_peak = tl.load(BLOCK_PEAK + row * (keys // BLOCK) + block, mask=inside, other=0.0)
-        key = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]  # [SCAN / BLOCK, BLOCK]
-        p = tl.load(WEIGHTS + row * keys + key, mask=inside[:, None], other=-1.0).to(tl.float32)
-        of_row = tl.where(p < 0, -1.0, p * (tl.exp2(block_peak - peak_i) / total_i)[:, None])
-        share = tl.maximum(share, of_row, propagate_nan=tl.PropagateNan.ALL)
-    return tl.reshape(share, [SCAN])
-
-
-@triton.jit
-def load_weights(weights, block_peaks, peak, is_row, key, inside, BLOCK: tl.constexpr):
-    """Weights [RT, BN] of keys [BN] relative to their row's maximum, negative where a row does not see a key."""
-    wanted = is_row[:, None] & inside[None, :]
-    p = tl.load(weights[:, None] + key[None, :], mask=wanted, other=-1.0).to(tl.float32)
-    block_peak = tl.load(block_peaks[:, None] + key[None, :] // BLOCK, mask=wanted, other=0.0)
-    return tl.where(p < 0, -1.0, p * tl.exp2(block_peak - peak[:, None]))
+def largest(a, b):
+    """The larger of two; NaN if either is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def row_mass(PEAK, TOTAL, head, r, R: tl.constexpr):
     """Maximum and mass of rows r [RT] over all splits."""
     splits = tl.num_programs(1)
-    BS: tl.constexpr = 16
+    BS: tl.constexpr = 256 // r.shape[0]
     peak = tl.full(r.shape, float("-inf"), tl.float32)
     total = tl.zeros(r.shape, tl.float32)
     for first in range(0, splits, BS):
@@ -247,14 +231,12 @@ def row_mass(PEAK, TOTAL, head, r, R: tl.constexpr):
 
 
 @triton.jit
-def lightest_share(counts, tolerance, BINS: tl.constexpr):
-    """Lightest share to keep so that the mass below is within the tolerance, by an upper bound of it."""
+def kept_depths(counts, tolerance, BINS: tl.constexpr):
+    """How many depths to keep so that the mass below them is within the tolerance, by an upper bound of it."""
     lowest = tl.arange(0, BINS)  # bins from the lightest up
     count = tl.load(counts + BINS - 1 - lowest).to(tl.float32)
     bound = tl.cumsum(count * octave_start(lowest + (TOP_OCTAVE - BINS + 2)), 0)  # each bin ends where the next starts
-    dropped = tl.sum((bound <= tolerance).to(tl.int32), 0)
-    # the margin: two kernels may round a share differently
-    return tl.where(dropped > 0, octave_start(dropped + (TOP_OCTAVE - BINS + 1)) * (1 - 2**-10), 0.0)
+    return BINS - tl.sum((bound <= tolerance).to(tl.int32), 0)
 
 
 @triton.jit
