@@ -1,5 +1,7 @@
 """The Triton decode kernels against the reference: on the GPU where there is one, else through Triton's interpreter."""
 
+import math
+
 import pytest
 import torch
 
@@ -186,6 +188,15 @@ def test_tolerance_leaves_rows_out():
     spoilt[:, :, :giant], spoilt[:, :, giant + 1 :] = torch.nan, torch.nan
     out, _ = decode_triton.decode(q, codes, spoilt, DecodeRules(), 1.0, 1e-3)
     torch.testing.assert_close(out[0, 0, 0], v[0, 0, giant])
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_tolerance_keeps_nan(sign):
+    """A query that is NaN, of either sign, has a NaN output, and the others of its kv head do not."""
+    q, codes, v = shaped("random", 500, 3, torch.float32)
+    q[0, 1] = math.copysign(math.nan, sign)
+    out, _ = decode_triton.decode(q, codes, v, DecodeRules(), 1.0, 1e-3)
+    assert out.isnan().all(-1).flatten().tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("padded", [False, True])
