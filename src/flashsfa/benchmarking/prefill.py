@@ -1,0 +1,134 @@
+"""Cases of causal prefill: attention over whole sequences, beside the dense kernels that are installed.
+
+A case runs the operator as a model does, top-k of queries and keys included, over the same random q, k and v that the
+baselines take dense.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .. import reference
+from ..attention import sparse_feature_attention
+from ..codes import topk_codes
+from ..kernels.dispatch import last_choice
+from ..masks import AttentionMask
+from .cases import Baseline, Verdict, Workload, code_label, tokens_label
+
+_CHECKED_QUERIES = 256  # the last ones, which see most keys: fp64 scores of all would not fit
+
+
+def cases(device: torch.device, quick: bool) -> list[PrefillCase]:
+    """Both published codes at three lengths; smaller and in float32 on the CPU."""
+    on_gpu = device.type == "cuda"
+    lengths: tuple[int, ...] = (4096, 16384, 65536) if on_gpu else (1024, 4096)
+    if quick:
+        lengths = (1024, 4096) if on_gpu else (128, 256)
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    heads = 16 if on_gpu else 2
+    return [
+        PrefillCase(1, heads, heads, n, head_dim, topk, dtype, device)
+        for head_dim, topk in ((128, 16), (64, 8))
+        for n in lengths
+    ]
+
+
+@dataclass(frozen=True)
+class PrefillCase:
+    """Causal attention of q [batch, query_heads, n, head_dim] to as many keys of kv_heads heads."""
+
+    batch: int
+    query_heads: int
+    kv_heads: int
+    n: int
+    head_dim: int
+    topk: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def name(self) -> str:
+        return f"{self.facet}, n={tokens_label(self.n)}"
+
+    @property
+    def facet(self) -> str:
+        return f"d={self.head_dim}, {code_label(self.topk, 0)}, {self.query_heads}/{self.kv_heads} heads"
+
+    @property
+    def curve(self) -> str:
+        return "sparse_feature_attention"
+
+    def prepare(self) -> Workload:
+        generator = torch.Generator(self.device).manual_seed(0)
+        draw = partial(torch.randn, generator=generator, dtype=self.dtype, device=self.device)
+        q = draw(self.batch, self.query_heads, self.n, self.head_dim)
+        k, v = (draw(self.batch, self.kv_heads, self.n, self.head_dim) for _ in "kv")
+        tokens = self.batch * self.kv_heads * self.n
+        nbytes = 2 * q.nbytes + k.nbytes + v.nbytes  # the output is as large as q
+        return Workload(
+            run=lambda: sparse_feature_attention(q, k, v, topk=self.topk, is_causal=True),
+            check=lambda out: self._check(out, q, k, v),
+            nbytes=nbytes,
+            tokens=tokens,
+            bytes_per_token=(k.nbytes + v.nbytes) / tokens,
+            choice=lambda: last_choice("attention"),
+            baselines={name: Baseline(run, nbytes) for name, run in baselines(q, k, v).items()},
+        )
+
+    def _check(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Verdict:
+        """The error rule for the last queries of one head at a time: at most twice the error of a plain run over the
+        same codes in the same dtype, both against fp64, and a few roundings."""
+        group = self.query_heads // self.kv_heads
+        rows = slice(max(0, self.n - _CHECKED_QUERIES), None)
+        codes = [topk_codes(x, self.topk).to_dense() for x in (q[..., rows, :], k)]
+        worst = torch.zeros(3, dtype=torch.float64, device=out.device)  # of: ours, the plain run's error, the truth
+        squares = torch.zeros(2, dtype=torch.float64, device=out.device)
+        for b in range(self.batch):
+            for h in range(self.query_heads):
+                one = (slice(b, b + 1), slice(h, h + 1))
+                kv = (slice(b, b + 1), slice(h // group, h // group + 1))
+                parts = codes[0][one], codes[1][kv], v[kv]
+                attend = partial(reference.attention, mask=AttentionMask(is_causal=True))
+                truth, _ = attend(*(x.double() for x in parts))
+                plain, _ = attend(*parts)
+                error, got = plain.double() - truth, out[one][..., rows, :].double() - truth
+                worst = torch.maximum(worst, torch.stack([x.abs().max() for x in (got, error, truth)]))
+                squares += torch.stack([got.square().sum(), truth.square().sum()])
+        ours, plain_error, size = worst.tolist()
+        allowed = 2 * plain_error + 4 * torch.finfo(self.dtype).eps * size
+        passed = ours <= allowed  # False for NaN
+        note = "" if passed else f"wrong output: error {ours:.3g}, allowed {allowed:.3g} (largest entry)"
+        return Verdict(passed, float((squares[0] / squares[1]).sqrt()), note)
+
+
+def baselines(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Any]]:
+    """Causal dense attention by torch's fastest backends, and FlashAttention-4 where it is installed."""
+
+    def attend(backend: SDPBackend | None) -> Tensor:
+        arguments: dict[str, Any] = {"is_causal": True, "enable_gqa": q.shape[1] != k.shape[1]}
+        if backend is None:
+            return F.scaled_dot_product_attention(q, k, v, **arguments)
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, **arguments)
+
+    if q.device.type != "cuda":
+        return {"sdpa": partial(attend, None)}
+    found: dict[str, Callable[[], Any]] = {
+        "fa2": partial(attend, SDPBackend.FLASH_ATTENTION),
+        "cudnn": partial(attend, SDPBackend.CUDNN_ATTENTION),
+    }
+    if importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute"):
+        flash_attn_func = importlib.import_module("flash_attn.cute.interface").flash_attn_func
+        by_token = [x.transpose(1, 2).contiguous() for x in (q, k, v)]  # [B, N, H, D], its layout
+        found["fa4"] = lambda: flash_attn_func(*by_token, causal=True)
+    return found

@@ -1,0 +1,130 @@
+"""The few functions of NVRTC and the CUDA driver that the prefill kernel needs, through ctypes.
+
+Both libraries come with what is there anyway: NVRTC with torch's CUDA wheels or a CUDA toolkit, the driver with the GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+class CompilationError(RuntimeError):
+    """A kernel cannot be built or loaded here; the message says why."""
+
+
+def nvrtc_version() -> tuple[int, int]:
+    """Version of the run-time compiler; `CompilationError` where there is none."""
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _nvrtc("nvrtcVersion", ctypes.byref(major), ctypes.byref(minor))
+    return major.value, minor.value
+
+
+def compile_cubin(source: str, name: str, options: Sequence[str]) -> bytes:
+    """Machine code of a CUDA source without headers. Needs no GPU. Raises `CompilationError` with the compiler's log."""
+    program = ctypes.c_void_p()
+    _nvrtc("nvrtcCreateProgram", ctypes.byref(program), source.encode(), name.encode(), 0, None, None)
+    try:
+        arguments = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+        try:
+            _nvrtc("nvrtcCompileProgram", program, len(options), arguments)
+        except CompilationError as error:
+            log = _nvrtc_bytes("nvrtcGetProgramLog", program).decode(errors="replace")
+            raise CompilationError(f"{error}\n{log.strip(chr(0)).strip()[:2000]}") from None
+        return _nvrtc_bytes("nvrtcGetCUBIN", program)
+    finally:
+        _nvrtc("nvrtcDestroyProgram", ctypes.byref(program))
+
+
+def load_kernel(cubin: bytes, name: str, shared_bytes: int, device: int) -> ctypes.c_void_p:
+    """A kernel of `cubin`, allowed `shared_bytes` of dynamic shared memory on `device`. Lives as long as the process."""
+    library, kernel = ctypes.c_void_p(), ctypes.c_void_p()
+    _driver("cuLibraryLoadData", ctypes.byref(library), cubin, None, None, 0, None, None, 0)
+    _driver("cuLibraryGetKernel", ctypes.byref(kernel), library, name.encode())
+    max_dynamic_shared_bytes = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    _driver("cuKernelSetAttribute", max_dynamic_shared_bytes, shared_bytes, kernel, device)
+    return kernel
+
+
+def launch(
+    kernel: ctypes.c_void_p,
+    grid: tuple[int, int, int],
+    threads: int,
+    shared_bytes: int,
+    parameters: Sequence[ctypes.Structure | ctypes.Array],
+) -> None:
+    """Launch on torch's current device and stream."""
+    addresses = (ctypes.c_void_p * len(parameters))(*(ctypes.addressof(p) for p in parameters))
+    stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+    _driver("cuLaunchKernel", kernel, *grid, threads, 1, 1, shared_bytes, stream, addresses, None)
+
+
+def tensor_map(x: Tensor, rows: int) -> ctypes.Array:
+    """A CUtensorMap of x [B, H, N, D], 16 bits an entry: boxes of `rows` rows of 64 entries, swizzled by 128 bytes,
+    zeros past the end. The last dimension is contiguous, the other strides and the address multiples of 16 bytes."""
+    sizes = (ctypes.c_uint64 * 4)(*reversed(x.shape))
+    # A dimension of one entry has any stride: 16 bytes satisfy the check.
+    strides = (ctypes.c_uint64 * 3)(*(2 * (x.stride(i) if x.shape[i] > 1 else 8) for i in (2, 1, 0)))
+    box, steps = (ctypes.c_uint32 * 4)(64, rows, 1, 1), (ctypes.c_uint32 * 4)(1, 1, 1, 1)
+    element = {torch.float16: 6, torch.bfloat16: 9}[x.dtype]  # CU_TENSOR_MAP_DATA_TYPE_*
+    interleave_none, swizzle_128b, promotion_l2_128b, fill_zeros = 0, 3, 2, 0
+    space = ctypes.create_string_buffer(128 + 64)
+    aligned = (ctypes.c_char * 128).from_buffer(space, -ctypes.addressof(space) % 64)
+    _driver(
+        "cuTensorMapEncodeTiled", aligned, element, 4, ctypes.c_void_p(x.data_ptr()), sizes, strides, box, steps,
+        interleave_none, swizzle_128b, promotion_l2_128b, fill_zeros,
+    )  # fmt: skip
+    return aligned
+
+
+def _driver(function: str, *arguments: object) -> None:
+    result = getattr(_libcuda(), function)(*arguments)
+    if result:
+        text = ctypes.c_char_p()
+        _libcuda().cuGetErrorName(result, ctypes.byref(text))
+        raise RuntimeError(f"{function}: {(text.value or b'unknown error').decode()}")
+
+
+def _nvrtc(function: str, *arguments: object) -> None:
+    library = _libnvrtc()
+    result = getattr(library, function)(*arguments)
+    if result:
+        raise CompilationError(f"{function}: {library.nvrtcGetErrorString(result).decode()}")
+
+
+def _nvrtc_bytes(function: str, program: ctypes.c_void_p) -> bytes:
+    size = ctypes.c_size_t()
+    _nvrtc(f"{function}Size", program, ctypes.byref(size))
+    content = ctypes.create_string_buffer(size.value)
+    _nvrtc(function, program, content)
+    return content.raw
+
+
+@functools.cache
+def _libcuda() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+@functools.cache
+def _libnvrtc() -> ctypes.CDLL:
+    """NVRTC of torch's CUDA wheels, else of a toolkit on the loader's path."""
+    package = importlib.util.find_spec("nvidia")
+    places = [Path(p) for p in (package.submodule_search_locations or ())] if package else []
+    found = [path for place in places for path in sorted(place.glob("*/lib/libnvrtc.so.*[0-9]"))]
+    for path in found:
+        for builtins in path.parent.glob("libnvrtc-builtins.so.*[0-9]"):
+            ctypes.CDLL(str(builtins))  # NVRTC itself looks for it on the loader's path alone
+    for name in (*map(str, found), *(f"libnvrtc.so.{major}" for major in (13, 12))):
+        try:
+            library = ctypes.CDLL(name)
+        except OSError:
+            continue
+        library.nvrtcGetErrorString.restype = ctypes.c_char_p
+        return library
+    raise CompilationError("NVRTC (libnvrtc) is not installed: pip install nvidia-cuda-nvrtc")

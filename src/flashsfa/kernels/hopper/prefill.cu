@@ -1,0 +1,358 @@
+// Attention forward for queries that are 2:4 sparse: S = Q Kᵀ on Hopper's sparse tensor cores, online softmax in
+// registers, O = P V on the dense ones. docs/hopper-prefill.md tells the design.
+//
+// A block owns BLOCK_M = 64 * CONSUMERS queries of one head and walks the keys in tiles of BLOCK_N, last tile first.
+// One warpgroup produces: it has the copy engine bring tiles of K and V to shared memory. Each of the others consumes
+// for its own 64 queries. The host puts in front of this text (compiler.py): the tile's sizes, and one function
+// per shape of matrix instruction, `wgmma_qk<selector, accumulate>` and `wgmma_pv`.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+struct alignas(64) TensorMap { u64 words[16]; };  // CUtensorMap
+
+struct Params {
+  const uint4* q_values;  // [B * Hq * ceil(Nq / 64), STEPS, 128] fragments, see pack.py
+  const u32* q_meta;      // [B * Hq * ceil(Nq / 64), WORDS, 128]
+  unsigned short* out;    // rows of DV entries at the strides below, in entries
+  float* lse;             // [B, Hq, Nq]
+  long long out_batch, out_head, out_row;
+  int n_q, n_k, group, causal;
+  float scale;
+};
+
+constexpr int STEPS = HEAD_DIM / QK_DEPTH;        // matrix instructions along the head for one tile of scores
+constexpr int WORDS = (STEPS + 1) / 2;            // metadata words of a thread: one serves two steps
+constexpr int THREADS = 128 * (CONSUMERS + 1);
+constexpr int BLOCK_M = 64 * CONSUMERS;
+constexpr int BOX = BLOCK_N * 128;                // bytes of BLOCK_N rows of 64 entries: one box of the copy engine
+constexpr int K_BYTES = BOX * (HEAD_DIM / 64);
+constexpr int V_BYTES = BOX * (VALUE_DIM / 64);
+constexpr float LOG2E = 1.4426950408889634f;
+
+template <bool VALUE>
+struct Bool { static constexpr bool value = VALUE; };
+
+__device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff800000); }
+
+// ---- barriers, copies, descriptors -----------------------------------------------------------------------------
+
+__device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
+}
+
+__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
+  u32 done = 0;
+#if SPIN_LIMIT
+  for (u32 spins = 0; !done; ++spins) {
+    if (spins == SPIN_LIMIT) asm volatile("trap;");
+#else
+  while (!done) {
+#endif
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+  }
+}
+
+// Rows [row, row + BLOCK_N) x entries [column, column + 64) of one head; rows past the end arrive as zeros.
+__device__ __forceinline__ void copy_box(u32 to, const TensorMap* map, u32 barrier, int column, int row, int head, int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(to),
+      "l"(map), "r"(column), "r"(row), "r"(head), "r"(batch), "r"(barrier)
+      : "memory");
+}
+
+// A matrix descriptor of a box with 128-byte swizzle: groups of 8 rows lie 1024 bytes apart; `leading` is the distance
+// of boxes, which only an operand read across its rows (V) needs.
+__device__ __forceinline__ u64 descriptor(u32 address, u32 leading) {
+  return (u64)(address >> 4) | (u64)(leading >> 4) << 16 | (u64)(1024 >> 4) << 32 | 1ull << 62;
+}
+
+__device__ __forceinline__ void named_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void named_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// ---- matrix instructions ---------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+template <int PENDING>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+// The compiler must neither move nor copy registers that a matrix instruction in flight owns.
+template <int N>
+__device__ __forceinline__ void pin(float (&x)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(x[i])::"memory");
+}
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ u32 pack_pair(float low, float high) {
+  u32 word;
+  asm(PACK_PAIR " %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+// ---- one consumer's 64 queries ---------------------------------------------------------------------------------
+
+// Of a 64 x N accumulator a thread holds rows r and r + 8, r = 16 * warp + lane / 4: entries 4j, 4j + 1 of row r and
+// 4j + 2, 4j + 3 of row r + 8, at columns 8j + 2 * (lane % 4) and the next.
+struct Consumer {
+  uint4 q[STEPS];
+  u32 meta[WORDS];
+  float s[BLOCK_N / 2];    // scores, then weights, of one tile
+  uint4 p[BLOCK_N / 16];    // weights of the tile before, as the A operand of P V
+  float o[VALUE_DIM / 2];
+  float top[2], sum[2];    // row maximum; this thread's share of the row sum
+
+  __device__ __forceinline__ void issue_scores(u32 k_tile) {
+    wgmma_fence();
+    pin(s);
+    scores_from<0>(k_tile);
+    wgmma_commit();
+  }
+
+  template <int STEP>
+  __device__ __forceinline__ void scores_from(u32 k_tile) {
+    if constexpr (STEP < STEPS) {
+      constexpr int BYTE = STEP * QK_DEPTH * 2;  // of the head's row; a box holds 128 bytes of it
+      const u64 b = descriptor(k_tile + BYTE / 128 * BOX + BYTE % 128, 16);
+      wgmma_qk<STEP % 2, (STEP > 0)>(s, q[STEP], b, meta[STEP / 2]);
+      scores_from<STEP + 1>(k_tile);
+    }
+  }
+
+  __device__ __forceinline__ void issue_output(u32 v_tile) {
+    wgmma_fence();
+    pin(o);
+#pragma unroll
+    for (int t = 0; t < BLOCK_N / 16; ++t) wgmma_pv(o, p[t], descriptor(v_tile + t * 16 * 128, BOX));
+    wgmma_commit();
+  }
+
+  // Scores of keys a row does not see become -inf. `column` is the tile's first key plus 2 * (lane % 4).
+  __device__ __forceinline__ void mask(int column, int end_low, int end_high) {
+#pragma unroll
+    for (int i = 0; i < BLOCK_N / 2; ++i) {
+      const int key = column + i / 4 * 8 + (i & 1);
+      if (key >= (i & 2 ? end_high : end_low)) s[i] = minus_infinity();
+    }
+  }
+
+  // Weights of the tile's keys against the new row maxima; what older sums and outputs must be multiplied by.
+  template <bool MAY_BE_EMPTY>
+  __device__ __forceinline__ void softmax(float scale_log2, float (&rescale)[2]) {
+    float shift[2], part[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float top_new = top[h];
+#pragma unroll
+      for (int j = 0; j < BLOCK_N / 8; ++j) top_new = fmaxf(top_new, fmaxf(s[4 * j + 2 * h], s[4 * j + 2 * h + 1]));
+      top_new = quad_max(top_new);
+      shift[h] = top_new * scale_log2;
+      if (MAY_BE_EMPTY && top_new == minus_infinity()) shift[h] = 0.f;  // no key yet: exp(-inf) = 0 rather than NaN
+      rescale[h] = exp2_fast(fmaf(top[h], scale_log2, -shift[h]));
+      top[h] = top_new;
+    }
+#pragma unroll
+    for (int i = 0; i < BLOCK_N / 2; ++i) {
+      s[i] = exp2_fast(fmaf(s[i], scale_log2, -shift[i >> 1 & 1]));
+      part[i & 3] += s[i];
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) sum[h] = fmaf(sum[h], rescale[h], part[2 * h] + part[2 * h + 1]);
+  }
+
+  __device__ __forceinline__ void round_weights() {
+#pragma unroll
+    for (int t = 0; t < BLOCK_N / 16; ++t)
+      p[t] = make_uint4(pack_pair(s[8 * t], s[8 * t + 1]), pack_pair(s[8 * t + 2], s[8 * t + 3]),
+                        pack_pair(s[8 * t + 4], s[8 * t + 5]), pack_pair(s[8 * t + 6], s[8 * t + 7]));
+  }
+
+  __device__ __forceinline__ void rescale_output(const float (&rescale)[2]) {
+#pragma unroll
+    for (int i = 0; i < VALUE_DIM / 2; ++i) o[i] *= rescale[i >> 1 & 1];
+  }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    prefill_kernel(const __grid_constant__ Params params, const __grid_constant__ TensorMap k_map,
+                   const __grid_constant__ TensorMap v_map) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const u32 k_tiles = (u32)__cvta_generic_to_shared(shared);  // [STAGES] tiles of K, then of V, then barriers
+  const u32 v_tiles = k_tiles + STAGES * K_BYTES;
+  const u32 k_full = v_tiles + STAGES * V_BYTES;
+  const u32 v_full = k_full + 8 * STAGES, k_empty = v_full + 8 * STAGES, v_empty = k_empty + 8 * STAGES;
+
+  const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
+  const int block_row = (gridDim.x - 1 - blockIdx.x) * BLOCK_M;  // causal blocks with most keys start first
+  const int head = blockIdx.y, batch = blockIdx.z;
+  const int shift = params.n_k - params.n_q;  // query i stands at key i + shift
+  int keys = params.n_k;                      // keys that the block's last query sees
+  if (params.causal) keys = min(keys, max(0, min(block_row + BLOCK_M, params.n_q) + shift));
+  const int tiles = (keys + BLOCK_N - 1) / BLOCK_N;
+
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < STAGES; ++i) {
+      barrier_init(k_full + 8 * i, 1);
+      barrier_init(v_full + 8 * i, 1);
+      barrier_init(k_empty + 8 * i, CONSUMERS * 4);  // one arrival a warp
+      barrier_init(v_empty + 8 * i, CONSUMERS * 4);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+
+  if (warpgroup == CONSUMERS) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
+    if (threadIdx.x % 128 == 0) {
+      const int kv_head = head / params.group;
+      for (int i = 0; i < tiles; ++i) {
+        const int stage = i % STAGES, row = (tiles - 1 - i) * BLOCK_N;
+        const u32 free = (i / STAGES & 1) ^ 1;
+        barrier_wait(k_empty + 8 * stage, free);
+        barrier_expect(k_full + 8 * stage, K_BYTES);
+#pragma unroll
+        for (int c = 0; c < HEAD_DIM / 64; ++c)
+          copy_box(k_tiles + stage * K_BYTES + c * BOX, &k_map, k_full + 8 * stage, 64 * c, row, kv_head, batch);
+        barrier_wait(v_empty + 8 * stage, free);
+        barrier_expect(v_full + 8 * stage, V_BYTES);
+#pragma unroll
+        for (int c = 0; c < VALUE_DIM / 64; ++c)
+          copy_box(v_tiles + stage * V_BYTES + c * BOX, &v_map, v_full + 8 * stage, 64 * c, row, kv_head, batch);
+      }
+    }
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
+    const int thread = threadIdx.x % 128, lane = thread % 32;
+    const int tile_row = block_row + 64 * warpgroup;
+    const int row = tile_row + thread / 32 * 16 + lane / 4;  // and row + 8
+    const int column = lane % 4 * 2;
+    const float scale_log2 = params.scale * LOG2E;
+    const int end_low = params.causal ? min(params.n_k, row + shift + 1) : params.n_k;
+    const int end_high = params.causal ? min(params.n_k, row + 8 + shift + 1) : params.n_k;
+    const int end_all = params.causal ? min(params.n_k, tile_row + shift + 1) : params.n_k;  // seen by all 64 queries
+
+    Consumer c;
+    const int q_tiles = (params.n_q + 63) / 64;
+    const bool present = tile_row < params.n_q;
+    {
+      const long long q_tile = (long long)(batch * gridDim.y + head) * q_tiles + tile_row / 64;
+#pragma unroll
+      for (int i = 0; i < STEPS; ++i)
+        c.q[i] = present ? params.q_values[(q_tile * STEPS + i) * 128 + thread] : make_uint4(0, 0, 0, 0);
+#pragma unroll
+      for (int i = 0; i < WORDS; ++i)
+        c.meta[i] = SPARSE && present ? params.q_meta[(q_tile * WORDS + i) * 128 + thread] : 0x44444444u;
+    }
+#pragma unroll
+    for (int i = 0; i < VALUE_DIM / 2; ++i) c.o[i] = 0.f;
+    c.top[0] = c.top[1] = minus_infinity();
+    c.sum[0] = c.sum[1] = 0.f;
+    float rescale[2];
+
+    // Consumers take turns to issue matrix work (barrier 1 + warpgroup), so that one's softmax runs under another's.
+    const int turn = 1 + warpgroup, next_turn = 1 + (warpgroup + 1) % CONSUMERS;
+    if (CONSUMERS > 1 && warpgroup == CONSUMERS - 1 && tiles > 1) named_arrive(next_turn, 256);
+
+    if (tiles > 0) {
+      barrier_wait(k_full, 0);
+      c.issue_scores(k_tiles);
+      wgmma_wait<0>();
+      pin(c.s);
+      if (lane == 0) barrier_arrive(k_empty);
+      c.mask((tiles - 1) * BLOCK_N + column, end_low, end_high);
+      c.softmax<true>(scale_log2, rescale);
+      c.round_weights();
+    }
+    // While P V of tile i - 1 runs, the scores of tile i become weights.
+    auto step = [&](int i, auto masked) {
+      constexpr bool MASKED = decltype(masked)::value;
+      const int stage = i % STAGES, before = (i - 1) % STAGES;
+      barrier_wait(k_full + 8 * stage, i / STAGES & 1);
+      if (CONSUMERS > 1) named_sync(turn, 256);
+      c.issue_scores(k_tiles + stage * K_BYTES);
+      barrier_wait(v_full + 8 * before, (i - 1) / STAGES & 1);
+      c.issue_output(v_tiles + before * V_BYTES);
+      if (CONSUMERS > 1 && !(warpgroup == CONSUMERS - 1 && i == tiles - 1)) named_arrive(next_turn, 256);
+      wgmma_wait<1>();
+      pin(c.s);
+      if (lane == 0) barrier_arrive(k_empty + 8 * stage);
+      if (MASKED) c.mask((tiles - 1 - i) * BLOCK_N + column, end_low, end_high);
+      c.softmax<MASKED>(scale_log2, rescale);
+      wgmma_wait<0>();
+      pin(c.o);
+      if (lane == 0) barrier_arrive(v_empty + 8 * before);
+      c.round_weights();
+      c.rescale_output(rescale);
+    };
+    int i = 1;
+    for (; i < tiles && (tiles - i) * BLOCK_N > end_all; ++i) step(i, Bool<true>());
+    for (; i < tiles; ++i) step(i, Bool<false>());
+    if (tiles > 0) {
+      const int last = (tiles - 1) % STAGES;
+      barrier_wait(v_full + 8 * last, (tiles - 1) / STAGES & 1);
+      c.issue_output(v_tiles + last * V_BYTES);
+      wgmma_wait<0>();
+      pin(c.o);
+    }
+
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float sum = quad_sum(c.sum[h]);
+      const float inverse = sum == 0.f ? 0.f : 1.f / sum;  // a row that sees no key: output 0
+      const int r = row + 8 * h;
+      if (r < params.n_q) {
+        u32* out = (u32*)(params.out + batch * params.out_batch + head * params.out_head + r * params.out_row + column);
+#pragma unroll
+        for (int j = 0; j < VALUE_DIM / 8; ++j)
+          out[4 * j] = pack_pair(c.o[4 * j + 2 * h] * inverse, c.o[4 * j + 2 * h + 1] * inverse);
+        if (lane % 4 == 0)
+          params.lse[(long long)(batch * gridDim.y + head) * params.n_q + r] =
+              sum == 0.f ? minus_infinity() : c.top[h] * params.scale + log2_fast(sum) / LOG2E;
+      }
+    }
+  }
+}

@@ -1,0 +1,108 @@
+"""Attention forward on Hopper's sparse tensor cores: pack the queries, describe K and V to the copy engine, launch."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from ...masks import AttentionMask
+from . import compiler, cuda, pack
+from .compiler import Tile
+
+_WIDTHS = (64, 128)
+
+
+def obstacle(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> str | None:
+    """Why the kernel cannot take these tensors, or None if it can. Looks at shapes and the device alone."""
+    if q.device.type != "cuda" or torch.cuda.get_device_capability(q.device) != (9, 0):
+        return "sparse tensor cores with operands in registers are Hopper's (sm_90)"
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"the kernel takes float16 and bfloat16, not {q.dtype}"
+    if q.shape[-1] not in _WIDTHS or v.shape[-1] not in _WIDTHS:
+        return f"the kernel takes heads of width 64 and 128, not {q.shape[-1]} and {v.shape[-1]}"
+    if mask.window is not None or mask.key_padding_mask is not None or mask.cu_seqlens_q is not None:
+        return "the kernel knows full and causal attention, no window, padding or packed sequences"
+    if 0 in (*q.shape, *k.shape):
+        return "there is nothing to attend"
+    if q.shape[0] > 65535 or q.shape[1] > 65535:
+        return "the grid holds 65535 heads and as many batch entries"
+    if not scale > 0:
+        return f"row maxima are taken before scaling, which needs a positive scale, not {scale}"
+    return None
+
+
+def default_tile(dtype: torch.dtype, head_dim: int, value_dim: int) -> Tile:
+    """The fastest of the sizes that were measured on an H100 (docs/hopper-prefill.md)."""
+    return Tile(dtype, head_dim, value_dim, stages=2 if head_dim + value_dim > 128 else 4)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, scale: float, tile: Tile | None = None
+) -> tuple[Tensor, Tensor]:
+    """softmax(scale · q kᵀ) v for queries that are 2:4 sparse, with no `obstacle`.
+
+    Args:
+        q: [B, Hq, N_q, D] rows of at most two nonzero entries in each aligned group of four features.
+        k: [B, Hkv, N_k, D]; v: [B, Hkv, N_k, Dv]; any strides (a copy is made where the copy engine needs one).
+        is_causal: bottom-right aligned.
+        tile: sizes to measure; `default_tile` by default. With `is_sparse=False` q may be any rows.
+
+    Returns:
+        out [B, Hq, N_q, Dv], the transpose of a contiguous [B, N_q, Hq, Dv], and lse [B, Hq, N_q] float32. A query
+        that sees no key gets 0 and -inf.
+
+    Raises:
+        CompilationError: the kernel cannot be built.
+    """
+    tile = default_tile(q.dtype, q.shape[-1], v.shape[-1]) if tile is None else tile
+    batch, heads, n_q, _ = q.shape
+    with torch.cuda.device(q.device):
+        kernel = _load(tile, q.device.index)
+        k, v = _tma_ready(k), _tma_ready(v)
+        packed, metadata = pack.pack_sparse(q) if tile.is_sparse else (pack.pack_dense(q), None)
+        out = v.new_empty((batch, n_q, heads, v.shape[-1])).transpose(1, 2)
+        lse = v.new_empty((batch, heads, n_q), dtype=torch.float32)
+        params = _Params(
+            packed.data_ptr(), None if metadata is None else metadata.data_ptr(), out.data_ptr(), lse.data_ptr(),
+            *out.stride()[:3], n_q, k.shape[2], heads // k.shape[1], is_causal, scale,
+        )  # fmt: skip
+        maps = [cuda.tensor_map(x, tile.block_n) for x in (k, v)]
+        grid = (math.ceil(n_q / tile.block_m), heads, batch)
+        cuda.launch(kernel, grid, tile.threads, tile.shared_bytes, (params, *maps))
+    return out, lse
+
+
+class _Params(ctypes.Structure):
+    """`Params` of prefill.cu."""
+
+    _fields_ = (
+        ("q_values", ctypes.c_void_p),
+        ("q_meta", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("lse", ctypes.c_void_p),
+        ("out_batch", ctypes.c_longlong),
+        ("out_head", ctypes.c_longlong),
+        ("out_row", ctypes.c_longlong),
+        ("n_q", ctypes.c_int),
+        ("n_k", ctypes.c_int),
+        ("group", ctypes.c_int),
+        ("causal", ctypes.c_int),
+        ("scale", ctypes.c_float),
+    )
+
+
+@functools.cache
+def _load(tile: Tile, device: int) -> ctypes.c_void_p:
+    """The kernel of one specialisation, ready to launch on `device`."""
+    return cuda.load_kernel(compiler.compile_cubin(tile), "prefill_kernel", tile.shared_bytes, device)
+
+
+def _tma_ready(x: Tensor) -> Tensor:
+    """x [B, H, N, D], copied unless the copy engine can walk it: rows in one piece, addresses multiples of 16 bytes."""
+    strides = [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1 or stride == 1][:-1]
+    aligned = all(stride % 8 == 0 and stride > 0 for stride in strides) and x.data_ptr() % 16 == 0
+    return x if x.stride(-1) == 1 and aligned else x.clone(memory_format=torch.contiguous_format)
