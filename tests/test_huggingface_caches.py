@@ -189,7 +189,7 @@ def test_a_failed_write_does_not_count(monkeypatch):
     cache, ids = StaticSparseCache(model, CAPACITY), tokens(20)
     run(model, ids[:, :5], cache)
     with monkeypatch.context() as patch:
-        patch.setattr(type(cache.layers[0].store), "write_at", lambda *args: 1 / 0)
+        patch.setattr(type(cache.layers[0].store), "append_at", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(model, ids[:, 5:], cache)
     found = run(model, ids[:, 5:], cache)

@@ -385,12 +385,14 @@ def serve(vllm, monkeypatch, tmp_path):
     """Sets the model that vLLM serves: its "sfa" settings, and its basis beside the weights."""
     from flashsfa.vllm import settings
 
-    def serve(basis=None, rank=0, ranks=1, speculative=None, **sfa):
+    def serve(basis=None, rank=0, ranks=1, speculative=None, model_type="llama", **sfa):
         if basis is not None:
             (tmp_path / settings.BASIS_FILE).parent.mkdir(exist_ok=True)
             basis.save(tmp_path / settings.BASIS_FILE)
         config = SimpleNamespace(
-            model_config=SimpleNamespace(hf_config=SimpleNamespace(**sfa and {"sfa": sfa}), model=str(tmp_path)),
+            model_config=SimpleNamespace(
+                hf_config=SimpleNamespace(model_type=model_type, **sfa and {"sfa": sfa}), model=str(tmp_path)
+            ),
             parallel_config=SimpleNamespace(decode_context_parallel_size=1),
             speculative_config=speculative,
         )
@@ -524,6 +526,19 @@ def test_dtypes_and_heads_with_dense_queries(vllm, serve, dtype, hq, hkv):
     server = Server(vllm, serve(**CODING, topk_query=D), dtype=dtype, hq=hq, hkv=hkv)
     for new in STEPS[:4]:
         server.assert_attends(server.step(new), topk_query=D)
+
+
+def test_positions_in_the_channel(vllm, serve):
+    """vLLM's RoPE leaves the pairs of the channel apart: they are brought to the front, as a basis would."""
+    pytest.importorskip("transformers")
+    from flashsfa.huggingface.positions import channel_first
+
+    order = channel_first(torch.eye(D), DENSE).expand(HKV, -1, -1)
+    server = Server(vllm, serve(**CODING, positions="channel", model_type="qwen3"))
+    for new in STEPS[:3]:
+        server.assert_attends(server.step(new), basis=FeatureBasis(order, order))
+    with pytest.raises(ValueError, match="Qwen3 models alone"):
+        Server(vllm, serve(**CODING, positions="channel", model_type="gpt2"))
 
 
 @pytest.mark.parametrize(("ranks", "rank"), [(1, 0), (2, 1), (4, 3)])

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from . import reference
 from .checks import require, require_alike, require_budget, require_float, require_padding
-from .codes import FeatureCodes, code_queries, topk_codes
+from .codes import FeatureCodes, at_support, code_queries, topk_codes
 from .kernels import dense, dispatch
+from .kernels.topk import spread_by_token
 from .masks import AttentionMask
 
 BACKENDS = ("auto", "dense", "reference")
@@ -223,8 +224,8 @@ def _codes_attention_op(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     mask = AttentionMask(is_causal, window, key_padding_mask, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    q = FeatureCodes(q_dense, q_values, q_indices, head_dim).to_dense()
-    k = FeatureCodes(k_dense, k_values, k_indices, head_dim).to_dense()
+    q = spread_by_token(FeatureCodes(q_dense, q_values, q_indices, head_dim))
+    k = spread_by_token(FeatureCodes(k_dense, k_values, k_indices, head_dim))
     kernel = _choose(q, v, mask, backend)
     if kernel is None:
         out, lse = reference.attention(q, k, v, mask=mask, scale=scale)
@@ -276,14 +277,15 @@ def _codes_attention_backward_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     mask = AttentionMask(is_causal, window, key_padding_mask, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    q = FeatureCodes(q_dense, q_values, q_indices, head_dim).to_dense()
-    k = FeatureCodes(k_dense, k_values, k_indices, head_dim).to_dense()
+    q = spread_by_token(FeatureCodes(q_dense, q_values, q_indices, head_dim))
+    k = spread_by_token(FeatureCodes(k_dense, k_values, k_indices, head_dim))
     kernel = _choose(q, v, mask, backend)
     if kernel is None:
         dq, dk, dv = reference.attention_backward(grad_out, q, k, v, mask=mask, scale=scale)
     else:
         dq, dk, dv = dense.backward(kernel, grad_out, q, k, v, out, lse, mask, scale)
-    return *_at_support(dq, q_dense, q_indices), *_at_support(dk, k_dense, k_indices), dv.contiguous()
+    q_grads, k_grads = (at_support(dq, q_dense.shape[-1], q_indices), at_support(dk, k_dense.shape[-1], k_indices))
+    return *q_grads, *k_grads, dv.contiguous()
 
 
 @_codes_attention_backward_op.register_fake
@@ -300,13 +302,6 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     fresh = [x.new_empty(x.shape) for x in (q_dense, q_values, k_dense, k_values, v)]
     return fresh[0], fresh[1], fresh[2], fresh[3], fresh[4]
-
-
-def _at_support(grad: Tensor, channel: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """The dense gradient [..., D] as gradients of a code's dense channel [..., M] and values [..., K]."""
-    split = channel.shape[-1]
-    at_values = grad[..., split:].gather(-1, indices.long())
-    return grad[..., :split].clone(memory_format=torch.contiguous_format), at_values
 
 
 def _choose(q: Tensor, v: Tensor, mask: AttentionMask, backend: str) -> dense.Kernel | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -33,10 +33,14 @@ def is_checked() -> bool:
     return _checked
 
 
-def require(condition: bool, message: str) -> None:
-    """Raise `ValueError(message)` unless `condition` holds."""
+def require(condition: bool, message: str | Callable[[], str]) -> None:
+    """Raise `ValueError(message)` unless `condition` holds.
+
+    Where a check runs at each decode step the message is a function: putting shapes into words costs more than to check
+    them.
+    """
     if not condition:
-        raise ValueError(message)
+        raise ValueError(message if isinstance(message, str) else message())
 
 
 def require_float(name: str, x: Tensor) -> None:
@@ -61,12 +65,15 @@ def require_alike(**tensors: Tensor) -> None:
 
 def require_budget(topk: int, head_dim: int, dense_dims: int) -> None:
     """`topk` features can be kept of the `head_dim - dense_dims` sparse ones."""
-    require(1 <= head_dim <= 256, f"head_dim must be 1 to 256 (indices are uint8), got {head_dim}")
-    require(0 <= dense_dims < head_dim, f"dense_dims must be 0 to head_dim - 1 = {head_dim - 1}, got {dense_dims}")
+    require(1 <= head_dim <= 256, lambda: f"head_dim must be 1 to 256 (indices are uint8), got {head_dim}")
+    require(
+        0 <= dense_dims < head_dim,
+        lambda: f"dense_dims must be 0 to head_dim - 1 = {head_dim - 1}, got {dense_dims}",
+    )
     sparse_dims = head_dim - dense_dims
     require(
         1 <= topk <= sparse_dims,
-        f"topk must be 1 to {sparse_dims} (head_dim {head_dim} less dense_dims {dense_dims}), got {topk}",
+        lambda: f"topk must be 1 to {sparse_dims} (head_dim {head_dim} less dense_dims {dense_dims}), got {topk}",
     )
 
 
@@ -74,19 +81,25 @@ def require_padding(mask: Tensor, batch: int, n_k: int, device: torch.device) ->
     """`mask` is a key padding mask [batch, n_k]."""
     require(
         mask.dtype == torch.bool and mask.shape == (batch, n_k),
-        f"key_padding_mask must be bool [B, N_k] = [{batch}, {n_k}], True where a key is padding; "
-        f"got {mask.dtype} {tuple(mask.shape)}",
+        lambda: (
+            f"key_padding_mask must be bool [B, N_k] = [{batch}, {n_k}], True where a key is padding; "
+            f"got {mask.dtype} {tuple(mask.shape)}"
+        ),
     )
-    require(mask.device == device, f"key_padding_mask is on {mask.device}, q on {device}; move them together")
+    require(mask.device == device, lambda: f"key_padding_mask is on {mask.device}, q on {device}; move them together")
 
 
 def require_keys_and_values(k: Tensor, v: Tensor) -> None:
     """Keys [B, Hkv, N, D] and values [B, Hkv, N, Dv] that can be stored together."""
     for name, x in (("k", k), ("v", v)):
         require_float(name, x)
-        require(x.ndim == 4, f"{name} must be [B, Hkv, N, D], got shape {tuple(x.shape)}")
+        if x.ndim != 4:
+            raise ValueError(f"{name} must be [B, Hkv, N, D], got shape {tuple(x.shape)}")
     require_alike(k=k, v=v)
-    require(k.shape[:3] == v.shape[:3], f"k and v must share [B, Hkv, N], got {tuple(k.shape)} and {tuple(v.shape)}")
+    require(
+        k.shape[:3] == v.shape[:3],
+        lambda: f"k and v must share [B, Hkv, N], got {tuple(k.shape)} and {tuple(v.shape)}",
+    )
 
 
 def require_page_size(page_size: int) -> None:

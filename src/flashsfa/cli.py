@@ -90,8 +90,11 @@ def _parser() -> argparse.ArgumentParser:
         "bench", help="time decode or coding beside torch's dense kernels, each case checked first",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
-    bench.add_argument("operation", choices=("decode", "topk", "generate"), help="what to time")
+    bench.add_argument("operation", choices=("decode", "prefill", "topk", "generate"), help="what to time")
     bench.add_argument("--quick", action="store_true", help="small cases and few repeats")
+    bench.add_argument(
+        "--only", nargs="+", default=(), metavar="TEXT", help="run the cases alone whose names contain every TEXT"
+    )
     bench.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: cuda if there is one")
     bench.add_argument(
         "-o", "--output", type=Path, default=Path("benchmarks/results"), metavar="DIR",
@@ -228,7 +231,7 @@ def _bench(options: argparse.Namespace) -> int:
 
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)
     results, paths = benchmarking.run(
-        options.operation, device=device, quick=options.quick, directory=options.output,
+        options.operation, device=device, quick=options.quick, directory=options.output, only=options.only,
         on_start=lambda count: console.print(f"{count} cases on {device}"),
         on_row=lambda row: console.print(row.summary()),
     )  # fmt: skip

@@ -40,30 +40,39 @@ class FeatureCodes:
         dense, values, indices = self.dense, self.values, self.indices
         require(
             values.shape == indices.shape and dense.shape[:-1] == values.shape[:-1],
-            f"codes need dense [..., M], values [..., K] and indices [..., K]; got {tuple(dense.shape)}, "
-            f"{tuple(values.shape)} and {tuple(indices.shape)}",
+            lambda: (
+                f"codes need dense [..., M], values [..., K] and indices [..., K]; got {tuple(dense.shape)}, "
+                f"{tuple(values.shape)} and {tuple(indices.shape)}"
+            ),
         )
-        require(indices.dtype == torch.uint8, f"indices must be uint8, got {indices.dtype}")
+        require(indices.dtype == torch.uint8, lambda: f"indices must be uint8, got {indices.dtype}")
         require(
             values.dtype == dense.dtype and values.device == dense.device == indices.device,
-            f"dense and values must share a dtype and all parts a device; got {dense.dtype} on {dense.device}, "
-            f"{values.dtype} on {values.device}, indices on {indices.device}",
+            lambda: (
+                f"dense and values must share a dtype and all parts a device; got {dense.dtype} on {dense.device}, "
+                f"{values.dtype} on {values.device}, indices on {indices.device}"
+            ),
         )
         require(
             self.dense_dims + self.topk <= self.head_dim <= 256,
-            f"head_dim {self.head_dim} cannot hold {self.dense_dims} dense and {self.topk} sparse entries (at most 256)",
+            lambda: (
+                f"head_dim {self.head_dim} cannot hold {self.dense_dims} dense and {self.topk} sparse entries (at most 256)"
+            ),
         )
         require(
             (self.scale is not None) == (values.dtype == torch.int8),
-            f"int8 codes need a scale, and others have none; got {values.dtype} {'without' if self.scale is None else 'with'} one",
+            lambda: (
+                f"int8 codes need a scale, and others have none; got {values.dtype} {'without' if self.scale is None else 'with'} one"
+            ),
         )
-        if self.scale is not None:
+        scale = self.scale
+        if scale is not None:
             require(
-                self.scale.shape == values.shape[:-1]
-                and self.scale.dtype == torch.float32
-                and self.scale.device == values.device,
-                f"scale must be float32 {tuple(values.shape[:-1])} on {values.device}, got {self.scale.dtype} "
-                f"{tuple(self.scale.shape)} on {self.scale.device}",
+                scale.shape == values.shape[:-1] and scale.dtype == torch.float32 and scale.device == values.device,
+                lambda: (
+                    f"scale must be float32 {tuple(values.shape[:-1])} on {values.device}, got {scale.dtype} "
+                    f"{tuple(scale.shape)} on {scale.device}"
+                ),
             )
 
     @property
@@ -105,9 +114,9 @@ class FeatureCodes:
         dense and values."""
         if self.scale is not None:
             return self.to(torch.float32).to_dense()
-        rest = self.values.new_zeros((*self.values.shape[:-1], self.sparse_dims))
-        rest = rest.scatter(-1, self.indices.long(), self.values)
-        return torch.cat((self.dense, rest), dim=-1) if self.dense_dims else rest
+        if not self.topk and not self.sparse_dims:
+            return self.dense
+        return spread_codes_op(self.dense, self.values, self.indices, self.head_dim)
 
     def __getitem__(self, index: Any) -> FeatureCodes:
         """Index the leading dimensions, as `x[index]` does for a tensor; the code's own dimension stays whole."""
@@ -233,7 +242,14 @@ def plain_topk_codes(x: Tensor, topk: int, dense_dims: int) -> tuple[Tensor, Ten
     return dense, values, indices.copy_(selected)
 
 
-# On a GPU `kernels.topk` replaces the plain form.
+def plain_spread_codes(dense: Tensor, values: Tensor, indices: Tensor, head_dim: int) -> Tensor:
+    """The rows [..., D] of a code in plain PyTorch, on any device."""
+    rest = values.new_zeros((*values.shape[:-1], head_dim - dense.shape[-1]))
+    rest = rest.scatter_(-1, indices.long(), values)
+    return torch.cat((dense, rest), dim=-1) if dense.shape[-1] else rest
+
+
+# On a GPU `kernels.topk` replaces the plain forms.
 topk_codes_op = torch.library.custom_op("flashsfa::topk_codes", plain_topk_codes, mutates_args=())
 
 
@@ -245,6 +261,14 @@ def _(x: Tensor, topk: int, dense_dims: int) -> tuple[Tensor, Tensor, Tensor]:
         x.new_empty((*rows, topk)),
         x.new_empty((*rows, topk), dtype=torch.uint8),
     )
+
+
+spread_codes_op = torch.library.custom_op("flashsfa::spread_codes", plain_spread_codes, mutates_args=())
+
+
+@spread_codes_op.register_fake
+def _(dense: Tensor, values: Tensor, indices: Tensor, head_dim: int) -> Tensor:
+    return values.new_empty((*values.shape[:-1], head_dim))
 
 
 def _topk_codes_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -260,3 +284,23 @@ def _topk_codes_backward(ctx: Any, grad_dense: Tensor, grad_values: Tensor, _: T
 
 
 topk_codes_op.register_autograd(_topk_codes_backward, setup_context=_topk_codes_setup)
+
+
+def at_support(grad: Tensor, dense_dims: int, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient [..., D] of a code's rows as gradients of its dense channel [..., M] and its values [..., K]."""
+    at_values = grad[..., dense_dims:].gather(-1, indices.long())
+    return grad[..., :dense_dims].clone(memory_format=torch.contiguous_format), at_values
+
+
+def _spread_codes_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    dense, _, indices, _ = inputs
+    ctx.dense_dims = dense.shape[-1]
+    ctx.save_for_backward(indices)
+
+
+def _spread_codes_backward(ctx: Any, grad: Tensor) -> tuple:
+    (indices,) = ctx.saved_tensors
+    return *at_support(grad, ctx.dense_dims, indices), None, None
+
+
+spread_codes_op.register_autograd(_spread_codes_backward, setup_context=_spread_codes_setup)

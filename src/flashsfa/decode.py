@@ -107,7 +107,7 @@ def attend_cached(
 
     `value_tolerance` is a saving of decode; prefill is exact. No gradients.
     """
-    require(0 <= value_tolerance < 1, f"value_tolerance must be in [0, 1), got {value_tolerance}")
+    require(0 <= value_tolerance < 1, lambda: f"value_tolerance must be in [0, 1), got {value_tolerance}")
     out: Any
     if q.shape[2] <= FEW_QUERIES:
         out = sparse_feature_decode(
@@ -167,7 +167,7 @@ def _check(
 ) -> None:
     require(
         isinstance(codes, FeatureCodes),
-        f"codes must be FeatureCodes, got {type(codes).__name__}; see topk_codes",
+        lambda: f"codes must be FeatureCodes, got {type(codes).__name__}; see topk_codes",
     )
     scaled = {"q": None, "codes": codes.scale, "dense": codes.scale, "v": v_scale}
     tensors = {"q": q, "codes": codes.values, "dense": codes.dense, "v": v}
@@ -176,31 +176,33 @@ def _check(
             # past a sequence's length a buffer may hold anything, NaN too
             with checked(is_checked() and (name == "q" or rules.kv_lens is None)):
                 require_float(name, x)
-        require(x.ndim == 4, f"{name} must be [B, H, N, D], got shape {tuple(x.shape)}")
+        if x.ndim != 4:
+            raise ValueError(f"{name} must be [B, H, N, D], got shape {tuple(x.shape)}")
     require_alike(**{name: x for name, x in tensors.items() if scaled[name] is None})
     for name, x in tensors.items():
-        require(x.device == q.device, f"{name} is on {x.device} but q is on {q.device}; move them together")
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device} but q is on {q.device}; move them together")
         if scaled[name] is not None and x.dtype != torch.int8:
             raise TypeError(f"{name} with a scale must be int8, got {x.dtype}")
     require(
         v_scale is None
         or (v_scale.shape == v.shape[:3] and v_scale.dtype == torch.float32 and v_scale.device == q.device),
-        f"v_scale must be float32 [B, Hkv, N] = {tuple(v.shape[:3])} on {q.device}",
+        lambda: f"v_scale must be float32 [B, Hkv, N] = {tuple(v.shape[:3])} on {q.device}",
     )
-    require(q.shape[-1] == codes.head_dim, f"q has head_dim {q.shape[-1]}, the codes {codes.head_dim}")
+    require(q.shape[-1] == codes.head_dim, lambda: f"q has head_dim {q.shape[-1]}, the codes {codes.head_dim}")
     require(
         codes.values.shape[:3] == v.shape[:3],
-        f"codes {tuple(codes.values.shape[:3])} and v {tuple(v.shape[:3])} must agree on [B, Hkv, N]",
+        lambda: f"codes {tuple(codes.values.shape[:3])} and v {tuple(v.shape[:3])} must agree on [B, Hkv, N]",
     )
     require(
         v.shape[1] > 0 and q.shape[1] % v.shape[1] == 0,
-        f"query heads must be a multiple of kv heads, got {q.shape[1]} and {v.shape[1]}",
+        lambda: f"query heads must be a multiple of kv heads, got {q.shape[1]} and {v.shape[1]}",
     )
-    require(rules.window is None or rules.window >= 1, f"window must be at least 1 or None, got {rules.window}")
-    require(0 <= value_tolerance < 1, f"value_tolerance must be in [0, 1), got {value_tolerance}")
+    require(rules.window is None or rules.window >= 1, lambda: f"window must be at least 1 or None, got {rules.window}")
+    require(0 <= value_tolerance < 1, lambda: f"value_tolerance must be in [0, 1), got {value_tolerance}")
     batch, n = q.shape[0], v.shape[2]
     if rules.page_table is None:
-        require(v.shape[0] == batch, f"q has batch {batch}, codes and v {v.shape[0]}; they must agree")
+        require(v.shape[0] == batch, lambda: f"q has batch {batch}, codes and v {v.shape[0]}; they must agree")
     else:
         n = _check_pages(batch, v, rules.page_table, rules.kv_lens)
     padding, kv_lens = rules.key_padding_mask, rules.kv_lens
@@ -209,12 +211,12 @@ def _check(
     if kv_lens is not None:
         require(
             kv_lens.shape == (batch,) and kv_lens.dtype in (torch.int32, torch.int64),
-            f"kv_lens must be [B] = [{batch}] int32 or int64, got {kv_lens.dtype} {tuple(kv_lens.shape)}",
+            lambda: f"kv_lens must be [B] = [{batch}] int32 or int64, got {kv_lens.dtype} {tuple(kv_lens.shape)}",
         )
         if _looks_at_values(kv_lens):
             require(
                 bool((kv_lens >= 0).all()) and bool((kv_lens <= n).all()),
-                f"kv_lens must be 0 to the {n} keys held, got {kv_lens.tolist()}",
+                lambda: f"kv_lens must be 0 to the {n} keys held, got {kv_lens.tolist()}",
             )
     if not _looks_at_values(v):
         return
@@ -234,7 +236,7 @@ def _check_pages(batch: int, v: Tensor, page_table: Tensor, kv_lens: Tensor | No
     require(
         page_table.ndim == 2 and page_table.shape[0] == batch and page_table.dtype == torch.int32
         and page_table.device == v.device,
-        f"page_table must be int32 [B, max_pages] with B = {batch} on {v.device}, got {page_table.dtype} "
+        lambda: f"page_table must be int32 [B, max_pages] with B = {batch} on {v.device}, got {page_table.dtype} "
         f"{tuple(page_table.shape)} on {page_table.device}",
     )  # fmt: skip
     require(kv_lens is not None, "a page_table needs kv_lens: the table alone does not say how many keys are valid")

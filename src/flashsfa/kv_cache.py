@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .checks import require, require_alike, require_budget, require_keys_and_values
 from .codes import FeatureCodes, quantize_rows, topk_codes
-from .kernels.topk import append_codes, has_fused
+from .kernels.topk import append_codes, append_codes_op, has_fused
 
 _GROWTH_TOKENS = 256
 
@@ -101,10 +101,10 @@ class SparseKVCache:
             self._reallocate(max(self._capacity, k.shape[2]), k.shape, v.shape[-1])
         stored, stored_v = self._buffers()
         for name, new, old in (("k", k, stored.shape), ("v", v, stored_v.shape)):
-            require(
-                new.shape[:2] == old[:2] and new.shape[-1] == old[-1],
-                f"{name} {tuple(new.shape)} does not fit a cache of [B, Hkv, D] = {[*old[:2], old[-1]]}",
-            )
+            if new.shape[:2] != old[:2] or new.shape[-1] != old[-1]:
+                raise ValueError(
+                    f"{name} {tuple(new.shape)} does not fit a cache of [B, Hkv, D] = {[*old[:2], old[-1]]}"
+                )
         require_alike(cache=self._like, k=k)
         start, end = self._length, self._length + k.shape[2]
         if end > self._capacity:
@@ -115,7 +115,7 @@ class SparseKVCache:
 
     def allocate(self, k: Tensor, v: Tensor) -> None:
         """Allocate `capacity` zeroed tokens for the codes of keys such as k [B, Hkv, any, D] and values such as v, and
-        hold them all: a cache of fixed size and address, filled by `write_at`."""
+        hold them all: a cache of fixed size and address, filled by `append_at` and `write_at`."""
         require(self.dtype is None, "a cache of fixed size keeps codes and values as they come: leave dtype None")
         require_alike(k=k, v=v)
         require_budget(self.topk, k.shape[-1], self.dense_dims)
@@ -125,16 +125,21 @@ class SparseKVCache:
             buffer.zero_()
         self._length = self._capacity
 
+    def append_at(self, k: Tensor, v: Tensor, start: Tensor) -> tuple[FeatureCodes, Tensor]:
+        """Code the keys k [B, Hkv, N, D] and store them with v [B, Hkv, N, Dv] from token `start` ([] int64, on the
+        device) of an allocated cache on, in place, in one launch on a GPU and without a host sync; return all held codes
+        and values. Whether they fit is the caller's to know."""
+        held, held_v = self._buffers()
+        self._check_width(k.shape[-1], v)
+        require_alike(cache=held_v, k=k, v=v)
+        append_codes_op(k.detach(), v.detach(), held.dense, held.values, held.indices, held_v, start)
+        return self.codes, self.v
+
     def write_at(self, codes: FeatureCodes, v: Tensor, slots: Tensor) -> tuple[FeatureCodes, Tensor]:
         """Overwrite the tokens `slots` [N] (int64, on the device) of an allocated cache with codes and v
         [B, Hkv, N, ...], in place and without a host sync; return all held codes and values."""
-        held, held_v = self._buffers()
-        require(
-            (codes.head_dim, codes.dense_dims, codes.topk) == (held.head_dim, held.dense_dims, held.topk)
-            and v.shape[-1] == held_v.shape[-1],
-            f"codes of head_dim {codes.head_dim} and v {tuple(v.shape)} do not fit a cache of {held.head_dim} and "
-            f"{tuple(held_v.shape)}",
-        )
+        _, held_v = self._buffers()
+        self._check_width(codes.head_dim, v)
         require_alike(cache=held_v, codes=codes.values, v=v)
         for buffer, new in zip(self._parts(), _parts(codes, v, None), strict=True):
             buffer.index_copy_(2, slots, new.detach())
@@ -183,6 +188,16 @@ class SparseKVCache:
             v, v_scale = quantize_rows(v)
         for buffer, new in zip(self._parts(), _parts(fresh, v, v_scale), strict=True):
             buffer[:, :, start : start + new.shape[2]] = new
+
+    def _check_width(self, head_dim: int, v: Tensor) -> None:
+        held, held_v = self._buffers()
+        require(
+            head_dim == held.head_dim and v.shape[-1] == held_v.shape[-1],
+            lambda: (
+                f"keys of head_dim {head_dim} and v {tuple(v.shape)} do not fit a cache of {held.head_dim} and "
+                f"{tuple(held_v.shape)}"
+            ),
+        )
 
     def _buffers(self) -> tuple[FeatureCodes, Tensor]:
         if self._codes is None or self._v is None:

@@ -94,8 +94,9 @@ class SparseFeatureAttention(nn.Module):
         k = self.k_norm(self.k_proj(x).unflatten(-1, (self.num_kv_heads, -1))).transpose(1, 2)  # [B, Hkv, N, D]
         v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)
         if self.rotary_dims:
-            turn = _rotation(seen, x.shape[1], self.rotary_dims, self.rope_theta, x.device)
-            q, k = _rotate(q, *turn), _rotate(k, *turn)
+            positions = torch.arange(seen, seen + x.shape[1], device=x.device)
+            turn = rotation(positions, self.rotary_dims, self.rope_theta)
+            q, k = rotate(q, *turn), rotate(k, *turn)
         out: Any
         if cache is None:
             out = sparse_feature_attention(
@@ -113,15 +114,15 @@ class SparseFeatureAttention(nn.Module):
         )
 
 
-def _rotation(start: int, n: int, dims: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin [N, dims / 2] of the rotary angles of positions start .. start + n - 1."""
-    frequency = theta ** (-torch.arange(0, dims, 2, device=device, dtype=torch.float32) / dims)
-    angle = torch.outer(torch.arange(start, start + n, device=device, dtype=torch.float32), frequency)
+def rotation(positions: Tensor, dims: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin [..., dims / 2], float32, of the rotary angles of positions [...]."""
+    frequency = theta ** (-torch.arange(0, dims, 2, device=positions.device, dtype=torch.float32) / dims)
+    angle = positions[..., None].float() * frequency
     return angle.cos(), angle.sin()
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the first 2·cos.shape[-1] features of x [..., N, D], half-split pairs, and leave the rest."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the first dims features of x [..., D], half-split pairs, by cos and sin [..., dims / 2]; the rest stays."""
     half = cos.shape[-1]
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]

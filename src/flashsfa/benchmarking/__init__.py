@@ -1,7 +1,7 @@
-"""Benchmarks of decode, of coding and of whole models, beside the strongest dense kernels torch has.
+"""Benchmarks of decode, prefill, coding and whole models, beside the strongest dense kernels torch has.
 
 A case is timed only after its output has passed the error rule; a case that fails or cannot run is a row with its
-reason and no time. `decode`, `topk` and `generate` hold the cases, `timing` the clock and the copy bandwidth that serves as
+reason and no time. `decode`, `prefill`, `topk` and `generate` hold the cases, `timing` the clock and the copy bandwidth that serves as
 roofline, `results` the rows, table and files, `plots` the picture.
 """
 
@@ -14,13 +14,14 @@ from pathlib import Path
 
 import torch
 
-from . import decode, topk
-from .cases import Case, UnavailableError
+from ..checks import require
+from . import decode, prefill, topk
+from .cases import Case, MeasuredCase, UnavailableError, WrongOutputError
 from .results import BaselineResult, Results, Row, environment, require_place
 from .timing import copy_bandwidth, measure
 
 
-def _generate_cases(device: torch.device, quick: bool) -> Sequence[Case]:
+def _generate_cases(device: torch.device, quick: bool) -> Sequence[MeasuredCase]:
     try:
         from . import generate  # needs transformers
     except ImportError as error:
@@ -28,8 +29,9 @@ def _generate_cases(device: torch.device, quick: bool) -> Sequence[Case]:
     return generate.cases(device, quick)
 
 
-CASES: dict[str, Callable[[torch.device, bool], Sequence[Case]]] = {
+CASES: dict[str, Callable[[torch.device, bool], Sequence[Case | MeasuredCase]]] = {
     "decode": decode.cases,
+    "prefill": prefill.cases,
     "topk": topk.cases,
     "generate": _generate_cases,
 }
@@ -43,14 +45,22 @@ def run(
     directory: Path,
     on_start: Callable[[int], object],
     on_row: Callable[[Row], object],
+    only: Sequence[str] = (),
 ) -> tuple[Results, list[Path]]:
-    """Run every case of `operation`, a key of `CASES`; write JSON, CSV and a plot into `directory`.
+    """Run the cases of `operation`, a key of `CASES`; write JSON, CSV and a plot into `directory`.
 
-    `on_start` is told the number of cases, `on_row` each row as soon as it is there. Returns the results and the
-    files written. Raises `OSError` before anything is measured if `directory` cannot be written.
+    `on_start` is told the number of cases, `on_row` each row as soon as it is there. `only` names the cases to run by
+    texts that their names must all contain. Returns the results and the files written. Raises `OSError` before anything
+    is measured if `directory` cannot be written, and `ValueError` if no case is left.
     """
     require_place(directory)
-    cases = CASES[operation](device, quick)
+    known = CASES[operation](device, quick)
+    cases = [case for case in known if all(text in case.name for text in only)]
+    require(
+        bool(cases),
+        f"no case of {operation} has {' and '.join(map(repr, only))} in its name; there are: "
+        + "; ".join(case.name for case in known),
+    )
     on_start(len(cases))
     bandwidth = copy_bandwidth(device)
     rows = []
@@ -67,7 +77,7 @@ def run(
     return results, [*paths, picture]
 
 
-def run_case(case: Case, bandwidth: float, quick: bool) -> Row:
+def run_case(case: Case | MeasuredCase, bandwidth: float, quick: bool) -> Row:
     """Prepare, check, and only then time a case; whatever stops it becomes the note of a row without a time.
 
     Args:
@@ -76,6 +86,8 @@ def run_case(case: Case, bandwidth: float, quick: bool) -> Row:
     """
     row = partial(Row, case.name, case.facet, case.curve, case.n)
     try:
+        if isinstance(case, MeasuredCase):
+            return row(status="ok", **case.measure(bandwidth, quick))
         work = case.prepare()
         verdict = work.check(work.run())
         if not verdict.passed:
@@ -90,7 +102,11 @@ def run_case(case: Case, bandwidth: float, quick: bool) -> Row:
         times = measure(runs, case.device, quick)
     except UnavailableError as reason:
         return row(status="skipped", note=str(reason))
-    except Exception as error:  # out of memory, say: the other cases still have their rows
+    except WrongOutputError as found:
+        return row(status="failed", note=str(found))
+    except torch.OutOfMemoryError as error:
+        return row(status="skipped", note=f"does not fit in memory: {_first_line(error)}")
+    except Exception as error:  # whatever it is: the other cases still have their rows
         return row(status="failed", note=f"{type(error).__name__}: {_first_line(error)}")
     ours = times.pop("flashsfa")
     choice = work.choice()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -13,6 +13,10 @@ from ..kernels.dispatch import Choice
 
 class UnavailableError(Exception):
     """A case that cannot run here, with the reason: its row says skipped, not failed."""
+
+
+class WrongOutputError(Exception):
+    """An output that breaks its rule, with what was found: its row says failed, and there is no time."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,8 @@ class Workload:
     baselines: Mapping[str, Baseline] = field(default_factory=dict)
 
 
-class Case(Protocol):
-    """A registered case. Rows of one `facet` share a panel of the plot, and of one `curve` in it a line over `n`."""
+class Named(Protocol):
+    """What every registered case has. Rows of one `facet` share a panel of the plot, and of one `curve` in it a line over `n`."""
 
     @property
     def name(self) -> str: ...
@@ -82,7 +86,21 @@ class Case(Protocol):
     def n(self) -> int: ...
     @property
     def device(self) -> torch.device: ...
+
+
+class Case(Named, Protocol):
+    """A case that is checked and timed here."""
+
     def prepare(self) -> Workload: ...
+
+
+@runtime_checkable
+class MeasuredCase(Named, Protocol):
+    """A case that checks and times itself."""
+
+    def measure(self, bandwidth: float, quick: bool) -> dict[str, Any]:
+        """The fields of its `results.Row`; `bandwidth` and `quick` as in `run_case`."""
+        ...
 
 
 def code_label(topk: int, dense_dims: int) -> str:

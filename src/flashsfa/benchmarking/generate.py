@@ -1,13 +1,16 @@
-"""Cases of whole models: one token over a filled cache, and a prompt, beside the same model dense.
+"""Cases of whole models: reading a prompt, and making tokens after a long context, beside the same model dense.
 
-Weights and cached tokens are random: they decide nothing about speed. On a GPU a step is one CUDA graph on both sides.
+Weights and cached tokens are random: they decide nothing about speed. The sides run one after the other, so that each has
+the memory to itself and its peak is its own. On a GPU a token is one CUDA graph on all sides.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import gc
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +18,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, DynamicCache, StaticCache
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -22,108 +26,129 @@ from ..huggingface import SparseCache, StaticSparseCache, enable
 from ..huggingface.cache import cache_nbytes
 from ..huggingface.switch import attention_shape
 from ..kernels.dispatch import last_choice
-from .cases import Baseline, Verdict, Workload, tokens_label
+from .cases import UnavailableError, WrongOutputError, code_label, tokens_label
+from .results import BaselineResult, Generation
+from .timing import repeat
 
 _CHUNK_TOKENS = 4096  # tokens that go into a cache at a time
-_STEPS = 128  # room for the tokens of warm-up and repeats, of two baselines over one cache
+_ROOM = 128  # tokens that warm-up, checks and repeats append to a cache
+_LONGEST_PROMPT = 32768  # tokens: beyond, reading a prompt on every side takes minutes
+_SHARE_OF_MEMORY = 0.97  # of what is free: the rest goes to fragments, handles and graphs
 
 
 def cases(device: torch.device, quick: bool) -> list[GenerateCase]:
-    """The published shapes on a GPU; the small one elsewhere. The largest need 90 GB: weights and both caches."""
+    """The published shapes on a GPU; a small one elsewhere. The last four are the largest: 60 GB with their weights."""
     if device.type != "cuda" or quick:
-        sizes: list[tuple[str, int, int]] = [("tiny", 1, 512), ("tiny", 2, 1024)]
+        sizes: list[tuple[str, int, int, int, int]] = [("tiny", 8, 8, 1, 512), ("tiny", 8, 0, 2, 1024)]
     else:
-        sizes = [("gpt2", 16, 4096), ("qwen3-0.6b", 1, 32768), ("qwen3-0.6b", 8, 32768)]
-        sizes += [("qwen3-8b", 1, 4096), ("qwen3-8b", 8, 32768), ("qwen3-8b", 2, 131072)]
+        sizes = [("gpt2", 8, 0, batch, n) for batch, n in ((16, 4096), (8, 32768))]
+        sizes += [("qwen3-0.6b", 16, 16, batch, n) for batch, n in ((1, 4096), (1, 32768), (8, 32768), (1, 131072))]
+        sizes += [("qwen3-8b", 16, 16, batch, n) for batch, n in ((1, 4096), (16, 4096), (1, 32768))]
+        sizes += [("qwen3-8b", 16, dense, batch, n) for dense in (16, 0) for batch, n in ((8, 32768), (2, 131072))]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    tokens = [GenerateCase(shape, batch, n, "token", dtype, device) for shape, batch, n in sizes]
-    return tokens + [GenerateCase(shape, 1, min(n, 32768), "prompt", dtype, device) for shape, _, n in sizes[::2]]
+    return [GenerateCase(*size, dtype, device) for size in sizes]
 
 
 @dataclass(frozen=True)
 class GenerateCase:
-    """A model of `shape` that has n tokens in its cache and makes the next (phase "token"), or reads n ("prompt")."""
+    """A model of `shape` that makes tokens for `batch` sequences of n, and reads one prompt of n tokens (up to 32k)."""
 
     shape: str
+    topk: int
+    dense_dims: int
     batch: int
     n: int
-    phase: str
     dtype: torch.dtype
     device: torch.device
 
     @property
     def name(self) -> str:
-        return f"{self.shape}, {self.phase}, batch {self.batch}, n={tokens_label(self.n)}"
+        return f"{self.shape}, {self.curve}, n={tokens_label(self.n)}"
 
     @property
     def facet(self) -> str:
-        return f"{self.shape}: {'time of a token' if self.phase == 'token' else 'time to the first token'}"
+        return f"{self.shape}: time of a token"
 
     @property
     def curve(self) -> str:
-        return f"batch {self.batch}"
+        return f"{code_label(self.topk, self.dense_dims)}, batch {self.batch}"
 
-    def prepare(self) -> Workload:
-        model = _model(self.shape, self.n, self.dtype, self.device)
-        _, _, head_dim = attention_shape(model)
-        sparse = enable(_twin(model), head_dim // 8, dense_dims=head_dim // 8)
-        return (self._prompt if self.phase == "prompt" else self._token)(model, sparse)
-
-    def _token(self, model: Any, sparse: Any) -> Workload:
-        dense, dense_bytes = self._filled(model, StaticCache(model.config, max_cache_len=self.n))
-        cache, nbytes = self._filled(sparse, StaticSparseCache(sparse, self.n))
+    def measure(self, bandwidth: float, quick: bool) -> dict[str, Any]:
+        """The figures of the case's row. Raises `WrongOutputError` before anything is timed."""
+        self._require_memory(sparse=True)
+        model = _model(self.shape, self.dtype, self.device)
+        sparse = enable(_twin(model), self.topk, dense_dims=self.dense_dims)
+        error = self._check_tokens(model, sparse)
+        timing, ours = self._side(sparse, sparse=True, quick=quick)
+        choice = last_choice("decode")
+        baselines, notes = {}, []
+        for name, baseline in _baselines(model, self.device).items():
+            try:
+                self._require_memory(sparse=False)
+                baselines[name] = self._side(baseline, sparse=False, quick=quick)
+            except (UnavailableError, RuntimeError) as reason:
+                notes.append(f"{name}: {str(reason).strip().partition(chr(10))[0]}")
         weights, rows = _weight_bytes(model), self._rows(model)
-        return Workload(
-            run=self._step(sparse, cache),
-            check=self._check(sparse, cache),
-            nbytes=weights + nbytes,
-            tokens=rows,
-            bytes_per_token=nbytes / rows,
-            choice=lambda: last_choice("decode"),
-            baselines={
-                "sdpa": Baseline(self._step(model, dense), weights + dense_bytes),
-                "sdpa_unmasked": Baseline(self._step(_unmasked(model), dense), weights + dense_bytes),
+        moved = weights + ours.kv_bytes
+        return {
+            "note": "; ".join(notes), "timing": timing, "error": error, "generation": ours,
+            "gb_per_s": moved / timing.median_ms / 1e6,
+            "roofline_percent": 100 * 1e3 * moved / bandwidth / timing.median_ms,
+            "bytes_moved": moved, "bytes_per_token": ours.kv_bytes / rows, "moved_per_token": moved / rows,
+            "backend": choice.backend if choice else "not recorded", "reason": choice.reason if choice else "",
+            "baselines": {
+                name: BaselineResult(
+                    theirs, gb_per_s=(weights + generation.kv_bytes) / theirs.median_ms / 1e6,
+                    ratio=theirs.median_ms / timing.median_ms, moved_per_token=(weights + generation.kv_bytes) / rows,
+                    generation=generation,
+                )
+                for name, (theirs, generation) in baselines.items()
             },
-        )
+        }  # fmt: skip
 
-    def _prompt(self, model: Any, sparse: Any) -> Workload:
-        ids = self._ids(self.n)
+    def _side(self, model: Any, *, sparse: bool, quick: bool) -> tuple[Any, Generation]:
+        """Time of a token, and what else one side takes; nothing of it stays in memory."""
+        on_gpu = self.device.type == "cuda"
+        first = self._first_token_ms(model, sparse, quick) if self.n <= _LONGEST_PROMPT else None
+        _release(self.device)
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        cache, allocated = self._filled(model, sparse)
+        step = self._step(model, cache)
+        if sparse:
+            self._check_step(model, cache, step())
+        timing = repeat(step, self.device, quick)
+        generation = Generation(
+            first_token_ms=first, tokens_per_s=1e3 * self.batch / timing.median_ms,
+            peak_bytes=torch.cuda.max_memory_allocated(self.device) if on_gpu else None,
+            kv_bytes=self._kv_bytes(model, sparse), kv_allocated=allocated,
+        )  # fmt: skip
+        del cache, step
+        _release(self.device)
+        return timing, generation
+
+    def _first_token_ms(self, model: Any, sparse: bool, quick: bool) -> float:
+        """Reading one prompt of n tokens into a growing cache, up to the logits of the next."""
+        ids = self._ids(1, self.n)
 
         @torch.no_grad()
-        def read(model: Any, make_cache: Callable[[], Any]) -> Tensor:
-            return model(ids, logits_to_keep=1, use_cache=True, past_key_values=make_cache()).logits
+        def read() -> Tensor:
+            cache = SparseCache(model) if sparse else DynamicCache(config=model.config)
+            return model(ids, logits_to_keep=1, use_cache=True, past_key_values=cache).logits
 
-        cache = SparseCache(sparse)
-        read(sparse, lambda: cache)
-        rows, weights = self._rows(model), _weight_bytes(model)
-        dense_bytes = rows * 2 * attention_shape(model)[2] * self.dtype.itemsize
-        return Workload(
-            run=lambda: read(sparse, lambda: SparseCache(sparse)),
-            check=lambda out: Verdict(bool(out.isfinite().all()), 0.0, "the logits are not finite"),
-            nbytes=weights + cache.nbytes,
-            tokens=rows,
-            bytes_per_token=cache.nbytes / rows,
-            choice=lambda: last_choice("attention"),
-            baselines={
-                "sdpa": Baseline(lambda: read(model, lambda: DynamicCache(config=model.config)), weights + dense_bytes)
-            },
-        )
+        return repeat(read, self.device, quick).median_ms
 
-    def _rows(self, model: Any) -> int:
-        """Tokens and kv heads of all layers."""
-        return self.batch * self.n * attention_shape(model)[1] * model.config.num_hidden_layers
-
-    def _filled(self, model: Any, cache: Any) -> tuple[Any, int]:
-        """The cache with all but its last tokens random, and the bytes that it took."""
+    def _filled(self, model: Any, sparse: bool) -> tuple[Any, int]:
+        """A static cache with all but its last tokens random, and the bytes that it took."""
         _, kv_heads, head_dim = attention_shape(model)
         on_gpu = self.device.type == "cuda"
-        k, v = torch.randn(2, self.batch, kv_heads, min(_CHUNK_TOKENS, self.n), head_dim, device=self.device).to(
-            self.dtype
-        )
+        shape = (self.batch, kv_heads, min(_CHUNK_TOKENS, self.n), head_dim)
+        k, v = (torch.randn(shape, dtype=self.dtype, device=self.device) for _ in "kv")
         before = torch.cuda.memory_allocated(self.device) if on_gpu else 0
+        cache = StaticSparseCache(model, self.n) if sparse else StaticCache(model.config, max_cache_len=self.n)
         for layer in cache.layers:
-            for start in range(0, self.n - _STEPS, _CHUNK_TOKENS):
-                chunk = slice(0, min(_CHUNK_TOKENS, self.n - _STEPS - start))
+            for start in range(0, self.n - _ROOM, _CHUNK_TOKENS):
+                chunk = slice(0, min(_CHUNK_TOKENS, self.n - _ROOM - start))
                 layer.update(k[:, :, chunk], v[:, :, chunk])
         if on_gpu:  # what the allocator gave; the CPU's keeps no account
             return cache, torch.cuda.memory_allocated(self.device) - before
@@ -131,7 +156,7 @@ class GenerateCase:
 
     def _step(self, model: Any, cache: Any) -> Callable[[], Tensor]:
         """The next token as a call; on a GPU a captured graph of it."""
-        token = self._ids(1)
+        token = self._ids(self.batch, 1)
 
         @torch.no_grad()
         def step() -> Tensor:
@@ -139,43 +164,96 @@ class GenerateCase:
 
         return step if self.device.type != "cuda" else _graphed(step)
 
-    def _check(self, model: Any, cache: Any) -> Callable[[Tensor], Verdict]:
-        """The step as timed against the same step run plainly; the kernels have their own check in `bench decode`."""
+    def _check_step(self, model: Any, cache: Any, out: Tensor) -> None:
+        """The step as timed against the same step run plainly."""
+        for layer in cache.layers:
+            layer.crop(-1)
+        with torch.no_grad():
+            plain = model(self._ids(self.batch, 1), past_key_values=cache, use_cache=True).logits
+        error = _relative(out, plain)
+        if not error < 1e-2:
+            raise WrongOutputError(f"the captured step is {error:.1e} from the plain one")
 
-        def check(out: Tensor) -> Verdict:
-            for layer in cache.layers:
-                layer.crop(-1)
-            with torch.no_grad():
-                plain = model(self._ids(1), past_key_values=cache, use_cache=True).logits
-            error = float((out.float() - plain.float()).norm() / plain.float().norm())
-            return Verdict(error < 1e-2, error, f"the captured step is {error:.1e} from the plain one")
+    def _check_tokens(self, model: Any, sparse: Any) -> float:
+        """A few tokens made one by one against the same tokens read at once: the error that a cache of codes and the decode
+        kernels make. At most three times that of the dense model with its own cache: rounding moves features, too."""
+        ids = self._ids(2, 64)
 
-        return check
+        @torch.no_grad()
+        def error(model: Any, cache: Any) -> float:
+            whole = model(ids, use_cache=False).logits[:, -8:]
+            model(ids[:, :-8], past_key_values=cache)
+            tokens = [model(token, past_key_values=cache).logits for token in ids[:, -8:].split(1, dim=1)]
+            return _relative(torch.cat(tokens, dim=1), whole)
 
-    def _ids(self, n: int) -> Tensor:
+        found = error(sparse, StaticSparseCache(sparse, 64))
+        allowed = 3 * error(model, StaticCache(model.config, max_cache_len=64)) + 4 * torch.finfo(self.dtype).eps
+        if not found <= allowed:
+            raise WrongOutputError(
+                f"tokens from the cache are {found:.1e} from those without one, allowed {allowed:.1e}"
+            )
+        return found
+
+    def _require_memory(self, *, sparse: bool) -> None:
+        """Raise `UnavailableError` if the weights and one side's cache or prompt do not fit the GPU."""
+        if self.device.type != "cuda":
+            return
+        config = _config(self.shape, self.dtype)
+        cached = self._kv_bytes(_skeleton(self.shape, self.dtype), sparse)
+        width = 4 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size) + 8 * config.hidden_size
+        prompt = min(self.n, _LONGEST_PROMPT)
+        reading = cached * prompt // (self.batch * self.n) + prompt * width * self.dtype.itemsize
+        needed = sum(p.nbytes for p in _skeleton(self.shape, self.dtype).parameters()) + max(cached, reading)
+        free, _ = torch.cuda.mem_get_info(self.device)
+        free = int(_SHARE_OF_MEMORY * (free + torch.cuda.memory_reserved(self.device)))
+        if needed > free:
+            raise UnavailableError(f"needs {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free")
+
+    def _kv_bytes(self, model: Any, sparse: bool) -> int:
+        """Bytes of a full cache by arithmetic."""
+        _, _, head_dim = attention_shape(model)
+        key = self.dtype.itemsize * head_dim
+        if sparse:
+            key = self.dtype.itemsize * (self.dense_dims + self.topk) + self.topk  # an index is a byte
+        return self._rows(model) * (key + self.dtype.itemsize * head_dim)
+
+    def _rows(self, model: Any) -> int:
+        """Tokens and kv heads of all layers."""
+        return self.batch * self.n * attention_shape(model)[1] * model.config.num_hidden_layers
+
+    def _ids(self, batch: int, n: int) -> Tensor:
         generator = torch.Generator().manual_seed(0)
-        return torch.randint(0, 1000, (self.batch, n), generator=generator).to(self.device)
+        return torch.randint(0, 1000, (batch, n), generator=generator).to(self.device)
 
 
-@functools.lru_cache(maxsize=1)  # the cases of a shape follow one another
-def _model(shape: str, n: int, dtype: torch.dtype, device: torch.device) -> Any:
-    """A model with random weights in a published shape."""
-    common = {"max_position_embeddings": n, "dtype": dtype}
+def _config(shape: str, dtype: torch.dtype) -> Any:
+    """transformers' config of a published shape."""
     if shape == "gpt2":
-        config: Any = transformers.GPT2Config(n_positions=n, attn_pdrop=0.0, dtype=dtype)
-    elif shape == "tiny":
-        config = transformers.Qwen3Config(
+        return transformers.GPT2Config(n_positions=32768, attn_pdrop=0.0, dtype=dtype)
+    common = {"max_position_embeddings": 131072, "dtype": dtype}
+    if shape == "tiny":
+        return transformers.Qwen3Config(
             vocab_size=1000, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, head_dim=64, **common,
         )  # fmt: skip
-    else:
-        width, inner, layers, heads = {"qwen3-0.6b": (1024, 3072, 28, 16), "qwen3-8b": (4096, 12288, 36, 32)}[shape]
-        config = transformers.Qwen3Config(
-            hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-            num_key_value_heads=8, head_dim=128, **common,
-        )  # fmt: skip
+    width, inner, layers, heads = {"qwen3-0.6b": (1024, 3072, 28, 16), "qwen3-8b": (4096, 12288, 36, 32)}[shape]
+    return transformers.Qwen3Config(
+        hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=8, head_dim=128, tie_word_embeddings=shape == "qwen3-0.6b", **common,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1)  # the cases of a shape follow one another
+def _model(shape: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """A model with random weights, drawn where they stay."""
     with torch.device(device):
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        return transformers.AutoModelForCausalLM.from_config(_config(shape, dtype), dtype=dtype).eval()
+
+
+@functools.cache
+def _skeleton(shape: str, dtype: torch.dtype) -> Any:
+    """The model without weights."""
+    return _model.__wrapped__(shape, dtype, torch.device("meta"))
 
 
 def _twin(model: Any) -> Any:
@@ -184,21 +262,34 @@ def _twin(model: Any) -> Any:
 
 
 def _weight_bytes(model: Any) -> int:
-    """Bytes of the weights that a token reads: an input embedding of its own is looked up in one row."""
-    own = model.get_input_embeddings().weight
-    tied = model.get_output_embeddings().weight is own
-    return sum(p.nbytes for p in model.parameters()) - (0 if tied else own.nbytes)
+    """Bytes of the weights that a token reads: input embeddings of their own are looked up in one row."""
+    read = {id(p): p.nbytes for p in model.parameters()}
+    for table in (m for m in model.modules() if isinstance(m, torch.nn.Embedding)):
+        if table.weight is not model.get_output_embeddings().weight:
+            read.pop(id(table.weight), None)
+    return sum(read.values())
 
 
-def _unmasked(model: Any) -> Any:
-    """A twin that attends by SDPA without a mask: a full static cache hides nothing, and only without a mask does torch
-    choose its fastest kernels."""
-    name = "sfa_benchmark_unmasked"
+def _baselines(model: Any, device: torch.device) -> dict[str, Any]:
+    """The dense model as transformers runs it, with the mask of a static cache; and without a mask, which hides nothing in
+    a full cache, for only so does torch choose its fastest kernels: each of them by name."""
+    if device.type != "cuda":
+        return {"sdpa": model, "sdpa_unmasked": _unmasked(model, "sdpa_unmasked", nullcontext)}
+    backends = {"sdpa_fa2": SDPBackend.FLASH_ATTENTION, "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION}
+    found = {name: _unmasked(model, name, functools.partial(sdpa_kernel, x)) for name, x in backends.items()}
+    return {"sdpa": model, **found}
+
+
+def _unmasked(model: Any, name: str, chosen: Callable[[], AbstractContextManager[Any]]) -> Any:
+    """A twin that attends by SDPA without a mask: causal over a prompt, to all of the cache after it."""
+    name = f"sfa_benchmark_{name}"  # with "flash" in it transformers would look for a kernel of flash-attn
 
     def attend(
         module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float | None = None, **_: Any
     ) -> tuple[Tensor, None]:
-        out = F.scaled_dot_product_attention(q, k, v, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
+        grouped = q.shape[1] != k.shape[1]
+        with chosen():
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, scale=scaling, enable_gqa=grouped)
         return out.transpose(1, 2), None
 
     AttentionInterface.register(name, attend)
@@ -225,3 +316,13 @@ def _graphed(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
         return out
 
     return replay
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    return float((found.float() - expected.float()).norm() / expected.float().norm())
+
+
+def _release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

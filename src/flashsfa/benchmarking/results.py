@@ -8,10 +8,11 @@ import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +27,27 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Generation:
+    """What one side of a whole model's case takes beside the time of a token.
+
+    Attributes:
+        first_token_ms: reading one prompt, up to the first token; None where that was not timed.
+        tokens_per_s: tokens of all sequences a second, after the first.
+        peak_bytes: the most that was allocated at a time: weights, cache and work space; None on the CPU.
+        kv_bytes: of the whole cache, by arithmetic.
+        kv_allocated: of the whole cache, as the allocator counts on a GPU.
+    """
+
+    first_token_ms: float | None
+    tokens_per_s: float
+    peak_bytes: int | None
+    kv_bytes: int
+    kv_allocated: int
+
+
+@dataclass(frozen=True)
 class BaselineResult:
-    """A baseline measured in the same interleaved runs as its case.
+    """A baseline measured beside its case.
 
     Attributes:
         gb_per_s: bytes it must move over its median time.
@@ -41,6 +61,7 @@ class BaselineResult:
     ratio: float
     moved_per_token: float
     competes: bool = True
+    generation: Generation | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +76,7 @@ class Row:
         bytes_per_token: bytes held a token and kv head.
         moved_per_token: bytes that must be moved a token and kv head.
         v_rows_read: share of V rows that must be read, where only some are.
+        generation: of a whole model; `timing` is then that of a token.
         error: norm of the output's error relative to fp64.
         backend, reason: what it ran on and why, as `flashsfa.explain()` says.
     """
@@ -72,6 +94,7 @@ class Row:
     bytes_per_token: float | None = None
     moved_per_token: float | None = None
     v_rows_read: float | None = None
+    generation: Generation | None = None
     error: float | None = None
     backend: str = ""
     reason: str = ""
@@ -94,6 +117,8 @@ class Row:
         if self.timing is None:
             return f"{self.case}: {self.status}: {self.note}"
         ratio = "" if self.ratio is None else f", {self.ratio:.2f}x {self.fastest_baseline}"
+        if self.generation is not None and self.generation.first_token_ms is not None:
+            ratio += f", first token {self.generation.first_token_ms:.4g} ms"
         return f"{self.case}: {self.timing.median_ms:.4g} ms{ratio}" + (f" ({self.note})" if self.note else "")
 
 
@@ -149,39 +174,37 @@ class Results:
         """The rows as a rich table, the notes of failed and skipped ones below it."""
         from rich.table import Table
 
-        names = _baseline_names(self.rows)
-        with_v_rows = any(row.v_rows_read is not None for row in self.rows)
         notes = [row.summary() for row in self.rows if row.note]
         table = Table(
             title=f"{self.operation}: {self.title}", title_justify="left",
             caption="\n".join(notes) or None, caption_justify="left",
         )  # fmt: skip
+        columns = self._columns()
         table.add_column("case", no_wrap=True)
-        figures = [
-            "ms",
-            "p20 to p80",
-            "GB/s",
-            "% of copy",
-            "bytes a token",
-            *(["V rows"] if with_v_rows else []),
-            "error",
-        ]
-        for heading in (*figures, *(f"x {name.replace('_', ' ')}" for name in names), "x fastest"):
+        for heading in columns:
             table.add_column(heading, justify="right", no_wrap=heading in ("ms", "p20 to p80"))
         table.add_column("backend")
         for row in self.rows:
             if row.timing is None:
                 table.add_row(row.case, row.status)
-                continue
-            timing, v_rows = row.timing, None if row.v_rows_read is None else 100 * row.v_rows_read
-            table.add_row(
-                row.case, f"{timing.median_ms:.4g}", f"{timing.p20_ms:.4g} to {timing.p80_ms:.4g}",
-                _number(row.gb_per_s, ".4g"), _number(row.roofline_percent, ".3g"), _number(row.bytes_per_token, ".0f"),
-                *([_number(v_rows, ".0f", " %")] if with_v_rows else []), _number(row.error, ".1e"),
-                *(_number(row.baselines[n].ratio if n in row.baselines else None, ".2f") for n in names),
-                _number(row.ratio, ".2f"), row.backend,
-            )  # fmt: skip
+            else:
+                table.add_row(row.case, *(figure(row) for figure in columns.values()), row.backend)
         return table
+
+    def _columns(self) -> dict[str, Callable[[Row], str]]:
+        """What the table says of a row with a time, by heading."""
+        if any(row.generation is not None for row in self.rows):
+            columns = dict(_OF_MODELS)
+        else:
+            columns = dict(_OF_KERNELS)
+            if all(row.v_rows_read is None for row in self.rows):
+                del columns["V rows"]
+
+        def ratio(row: Row, name: str) -> str:
+            return _number(row.baselines[name].ratio if name in row.baselines else None, ".2f")
+
+        columns |= {f"x {name.replace('_', ' ')}": partial(ratio, name=name) for name in _baseline_names(self.rows)}
+        return columns | {"x fastest": lambda row: _number(row.ratio, ".2f")}
 
 
 def environment(device: torch.device) -> dict[str, str | None]:
@@ -238,13 +261,17 @@ def free_json(directory: Path, stem: str) -> Path:
 
 def _record(row: Row) -> dict[str, Any]:
     """A row without nesting, for CSV."""
-    record = {name: value for name, value in vars(row).items() if name not in ("timing", "baselines")}
+    record = {name: value for name, value in vars(row).items() if name not in ("timing", "generation", "baselines")}
     if row.timing:
         record |= asdict(row.timing)
+    if row.generation:
+        record |= asdict(row.generation)
     record |= {"fastest_baseline": row.fastest_baseline, "ratio": row.ratio}
     for name, result in row.baselines.items():
         record |= {f"{name}_{figure}": value for figure, value in asdict(result.timing).items()}
         record |= {f"{name}_gb_per_s": result.gb_per_s, f"{name}_ratio": result.ratio}
+        if result.generation:
+            record |= {f"{name}_{figure}": value for figure, value in asdict(result.generation).items()}
     return record
 
 
@@ -252,8 +279,43 @@ def _baseline_names(rows: Iterable[Row]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row.baselines))
 
 
-def _number(value: float | None, form: str, unit: str = "") -> str:
-    return "" if value is None else f"{value:{form}}{unit}"
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else f"{value:{form}}"
+
+
+_OF_KERNELS: dict[str, Callable[[Row], str]] = {
+    "ms": lambda row: _of(row.timing, "median_ms", ".4g"),
+    "p20 to p80": lambda row: f"{_of(row.timing, 'p20_ms', '.4g')} to {_of(row.timing, 'p80_ms', '.4g')}",
+    "GB/s": lambda row: _of(row, "gb_per_s", ".4g"),
+    "% of copy": lambda row: _of(row, "roofline_percent", ".3g"),
+    "bytes a token": lambda row: _of(row, "bytes_per_token", ".0f"),
+    "V rows": lambda row: _of(row, "v_rows_read", ".0%"),
+    "error": lambda row: _of(row, "error", ".1e"),
+}
+# Beside the times: the most memory of all, and of the cache by arithmetic and by the allocator.
+_OF_MODELS: dict[str, Callable[[Row], str]] = {
+    "first token ms": lambda row: _of(row.generation, "first_token_ms", ".4g"),
+    "x fastest first": lambda row: _against(row, "first_token_ms", lambda ours, theirs: f"{theirs / ours:.2f}"),
+    "token ms": lambda row: _of(row.timing, "median_ms", ".4g"),
+    "tokens/s": lambda row: _of(row.generation, "tokens_per_s", ".4g"),
+    "peak GiB": lambda row: _of(row.generation, "peak_bytes", ".1f", 2**30),
+    "KV GiB": lambda row: _of(row.generation, "kv_bytes", ".2f", 2**30),
+    "allocated": lambda row: _of(row.generation, "kv_allocated", ".2f", 2**30),
+    "less KV": lambda row: _against(row, "kv_allocated", lambda ours, theirs: f"{1 - ours / theirs:.1%}"),
+    "error": lambda row: _of(row, "error", ".1e"),
+}
+
+
+def _of(owner: Any, figure: str, form: str, unit: int = 1) -> str:
+    value = getattr(owner, figure, None)
+    return "" if value is None else f"{value / unit:{form}}"
+
+
+def _against(row: Row, figure: str, compare: Callable[[float, float], str]) -> str:
+    """A figure of a model's row beside the smallest of the baselines."""
+    theirs = [getattr(result.generation, figure, None) for result in row.baselines.values()]
+    ours, least = getattr(row.generation, figure, None), min((x for x in theirs if x is not None), default=None)
+    return "" if ours is None or least is None else compare(ours, least)
 
 
 def _version(package: str) -> str | None:

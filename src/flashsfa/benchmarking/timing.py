@@ -15,6 +15,7 @@ _FLUSH_BYTES = {"cuda": _GIB, "cpu": _GIB // 8}
 _COPY_BYTES = {"cuda": _GIB, "cpu": _GIB // 4}
 _REPEATS = {"cuda": 50, "cpu": 15}
 _QUICK_REPEATS = 3
+_REPEAT_MS = 2000.0
 _WARM_UP = 2  # compiles kernels and fills the allocator's pools
 
 
@@ -50,6 +51,25 @@ def measure(runs: Mapping[str, Callable[[], Any]], device: torch.device, quick: 
     return {name: _summary([_elapsed_ms(*pair) for pair in pairs]) for name, pairs in marks.items()}
 
 
+def repeat(run: Callable[[], Any], device: torch.device, quick: bool = False) -> Timing:
+    """Time `run` alone, one whose own data clears the caches, after a warm-up: for about two seconds, at least once."""
+    run()
+
+    def timed(count: int) -> list[float]:
+        marks = []
+        for _ in range(count):
+            start = _mark(device)
+            run()
+            marks.append((start, _mark(device)))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return [_elapsed_ms(*pair) for pair in marks]
+
+    times = timed(1)
+    most = _QUICK_REPEATS if quick else _REPEATS[device.type]
+    return _summary(times + timed(min(most, int(_REPEAT_MS / times[0])) - 1))
+
+
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes read and written a second by a copy of a large buffer: the roofline of all that is bound by memory."""
     source = torch.zeros(_COPY_BYTES[device.type] // 4, device=device)
@@ -71,5 +91,7 @@ def _elapsed_ms(start: Any, end: Any) -> float:
 
 
 def _summary(times: list[float]) -> Timing:
+    if len(times) == 1:
+        return Timing(times[0], times[0], times[0])
     p20, *_, p80 = statistics.quantiles(times, n=5, method="inclusive")
     return Timing(statistics.median(times), p20, p80)

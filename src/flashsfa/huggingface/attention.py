@@ -18,12 +18,15 @@ from ..checks import require
 from ..codes import FeatureCodes, code_queries
 from ..decode import FEW_QUERIES, attend_cached, sparse_feature_decode
 from ..kernels.decode_torch import DecodeRules
+from .positions import channel_first
 
 NAME = "sfa"
 
 
 class LayerCoding(nn.Module):
-    """How one attention layer codes its queries and keys: budgets and, as buffers, its basis.
+    """How one attention layer codes its queries and keys: budgets, the place of its channel, and as buffers its basis.
+
+    `channel` rotary features are brought to the front, where the dense channel is (`positions.channel_first`); 0 for none.
 
     The buffers follow the model from device to device, but keep their precision: rounded to 16 bits the two sides of a
     basis are no longer inverse to one another. They are not part of the state dict: the checkpoint stays the dense
@@ -37,10 +40,11 @@ class LayerCoding(nn.Module):
         dense_dims: int,
         value_tolerance: float,
         basis: FeatureBasis | None,
+        channel: int = 0,
     ) -> None:
         super().__init__()
         self.topk, self.topk_query, self.dense_dims = topk, topk_query, dense_dims
-        self.value_tolerance = value_tolerance
+        self.value_tolerance, self.channel = value_tolerance, channel
         self.has_basis = basis is not None
         if basis is not None:
             for name in ("query", "key"):
@@ -53,10 +57,14 @@ class LayerCoding(nn.Module):
 
     def queries(self, q: Tensor) -> Tensor:
         """q [B, Hq, N, D] in the layer's coordinates."""
+        if self.channel:
+            return channel_first(q, self.channel)
         return self._basis().transform_query(q) if self.has_basis else q
 
     def keys(self, k: Tensor) -> Tensor:
         """k [B, Hkv, N, D] in the layer's coordinates."""
+        if self.channel:
+            return channel_first(k, self.channel)
         return self._basis().transform_key(k) if self.has_basis else k
 
     def _basis(self) -> FeatureBasis:

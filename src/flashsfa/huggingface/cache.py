@@ -250,8 +250,8 @@ class StaticSparseLayer(_CodedLayer):
         key_states = to_dtype_of(value_states, key_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        position = self._kv_lens[:1] + torch.arange(count, device=self.device)  # [N]
-        seen = self._store(self._code(key_states), value_states, position, was_empty)
+        assert self._coding is not None
+        seen = self._store(self._coding.keys(key_states), value_states, was_empty)
         self._kv_lens.add_(count)  # in place: `seen` holds this tensor
         self._is_empty = False
         return seen
@@ -281,18 +281,14 @@ class StaticSparseLayer(_CodedLayer):
         if self.is_initialized:
             self._kv_lens = self._kv_lens[indices.to(self.device)]
 
-    def _code(self, k: Tensor) -> FeatureCodes:
-        assert self._coding is not None
-        return topk_codes(self._coding.keys(k).detach(), self._coding.topk, dense_dims=self._coding.dense_dims)
-
-    def _store(self, codes: FeatureCodes, v: Tensor, position: Tensor, was_empty: bool) -> tuple[StaticCodes, Tensor]:
-        """Write the tokens at `position` [N]; what their queries attend to."""
-        codes, v = self.store.write_at(codes, v, position)
-        count = position.shape[0]
+    def _store(self, k: Tensor, v: Tensor, was_empty: bool) -> tuple[StaticCodes, Tensor]:
+        """Write the next tokens, keys k [B, Hkv, N, D] and values v; what their queries attend to."""
+        count, start = k.shape[2], self._kv_lens[0]
+        codes, v = self.store.append_at(k, v, start)
         if count <= FEW_QUERIES or torch.compiler.is_compiling():
             return StaticCodes(codes, kv_lens=self._kv_lens), v
         # a prompt pays one sync a chunk, and none for the first, to see only the slots that are filled
-        held = count if was_empty else int(position[-1]) + 1
+        held = count if was_empty else int(start) + count
         return StaticCodes(codes[:, :, :held]), v[:, :, :held]
 
 
@@ -306,12 +302,15 @@ class StaticSparseSlidingLayer(StaticSparseLayer):
         _require_removal(tokens_to_remove)
         require(not tokens_to_remove, "a static cache with a sliding window cannot take tokens back")
 
-    def _store(self, codes: FeatureCodes, v: Tensor, position: Tensor, was_empty: bool) -> tuple[StaticCodes, Tensor]:
-        count, slots = position.shape[0], self._slots
+    def _store(self, k: Tensor, v: Tensor, was_empty: bool) -> tuple[StaticCodes, Tensor]:
+        assert self._coding is not None
+        count, slots, start = k.shape[2], self._slots, self._kv_lens[0]
         slot = torch.arange(slots, device=self.device)
         if count == 1:
-            codes, v = self.store.write_at(codes, v, position % slots)
-            return StaticCodes(codes, positions=position - (position - slot) % slots), v
+            codes, v = self.store.append_at(k, v, start % slots)
+            return StaticCodes(codes, positions=start - (start - slot) % slots), v
+        codes = topk_codes(k.detach(), self._coding.topk, dense_dims=self._coding.dense_dims)
+        position = start + torch.arange(count, device=self.device)  # [N]
         last = (codes[:, :, -slots:], v[:, :, -slots:], position[-slots:] % slots)
         if was_empty:
             self.store.write_at(*last)

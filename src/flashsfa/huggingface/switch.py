@@ -17,6 +17,7 @@ from ..basis import FeatureBasis
 from ..checks import require, require_budget
 from .attention import NAME, LayerCoding, register
 from .cache import SparseCache, StaticSparseCache
+from .positions import move_to_channel, require_channel, restore
 
 # In a folder, for some programs load every *.safetensors file beside config.json as weights.
 BASIS_FILE = "sfa/basis.safetensors"
@@ -35,6 +36,7 @@ class SFASettings:
     layers: list[int] | None = None
     value_tolerance: float = 0.0
     has_basis: bool = False
+    positions: str | None = None
 
 
 def enable(
@@ -46,6 +48,7 @@ def enable(
     basis: FeatureBasis | None = None,
     layers: list[int] | None = None,
     value_tolerance: float = 0.0,
+    positions: str | None = None,
 ) -> Any:
     """Switch a transformers causal language model to Sparse Feature Attention, in place.
 
@@ -61,6 +64,8 @@ def enable(
         basis: [L, Hkv, D, D] coordinates from `calibrate`; None for the model's own.
         layers: indices of the layers to switch; None for all.
         value_tolerance: as in `sparse_feature_decode`.
+        positions: "channel" turns the dense channel alone by RoPE and leaves the sparse features free of position: for
+            GPT-2 (whose learned positions are dropped) and Qwen3 models that are trained so. None for the model's own.
 
     Returns:
         model.
@@ -71,16 +76,17 @@ def enable(
     _check_model(model, modules)
     dense_dims = default_dense_dims(model) if dense_dims is None else dense_dims
     layers = None if layers is None else sorted(layers)
-    settings = SFASettings(topk, topk_query, dense_dims, layers, value_tolerance, has_basis=basis is not None)
+    settings = SFASettings(topk, topk_query, dense_dims, layers, value_tolerance, basis is not None, positions)
     _check_settings(model, modules, settings, basis)
     _warn_of_untested_version()
     register()
     disable(model)
     try:
         model._sfa_dense_attention = model.config._attn_implementation
+        channel = 0 if positions is None else move_to_channel(model, dense_dims)
         for index in range(len(modules)) if layers is None else layers:
             layer_basis = None if basis is None else basis[index]
-            coding = LayerCoding(topk, topk_query, dense_dims, value_tolerance, layer_basis)
+            coding = LayerCoding(topk, topk_query, dense_dims, value_tolerance, layer_basis, channel)
             modules[index].sfa = coding.to(next(modules[index].parameters()).device)
         model.set_attn_implementation(NAME)
         model.config.sfa = asdict(settings)
@@ -99,6 +105,7 @@ def disable(model: Any) -> Any:
         if isinstance(getattr(module, "sfa", None), LayerCoding):
             del module.sfa
     model.set_attn_implementation(model._sfa_dense_attention)
+    restore(model)
     if hasattr(model, "_sfa_hook"):
         model._sfa_hook.remove()
     for owner, name in ((model.config, "sfa"), *((model, x) for x in ("_sfa_dense_attention", "_sfa_hook", *_METHODS))):
@@ -133,7 +140,7 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> Any:
     model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
     return enable(
         model, settings.topk, topk_query=settings.topk_query, dense_dims=settings.dense_dims, basis=basis,
-        layers=settings.layers, value_tolerance=settings.value_tolerance,
+        layers=settings.layers, value_tolerance=settings.value_tolerance, positions=settings.positions,
     )  # fmt: skip
 
 
@@ -212,6 +219,10 @@ def _check_settings(model: Any, modules: list[nn.Module], settings: SFASettings,
         settings.layers is None or 0 < len(settings.layers) == len(set(settings.layers)),
         f"layers must name each layer to switch once, got {settings.layers}; leave it None for all",
     )
+    require(settings.positions in (None, "channel"), f"positions must be 'channel' or None, got {settings.positions!r}")
+    if settings.positions is not None:
+        require(basis is None, "positions='channel' has no basis: the model is trained in the coordinates it has")
+        require_channel(model, settings.dense_dims, head_dim)
     unknown = [i for i in settings.layers or [] if not 0 <= i < len(modules)]
     require(not unknown, f"layers {unknown} do not exist: {name} has layers 0 to {len(modules) - 1}")
     if basis is not None:

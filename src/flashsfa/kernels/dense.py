@@ -62,13 +62,8 @@ def forward(
     if isinstance(kernel, CudaFlash) and min(q.shape[-2], k.shape[-2]) > 0:
         out, lse = kernel.forward_masked(q, k, v, mask, scale)
         return out[..., :v_dim], lse
-    pieces = _pieces(mask, q.shape[-2], k.shape[-2], q.device)
-    if len(pieces) == 1 and pieces[0].covers(q, k) and pieces[0].empty_rows is None:
-        out, lse = kernel.forward(q, k, v, pieces[0].bias(q.dtype), pieces[0].is_causal, scale)
-        return out[..., :v_dim], lse
-    out = q.new_zeros((*q.shape[:-1], v.shape[-1]))
-    lse = torch.full(q.shape[:-1], -math.inf, dtype=_lse_dtype(q.dtype), device=q.device)
-    for piece in pieces:
+
+    def attend(piece: _Piece) -> tuple[Tensor, Tensor]:
         rows, keys = piece.rows, piece.keys
         part, part_lse = kernel.forward(
             q[..., rows, :], k[..., keys, :], v[..., keys, :], piece.bias(q.dtype), piece.is_causal, scale
@@ -76,7 +71,16 @@ def forward(
         if piece.empty_rows is not None:
             part_lse = part_lse.masked_fill(piece.empty_rows, -math.inf)
             part = part.masked_fill(piece.empty_rows[..., None], 0)
-        _merge(out[..., rows, :], lse[..., rows], part, part_lse)
+        return part, part_lse
+
+    pieces = _pieces(mask, q.shape[-2], k.shape[-2], q.device)
+    if pieces and pieces[0].rows == slice(0, q.shape[-2]):  # what the others are folded into
+        out, lse = attend(pieces.pop(0))
+    else:
+        out = q.new_zeros((*q.shape[:-1], v.shape[-1]))
+        lse = torch.full(q.shape[:-1], -math.inf, dtype=_lse_dtype(q.dtype), device=q.device)
+    for piece in pieces:
+        _merge(out[..., piece.rows, :], lse[..., piece.rows], *attend(piece))
     return out[..., :v_dim], lse
 
 

@@ -1,4 +1,4 @@
-"""Which kernel selects top-k features: Triton on a GPU, plain PyTorch (`codes.plain_topk_codes`) everywhere else."""
+"""Which kernel codes rows and spreads codes: Triton on a GPU, plain PyTorch (`codes`) everywhere else."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from ..codes import FeatureCodes, plain_topk_codes, topk_codes_op
+from ..codes import FeatureCodes, plain_spread_codes, plain_topk_codes, spread_codes_op, topk_codes_op
 from . import dispatch
 
 
@@ -20,6 +20,30 @@ def _(x: Tensor, topk: int, dense_dims: int) -> tuple[Tensor, Tensor, Tensor]:
 
     with torch.cuda.device_of(x):
         return topk_codes.topk_codes(x, topk, dense_dims)
+
+
+@spread_codes_op.register_kernel("cuda")
+def _(dense: Tensor, values: Tensor, indices: Tensor, head_dim: int) -> Tensor:
+    if not has_fused(values):
+        return plain_spread_codes(dense, values, indices, head_dim)
+    return _spread(dense, values, indices, values.new_empty((*values.shape[:-1], head_dim)))
+
+
+def spread_by_token(codes: FeatureCodes) -> Tensor:
+    """`codes.to_dense()` of codes [B, H, N, ...], on a GPU in the memory order [B, N, H, D]: that of a model's own queries,
+    which attention kernels follow in their output. No gradients."""
+    if not codes.topk or not has_fused(codes.values):
+        return codes.to_dense()
+    batch, heads, n, head_dim = codes.shape
+    out = codes.values.new_empty((batch, n, heads, head_dim)).transpose(1, 2)
+    return _spread(codes.dense, codes.values, codes.indices, out)
+
+
+def _spread(dense: Tensor, values: Tensor, indices: Tensor, out: Tensor) -> Tensor:
+    from .triton import spread_codes
+
+    with torch.cuda.device_of(out):
+        return spread_codes.spread_codes(dense, values, indices, out)
 
 
 def has_fused(x: Tensor) -> bool:
@@ -42,7 +66,7 @@ def _triton_is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def append_codes(k: Tensor, v: Tensor, codes: FeatureCodes, v_buffer: Tensor, start: int) -> None:
+def append_codes(k: Tensor, v: Tensor, codes: FeatureCodes, v_buffer: Tensor, start: int | Tensor) -> None:
     """Code k [B, H, N, D] and write codes and v [B, H, N, Dv] at token `start` of a cache's buffers, in one launch.
 
     Only where `has_fused(k)`; `codes` and `v_buffer` are contiguous [B, H, C, ...].
@@ -51,3 +75,31 @@ def append_codes(k: Tensor, v: Tensor, codes: FeatureCodes, v_buffer: Tensor, st
 
     with torch.cuda.device_of(k):
         topk_codes.append_codes(k, v, codes.dense, codes.values, codes.indices, v_buffer, start)
+
+
+def _append_plain(
+    k: Tensor, v: Tensor, dense: Tensor, values: Tensor, indices: Tensor, v_buffer: Tensor, start: Tensor
+) -> None:
+    parts = (*plain_topk_codes(k, values.shape[-1], dense.shape[-1]), v)
+    slots = start + torch.arange(k.shape[2], device=k.device)
+    for buffer, new in zip((dense, values, indices, v_buffer), parts, strict=True):
+        buffer.index_copy_(2, slots, new)
+
+
+# `append_codes` with `start` [] on the device, for CUDA graphs and torch.compile.
+append_codes_op = torch.library.custom_op(
+    "flashsfa::append_codes", _append_plain, mutates_args=("dense", "values", "indices", "v_buffer")
+)
+
+
+@append_codes_op.register_kernel("cuda")
+def _(k: Tensor, v: Tensor, dense: Tensor, values: Tensor, indices: Tensor, v_buffer: Tensor, start: Tensor) -> None:
+    if has_fused(k):
+        append_codes(k, v, FeatureCodes(dense, values, indices, k.shape[-1]), v_buffer, start)
+    else:
+        _append_plain(k, v, dense, values, indices, v_buffer, start)
+
+
+@append_codes_op.register_fake
+def _(*_: Tensor) -> None:
+    """Nothing is returned."""

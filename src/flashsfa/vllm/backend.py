@@ -29,6 +29,7 @@ from ..basis import FeatureBasis
 from ..checks import require
 from ..codes import topk_codes
 from ..decode import sparse_feature_decode
+from ..huggingface.positions import channel_first
 from .layout import PageLayout
 from .settings import BasisFile, current_settings
 
@@ -276,7 +277,9 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
         return PageLayout(self.head_size, value.shape[-1], self.settings.topk, self.settings.dense_dims, value.dtype)
 
     def _coordinates(self, layer: Any, x: Tensor, side: str) -> Tensor:
-        """Queries or keys [T, H, D] in the coordinates of the layer's basis, which its first use loads."""
+        """Queries or keys [T, H, D] with the channel in front, or in the layer's basis, which its first use loads."""
+        if self.settings.positions is not None:
+            return channel_first(x, self.settings.dense_dims)
         if self._file.path is None:
             return x
         if self._basis is None:

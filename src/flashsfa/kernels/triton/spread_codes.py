@@ -1,0 +1,74 @@
+"""Codes spread back to dense rows on the GPU: zeros, dense channel and kept entries in one pass.
+
+The bytes of a row are written once to memory: the zeros lie in the L2 cache still when the kept entries overwrite some of
+them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_ENTRIES = 4096  # a program
+
+
+def spread_codes(dense: Tensor, values: Tensor, indices: Tensor, out: Tensor) -> Tensor:
+    """Write the rows of a code to `out`, and return it.
+
+    Args:
+        dense: [..., M], values: [..., K], indices: [..., K] uint8: a code on CUDA, any strides of the leading dimensions.
+            An index past the sparse part is left out.
+        out: [..., D] of the dtype of values; its last dimension is contiguous.
+    """
+    shape, head_dim, dense_dims, topk = out.shape, out.shape[-1], dense.shape[-1], values.shape[-1]
+    if out.numel() == 0:
+        return out
+    rows = out if out.ndim == 4 else out.view(1, 1, -1, head_dim)  # [B, H, N, D]
+    batch, heads, n, _ = rows.shape
+    dense, values, indices = (
+        x if x.ndim == 4 and x.stride(-1) == 1 else x.reshape(batch, heads, n, x.shape[-1]).contiguous()
+        for x in (dense, values, indices)
+    )
+    width = triton.next_power_of_2(head_dim)
+    block = max(1, _ENTRIES // width)
+    spread_codes_kernel[(triton.cdiv(n, block) * batch * heads,)](
+        dense, values, indices, rows,
+        *dense.stride()[:3], *values.stride()[:3], *indices.stride()[:3], *rows.stride()[:3], heads, n,
+        D=head_dim, D_PAD=width, M=dense_dims, M_PAD=triton.next_power_of_2(dense_dims),
+        K=topk, K_PAD=max(1, triton.next_power_of_2(topk)), R=block, num_warps=4,
+    )  # fmt: skip
+    return out.view(shape)
+
+
+@triton.jit
+def spread_codes_kernel(
+    DENSE, VALUES, INDICES, OUT,
+    dense_sb, dense_sh, dense_sn, values_sb, values_sh, values_sn, indices_sb, indices_sh, indices_sn,
+    out_sb, out_sh, out_sn, heads, n,
+    D: tl.constexpr, D_PAD: tl.constexpr, M: tl.constexpr, M_PAD: tl.constexpr,
+    K: tl.constexpr, K_PAD: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(n, R)
+    batch_head = tl.program_id(0) // blocks
+    batch, head = (batch_head // heads).to(tl.int64), (batch_head % heads).to(tl.int64)
+    row = (tl.program_id(0) % blocks) * R + tl.arange(0, R)  # [R]
+    there = (row < n)[:, None]
+    row = row.to(tl.int64)
+    out_row = (OUT + batch * out_sb + head * out_sh + row * out_sn)[:, None]  # [R, 1]
+    column = tl.arange(0, D_PAD)[None, :]  # [1, D_PAD]
+    zeros = tl.zeros([R, D_PAD], OUT.dtype.element_ty)
+    tl.store(out_row + column, zeros, mask=there & (column >= M) & (column < D))
+    if M > 0:
+        column = tl.arange(0, M_PAD)[None, :]  # [1, M_PAD]
+        dense_row = DENSE + batch * dense_sb + head * dense_sh + row * dense_sn  # [R]
+        dense = tl.load(dense_row[:, None] + column, mask=there & (column < M))  # [R, M_PAD]
+        tl.store(out_row + column, dense, mask=there & (column < M))
+    slot = tl.arange(0, K_PAD)[None, :]  # [1, K_PAD]
+    inside = there & (slot < K)
+    index_row = INDICES + batch * indices_sb + head * indices_sh + row * indices_sn  # [R]
+    value_row = VALUES + batch * values_sb + head * values_sh + row * values_sn
+    index = tl.load(index_row[:, None] + slot, mask=inside, other=0).to(tl.int32)  # [R, K_PAD]
+    value = tl.load(value_row[:, None] + slot, mask=inside)  # [R, K_PAD]
+    tl.debug_barrier()  # other threads' zeros are written before the entries that replace them
+    tl.store(out_row + M + index, value, mask=inside & (index < D - M))
