@@ -1,6 +1,8 @@
 """Training: recipes, data, what each kind of attention computes, and whole runs of tiny models."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,14 +17,15 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 pytest.importorskip("rich")
 yaml = pytest.importorskip("yaml")
+from flashsfa.huggingface.positions import channel_first  # noqa: E402
 from flashsfa.huggingface.switch import BASIS_FILE  # noqa: E402
 from flashsfa.training import needle, recipe  # noqa: E402
-from flashsfa.training.attention import DistillCore, TrainedBasis, Visible, channel_first, install  # noqa: E402
+from flashsfa.training.attention import DistillCore, SparseCore, TrainedBasis, Visible, install  # noqa: E402
 from flashsfa.training.baselines import PerformerCore, QuantizedCore  # noqa: E402
 from flashsfa.training.data import IGNORED, Collator, TokenStream, Windows, read_stream, tokenize  # noqa: E402
 from flashsfa.training.distill import DistillTrainer  # noqa: E402
 from flashsfa.training.models import build, finish  # noqa: E402
-from flashsfa.training.run import Annealing, RunTrainer  # noqa: E402
+from flashsfa.training.run import Annealing, RunDirectory, RunTrainer  # noqa: E402
 from flashsfa.training.support import support_statistics  # noqa: E402
 
 transformers.utils.logging.disable_progress_bar()
@@ -115,8 +118,11 @@ def logits(model, ids, **options):
         ("model.config.vocab_size=text", "model.config"),
         ("attention.topk=17", "attention: topk must be 1 to 16"),
         ("attention.topk=null", "attention.topk: missing"),
+        ("attention.layers=[2]", "attention: layers [2] do not exist"),
+        ("attention.gradient=some", "attention.gradient: must be one of"),
         ("attention.width=4", "attention.width: only for kinds"),
-        ("attention.positions=channel", "attention.positions: gpt2 cannot have channel positions"),
+        ("attention.positions=full", "attention.positions: gpt2 cannot have full positions"),
+        ("attention.positions=channel", "attention: positions='channel' turns the dense channel in pairs"),
     ],
 )
 def test_a_wrong_recipe_is_one_line_that_names_the_key(tmp_path, content, capsys, change, message):
@@ -148,6 +154,21 @@ def test_a_recipe_survives_being_written_and_read(tmp_path, content):
     assert again == first
     other = recipe.read(recipe.PretrainRecipe, tmp_path / "b.yaml", ["model.config.n_embd=64"])
     assert recipe.differences(first, other) == ["model.config.n_embd"]
+
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_each_row_of_a_recipe_is_one(path):
+    """The rows are comments of the file: settings that follow one another in a line."""
+    text = path.read_text()
+    kind = recipe.DistillRecipe if "\ndistill:" in text else recipe.PretrainRecipe
+    comments = re.sub(r" *\\\n#", "", "\n".join(line for line in text.splitlines() if line.startswith("#")))
+    rows = [re.findall(r"\w+(?:\.\w+)+=[^\s)]+", line) for line in comments.splitlines()]
+    assert len(list(filter(None, rows))) >= 2
+    for row in rows:
+        recipe.read(kind, path, row)
 
 
 # --- data ------------------------------------------------------------------------------------------------------------------
@@ -243,7 +264,9 @@ SPARSE = {
     "learned": ("gpt2", {"topk": 4}),
     "full": ("qwen3", {"topk": 4, "topk_query": 16}),
     "channel": ("qwen3", {"topk": 3, "dense_dims": 4, "positions": "channel"}),
+    "gpt2 channel": ("gpt2", {"topk": 3, "dense_dims": 4, "positions": "channel"}),
     "window": ("qwen3", {"topk": 4, "window": 5}),
+    "one layer": ("qwen3", {"topk": 3, "dense_dims": 4, "positions": "channel", "layers": [1]}),
 }
 
 
@@ -326,7 +349,7 @@ def test_low_rank_projections_keep_their_rank():
 
 def test_int8_rounds_and_passes_gradients_straight_through():
     q, k, v = (torch.randn(1, 2, 6, 16, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    out, _ = QuantizedCore()(q, k, v, Visible(0.25))
+    out = QuantizedCore()(q, k, v, Visible(0.25))
 
     def rounded(x):
         scale = x.abs().amax(-1, keepdim=True) / 127
@@ -343,7 +366,7 @@ def test_int8_rounds_and_passes_gradients_straight_through():
 def test_performer_approaches_softmax_attention_with_many_features():
     q, k, v = (0.5 * torch.randn(1, 2, 12, 16) for _ in range(3))
     exact = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    few, many = (PerformerCore(16, n, seed=0)(q, k, v, Visible(0.25))[0] for n in (16, 4096))
+    few, many = (PerformerCore(16, n, seed=0)(q, k, v, Visible(0.25)) for n in (16, 4096))
     assert (many - exact).norm() < 0.05 * exact.norm()
     assert (many - exact).norm() < (few - exact).norm()
 
@@ -382,6 +405,36 @@ def test_the_channel_alone_carries_positions():
     assert ((after - before)[0, 0, 1:, :4] != 0).all()
 
 
+def test_a_gradient_to_all_is_that_of_features_that_were_kept():
+    q, k, v = (torch.randn(1, h, 6, 16, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2))
+    coding = Coding()
+    kept = SparseCore(coding)(q, k, v, Visible(0.3))
+    out = SparseCore(coding, "all")(q, k, v, Visible(0.3))
+    torch.testing.assert_close(out, kept)
+    masked = [reference.topk_rows(x.detach(), 3, dense_dims=2).requires_grad_() for x in (q, k)]
+    expected = F.scaled_dot_product_attention(*masked, v, is_causal=True, scale=0.3, enable_gqa=True)
+    seed = torch.randn_like(out)
+    torch.testing.assert_close(
+        torch.autograd.grad(out, (q, k, v), seed), torch.autograd.grad(expected, (*masked, v), seed)
+    )
+
+
+def test_a_layer_keeps_codes_and_values_alone_for_its_backward_pass():
+    model = make("gpt2", kind="sfa", topk=4, context=64)
+    module, hidden = model.transformer.h[0].attn.train(), torch.randn(2, 64, 32)
+    storages = {}
+
+    def pack(x):
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    q, k, v = (x.unflatten(-1, (2, 16)).transpose(1, 2) for x in module.c_attn(hidden).chunk(3, -1))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        module.sfa_core(q, k, v, Visible(0.25))
+    rows = 2 * 64 * 2  # and a row has indices and float32 values of two codes, v, out and a log-sum-exp
+    assert sum(storages.values()) == rows * (2 * 5 * 4 + 2 * 16 * 4 + 4)
+
+
 def test_mixed_precision_brings_queries_keys_and_values_to_one_dtype():
     model = make("qwen3", kind="sfa", topk=4)
     ids = torch.randint(0, VOCABULARY, (1, CONTEXT))
@@ -406,7 +459,8 @@ class Coding(torch.nn.Module):
 
 def test_eq8_is_the_distance_to_dense_outputs_which_get_no_gradient():
     q, k, v = (torch.randn(2, h, 6, 8, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2))
-    out, loss = DistillCore(Coding(), True)(q, k, v, Visible(0.3))
+    core = DistillCore(Coding(), True)
+    out, loss = core(q, k, v, Visible(0.3)), core.distance
     repeated = [x.repeat_interleave(2, 1) for x in (k, v)]
     dense = F.scaled_dot_product_attention(q, *repeated, is_causal=True, scale=0.3)
     keep = [reference.topk_rows(x, 3, dense_dims=2).detach() != 0 for x in (q, repeated[0])]
@@ -416,8 +470,9 @@ def test_eq8_is_the_distance_to_dense_outputs_which_get_no_gradient():
     torch.testing.assert_close(loss, expected.float(), check_dtype=False)
     grads = torch.autograd.grad(loss.mean(), (q, k, v))
     torch.testing.assert_close(grads, torch.autograd.grad(expected.mean(), (q, k, v)), rtol=1e-5, atol=1e-7)
-    assert DistillCore(Coding(), False)(q, k, v, Visible(0.3))[1] is None
-    assert DistillCore(Coding(), True).eval()(q, k, v, Visible(0.3))[1] is None
+    for silent in (DistillCore(Coding(), False), DistillCore(Coding(), True).eval()):
+        silent(q, k, v, Visible(0.3))
+        assert silent.distance is None
 
 
 def test_a_trained_basis_changes_no_score_before_topk():
@@ -437,11 +492,11 @@ def test_each_layer_reports_its_distance_once(checkpointing):
     install(model, lambda index, module: DistillCore(module.sfa, index == 1))
     if checkpointing:
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    out = model.train()(torch.randint(0, VOCABULARY, (2, 8)), output_attentions=True, use_cache=False)
-    (distance,) = (layer for layer in out.attentions if layer is not None)
-    assert distance.shape == (4,)
-    distance.sum().backward()
+    model.train()(torch.randint(0, VOCABULARY, (2, 8)), use_cache=False)
     first, second = (layer.self_attn for layer in model.model.layers)
+    assert first.sfa_core.distance is None
+    assert second.sfa_core.distance.shape == (4,)
+    second.sfa_core.distance.sum().backward()
     assert first.v_proj.weight.grad.abs().sum() > 0  # through the hidden states
     assert second.q_proj.weight.grad.abs().sum() > 0
     assert second.o_proj.weight.grad is None
@@ -471,6 +526,7 @@ def test_a_run_that_was_killed_goes_on_with_the_same_losses(tmp_path, content, m
     (tmp_path / "run" / ".partial" / "checkpoint-3").mkdir(parents=True)  # what a kill in the middle of saving leaves
     assert run(tmp_path, content) == 0
     assert losses(tmp_path) == losses(tmp_path, "whole")
+    assert result(tmp_path)["seconds_per_step"] > 0
     assert len(losses(tmp_path)) == 5
     assert result(tmp_path)["perplexity"] == result(tmp_path, "whole")["perplexity"]
     weights = [flashsfa.from_pretrained(tmp_path / name / "model").state_dict() for name in ("whole", "run")]
@@ -538,6 +594,29 @@ def test_a_full_disk_loses_no_checkpoint(tmp_path, content, capsys, monkeypatch)
     assert not (tmp_path / "run" / ".partial").exists()
     monkeypatch.undo()
     assert run(tmp_path, content) == 0
+
+
+def test_a_result_that_cannot_be_written_loses_no_checkpoint(tmp_path, content, capsys, monkeypatch):
+    def full(self, result):
+        raise RuntimeError("No space left on device")  # safetensors' error is no OSError
+
+    monkeypatch.setattr(RunDirectory, "close", full)
+    assert run(tmp_path, content) == 2
+    assert (
+        f"result could not be written: No space left on device; the last good checkpoint is {tmp_path / 'run' / 'checkpoint-5'}"
+        in capsys.readouterr().err
+    )
+    monkeypatch.undo()
+    assert run(tmp_path, content) == 0
+    assert run(tmp_path, content, name="whole") == 0
+    assert result(tmp_path)["validation_loss"] == result(tmp_path, "whole")["validation_loss"]
+
+
+def test_tensorboard_shows_the_losses(tmp_path, content):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert run(tmp_path, content) == 0
+    shown = events.EventAccumulator(str(next((tmp_path / "run").rglob("events.out.*")).parent)).Reload()
+    np.testing.assert_allclose([x.value for x in shown.Scalars("train/loss")], losses(tmp_path), rtol=1e-3)
 
 
 def test_gradient_checkpointing_and_micro_batches_change_no_loss(tmp_path, content):
@@ -727,3 +806,45 @@ def test_tokenize_writes_a_token_file(tmp_path, converted, capsys):
     assert len(transformers.AutoTokenizer.from_pretrained(tmp_path / "tokenizer")) == VOCABULARY
     assert main(command) == 2
     assert "name a new file" in capsys.readouterr().err
+
+
+# --- comparing runs --------------------------------------------------------------------------------------------------------
+
+
+def finished(path, *, perplexity, seed=0, batch=4, **attention):
+    """A run's directory with the result that it would have."""
+    path.mkdir()
+    training = {"tokens": 640, "batch": batch, "seed": seed}
+    content = {"recipe": {"data": {"context": 16}, "training": training, "attention": attention}, "parameters": 7}
+    content |= {"environment": {"date": "2026-01-02T03:04", "commit": "abc"}, "steps": 10, "perplexity": perplexity}
+    content |= {"seconds_per_step": 0.5, "peak_memory_bytes": None}
+    content["curve"] = [{"step": step, "loss": np.log(perplexity) + 1 / step} for step in range(1, 11)]
+    (path / "result.json").write_text(json.dumps(content))
+    return str(path)
+
+
+def test_runs_are_compared_seed_by_seed(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    runs = [finished(tmp_path / f"dense{s}", perplexity=p, seed=s, kind="dense") for s, p in ((0, 10.0), (1, 20.0))]
+    runs += [finished(tmp_path / f"sfa{s}", perplexity=p, seed=s, kind="sfa") for s, p in ((0, 11.0), (1, 21.0))]
+    assert main(["train", "compare", *runs, "-o", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert "+7.50 %" in out
+    assert "+5.00 to +10.00" in out
+    written = tmp_path / "out" / "training-2026-01-02-abc.json"
+    dense, sfa = json.loads(written.read_text())["results"]
+    assert (dense["runs"], sfa["seeds"]) == (["dense0", "dense1"], [0, 1])
+    np.testing.assert_allclose(sfa["change"], [0.1, 0.05])
+    assert written.with_suffix(".png").stat().st_size > 0
+
+
+def test_runs_that_saw_other_data_are_not_compared(tmp_path, capsys):
+    runs = [finished(tmp_path / "a", perplexity=10.0), finished(tmp_path / "b", perplexity=10.0, batch=8)]
+    assert main(["train", "compare", *runs, "-o", str(tmp_path / "out")]) == 2
+    assert "b saw other data or took other steps than a" in capsys.readouterr().err
+    runs[1] = finished(tmp_path / "c", perplexity=10.0, seed=1, kind="sfa")
+    assert main(["train", "compare", *runs, "-o", str(tmp_path / "out")]) == 2
+    assert "c has seed 1, and a was not run with it" in capsys.readouterr().err
+    assert main(["train", "compare", str(tmp_path), "-o", str(tmp_path / "out")]) == 2
+    assert "holds no finished run" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

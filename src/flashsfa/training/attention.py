@@ -18,6 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from ..attention import sparse_feature_attention, sparse_feature_attention_varlen
 from ..basis import FeatureBasis
+from ..codes import code_queries, topk_codes
 from ..huggingface.attention import LayerCoding
 from ..huggingface.switch import attention_layers
 
@@ -42,20 +43,17 @@ class Visible:
 
 
 class Core(nn.Module):
-    """One layer's attention of q [B, Hq, N, D], k [B, Hkv, N, D], v [B, Hkv, N, Dv], all of one dtype.
+    """One layer's attention of q [B, Hq, N, D], k [B, Hkv, N, D], v [B, Hkv, N, Dv], all of one dtype: out [B, Hq, N, Dv]."""
 
-    Returns out [B, Hq, N, Dv], and a loss a query head, [Hq], or None.
-    """
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> tuple[Tensor, Tensor | None]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
         raise NotImplementedError
 
 
 class DenseCore(Core):
     """Dense attention."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> tuple[Tensor, None]:
-        return dense_attention(q, k, v, visible), None
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
+        return dense_attention(q, k, v, visible)
 
 
 class SparseCore(Core):
@@ -63,21 +61,30 @@ class SparseCore(Core):
 
     Args:
         coding: the budgets; read at each call, so that they may change during training.
-        channel: rotary dimensions to bring to the front, where the dense channel is; 0 for none.
+        gradient: see `recipe.Attention`.
     """
 
-    def __init__(self, coding: LayerCoding, channel: int = 0) -> None:
+    def __init__(self, coding: LayerCoding, gradient: str = "kept") -> None:
         super().__init__()
-        self.coding, self._channel = coding, channel
+        self.coding, self._gradient = coding, gradient
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> tuple[Tensor, None]:
-        if self._channel:
-            q, k = channel_first(q, self._channel), channel_first(k, self._channel)
-        return sparse_attention(q, k, v, visible, self.coding), None
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
+        q, k = self.coding.queries(q), self.coding.keys(k)
+        if self._gradient == "all":
+            coding = self.coding
+            q_kept = code_queries(q.detach(), coding.topk, coding.topk_query, coding.dense_dims).to_dense()
+            k_kept = topk_codes(k.detach(), coding.topk, dense_dims=coding.dense_dims).to_dense()
+            return dense_attention(q + (q_kept - q).detach(), k + (k_kept - k).detach(), v, visible)
+        # What is kept for the backward pass is v itself: as a view it would hold queries and keys too (GPT-2).
+        v = v.transpose(1, 2).contiguous().transpose(1, 2)
+        return sparse_attention(q, k, v, visible, self.coding)
 
 
 class DistillCore(Core):
     """Sparse Feature Attention in a basis, and while training Eq. 8's distance from dense attention of the same q, k, v.
+
+    Attributes:
+        distance: [Hq] of the last forward pass, the mean over its tokens; None if there is none.
 
     Args:
         coding: budgets and basis of the layer.
@@ -88,8 +95,9 @@ class DistillCore(Core):
     def __init__(self, coding: LayerCoding, has_loss: bool, trained: TrainedBasis | None = None) -> None:
         super().__init__()
         self.coding, self._has_loss, self.trained = coding, has_loss, trained
+        self.distance: Tensor | None = None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> tuple[Tensor, Tensor | None]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
         coding = self.coding
         if self.trained is not None:
             basis = self.trained()
@@ -97,11 +105,11 @@ class DistillCore(Core):
         else:
             sparse_q, sparse_k = coding.queries(q), coding.keys(k)
         out = sparse_attention(sparse_q, sparse_k, v, visible, coding)
-        if not (self.training and self._has_loss):
-            return out, None
-        with torch.no_grad():
-            target = dense_attention(q, k, v, visible)
-        return out, (out - target).float().square().sum(-1).mean((0, 2))
+        if self.training and self._has_loss:
+            with torch.no_grad():
+                target = dense_attention(q, k, v, visible)
+            self.distance = (out - target).float().square().sum(-1).mean((0, 2))
+        return out
 
 
 class TrainedBasis(nn.Module):
@@ -113,7 +121,8 @@ class TrainedBasis(nn.Module):
 
     def forward(self) -> FeatureBasis:
         with torch.autocast(self.key.device.type, enabled=False):  # rounded, the sides would not be inverse
-            return FeatureBasis(torch.linalg.inv(self.key).mT, self.key)
+            inverse, _ = torch.linalg.inv_ex(self.key)  # `inv` would look at the result, a device sync a layer
+            return FeatureBasis(inverse.mT, self.key)
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
@@ -129,18 +138,6 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, visible: Visible, coding: 
     """Causal Sparse Feature Attention with the budgets of `coding`."""
     budgets = {"topk": coding.topk, "topk_query": coding.topk_query, "dense_dims": coding.dense_dims}
     return _attend(q, k, v, visible, **budgets)
-
-
-def channel_first(x: Tensor, dims: int) -> Tensor:
-    """x [..., D] with the `dims` features of its first rotary pairs in front: pair i of RoPE is features i and i + D/2."""
-    pairs = x.unflatten(-1, (2, -1))
-    return torch.cat((pairs[..., : dims // 2].flatten(-2), pairs[..., dims // 2 :].flatten(-2)), dim=-1)
-
-
-def channel_basis(layers: int, kv_heads: int, head_dim: int, dims: int) -> FeatureBasis:
-    """`channel_first` as the basis of a model, for the switched model that is saved."""
-    order = channel_first(torch.eye(head_dim), dims).expand(layers, kv_heads, -1, -1)
-    return FeatureBasis(order.clone(), order.clone())
 
 
 def install(model: Any, make: Callable[[int, nn.Module], Core]) -> None:
@@ -171,8 +168,8 @@ def _attention_forward(
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int = 0,
     **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """The function that transformers calls; a core's loss travels as "attention weights"."""
+) -> tuple[Tensor, None]:
+    """The function that transformers calls."""
     if dropout:
         raise ValueError("attention weights are not dropped here: set the config's attention dropout to 0")
     if torch.is_autocast_enabled(query.device.type):  # norms and RoPE leave float32 beside values of 16 bits
@@ -180,8 +177,8 @@ def _attention_forward(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     core: Any = module.sfa_core
-    out, loss = core(query, key, value, Visible(scale, sliding_window, cu_seq_lens_q, max_length_q))
-    return out.transpose(1, 2), loss
+    out = core(query, key, value, Visible(scale, sliding_window, cu_seq_lens_q, max_length_q))
+    return out.transpose(1, 2), None
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:

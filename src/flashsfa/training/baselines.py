@@ -22,8 +22,8 @@ _LARGEST_INT8 = 127
 class QuantizedCore(Core):
     """Dense attention of queries and keys rounded to 8 bits, one scale a row; rounding passes gradients straight through."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> tuple[Tensor, None]:
-        return dense_attention(_rounded(q), _rounded(k), v, visible), None
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
+        return dense_attention(_rounded(q), _rounded(k), v, visible)
 
 
 class PerformerCore(Core):
@@ -47,7 +47,7 @@ class PerformerCore(Core):
         norms = torch.randn(features, head_dim, generator=generator).norm(dim=-1, keepdim=True)
         self.register_buffer("projection", directions * norms, persistent=False)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> tuple[Tensor, None]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
         require(visible.bounds is None, "performer does not take packed documents: set data.packed to false")
         group = q.shape[1] // k.shape[1]
         with torch.autocast(q.device.type, enabled=False):
@@ -57,7 +57,7 @@ class PerformerCore(Core):
             k_features = self._features(root * k.repeat_interleave(group, 1).float(), (-2, -1))
             weights = (q_features @ k_features.mT).tril()  # [B, H, N, N]
             weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-20)
-        return weights.to(v.dtype) @ v.repeat_interleave(group, 1), None
+        return weights.to(v.dtype) @ v.repeat_interleave(group, 1)
 
     def _features(self, x: Tensor, common: tuple[int, ...]) -> Tensor:
         """exp(w·x - |x|²/2), divided by the largest over the dimensions `common`."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 Progress = Callable[[str, int], Callable[[], None]]  # (description, steps) -> call once a step
@@ -41,6 +43,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenizer", metavar="NAME", help="directory or hub name (default: the small bundled model's)"
     )
     tokenize.set_defaults(train=_tokenize)
+
+    compare = commands.add_parser("compare", help="finished runs beside one another: perplexity, step time, curves")
+    compare.add_argument(
+        "runs",
+        type=Path,
+        nargs="+",
+        metavar="RUN",
+        help="directories of runs; the first, with its seeds, is the baseline",
+    )
+    compare.add_argument(
+        "-o", "--output", type=Path, default=Path("results"), metavar="DIR",
+        help="earlier results there are kept (default: results)",
+    )  # fmt: skip
+    compare.set_defaults(train=_compare)
 
     support = commands.add_parser(
         "support", help="which features a converted model keeps: entropy, overlap, effective k"
@@ -119,6 +135,39 @@ def _tokenize(options: argparse.Namespace, progress: Any) -> None:
     finally:
         beside.unlink(missing_ok=True)
     print(f"{len(ids)} tokens ({ids.dtype}), documents end with token {tokenizer.eos_token_id}; in {output}")
+
+
+def _compare(options: argparse.Namespace, progress: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..evaluation.results import require_place, save
+    from .compare import compare, draw, read_run
+
+    require_place(options.output)
+    runs = [read_run(path) for path in options.runs]
+    rows = compare(runs)
+    curves = {run.name: run.losses() for run in runs}
+    content = {
+        "evaluation": "training",
+        "environment": runs[0].result["environment"],
+        "results": rows,
+        "curves": curves,
+    }
+    paths = save(content, options.output, lambda path: draw(runs, path))
+    training = runs[0].recipe["training"]
+    title = f"{training['tokens'] / 1e6:.1f}M tokens, {runs[0].result['steps']} steps; means over seeds, compared with {runs[0].name}"
+    table = Table("run", "seeds", "perplexity", "change", "of seeds", "ms a step", "peak MiB", title=title)
+    for row in rows:
+        change = [f"{100 * x:+.2f}" for x in (fmean(row["change"]), min(row["change"]), max(row["change"]))]
+        table.add_row(
+            row["runs"][0], str(len(row["seeds"])), f"{fmean(row['perplexity']):.2f}", f"{change[0]} %",
+            f"{change[1]} to {change[2]}" if len(row["change"]) > 1 else "",
+            *("" if row[key] is None else f"{row[key] * factor:.0f}"
+              for key, factor in (("seconds_per_step", 1e3), ("peak_memory_bytes", 2**-20))),
+        )  # fmt: skip
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    print("written: " + ", ".join(map(str, paths)))
 
 
 def _support(options: argparse.Namespace, progress: Any) -> None:

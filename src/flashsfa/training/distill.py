@@ -74,10 +74,11 @@ class DistillTrainer(RunTrainer):
     ) -> Any:
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss, outputs = super().compute_loss(model, {**inputs, "output_attentions": True}, True, num_items_in_batch)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         self.note("lm_loss", loss * self.current_gradient_accumulation_steps)
         terms: list[tuple[str, float, Tensor]] = []
-        distances = [layer for layer in outputs.attentions if layer is not None]
+        cores = [module for module in model.modules() if isinstance(module, DistillCore)]
+        distances = [core.distance for core in cores if core.distance is not None]
         if self._settings.weight and distances:
             terms.append(("attention_distance", self._settings.weight, torch.stack(distances).mean()))
         if self._teacher is not None:

@@ -11,8 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ..checks import require, require_budget
 from ..huggingface import enable
 from ..huggingface.attention import LayerCoding
-from ..huggingface.switch import attention_layers, attention_shape
-from .attention import Core, DenseCore, SparseCore, Visible, channel_basis, install, uninstall
+from ..huggingface.positions import move_to_channel, require_channel
+from ..huggingface.switch import attention_shape
+from .attention import Core, DenseCore, SparseCore, Visible, install, uninstall
 from .baselines import PerformerCore, QuantizedCore, factorise, multiply, shorten
 from .recipe import Attention, Model
 
@@ -33,22 +34,31 @@ def build(model: Model, attention: Attention, context: int, vocab_size: int | No
     except (ValueError, TypeError, RuntimeError, AssertionError) as error:
         raise ValueError(f"model.config: {str(error).strip().partition(chr(10))[0]}") from error
     built.loss_type = "ForCausalLM"  # told by no name, GPT-2 would warn at each trace, which breaks compiled graphs
-    layers, (_, kv_heads, head_dim) = attention_layers(built), attention_shape(built)
-    channel = attention.dense_dims if attention.positions == "channel" else 0
-    if attention.kind == "sfa":
-        topk, topk_query, dense_dims = _budgets(attention, head_dim)
-        basis = channel_basis(len(layers), kv_heads, head_dim, channel) if channel else None
-        enable(built, topk, topk_query=topk_query, dense_dims=dense_dims, basis=basis)
-    elif attention.kind == "short":
-        shorten(built, _width(attention, head_dim, even=True))
+    _, _, head_dim = attention_shape(built)
+    in_channel = attention.positions == "channel"
+    try:
+        if attention.kind == "sfa":
+            topk, topk_query, dense_dims = _budgets(attention, head_dim)
+            budgets: dict[str, Any] = {"topk_query": topk_query, "dense_dims": dense_dims, "layers": attention.layers}
+            enable(built, topk, positions="channel" if in_channel else None, **budgets)
+        elif in_channel:
+            require_channel(built, attention.dense_dims, head_dim)
+            move_to_channel(built, attention.dense_dims)
+    except ValueError as error:
+        raise ValueError(f"attention: {error}") from error
+    if attention.kind == "short":
+        width = _width(attention, head_dim, even=True)
+        shorten(built, width)
+        if model.architecture == "qwen3":
+            move_to_channel(built, width)
     elif attention.kind == "low_rank":
         factorise(built, _width(attention, config.hidden_size))
 
     def core(index: int, module: nn.Module) -> Core:
         made: Core
-        if attention.kind == "sfa":
+        if hasattr(module, "sfa"):
             coding: LayerCoding = module.sfa  # type: ignore[assignment]
-            made = SparseCore(coding, channel)
+            made = SparseCore(coding, attention.gradient)
         elif attention.kind == "int8":
             made = QuantizedCore()
         elif attention.kind == "performer":
@@ -71,7 +81,8 @@ def finish(model: Any, attention: Attention) -> None:
 
 def can_load(architecture: str, attention: Attention) -> bool:
     """Whether transformers or `flashsfa.from_pretrained` loads what was trained; nobody else knows some baselines."""
-    return attention.kind not in ("int8", "performer") and not (architecture == "gpt2" and attention.window is not None)
+    ours_alone = attention.window is not None or (attention.positions == "channel" and attention.kind != "sfa")
+    return attention.kind not in ("int8", "performer") and not (architecture == "gpt2" and ours_alone)
 
 
 class _Windowed(Core):
@@ -105,45 +116,21 @@ def _config(model: Model, attention: Attention, context: int, vocab_size: int | 
     values |= {key: values.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     positions = attention.positions or ("learned" if model.architecture == "gpt2" else "full")
     require(
-        (positions == "learned") == (model.architecture == "gpt2"),
+        positions != ("full" if model.architecture == "gpt2" else "learned"),
         f"attention.positions: {model.architecture} cannot have {positions} positions",
     )
+    require(
+        attention.kind != "short" or positions != "channel",
+        "attention.positions: short queries and keys have no channel; leave it out",
+    )
     try:
-        if model.architecture == "qwen3":
-            values |= _rope(values, attention, getattr(AutoConfig.for_model("qwen3", **values), "head_dim", 0))
-            if attention.window is not None:
-                values |= {"use_sliding_window": True, "sliding_window": attention.window, "max_window_layers": 0}
+        if model.architecture == "qwen3" and attention.window is not None:
+            values |= {"use_sliding_window": True, "sliding_window": attention.window, "max_window_layers": 0}
         return AutoConfig.for_model(model.architecture, **values)
     except ValueError:
         raise
     except Exception as error:  # transformers checks types by an error class of its own
         raise ValueError(f"model.config: {' '.join(str(error).split())}") from error
-
-
-def _rope(values: dict[str, Any], attention: Attention, head_dim: int) -> dict[str, Any]:
-    """The rotary fields for positions in a channel, or in queries and keys that are short.
-
-    transformers' "proportional" RoPE turns the first pairs of a head alone, by the frequencies that these pairs have in a
-    head where all turn. A base raised to head_dim / dims spreads them over the whole range again.
-    """
-    dims = (
-        attention.dense_dims
-        if attention.positions == "channel"
-        else attention.width
-        if attention.kind == "short"
-        else None
-    )
-    if dims is None:
-        return {}
-    require(
-        2 <= dims <= head_dim and dims % 2 == 0,
-        f"attention.{'width' if attention.kind == 'short' else 'dense_dims'}: rotary dimensions come in pairs: must be "
-        f"even, 2 to head_dim {head_dim}, got {dims}",
-    )
-    theta = float((values.get("rope_parameters") or {}).get("rope_theta", 10000.0)) ** (head_dim / dims)
-    return {
-        "rope_parameters": {"rope_type": "proportional", "partial_rotary_factor": dims / head_dim, "rope_theta": theta}
-    }
 
 
 def _budgets(attention: Attention, head_dim: int) -> tuple[int, int | None, int]:

@@ -68,18 +68,24 @@ def save(
     tokenizer: Any | None,
     finish: Callable[[], None] | None,
 ) -> None:
-    """Write the result and, after `finish`, the model; no model if `finish` is None."""
+    """Write the result and, after `finish`, the model; no model if `finish` is None.
+
+    Raises `OSError` that names the last checkpoint, which is kept, if something cannot be written.
+    """
     target = place.path / MODEL
     trainer.model.config.use_cache = True  # which the Trainer turned off
-    if finish is not None and trainer.is_fsdp_enabled:
-        trainer.save_model(str(target))  # gathers the shards; attention is no part of what is saved
-    elif finish is not None and trainer.args.should_save:
-        finish()
-        trainer.model.save_pretrained(target)
-    if trainer.args.should_save:
-        if tokenizer is not None:
-            tokenizer.save_pretrained(target)
-        place.close(result | {"model": None if finish is None else MODEL})
+    try:
+        if finish is not None and trainer.is_fsdp_enabled:
+            trainer.save_model(str(target))  # gathers the shards; attention is no part of what is saved
+        elif finish is not None and trainer.args.should_save:
+            finish()
+            trainer.model.save_pretrained(target)
+        if trainer.args.should_save:
+            if tokenizer is not None:
+                tokenizer.save_pretrained(target)
+            place.close(result | {"model": None if finish is None else MODEL})
+    except Exception as error:  # a full disk is another error in each of the libraries that write here
+        raise OSError(f"the result could not be written: {error}; {trainer.last_good()}") from error
 
 
 def load_tokenizer(name: str | None) -> Any | None:

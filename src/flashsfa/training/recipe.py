@@ -14,6 +14,7 @@ from ..checks import require
 ARCHITECTURES = ("gpt2", "qwen3")
 KINDS = ("dense", "sfa", "short", "low_rank", "int8", "performer")
 POSITIONS = ("learned", "full", "channel")
+GRADIENTS = ("kept", "all")
 T = TypeVar("T")
 
 
@@ -52,7 +53,11 @@ class Attention:
         kind: "dense"; "sfa"; or a baseline: "short" (queries and keys `width` wide), "low_rank" (query and key projections
             of rank `width`), "int8" (8-bit queries and keys, straight-through), "performer" (`width` random features).
         topk, topk_query, dense_dims: budgets of "sfa", as in `flashsfa.sparse_feature_attention`.
-        positions: "learned" (GPT-2); Qwen3: "full" turns the whole head by RoPE, "channel" its `dense_dims` alone.
+        layers: those that are sparse, the others stay dense; None for all.
+        gradient: of "sfa": "kept" reaches the kept features alone (the operator's), "all" every feature, as if all had
+            been kept; queries and keys then stay in memory for it.
+        positions: "learned" (GPT-2) or "full", RoPE on the whole head (Qwen3), the defaults; "channel": RoPE on the
+            `dense_dims` alone, in place of either.
         window: see the `window` most recent tokens only.
         width: of a baseline, see `kind`.
         anneal: shrink the budget of "sfa" during training.
@@ -62,6 +67,8 @@ class Attention:
     topk: int | None = None
     topk_query: int | None = None
     dense_dims: int = 0
+    layers: list[int] | None = None
+    gradient: str = "kept"
     positions: str | None = None
     window: int | None = None
     width: int | None = None
@@ -79,6 +86,9 @@ class Attention:
         )
         require(sparse or self.topk_query is None, "attention.topk_query: only for kind sfa")
         require(sparse or self.anneal is None, "attention.anneal: only for kind sfa")
+        require(sparse or self.layers is None, "attention.layers: only for kind sfa")
+        _one_of("attention.gradient", self.gradient, GRADIENTS)
+        require(sparse or self.gradient == "kept", "attention.gradient: only for kind sfa")
         require(
             sparse or self.dense_dims == 0 or self.positions == "channel",
             "attention.dense_dims: only for kind sfa or positions channel",

@@ -6,10 +6,13 @@ loaded again, `model/`. The same command goes on where the run was stopped.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import shutil
+import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -126,11 +129,24 @@ class RunTrainer(Trainer):
         self._place, self._saves = place, False
         self._terms: dict[str, list[torch.Tensor]] = {}
         self._predicted = 0.0  # tokens of a validation window, on average
+        self._ticks: list[tuple[int, float]] = []  # step and time of each log, which waits for the device
         self.add_callback(_LogBeforeSaving())
 
     def note(self, name: str, value: torch.Tensor) -> None:
         """Log the mean of `value` over the steps between two logs."""
         self._terms.setdefault(name, []).append(value.detach())
+
+    def last_good(self) -> str:
+        """Where a run that stops here goes on, for messages."""
+        checkpoint = self._place.checkpoint
+        return "no checkpoint was written yet" if checkpoint is None else f"the last good checkpoint is {checkpoint}"
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """The median over the intervals between logs; None for a run without two."""
+        pairs = itertools.pairwise(self._ticks)
+        rates = [(later - earlier) / (step - before) for (before, earlier), (step, later) in pairs if step > before]
+        return statistics.median(rates) if rates else None
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         if not self._predicted:
@@ -148,13 +164,14 @@ class RunTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
+            self._ticks.append((self.state.global_step, time.perf_counter()))
             logs |= {name: float(torch.stack(values).mean()) for name, values in self._terms.items()}
             self._terms.clear()
         super().log(logs, *args, **kwargs)
         for name in ("loss", "grad_norm"):
             if not math.isfinite(logs.get(name, 0.0)):
                 raise ValueError(
-                    f"training stopped: {name} is {logs[name]} at step {self.state.global_step}; {self._last_good()}. A lower "
+                    f"training stopped: {name} is {logs[name]} at step {self.state.global_step}; {self.last_good()}. A lower "
                     "training.learning_rate or a longer training.warmup may help"
                 )
 
@@ -167,7 +184,7 @@ class RunTrainer(Trainer):
                 self._place.keep(self.state.global_step)
         except Exception as error:  # a full disk is another error in each of the libraries that write here
             raise OSError(
-                f"the checkpoint of step {self.state.global_step} could not be written: {error}; {self._last_good()}"
+                f"the checkpoint of step {self.state.global_step} could not be written: {error}; {self.last_good()}"
             ) from error
         finally:
             self._saves = False
@@ -176,10 +193,6 @@ class RunTrainer(Trainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._place.partial) if self._saves else super()._get_output_dir(trial)
-
-    def _last_good(self) -> str:
-        checkpoint = self._place.checkpoint
-        return "no checkpoint was written yet" if checkpoint is None else f"the last good checkpoint is {checkpoint}"
 
 
 class _LogBeforeSaving(TrainerCallback):
@@ -206,7 +219,7 @@ def arguments(training: Training, context: int, directory: Path) -> TrainingArgu
         learning_rate=training.learning_rate, weight_decay=training.weight_decay, adam_beta1=0.9, adam_beta2=0.95,
         max_grad_norm=training.clip, warmup_steps=training.warmup, lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.1}, bf16=training.precision == "bf16", use_cpu=not torch.cuda.is_available(),
-        torch_compile=training.compile,
+        torch_compile=training.compile, accelerator_config={"non_blocking": True},  # else each batch waits for the step before
         fsdp=True if training.fsdp else None, ddp_find_unused_parameters=False,
         train_sampling_strategy="sequential",  # the data has an order of its own
         remove_unused_columns=False, prediction_loss_only=True, label_names=["labels"],
@@ -230,20 +243,20 @@ def fit(trainer: RunTrainer, place: RunDirectory) -> dict[str, Any]:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     try:
-        metrics = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint)).metrics
-        validation = trainer.evaluate()["eval_loss"]
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        # transformers evaluates after the last step, and a checkpoint of it has that in its history
+        validation = next(row["eval_loss"] for row in reversed(trainer.state.log_history) if "eval_loss" in row)
     except torch.OutOfMemoryError as error:
         raise ValueError(
             "the GPU is out of memory: lower training.micro_batch, or set training.checkpointing"
         ) from error
-    steps = trainer.state.max_steps - (0 if checkpoint is None else int(checkpoint.name.removeprefix(_CHECKPOINT)))
     return {
         "environment": environment(trainer.args.device),
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "steps": trainer.state.max_steps,
         "validation_loss": validation,
         "perplexity": math.exp(validation),
-        "steps_per_second": steps / metrics["train_runtime"],
+        "seconds_per_step": trainer.seconds_per_step,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         "curve": trainer.state.log_history,
     }

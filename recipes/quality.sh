@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# The rows of docs/quality.md, the most telling first, and their comparison. From the repository's root:
+#
+#   recipes/quality.sh runs/quality                       one run at a time
+#   JOBS=5 recipes/quality.sh runs/quality                five side by side: a model this small does not fill an H100
+#   recipes/quality.sh runs/quality training.tokens=14_745_600      further settings, for every run
+#
+# What is finished already is not run again, so a script that was stopped goes on where it was.
+set -euo pipefail
+export OUT=$1 SETTINGS="${*:2}"
+# accelerate then compiles one block of a model instead of all in a row
+export ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION=true
+
+rows() {
+    k8="attention.kind=sfa attention.topk=8"
+    dense="attention.kind=dense attention.topk=null"
+    full="attention.dense_dims=0 attention.positions=full"
+    theta="model.config.rope_parameters.rope_theta=1000"
+    cat << END
+gpt2-dense              gpt2-27m
+gpt2-k8                 gpt2-27m  $k8
+qwen3-full              qwen3-29m $dense $full
+qwen3-24+8              qwen3-29m
+gpt2-k8-anneal          gpt2-27m  $k8 attention.anneal.share=0.5
+qwen3-24+8-denseq-theta qwen3-29m attention.topk_query=64 $theta
+gpt2-k8-denseq          gpt2-27m  $k8 attention.topk_query=64
+gpt2-short32            gpt2-27m  attention.kind=short attention.width=32
+gpt2-k8-all             gpt2-27m  $k8 attention.gradient=all
+qwen3-24+8-theta        qwen3-29m $theta
+qwen3-full-theta        qwen3-29m $dense $full $theta
+qwen3-24-dense          qwen3-29m $dense
+gpt2-k8-first           gpt2-27m  $k8 attention.layers=[1,2,3,4,5]
+qwen3-24+8-anneal       qwen3-29m attention.anneal.share=0.5
+qwen3-32+4-denseq-theta qwen3-29m attention.dense_dims=32 attention.topk=4 attention.topk_query=64 $theta
+gpt2-dense-1            gpt2-27m  training.seed=1
+gpt2-k8-1               gpt2-27m  $k8 training.seed=1
+qwen3-full-1            qwen3-29m $dense $full training.seed=1
+qwen3-24+8-1            qwen3-29m training.seed=1
+qwen3-k8                qwen3-29m $full
+gpt2-int8               gpt2-27m  attention.kind=int8
+gpt2-low-rank           gpt2-27m  attention.kind=low_rank attention.width=256
+gpt2-window             gpt2-27m  attention.window=256
+gpt2-window-k8          gpt2-27m  $k8 attention.window=256
+END
+}
+
+train() {
+    local name=$1 recipe=$2 set=()
+    for setting in "${@:3}" $SETTINGS; do set+=(--set "$setting"); done
+    [[ -f $OUT/$name/result.json ]] && return
+    flashsfa train pretrain "recipes/$recipe.yaml" -o "$OUT/$name" ${set[@]+"${set[@]}"} > "$OUT/$name.log" 2>&1 ||
+        echo "failed: $name: $(tail -n 1 "$OUT/$name.log")"
+}
+export -f train
+
+mkdir -p "$OUT"
+rows | xargs -P "${JOBS:-1}" -L 1 bash -c 'train "$@"' train
+for first in gpt2-dense qwen3-full; do
+    runs=("$OUT/$first")
+    for result in "$OUT/${first%%-*}"-*/result.json; do
+        [[ $result == "$OUT/$first/result.json" ]] || runs+=("${result%/result.json}")
+    done
+    flashsfa train compare "${runs[@]}" -o "$OUT/compared"
+done
