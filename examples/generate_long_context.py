@@ -53,8 +53,8 @@ def generate(name, model, ids, tokens):
     model.generate(ids[:, :64], max_new_tokens=4, do_sample=False)  # kernels are compiled on their first use
     clock = Clock()
     out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, streamer=clock,
-        prefill_chunk_size=CHUNK, return_dict_in_generate=True,
+        ids, attention_mask=torch.ones_like(ids), min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False,
+        streamer=clock, prefill_chunk_size=CHUNK, return_dict_in_generate=True,
     )  # fmt: skip
     prompt, first, *_, last = clock.times
     rate, nbytes = (len(clock.times) - 2) / (last - first), cache_nbytes(out.past_key_values)["total"]

@@ -208,6 +208,7 @@ def test_write_at_refuses_what_does_not_fit():
     for wrong_codes, wrong_v, error in (
         (codes, v[:, :, :1].float(), TypeError),
         (topk_codes(torch.cat((k, k), -1)[:, :, :1], 4), v[:, :, :1], ValueError),
+        (topk_codes(k[:, :, :1], 1), v[:, :, :1], ValueError),
         (codes, v[:, :, :1, :3], ValueError),
     ):
         with pytest.raises(error):

@@ -115,8 +115,8 @@ def test_switch_and_back(family, ids):
     model = make(family)
     dense, config = logits(model, ids), copy.deepcopy(model.config.to_dict())
     state = {name: x.clone() for name, x in (*model.named_buffers(), *model.named_parameters())}
-    for _ in range(2):
-        enable(model)
+    for dims in (8, DIMS, DIMS):
+        enable(model, dense_dims=dims)
     assert (logits(model, ids) - dense).abs().max() > 1e-3
     assert flashsfa.enable(model, 3).config.sfa["positions"] is None
     torch.testing.assert_close(logits(flashsfa.enable(model, HEAD_DIM), ids), dense, **CLOSE)
@@ -126,7 +126,47 @@ def test_switch_and_back(family, ids):
     assert model.config.to_dict() == config
     after = dict((*model.named_buffers(), *model.named_parameters()))
     assert after.keys() == state.keys()
-    assert not any(m._forward_hooks for m in model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+class Adapted(torch.nn.Module):
+    """A projection as peft's LoRA wraps it."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+        self.delta = torch.randn(48, 3 * 48, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.base_layer(x) + x @ self.delta
+
+
+def test_what_lora_adds_is_turned(ids):
+    model = enable(make("gpt2"))
+    attention = model.transformer.h[0].attn
+    before = logits(model, ids)
+    adapted = attention.c_attn = Adapted(attention.c_attn)
+    found = logits(model, ids)
+    attention.c_attn = adapted.base_layer
+    assert torch.equal(logits(model, ids), before)
+    with torch.no_grad():
+        attention.c_attn.weight += adapted.delta
+    torch.testing.assert_close(found, logits(model, ids), **CLOSE)
+
+
+def test_a_failed_switch_leaves_the_model(ids, monkeypatch):
+    model = make("qwen3")
+    dense = logits(model, ids)
+
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(type(model.model.rotary_emb), "to", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        enable(model)
+    assert torch.equal(logits(model, ids), dense)
+    assert not hasattr(model.config, "sfa")
+    assert not hasattr(model, "_sfa_dense_attention")
 
 
 def test_save_and_load(model, family, ids, tmp_path):

@@ -385,13 +385,16 @@ def serve(vllm, monkeypatch, tmp_path):
     """Sets the model that vLLM serves: its "sfa" settings, and its basis beside the weights."""
     from flashsfa.vllm import settings
 
-    def serve(basis=None, rank=0, ranks=1, speculative=None, model_type="llama", **sfa):
+    def serve(basis=None, rank=0, ranks=1, speculative=None, model_type="llama", rope=None, **sfa):
         if basis is not None:
             (tmp_path / settings.BASIS_FILE).parent.mkdir(exist_ok=True)
             basis.save(tmp_path / settings.BASIS_FILE)
         config = SimpleNamespace(
             model_config=SimpleNamespace(
-                hf_config=SimpleNamespace(model_type=model_type, **sfa and {"sfa": sfa}), model=str(tmp_path)
+                hf_config=SimpleNamespace(
+                    model_type=model_type, head_dim=D, rope_parameters=rope, **sfa and {"sfa": sfa}
+                ),
+                model=str(tmp_path),
             ),
             parallel_config=SimpleNamespace(decode_context_parallel_size=1),
             speculative_config=speculative,
@@ -534,9 +537,13 @@ def test_positions_in_the_channel(vllm, serve):
     from flashsfa.huggingface.positions import channel_first
 
     order = channel_first(torch.eye(D), DENSE).expand(HKV, -1, -1)
-    server = Server(vllm, serve(**CODING, positions="channel", model_type="qwen3"))
+    rope = {"rope_type": "proportional", "partial_rotary_factor": DENSE / D, "rope_theta": 1e4}
+    server = Server(vllm, serve(**CODING, positions="channel", model_type="qwen3", rope=rope))
     for new in STEPS[:3]:
         server.assert_attends(server.step(new), basis=FeatureBasis(order, order))
+    whole = {"rope_type": "default", "rope_theta": 1e4}
+    with pytest.raises(ValueError, match="does not turn the channel alone"):
+        Server(vllm, serve(**CODING, positions="channel", model_type="qwen3", rope=whole))
     with pytest.raises(ValueError, match="Qwen3 models alone"):
         Server(vllm, serve(**CODING, positions="channel", model_type="gpt2"))
 

@@ -138,8 +138,15 @@ class SparseKVCache:
     def write_at(self, codes: FeatureCodes, v: Tensor, slots: Tensor) -> tuple[FeatureCodes, Tensor]:
         """Overwrite the tokens `slots` [N] (int64, on the device) of an allocated cache with codes and v
         [B, Hkv, N, ...], in place and without a host sync; return all held codes and values."""
-        _, held_v = self._buffers()
+        held, held_v = self._buffers()
         self._check_width(codes.head_dim, v)
+        require(
+            (codes.dense_dims, codes.topk) == (held.dense_dims, held.topk),
+            lambda: (
+                f"codes of topk={codes.topk}, dense_dims={codes.dense_dims} do not fit a cache of topk={held.topk}, "
+                f"dense_dims={held.dense_dims}"
+            ),
+        )
         require_alike(cache=held_v, codes=codes.values, v=v)
         for buffer, new in zip(self._parts(), _parts(codes, v, None), strict=True):
             buffer.index_copy_(2, slots, new.detach())

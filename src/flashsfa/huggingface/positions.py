@@ -34,9 +34,9 @@ def require_channel(model: Any, dims: int, head_dim: int) -> None:
         f"positions='channel' turns the dense channel in pairs: dense_dims must be even, 2 to {head_dim}, got {dims}",
     )
     if family == "qwen3":
-        rope = model.config.rope_parameters
+        rope = vars(model).get("_sfa_positions", model.config.rope_parameters)  # the model's own
         require(
-            rope["rope_type"] == "default" or _is_channel(rope, dims, head_dim),
+            rope["rope_type"] == "default" or is_channel(rope, dims, head_dim),
             f"positions='channel' with dense_dims={dims} fits no model whose config has rope_parameters {rope}",
         )
 
@@ -52,19 +52,19 @@ def move_to_channel(model: Any, dims: int) -> int:
     """
     if model.config.model_type == "gpt2":
         turn = _LeadingRotation(dims, model.config.hidden_size // model.config.num_attention_heads)
-        attention = [block.attn.c_attn for block in model.base_model.h]
         model._sfa_positions = [
             model.base_model.wpe.register_forward_hook(turn.take_positions),
-            *(module.register_forward_hook(turn.turn_queries_and_keys) for module in attention),
+            *(_ProjectionHook(block.attn, turn.turn_queries_and_keys) for block in model.base_model.h),
         ]
         return 0
     config, base = model.config, model.base_model
     rope = config.rope_parameters
-    if not _is_channel(rope, dims, config.head_dim):
-        model._sfa_positions, config.rope_parameters = rope, _channel_rope(rope["rope_theta"], dims, config.head_dim)
-        before, device = base.rotary_emb, base.rotary_emb.inv_freq.device
-        base.rotary_emb = type(before)(copy.deepcopy(config)).to(device)
-        base.rotary_emb.before = before  # follows the model from device to device
+    if not is_channel(rope, dims, config.head_dim):
+        moved, before = copy.deepcopy(config), base.rotary_emb
+        moved.rope_parameters = _channel_rope(rope["rope_theta"], dims, config.head_dim)
+        rotary_emb = type(before)(moved).to(before.inv_freq.device)
+        rotary_emb.before = before  # follows the model from device to device
+        model._sfa_positions, config.rope_parameters, base.rotary_emb = rope, dict(moved.rope_parameters), rotary_emb
     return dims
 
 
@@ -85,6 +85,12 @@ def channel_first(x: Tensor, dims: int) -> Tensor:
     return torch.cat((pairs[..., : dims // 2].flatten(-2), pairs[..., dims // 2 :].flatten(-2)), dim=-1)
 
 
+def is_channel(rope: dict[str, Any], dims: int, head_dim: int) -> bool:
+    """Whether a config's rotary fields are those of `_channel_rope`."""
+    share = rope.get("partial_rotary_factor") or 1.0
+    return rope["rope_type"] == "proportional" and math.isclose(share, dims / head_dim)
+
+
 def _channel_rope(theta: float, dims: int, head_dim: int) -> dict[str, Any]:
     """transformers' "proportional" RoPE turns the first pairs of a head alone, by the frequencies that these pairs have in
     a head where all turn. A base raised to head_dim / dims spreads them over the whole range again."""
@@ -94,12 +100,6 @@ def _channel_rope(theta: float, dims: int, head_dim: int) -> dict[str, Any]:
         "partial_rotary_factor": share,
         "rope_theta": float(theta) ** (head_dim / dims),
     }
-
-
-def _is_channel(rope: dict[str, Any], dims: int, head_dim: int) -> bool:
-    """Whether a config's rotary fields are those of `_channel_rope`."""
-    share = rope.get("partial_rotary_factor") or 1.0
-    return rope["rope_type"] == "proportional" and math.isclose(share, dims / head_dim)
 
 
 class _LeadingRotation:
@@ -119,3 +119,25 @@ class _LeadingRotation:
         q, k, v = out.chunk(3, dim=-1)
         q, k = (rotate(x.unflatten(-1, (-1, self._head_dim)), self._cos, self._sin).flatten(-2) for x in (q, k))
         return torch.cat((q, k, v), dim=-1)
+
+
+class _ProjectionHook:
+    """A forward hook on the `c_attn` of an attention layer, whichever module that is at a call: LoRA puts one of its own in
+    the place of c_attn and takes it away again, and what it adds is turned, too."""
+
+    def __init__(self, attention: Any, hook: Any) -> None:
+        self._hook = hook
+        self._hook_on(attention.c_attn)
+        self._before_calls = attention.register_forward_pre_hook(self._follow)
+
+    def remove(self) -> None:
+        self._before_calls.remove()
+        self._handle.remove()
+
+    def _follow(self, attention: Any, _: tuple) -> None:
+        if attention.c_attn is not self._hooked:
+            self._handle.remove()
+            self._hook_on(attention.c_attn)
+
+    def _hook_on(self, module: Any) -> None:
+        self._hooked, self._handle = module, module.register_forward_hook(self._hook)

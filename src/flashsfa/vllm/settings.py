@@ -14,6 +14,7 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_pa
 from ..basis import FeatureBasis
 from ..checks import require
 from ..huggingface import SFASettings
+from ..huggingface.positions import is_channel
 from ..huggingface.switch import BASIS_FILE
 
 _log = logging.getLogger("flashsfa")
@@ -77,5 +78,10 @@ def _read(hf_config: Any) -> SFASettings:
     require(
         settings.positions is None or hf_config.model_type == "qwen3",
         "vLLM's backend runs positions='channel' in Qwen3 models alone: vLLM's own GPT-2 has learned positions",
+    )
+    require(
+        settings.positions is None or is_channel(hf_config.rope_parameters, settings.dense_dims, hf_config.head_dim),
+        "positions='channel' is for a model that was saved after flashsfa.enable: this one's config.json does not turn the "
+        "channel alone",
     )
     return settings
