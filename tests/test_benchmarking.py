@@ -222,7 +222,7 @@ def test_wrong_input(tmp_path, capsys, monkeypatch):
     assert in_the_way.read_text() == "data"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert_refused(capsys, main(["bench", "decode", "--device", "cuda", "-o", str(tmp_path)]), "no CUDA device")
-    for wrong in (["bench", "prefill"], ["bench", "decode", "--device", "tpu"]):
+    for wrong in (["bench", "backward"], ["bench", "decode", "--device", "tpu"]):
         with pytest.raises(SystemExit, match="2"):
             main(wrong)
 
