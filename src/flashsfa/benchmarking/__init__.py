@@ -7,7 +7,6 @@ roofline, `results` the rows, table and files, `plots` the picture.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from ..checks import require
 from . import decode, prefill, topk
 from .cases import Case, MeasuredCase, UnavailableError, WrongOutputError
 from .results import BaselineResult, Results, Row, environment, require_place
-from .timing import copy_bandwidth, measure
+from .timing import copy_bandwidth, measure, release
 
 
 def _generate_cases(device: torch.device, quick: bool) -> Sequence[MeasuredCase]:
@@ -67,7 +66,7 @@ def run(
     for case in cases:
         rows.append(run_case(case, bandwidth, quick))
         on_row(rows[-1])
-        _release(device)
+        release(device)
     results = Results(operation, environment(device), bandwidth, tuple(rows))
     from .plots import draw
 
@@ -130,9 +129,3 @@ def run_case(case: Case | MeasuredCase, bandwidth: float, quick: bool) -> Row:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
-
-
-def _release(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

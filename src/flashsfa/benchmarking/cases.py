@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..kernels.dispatch import Choice
 
@@ -101,6 +105,23 @@ class MeasuredCase(Named, Protocol):
     def measure(self, bandwidth: float, quick: bool) -> dict[str, Any]:
         """The fields of its `results.Row`; `bandwidth` and `quick` as in `run_case`."""
         ...
+
+
+def sdpa_backends(device: torch.device) -> dict[str, Callable[..., Tensor]]:
+    """SDPA of q, k and v, its keyword arguments after them, by torch's fastest backends on `device`. Grouped query heads are
+    given as such (`enable_gqa`)."""
+    if device.type != "cuda":
+        return {"sdpa": _sdpa}
+    backends = {"fa2": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+    return {name: partial(_sdpa, backend=backend) for name, backend in backends.items()}
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, backend: SDPBackend | None = None, **rules: Any) -> Tensor:
+    rules["enable_gqa"] = q.shape[1] != k.shape[1]
+    if backend is None:
+        return F.scaled_dot_product_attention(q, k, v, **rules)
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(q, k, v, **rules)
 
 
 def code_label(topk: int, dense_dims: int) -> str:

@@ -11,14 +11,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import reference
 from ..codes import FeatureCodes, topk_codes
 from ..decode import sparse_feature_decode
 from ..kernels.dispatch import last_choice
 from ..kv_cache import SparseKVCache
-from .cases import Baseline, UnavailableError, Verdict, Workload, code_label, tokens_label
+from .cases import Baseline, UnavailableError, Verdict, Workload, code_label, sdpa_backends, tokens_label
 
 _APPEND_TOKENS = 8192  # coding a long context at once would need several times its memory
 _TOLERANCE = 1e-2
@@ -164,22 +163,11 @@ class DecodeCase:
 def baselines(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Baseline]:
     """SDPA over dense k and v by its fastest backends, given grouped query heads as such (`enable_gqa`) and, as one
     new token allows, as the rows of one query per kv head, which reads a kv head once for all of its queries."""
-
-    def attend(backend: SDPBackend | None, queries: Tensor) -> Any:
-        arguments: dict[str, Any] = {"enable_gqa": queries.shape[1] != k.shape[1]}
-        if backend is None:
-            return F.scaled_dot_product_attention(queries, k, v, **arguments)
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(queries, k, v, **arguments)
-
-    backends: dict[str, SDPBackend | None] = {"sdpa": None}
-    if q.device.type == "cuda":
-        backends = {"fa2": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
     forms = {"": q} if q.shape[1] == k.shape[1] else {"": q, "_grouped": _grouped(q, k.shape[1])}
     nbytes = k.nbytes + v.nbytes + 2 * q.nbytes
     return {
-        name + suffix: Baseline(partial(attend, backend, queries), nbytes)
-        for name, backend in backends.items()
+        name + suffix: Baseline(partial(attend, queries, k, v), nbytes)
+        for name, attend in sdpa_backends(q.device).items()
         for suffix, queries in forms.items()
     }
 

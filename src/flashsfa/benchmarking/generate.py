@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import copy
 import functools
-import gc
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import transformers
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, DynamicCache, StaticCache
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -26,9 +22,9 @@ from ..huggingface import SparseCache, StaticSparseCache, enable
 from ..huggingface.cache import cache_nbytes
 from ..huggingface.switch import attention_shape
 from ..kernels.dispatch import last_choice
-from .cases import UnavailableError, WrongOutputError, code_label, tokens_label
+from .cases import UnavailableError, WrongOutputError, code_label, sdpa_backends, tokens_label
 from .results import BaselineResult, Generation
-from .timing import repeat
+from .timing import release, repeat
 
 _CHUNK_TOKENS = 4096  # tokens that go into a cache at a time
 _ROOM = 128  # tokens that warm-up, checks and repeats append to a cache
@@ -110,7 +106,7 @@ class GenerateCase:
         """Time of a token, and what else one side takes; nothing of it stays in memory."""
         on_gpu = self.device.type == "cuda"
         first = self._first_token_ms(model, sparse, quick) if self.n <= _LONGEST_PROMPT else None
-        _release(self.device)
+        release(self.device)
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
         cache, allocated = self._filled(model, sparse)
@@ -124,7 +120,7 @@ class GenerateCase:
             kv_bytes=self._kv_bytes(model, sparse), kv_allocated=allocated,
         )  # fmt: skip
         del cache, step
-        _release(self.device)
+        release(self.device)
         return timing, generation
 
     def _first_token_ms(self, model: Any, sparse: bool, quick: bool) -> float:
@@ -273,24 +269,21 @@ def _weight_bytes(model: Any) -> int:
 def _baselines(model: Any, device: torch.device) -> dict[str, Any]:
     """The dense model as transformers runs it, with the mask of a static cache; and without a mask, which hides nothing in
     a full cache, for only so does torch choose its fastest kernels: each of them by name."""
-    if device.type != "cuda":
-        return {"sdpa": model, "sdpa_unmasked": _unmasked(model, "sdpa_unmasked", nullcontext)}
-    backends = {"sdpa_fa2": SDPBackend.FLASH_ATTENTION, "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION}
-    found = {name: _unmasked(model, name, functools.partial(sdpa_kernel, x)) for name, x in backends.items()}
-    return {"sdpa": model, **found}
+    found = {"sdpa": model}
+    for backend, attend in sdpa_backends(device).items():
+        name = "sdpa_unmasked" if backend == "sdpa" else f"sdpa_{backend}"
+        found[name] = _unmasked(model, name, attend)
+    return found
 
 
-def _unmasked(model: Any, name: str, chosen: Callable[[], AbstractContextManager[Any]]) -> Any:
-    """A twin that attends by SDPA without a mask: causal over a prompt, to all of the cache after it."""
+def _unmasked(model: Any, name: str, sdpa: Callable[..., Tensor]) -> Any:
+    """A twin that attends by `sdpa` without a mask: causal over a prompt, to all of the cache after it."""
     name = f"sfa_benchmark_{name}"  # with "flash" in it transformers would look for a kernel of flash-attn
 
     def attend(
         module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float | None = None, **_: Any
     ) -> tuple[Tensor, None]:
-        grouped = q.shape[1] != k.shape[1]
-        with chosen():
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, scale=scaling, enable_gqa=grouped)
-        return out.transpose(1, 2), None
+        return sdpa(q, k, v, is_causal=q.shape[2] > 1, scale=scaling).transpose(1, 2), None
 
     AttentionInterface.register(name, attend)
     AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
@@ -320,9 +313,3 @@ def _graphed(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 def _relative(found: Tensor, expected: Tensor) -> float:
     return float((found.float() - expected.float()).norm() / expected.float().norm())
-
-
-def _release(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

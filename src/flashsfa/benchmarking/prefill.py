@@ -14,16 +14,14 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import reference
 from ..attention import sparse_feature_attention
 from ..codes import topk_codes
 from ..kernels.dispatch import last_choice
 from ..masks import AttentionMask
-from .cases import Baseline, Verdict, Workload, code_label, tokens_label
+from .cases import Baseline, Verdict, Workload, code_label, sdpa_backends, tokens_label
 
 _CHECKED_QUERIES = 256  # the last ones, which see most keys: fp64 scores of all would not fit
 
@@ -113,20 +111,11 @@ class PrefillCase:
 
 def baselines(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Any]]:
     """Causal dense attention by torch's fastest backends, and FlashAttention-4 where it is installed."""
-
-    def attend(backend: SDPBackend | None) -> Tensor:
-        arguments: dict[str, Any] = {"is_causal": True, "enable_gqa": q.shape[1] != k.shape[1]}
-        if backend is None:
-            return F.scaled_dot_product_attention(q, k, v, **arguments)
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v, **arguments)
-
-    if q.device.type != "cuda":
-        return {"sdpa": partial(attend, None)}
     found: dict[str, Callable[[], Any]] = {
-        "fa2": partial(attend, SDPBackend.FLASH_ATTENTION),
-        "cudnn": partial(attend, SDPBackend.CUDNN_ATTENTION),
+        name: partial(attend, q, k, v, is_causal=True) for name, attend in sdpa_backends(q.device).items()
     }
+    if q.device.type != "cuda":
+        return found
     if importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute"):
         flash_attn_func = importlib.import_module("flash_attn.cute.interface").flash_attn_func
         by_token = [x.transpose(1, 2).contiguous() for x in (q, k, v)]  # [B, N, H, D], its layout

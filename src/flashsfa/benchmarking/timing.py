@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -76,6 +77,13 @@ def copy_bandwidth(device: torch.device) -> float:
     target = torch.empty_like(source)
     timing = measure({"copy": lambda: target.copy_(source)}, device)["copy"]
     return 2 * source.nbytes / timing.median_ms * 1e3
+
+
+def release(device: torch.device) -> None:
+    """Give back what nothing holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _mark(device: torch.device) -> Any:
