@@ -86,12 +86,11 @@ class Collator:
         first[:, 0] = True
         first[:, 1:] = ids[:, :-1] == self.separator
         starts = first.flatten().nonzero()[:, 0]  # [S]
-        lengths = torch.cat((starts, torch.tensor([ids.numel()]))).diff()  # [S]
-        positions = torch.arange(ids.numel()) - starts.repeat_interleave(lengths)
-        bounds = torch.cat((starts, torch.tensor([ids.numel()]))).int()  # [S + 1]
+        bounds = torch.cat((starts, torch.tensor([ids.numel()])))  # [S + 1]
+        positions = torch.arange(ids.numel()) - starts.repeat_interleave(bounds.diff())
         return {
             "input_ids": ids, "labels": labels.masked_fill(first, IGNORED), "position_ids": positions.view_as(ids),
-            "cu_seq_lens_q": bounds, "max_length_q": ids.shape[1],
+            "cu_seq_lens_q": bounds.int(), "max_length_q": ids.shape[1],
         }  # fmt: skip
 
 

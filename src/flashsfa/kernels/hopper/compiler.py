@@ -136,8 +136,8 @@ def _write_whole(path: Path, content: bytes) -> None:
     """Another process sees the whole file or none; a directory that cannot be written costs only the next start."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(content)
-        os.replace(file.name, path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as beside:
+            (Path(beside) / path.name).write_bytes(content)
+            (Path(beside) / path.name).replace(path)
     except OSError:
         pass
