@@ -1,7 +1,8 @@
 """Cases of whole models: reading a prompt, and making tokens after a long context, beside the same model dense.
 
 Weights and cached tokens are random: they decide nothing about speed. The sides run one after the other, so that each has
-the memory to itself and its peak is its own. On a GPU a token is one CUDA graph on all sides.
+the memory to itself and its peak is its own. On a GPU, on all sides, norms and MLPs are compiled and a token is one CUDA
+graph: what surrounds attention takes the time that it takes where one serves models.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class GenerateCase:
     def curve(self) -> str:
         return f"{code_label(self.topk, self.dense_dims)}, batch {self.batch}"
 
+    @torch._dynamo.config.patch(recompile_limit=64)  # a few shapes a side and case; beyond the limit they run uncompiled
     def measure(self, bandwidth: float, quick: bool) -> dict[str, Any]:
         """The figures of the case's row. Raises `WrongOutputError` before anything is timed."""
         self._require_memory(sparse=True)
@@ -105,6 +107,8 @@ class GenerateCase:
     def _side(self, model: Any, *, sparse: bool, quick: bool) -> tuple[Any, Generation]:
         """Time of a token, and what else one side takes; nothing of it stays in memory."""
         on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            _compile_parts(model)
         first = self._first_token_ms(model, sparse, quick) if self.n <= _LONGEST_PROMPT else None
         release(self.device)
         if on_gpu:
@@ -218,8 +222,8 @@ class GenerateCase:
         return self.batch * self.n * attention_shape(model)[1] * model.config.num_hidden_layers
 
     def _ids(self, batch: int, n: int) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        return torch.randint(0, 1000, (batch, n), generator=generator).to(self.device)
+        generator = torch.Generator("cpu").manual_seed(0)
+        return torch.randint(0, 1000, (batch, n), generator=generator, device="cpu").to(self.device)
 
 
 def _config(shape: str, dtype: torch.dtype) -> Any:
@@ -290,6 +294,13 @@ def _unmasked(model: Any, name: str, sdpa: Callable[..., Tensor]) -> Any:
     twin = _twin(model)
     twin.set_attn_implementation(name)
     return twin
+
+
+def _compile_parts(model: Any) -> None:
+    """Compile what is most small operations in a row: norms and MLPs, in place."""
+    for module in model.modules():
+        if type(module).__name__.endswith(("Norm", "MLP")):
+            module.compile(dynamic=False)
 
 
 def _graphed(step: Callable[[], Tensor]) -> Callable[[], Tensor]:

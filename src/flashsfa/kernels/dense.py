@@ -17,9 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..masks import AttentionMask
+from .topk import _triton_is_installed
 
 _aten = torch.ops.aten
 _CUDNN_SHORTEST = 64  # cuDNN refuses some shorter sequences, and is no faster on them
+# cuDNN's causality is square: a chunk of queries after earlier keys is two calls and a merge, FlashAttention-2's is
+# one call. At some 600 and 350 TFLOP/s on an H100 cuDNN saves 1.2 us per GFLOP; two more launches cost about 50 us.
+_CUDNN_CHUNK_FLOPS = 40e9
 
 
 def choose_kernel(q: Tensor, v: Tensor, mask: AttentionMask) -> tuple[Kernel | None, str]:
@@ -40,11 +44,14 @@ def choose_kernel(q: Tensor, v: Tensor, mask: AttentionMask) -> tuple[Kernel | N
     two_sided = mask.window is not None and not mask.is_causal
     if two_sided and (mask.cu_seqlens_q is not None or n_q > n_k):
         return CudaEfficient(), "torch's memory-efficient CUDA kernel: FlashAttention-2 misplaces such a window"
+    shorter = min(n_q, n_k)
+    flops = 4 * q.shape[0] * q.shape[1] * width * shorter * (n_k - shorter / 2)  # if causal
     if (
         torch.cuda.get_device_capability(q.device) >= (9, 0)
         and plain
         and width <= 128
-        and min(n_q, n_k) >= _CUDNN_SHORTEST
+        and shorter >= _CUDNN_SHORTEST
+        and (not mask.is_causal or n_q == n_k or flops >= _CUDNN_CHUNK_FLOPS)
     ):
         return CudaCudnn(), "cuDNN, the fastest dense kernel torch has for this mask on Hopper and later"
     if torch.cuda.get_device_capability(q.device) >= (8, 0):
@@ -135,7 +142,13 @@ def _lse_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
-    """Fold a part over further keys into out [..., N, D] and lse [..., N], in place."""
+    """Fold a part over further keys into out [B, H, N, D] and lse [B, H, N], in place."""
+    if out.is_cuda and _triton_is_installed():
+        from .triton import merge_parts
+
+        with torch.cuda.device_of(out):
+            merge_parts.merge_parts(out, lse, part, part_lse)
+        return
     total = torch.logaddexp(lse, part_lse)
     finite = total.clamp(min=torch.finfo(total.dtype).min)  # rows without any key yet: exp(-inf - finite) = 0
     keep, add = (lse - finite).exp(), (part_lse - finite).exp()
