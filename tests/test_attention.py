@@ -1,6 +1,7 @@
 """The operator against its definition: outputs, gradients, masks, layouts, saved memory and input errors."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import flashsfa
 from flashsfa import FeatureCodes, reference, topk_codes
 from flashsfa import sparse_feature_attention as attention
 from flashsfa import sparse_feature_attention_varlen as attention_varlen
+from flashsfa.kernels import dense
 from flashsfa.masks import AttentionMask
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -338,3 +340,31 @@ def test_bad_packing(change, message):
     good |= {f"cu_seqlens_{x}": torch.tensor([0, n], dtype=torch.int32) for x, n in (("q", 3), ("k", 5))}
     with pytest.raises(ValueError, match=message):
         attention_varlen(**(good | change), topk=2)
+
+
+def test_cudnn_always_gets_gradients_in_the_order_of_the_output(monkeypatch):
+    """torch keeps one backward plan for q, k and v of the same strides, and runs it on gradients of any."""
+    seen = []
+
+    def backward(grad_out, q, k, v, out, *_, **__):
+        seen.append((grad_out.stride(), torch.equal(grad_out, expected)))
+        return q, k, v
+
+    monkeypatch.setattr(dense, "_aten", SimpleNamespace(_scaled_dot_product_cudnn_attention_backward=backward))
+    q = torch.randn(2, 5, 6, 16).transpose(1, 2)  # [B, H, N, D] in the memory order [B, N, H, D]
+    expected = torch.randn(2, 6, 5, 16)
+    for grad_out in (expected, expected.transpose(1, 2).contiguous().transpose(1, 2)):
+        dense.CudaCudnn().backward(grad_out, q, q, q, torch.empty_like(q), torch.randn(2, 6, 5), None, True, 0.25)
+    assert seen == [(q.stride(), True)] * 2
+
+
+@pytest.mark.gpu
+def test_gradients_do_not_depend_on_the_order_of_what_comes_back():
+    shapes = [(2, h, 256, 64) for h in (6, 2, 2)]
+    q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for shape in shapes)
+    grad = torch.randn(shapes[0], device="cuda", dtype=torch.bfloat16)
+    found = []
+    for grad_out in (grad, grad.transpose(1, 2).contiguous().transpose(1, 2)):
+        out = flashsfa.sparse_feature_attention(q, k, v, topk=8, is_causal=True)
+        found.append(torch.autograd.grad(out, (q, k, v), grad_out))
+    torch.testing.assert_close(*found)
