@@ -3,7 +3,7 @@
 #
 #   recipes/quality.sh runs/quality                       one run at a time
 #   JOBS=5 recipes/quality.sh runs/quality                five side by side: a model this small does not fill an H100
-#   recipes/quality.sh runs/quality training.tokens=14_745_600      further settings, for every run
+#   recipes/quality.sh runs/quality training.tokens=9_633_792       further settings, for every run
 #
 # What is finished already is not run again, so a script that was stopped goes on where it was.
 set -euo pipefail
@@ -24,18 +24,22 @@ qwen3-24+8              qwen3-29m
 gpt2-k8-anneal          gpt2-27m  $k8 attention.anneal.share=0.5
 qwen3-24+8-denseq-theta qwen3-29m attention.topk_query=64 $theta
 gpt2-k8-denseq          gpt2-27m  $k8 attention.topk_query=64
+gpt2-k8-denseq-anneal   gpt2-27m  $k8 attention.topk_query=64 attention.anneal.share=0.5
 gpt2-short32            gpt2-27m  attention.kind=short attention.width=32
 gpt2-k8-all             gpt2-27m  $k8 attention.gradient=all
 qwen3-24+8-theta        qwen3-29m $theta
 qwen3-full-theta        qwen3-29m $dense $full $theta
+qwen3-24+8-denseq-theta-anneal qwen3-29m attention.topk_query=64 $theta attention.anneal.share=0.5
 qwen3-24-dense          qwen3-29m $dense
 gpt2-k8-first           gpt2-27m  $k8 attention.layers=[1,2,3,4,5]
 qwen3-24+8-anneal       qwen3-29m attention.anneal.share=0.5
 qwen3-32+4-denseq-theta qwen3-29m attention.dense_dims=32 attention.topk=4 attention.topk_query=64 $theta
 gpt2-dense-1            gpt2-27m  training.seed=1
 gpt2-k8-1               gpt2-27m  $k8 training.seed=1
+gpt2-k8-denseq-anneal-1 gpt2-27m  $k8 attention.topk_query=64 attention.anneal.share=0.5 training.seed=1
 qwen3-full-1            qwen3-29m $dense $full training.seed=1
 qwen3-24+8-1            qwen3-29m training.seed=1
+qwen3-24+8-denseq-theta-1 qwen3-29m attention.topk_query=64 $theta training.seed=1
 qwen3-k8                qwen3-29m $full
 gpt2-int8               gpt2-27m  attention.kind=int8
 gpt2-low-rank           gpt2-27m  attention.kind=low_rank attention.width=256

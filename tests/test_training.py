@@ -20,7 +20,7 @@ yaml = pytest.importorskip("yaml")
 from flashsfa.huggingface.positions import channel_first  # noqa: E402
 from flashsfa.huggingface.switch import BASIS_FILE  # noqa: E402
 from flashsfa.training import needle, recipe  # noqa: E402
-from flashsfa.training.attention import DistillCore, SparseCore, TrainedBasis, Visible, install  # noqa: E402
+from flashsfa.training.attention import DistillCore, SparseCore, TargetCore, TrainedBasis, Visible, install  # noqa: E402
 from flashsfa.training.baselines import PerformerCore, QuantizedCore  # noqa: E402
 from flashsfa.training.data import IGNORED, Collator, TokenStream, Windows, read_stream, tokenize  # noqa: E402
 from flashsfa.training.distill import DistillTrainer  # noqa: E402
@@ -457,22 +457,34 @@ class Coding(torch.nn.Module):
     keys = queries
 
 
-def test_eq8_is_the_distance_to_dense_outputs_which_get_no_gradient():
+def test_eq8_is_the_distance_to_its_target():
     q, k, v = (torch.randn(2, h, 6, 8, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2))
-    core = DistillCore(Coding(), True)
+    core = DistillCore(Coding())
+    core.target = target = torch.randn(2, 4, 6, 8, dtype=torch.float64)
     out, loss = core(q, k, v, Visible(0.3)), core.distance
     repeated = [x.repeat_interleave(2, 1) for x in (k, v)]
-    dense = F.scaled_dot_product_attention(q, *repeated, is_causal=True, scale=0.3)
     keep = [reference.topk_rows(x, 3, dense_dims=2).detach() != 0 for x in (q, repeated[0])]
     sparse = F.scaled_dot_product_attention(q * keep[0], repeated[0] * keep[1], repeated[1], is_causal=True, scale=0.3)
     torch.testing.assert_close(out, sparse)
-    expected = (sparse - dense.detach()).square().sum(-1).mean((0, 2))  # [Hq]
+    expected = (sparse - target).square().sum(-1).mean((0, 2))  # [Hq]
     torch.testing.assert_close(loss, expected.float(), check_dtype=False)
     grads = torch.autograd.grad(loss.mean(), (q, k, v))
     torch.testing.assert_close(grads, torch.autograd.grad(expected.mean(), (q, k, v)), rtol=1e-5, atol=1e-7)
-    for silent in (DistillCore(Coding(), False), DistillCore(Coding(), True).eval()):
-        silent(q, k, v, Visible(0.3))
-        assert silent.distance is None
+    silent = DistillCore(Coding())
+    silent(q, k, v, Visible(0.3))
+    assert silent.distance is None
+    silent.target = target
+    silent.eval()(q, k, v, Visible(0.3))
+    assert silent.distance is None
+
+
+def test_the_target_of_eq8_is_dense_attention():
+    q, k, v = (torch.randn(2, h, 6, 8, dtype=torch.float64) for h in (4, 2, 2))
+    core = TargetCore()
+    out = core(q, k, v, Visible(0.3))
+    repeated = [x.repeat_interleave(2, 1) for x in (k, v)]
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, *repeated, is_causal=True, scale=0.3))
+    assert core.out is out
 
 
 def test_a_trained_basis_changes_no_score_before_topk():
@@ -489,7 +501,8 @@ def test_a_trained_basis_changes_no_score_before_topk():
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_each_layer_reports_its_distance_once(checkpointing):
     model = flashsfa.enable(transformers.Qwen3ForCausalLM(transformers.Qwen3Config(vocab_size=VOCABULARY, **QWEN3)), 4)
-    install(model, lambda index, module: DistillCore(module.sfa, index == 1))
+    install(model, lambda index, module: DistillCore(module.sfa))
+    model.model.layers[1].self_attn.sfa_core.target = torch.zeros(2, 4, 8, 16)
     if checkpointing:
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     model.train()(torch.randint(0, VOCABULARY, (2, 8)), use_cache=False)
@@ -696,6 +709,34 @@ def test_distillation_brings_sparse_outputs_to_dense_ones(tmp_path, content, con
     ids = torch.from_numpy(np.load(tokens)[: 8 * CONTEXT].astype(np.int64)).view(8, CONTEXT)
     loss = model.eval()(ids, labels=ids, use_cache=False).loss
     assert float(loss.detach()) == pytest.approx(result(tmp_path)["validation_loss"], rel=1e-4)
+
+
+def head_outputs(model, ids):
+    """What each layer's heads give to the output projection, [layers, B, N, Hq · Dv]."""
+    seen = []
+    modules = [layer.self_attn.o_proj for layer in model.model.layers]
+    hooks = [module.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for module in modules]
+    with torch.no_grad():
+        model.eval()(ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(seen)
+
+
+def test_distillation_brings_heads_to_the_dense_model_as_it_was(tmp_path, content, converted, tokens):
+    """Dense attention of the weights that are being trained is another target, and runs away from them."""
+    sparse = flashsfa.from_pretrained(converted)
+    with torch.no_grad():
+        for layer in sparse.model.layers:
+            layer.self_attn.q_norm.weight *= 3  # attention that is not flat
+    sparse.save_pretrained(converted)
+    content["training"] |= {"tokens": 100 * 4 * CONTEXT, "learning_rate": 3e-3, "warmup": 5}
+    assert run(tmp_path, distill_content(content, converted, weight=1e4), command="distill") == 0
+    ids = torch.from_numpy(np.load(tokens)[: 8 * CONTEXT].astype(np.int64)).view(8, CONTEXT)
+    before = head_outputs(sparse, ids)
+    dense = head_outputs(flashsfa.disable(sparse), ids)
+    after = head_outputs(flashsfa.from_pretrained(tmp_path / "run" / "model"), ids)
+    assert (after - dense).norm() < 0.8 * (before - dense).norm()
 
 
 def test_distillation_without_a_loss_term_is_plain_fine_tuning(tmp_path, content, converted):

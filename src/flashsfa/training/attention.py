@@ -80,35 +80,49 @@ class SparseCore(Core):
         return sparse_attention(q, k, v, visible, self.coding)
 
 
-class DistillCore(Core):
-    """Sparse Feature Attention in a basis, and while training Eq. 8's distance from dense attention of the same q, k, v.
+class TargetCore(DenseCore):
+    """Dense attention of the frozen model, which keeps its output: the target of Eq. 8.
 
     Attributes:
+        out: [B, Hq, N, Dv] of the last forward pass; None before it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out: Tensor | None = None
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
+        self.out = super().forward(q, k, v, visible)
+        return self.out
+
+
+class DistillCore(Core):
+    """Sparse Feature Attention in a basis, and while training Eq. 8's distance from a target.
+
+    Attributes:
+        target: [B, Hq, N, Dv] without gradient, set before each forward pass; None for no distance.
         distance: [Hq] of the last forward pass, the mean over its tokens; None if there is none.
 
     Args:
         coding: budgets and basis of the layer.
-        has_loss: whether the layer counts in Eq. 8.
         trained: the basis to use in place of the coding's.
     """
 
-    def __init__(self, coding: LayerCoding, has_loss: bool, trained: TrainedBasis | None = None) -> None:
+    def __init__(self, coding: LayerCoding, trained: TrainedBasis | None = None) -> None:
         super().__init__()
-        self.coding, self._has_loss, self.trained = coding, has_loss, trained
+        self.coding, self.trained = coding, trained
+        self.target: Tensor | None = None
         self.distance: Tensor | None = None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
-        coding = self.coding
         if self.trained is not None:
             basis = self.trained()
-            sparse_q, sparse_k = basis.transform_query(q), basis.transform_key(k)
+            q, k = basis.transform_query(q), basis.transform_key(k)
         else:
-            sparse_q, sparse_k = coding.queries(q), coding.keys(k)
-        out = sparse_attention(sparse_q, sparse_k, v, visible, coding)
-        if self.training and self._has_loss:
-            with torch.no_grad():
-                target = dense_attention(q, k, v, visible)
-            self.distance = (out - target).float().square().sum(-1).mean((0, 2))
+            q, k = self.coding.queries(q), self.coding.keys(k)
+        out = sparse_attention(q, k, v, visible, self.coding)
+        if self.training and self.target is not None:
+            self.distance = (out - self.target).float().square().sum(-1).mean((0, 2))
         return out
 
 

@@ -1,7 +1,8 @@
 """`flashsfa train distill`: a converted model learns to do with its sparse features what it did with dense ones.
 
-The paper's Eq. 8, L = L_LM + λ · mean over heads ‖Õ_h - stopgrad(O_h)‖²: the sparse and the dense output of a head come from
-the same queries, keys and values, so that one forward pass gives both.
+The paper's Eq. 8, L = L_LM + λ · mean over heads ‖Õ_h - stopgrad(O_h)‖². O_h is a head's output in the dense model as it was
+before. The paper takes it from the same queries, keys and values as Õ_h; but then it moves with the weights that are to reach
+it, and the distance grows (docs/quality.md).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from ..basis import FeatureBasis
 from ..checks import require
 from ..huggingface import disable, enable, from_pretrained
 from ..huggingface.switch import BASIS_FILE, attention_layers
-from .attention import Core, DenseCore, DistillCore, TrainedBasis, install, uninstall
+from .attention import Core, DenseCore, DistillCore, TargetCore, TrainedBasis, install, uninstall
 from .data import IGNORED
 from .pretrain import load_corpus, load_tokenizer, save
 from .recipe import Distill, DistillRecipe, Lora
@@ -41,14 +42,14 @@ def distill(recipe: DistillRecipe, directory: Path) -> dict[str, Any]:
         recipe.data, recipe.training, tokenizer, model.config.vocab_size,
         None if warmup is None else (warmup.text, warmup.tokens),
     )  # fmt: skip
-    teacher = _teacher(recipe.model) if recipe.distill.logits else None
     basis = _basis(recipe.model)
-    _install(model, basis, recipe.distill)
+    layers = _install(model, basis, recipe.distill)
+    teacher = _teacher(recipe.model) if recipe.distill.weight or recipe.distill.logits else None
     trained: Any = model if recipe.distill.lora is None else _with_adapters(model, recipe.distill.lora)
     callbacks = Annealing.of(model, recipe.distill.anneal, total_steps(recipe.training, recipe.data.context))
     trainer = prepare(
         DistillTrainer, place, trained, corpus.train, corpus.validation, corpus.collate, recipe.training,
-        recipe.data.context, callbacks, settings=recipe.distill, teacher=teacher,
+        recipe.data.context, callbacks, settings=recipe.distill, teacher=teacher, targets=_targets(model, teacher, layers),
     )  # fmt: skip
     result = fit(trainer, place)
 
@@ -64,9 +65,12 @@ def distill(recipe: DistillRecipe, directory: Path) -> dict[str, Any]:
 class DistillTrainer(RunTrainer):
     """Adds Eq. 8 and the divergence of logits to the language modelling loss, and logs each by its name."""
 
-    def __init__(self, place: RunDirectory, *, settings: Distill, teacher: Any | None, **options: Any) -> None:
+    def __init__(
+        self, place: RunDirectory, *, settings: Distill, teacher: Any | None,
+        targets: list[tuple[DistillCore, TargetCore]], **options: Any,
+    ) -> None:  # fmt: skip
         super().__init__(place, **options)
-        self._settings = settings
+        self._settings, self._targets = settings, targets
         self._teacher = None if teacher is None else teacher.to(self.args.device)
 
     def compute_loss(
@@ -74,17 +78,19 @@ class DistillTrainer(RunTrainer):
     ) -> Any:
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self._teacher is not None:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                dense = self._teacher(**{k: v for k, v in inputs.items() if k != "labels"}, use_cache=False).logits
+        for core, target in self._targets:
+            core.target = target.out
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         self.note("lm_loss", loss * self.current_gradient_accumulation_steps)
         terms: list[tuple[str, float, Tensor]] = []
-        cores = [module for module in model.modules() if isinstance(module, DistillCore)]
-        distances = [core.distance for core in cores if core.distance is not None]
-        if self._settings.weight and distances:
+        distances = [core.distance for core, _ in self._targets if core.distance is not None]
+        if distances:
             terms.append(("attention_distance", self._settings.weight, torch.stack(distances).mean()))
-        if self._teacher is not None:
-            with torch.no_grad(), self.compute_loss_context_manager():
-                target = self._teacher(**{k: v for k, v in inputs.items() if k != "labels"}, use_cache=False).logits
-            terms.append(("divergence", self._settings.logits, _divergence(target, outputs.logits, inputs["labels"])))
+        if self._settings.logits:
+            terms.append(("divergence", self._settings.logits, _divergence(dense, outputs.logits, inputs["labels"])))
         for name, weight, value in terms:
             self.note(name, value)
             # The language modelling loss is a share of the whole step's already.
@@ -115,8 +121,17 @@ def _load(path: str) -> Any:
 def _teacher(path: str) -> Any:
     """The model as it is before, dense and frozen."""
     dense = disable(_load(path)).eval().requires_grad_(False)
-    install(dense, lambda index, module: DenseCore())  # which knows packed documents
+    install(dense, lambda index, module: TargetCore())
     return dense
+
+
+def _targets(model: Any, teacher: Any | None, layers: list[int]) -> list[tuple[DistillCore, TargetCore]]:
+    """The pairs that Eq. 8 compares."""
+    if teacher is None:
+        return []
+    ours: list[Any] = attention_layers(model)
+    theirs: list[Any] = attention_layers(teacher)
+    return [(ours[i].sfa_core, theirs[i].sfa_core) for i in layers]
 
 
 def _basis(path: str) -> FeatureBasis | None:
@@ -125,7 +140,8 @@ def _basis(path: str) -> FeatureBasis | None:
     return FeatureBasis.load(file) if file.is_file() else None
 
 
-def _install(model: Any, basis: FeatureBasis | None, settings: Distill) -> None:
+def _install(model: Any, basis: FeatureBasis | None, settings: Distill) -> list[int]:
+    """Give `model` the cores it is trained with; returns the layers that Eq. 8 looks at."""
     modules = attention_layers(model)
     sparse = [i for i, module in enumerate(modules) if hasattr(module, "sfa")]
     layers = sparse if settings.layers is None else settings.layers
@@ -140,9 +156,10 @@ def _install(model: Any, basis: FeatureBasis | None, settings: Distill) -> None:
         if index not in sparse:
             return DenseCore()
         trained = TrainedBasis(basis[index]) if settings.train_basis and basis is not None else None
-        return DistillCore(module.sfa, index in layers, trained)
+        return DistillCore(module.sfa, trained)
 
     install(model, core)
+    return layers if settings.weight else []
 
 
 def _with_adapters(model: Any, settings: Lora) -> Any:

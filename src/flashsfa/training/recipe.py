@@ -208,10 +208,10 @@ class Distill:
     """The terms of the loss: language modelling + weight · Eq. 8 + logits · KL(dense model ‖ sparse model).
 
     Attributes:
-        weight: λ of Eq. 8: squared distance of each head's sparse output from its dense one, summed over features,
-            averaged over tokens, heads and layers.
+        weight: λ of Eq. 8: squared distance of each head's output from its output in the dense model as it was before,
+            summed over features, averaged over tokens, heads and layers.
         layers: those Eq. 8 looks at; None for all that are sparse.
-        logits: weight of the Kullback-Leibler divergence a token from the dense model as it was before.
+        logits: weight of the Kullback-Leibler divergence a token from that dense model.
         train_basis: train the basis too; its two sides stay inverse to one another.
         anneal: shrink the budget during training.
         warmup, lora: see there.
