@@ -74,8 +74,8 @@ def test_opcheck_attention(is_causal, window, padded, backend, dtype):
     settings = (16, 0.25, is_causal, window, padding, None, None, 0, 0, backend)
     tensors = [*flat(codes[0]), *flat(codes[1]), v.requires_grad_()]
     op, backward = (getattr(torch.ops.flashsfa, x).default for x in ("codes_attention", "codes_attention_backward"))
-    torch.library.opcheck(op, (*tensors, *settings))
+    torch.library.opcheck(op, (*tensors, *settings, None))
     with torch.no_grad():
-        out, lse = op(*tensors, *settings)
+        out, lse = op(*tensors, *settings, None)
     tensors = [x.detach() for x in tensors]
     torch.library.opcheck(backward, (torch.randn_like(out), *tensors, out, lse, *settings))

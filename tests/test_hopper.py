@@ -1,89 +1,238 @@
-"""Prefill on sparse tensor cores: the layouts against the instruction set's tables on the CPU, the kernel on Hopper."""
+"""Prefill on sparse tensor cores: queries in registers against the instruction set's tables, the kernel on Hopper."""
 
+import ctypes
 import dataclasses
+import math
+import shutil
+import subprocess
 
 import pytest
 import torch
 
-from flashsfa import reference
+import flashsfa
+from flashsfa import reference, sparse_feature_attention
+from flashsfa.codes import FeatureCodes, all_dense_codes, topk_codes
+from flashsfa.kernels.hopper import compiler, cuda, prefill
 from flashsfa.masks import AttentionMask
-
-pytest.importorskip("triton")
-from flashsfa.kernels.hopper import compiler, cuda, pack, prefill
 
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
-def rows_2_of_4(*shape, dtype=BF16, density=0.5):
-    """Rows with at most two nonzero entries in each aligned group of four, fewer in most."""
-    x = torch.randn(shape)
-    four = x.unflatten(-1, (-1, 4))
-    keep = torch.zeros_like(four).scatter(-1, four.abs().topk(2, -1).indices, 1.0) * (torch.rand_like(four) < density)
-    return (four * keep).flatten(-2).to(dtype)
+def coded(q, dense_dims=0):
+    """q [..., D] as the kernel takes it: all that the 2:4 pattern holds beside the dense channel."""
+    sparse_dims = q.shape[-1] - dense_dims
+    return topk_codes(q, sparse_dims // 2, dense_dims=dense_dims, pattern="2:4") if sparse_dims else all_dense_codes(q)
 
 
-# ---- layouts: fragments and metadata as the PTX ISA (wgmma.mma_async.sp, m64nNk32) lays them out over 128 threads
+# ---- queries in registers, as the PTX ISA (wgmma.mma_async(.sp), m64nNk16 and k32) lays them out over 128 threads
+
+HARNESS = """
+#define __device__
+#define __forceinline__ inline
+struct uint4 { unsigned x, y, z, w; };
+static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+%s
+extern "C" void load(const void* dense, const void* values, const void* indices, int tile, int n, uint4* v, u32* p) {
+  const QueryCodes codes = {(const u32*)dense, (const u32*)values, (const u64*)indices};
+  for (int thread = 0; thread < 128; ++thread) {
+    const int row = 64 * tile + thread / 32 * 16 + thread %% 32 / 4;
+    Queries q;
+    q.load(codes, row, row < n, row + 8 < n, thread %% 32);
+    for (int i = 0; i < STEPS; ++i) v[i * 128 + thread] = q.values[i];
+    for (int i = 0; i < WORDS; ++i) p[i * 128 + thread] = q.places[i];
+  }
+}
+"""
 
 
-def fragment_places():
-    """Row and column [128, 8] of a thread's eight entries of a 64 x 16 operand."""
+@pytest.fixture(scope="module")
+def in_registers(tmp_path_factory):
+    """queries.cu, compiled for the host: values [steps, 128, 8] and metadata [words, 128] of a tile of 64 rows."""
+    compiler_path = shutil.which("c++")
+    if compiler_path is None:
+        pytest.skip("needs a C++ compiler")
+    folder = tmp_path_factory.mktemp("queries")
+    text = (compiler.SOURCES / "queries.cu").read_text()
+
+    def load(codes, tile):
+        sizes = [f"-DHEAD_DIM={codes.head_dim}", f"-DDENSE_DIMS={codes.dense_dims}"]
+        library = folder / f"{codes.head_dim}-{codes.dense_dims}.so"
+        if not library.exists():
+            (folder / "queries.cpp").write_text(HARNESS % text)
+            command = [compiler_path, "-std=c++17", "-w", "-O1", "-shared", "-fPIC", *sizes, folder / "queries.cpp"]
+            subprocess.run([*command, "-o", library], check=True)
+        steps = codes.dense_dims // 16 + codes.sparse_dims // 32
+        values = torch.empty(steps, 128, 8, dtype=codes.dtype)
+        places = torch.empty(2 if codes.sparse_dims > 64 else 1, 128, dtype=torch.int32)
+        parts = [ctypes.c_void_p(x.data_ptr()) for x in (codes.dense, codes.values, codes.indices)]
+        outputs = [ctypes.c_void_p(x.data_ptr()) for x in (values, places)]
+        ctypes.CDLL(str(library)).load(*parts, tile, codes.values.shape[0], *outputs)
+        return values, places
+
+    return load
+
+
+def multiplied(values, metadata, head_dim, dense_dims):
+    """The rows [64, D] that the instructions would multiply."""
     thread, entry = torch.arange(128)[:, None], torch.arange(8)[None, :]
     row = thread // 32 * 16 + thread % 32 // 4 + 8 * (entry // 2 % 2)
-    column = thread % 4 * 2 + entry % 2 + 8 * (entry // 4)
-    return row, column
-
-
-def unpack_sparse(values, metadata, head_dim):
-    """The rows [64, D] of one tile that an instruction would multiply."""
-    row, column = fragment_places()
+    column = thread % 4 * 2 + entry % 2 + 8 * (entry // 4)  # of a 64 x 16 operand
     tile = torch.zeros(64, head_dim, dtype=values.dtype)
-    for step in range(head_dim // 32):
+    for step in range(dense_dims // 16):
+        tile[row, 16 * step + column] = values[step]
+    for step in range((head_dim - dense_dims) // 32):
         kept = torch.empty(64, 16, dtype=values.dtype)
-        kept[row, column] = values[step]
+        kept[row, column] = values[dense_dims // 16 + step]
         places = torch.full((64, 8), -1)  # four bits a group
-        for thread in range(128):
-            lane = thread % 32
+        for t in range(128):
+            lane = t % 32
             if lane % 4 // 2 != step % 2:
                 continue  # the selector picks two lanes of four
             for bit in range(0, 32, 4):
-                r = thread // 32 * 16 + lane // 4 + 8 * (bit // 16)
-                places[r, lane % 2 * 4 + bit % 16 // 4] = int(metadata[step // 2, thread]) >> bit & 15
+                r = t // 32 * 16 + lane // 4 + 8 * (bit // 16)
+                places[r, lane % 2 * 4 + bit % 16 // 4] = int(metadata[step // 2, t]) >> bit & 15
         assert (places >= 0).all()
         first, second = places & 3, places >> 2
         assert (first < second).all()
-        groups = tile[:, 32 * step : 32 * (step + 1)].unflatten(1, (8, 4))
+        begin = dense_dims + 32 * step
+        groups = tile[:, begin : begin + 32].unflatten(1, (8, 4))
         groups.scatter_(2, torch.stack((first, second), 2), kept.unflatten(1, (8, 2)))
     return tile
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("n", [1, 64, 130])
-def test_packed_rows_are_what_the_instruction_reads(head_dim, n):
-    q = rows_2_of_4(2, n, 2, head_dim).transpose(1, 2)  # [B, H, N, D]
-    values, metadata = pack.pack_sparse(q)
+@pytest.mark.parametrize(
+    ("head_dim", "dense_dims"), [(64, 0), (64, 32), (64, 64), (128, 0), (128, 32), (128, 64), (128, 96), (128, 128)]
+)
+@pytest.mark.parametrize("n", [1, 64, 73])
+def test_instructions_multiply_the_coded_rows(in_registers, head_dim, dense_dims, n):
+    codes = coded(torch.randn(n, head_dim).to(BF16), dense_dims)
     tiles = -(-n // 64)
-    expected = torch.zeros(4, tiles * 64, head_dim, dtype=BF16)
-    expected[:, :n] = q.flatten(0, 1)
-    values = values.view(BF16).unflatten(0, (4, tiles))  # [B * H, tiles, steps, 128, 8]
-    for head in range(4):
-        for tile in range(tiles):
-            found = unpack_sparse(values[head, tile], metadata.unflatten(0, (4, tiles))[head, tile], head_dim)
-            torch.testing.assert_close(found, expected[head, 64 * tile : 64 * (tile + 1)], rtol=0, atol=0)
+    expected = torch.zeros(tiles * 64, head_dim, dtype=BF16)
+    expected[:n] = codes.to_dense()
+    for tile in range(tiles):
+        found = multiplied(*in_registers(codes, tile), head_dim, dense_dims)
+        assert torch.equal(found, expected[64 * tile : 64 * (tile + 1)])
+
+
+@pytest.mark.parametrize("dense_dims", [0, 32])
+def test_a_smaller_budget_fills_the_pattern_with_zeros(dense_dims):
+    codes = topk_codes(torch.randn(2, 3, 5, 128), 9, dense_dims=dense_dims, pattern="2:4")
+    dense, values, indices = prefill.in_pairs(codes)
+    assert values.shape[-1] == (128 - dense_dims) // 2
+    groups = indices.unflatten(-1, (-1, 2)).long() // 4
+    assert torch.equal(groups, torch.arange(groups.shape[-2], device=groups.device)[:, None].expand_as(groups))
+    assert torch.equal(FeatureCodes(dense, values, indices, 128).to_dense(), codes.to_dense())
+
+
+# ---- the pattern on the public path, on whatever device and backend
+
+
+def attend(q, k, v, **options):
+    """Output, log-sum-exp and gradients under a fixed output gradient."""
+    q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
+    out, lse = sparse_feature_attention(q, k, v, return_lse=True, **options)
+    out.backward(torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device).view(out.shape))
+    return out.detach(), lse, q.grad, k.grad, v.grad
+
+
+def plain(q, k, v, *, topk, topk_query, dense_dims, is_causal):
+    """The same by `reference`, in the dtype of the inputs, in full."""
+    q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
+    out, lse = reference.sparse_feature_attention(
+        q, k, v, topk=topk, topk_query=topk_query, dense_dims=dense_dims, query_pattern="2:4",
+        mask=AttentionMask(is_causal),
+    )  # fmt: skip
+    out.backward(torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device).view(out.shape))
+    return out.detach(), lse.detach(), q.grad, k.grad, v.grad
+
+
+def check_public(q, k, v, backend="auto", **options):
+    """The error rule for outputs and gradients. Inputs select alike in every dtype."""
+    found = attend(q, k, v, query_pattern="2:4", backend=backend, **options)
+    truth = plain(q.double(), k.double(), v.double(), **options)
+    rough = plain(q, k, v, **options)
+    # dq and dk are differences of terms as large as grad_out · out; where these cancel, their rounding stays.
+    terms = q.shape[-1] ** -0.5 * truth[0].abs().sum(-1).max()  # |grad_out| <= 1
+    terms = (0, 0, terms * k.abs().max(), terms * q.abs().max(), 0)
+    eps = torch.finfo(q.dtype).eps
+    for x, exact, same, term in zip(found, truth, rough, terms, strict=True):
+        seen = exact.isfinite()
+        assert torch.equal(x.isfinite(), seen)
+        error, allowed = ((y.double() - exact)[seen].abs().max() for y in (x, same))
+        assert error <= 2 * allowed + eps * (4 * exact[seen].abs().max() + term)
+
+
+BUDGETS = [(64, 64, 8, 8, 0), (64, 64, 8, 32, 0), (64, 32, 8, 16, 32), (32, 16, 3, 5, 4)]  # D, Dv, topk, topk_query, M
+
+
+@pytest.mark.parametrize("backend", ["auto", "dense", "reference"])
+@pytest.mark.parametrize(("head_dim", "value_dim", "topk", "topk_query", "dense_dims"), BUDGETS)
+def test_every_backend_prunes_alike(head_dim, value_dim, topk, topk_query, dense_dims, backend):
+    q = torch.randn(2, 4, 9, head_dim)
+    k, v = torch.randn(2, 2, 13, head_dim), torch.randn(2, 2, 13, value_dim)
+    check_public(q, k, v, backend, topk=topk, topk_query=topk_query, dense_dims=dense_dims, is_causal=True)
+
+
+@pytest.mark.parametrize("dense_dims", [0, 4])
+def test_opcheck_selection(dense_dims):
+    x = torch.randn(2, 3, 16, requires_grad=True)
+    torch.library.opcheck(torch.ops.flashsfa.pair_codes.default, (x, dense_dims))
+
+
+def test_a_query_keeps_its_features_in_the_pattern():
+    q, k, v = (torch.randn(1, 1, 6, 16, requires_grad=True) for _ in "qkv")
+    sparse_feature_attention(q, k, v, topk=16, topk_query=5, query_pattern="2:4").sum().backward()
+    kept = q.grad != 0
+    assert torch.equal(kept, topk_codes(q.detach(), 5, pattern="2:4").to_dense() != 0)
+    assert (kept.unflatten(-1, (-1, 4)).sum(-1) <= 2).all()
+
+
+def test_packed_sequences_take_the_pattern():
+    q, k, v = (torch.randn(11, 2, 16) for _ in "qkv")
+    bounds = torch.tensor([0, 4, 11], dtype=torch.int32)
+    options = {"topk": 3, "topk_query": 8, "query_pattern": "2:4", "is_causal": True}
+    out = flashsfa.sparse_feature_attention_varlen(q, k, v, bounds, bounds, **options)
+    for a, b in ((0, 4), (4, 11)):
+        one = sparse_feature_attention(*(x[a:b].transpose(0, 1)[None] for x in (q, k, v)), **options)
+        torch.testing.assert_close(out[a:b], one[0].transpose(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"topk_query": 9}, "at most half"),
+        ({"topk_query": 16}, "at most half"),
+        ({"dense_dims": 2}, "whole groups of four"),
+        ({"query_pattern": "1:2"}, "'2:4' or None"),
+    ],
+    ids=str,
+)
+def test_budgets_that_the_pattern_cannot_hold(options, message):
+    x = torch.randn(1, 1, 3, 16)
+    with pytest.raises(ValueError, match=message):
+        sparse_feature_attention(x, x, x, **{"topk": 3, "query_pattern": "2:4"} | options)
 
 
 @pytest.mark.cpu
-def test_packed_dense_rows():
-    q = torch.randn(1, 2, 70, 64).to(FP16)
-    values = pack.pack_dense(q).view(FP16).unflatten(0, (2, 2))  # [H, tiles, steps, 128, 8]
-    row, column = fragment_places()
-    expected = torch.zeros(2, 128, 64, dtype=FP16)
-    expected[:, :70] = q[0]
-    found = torch.empty_like(expected)
-    for tile in range(2):
-        for step in range(4):
-            found[:, 64 * tile + row, 16 * step + column] = values[:, tile, step]
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+def test_what_the_kernel_cannot_take_is_explained(caplog):
+    x = torch.randn(1, 1, 3, 64).to(BF16)
+    sparse_feature_attention(x, x, x, topk=8, query_pattern="2:4")
+    assert "attention: dense (" in flashsfa.explain()
+    assert "no sparse tensor cores" in flashsfa.explain()
+    assert "Hopper" in flashsfa.explain()
+
+
+@pytest.mark.cpu
+def test_a_kernel_that_cannot_be_compiled_falls_back(monkeypatch):
+    def refuse(*_, **__):
+        raise cuda.CompilationError("no NVRTC here")
+
+    monkeypatch.setattr(prefill, "obstacle", lambda *_: None)
+    monkeypatch.setattr(prefill, "forward", refuse)
+    x = torch.randn(1, 2, 9, 64).to(BF16)
+    check_public(x, x, x, topk=8, topk_query=32, dense_dims=0, is_causal=True)
+    assert "cannot be compiled: no NVRTC here" in flashsfa.explain()
 
 
 # ---- compilation, which needs NVRTC but no GPU
@@ -100,9 +249,11 @@ def nvrtc(tmp_path, monkeypatch):
 
 @pytest.mark.cpu
 @pytest.mark.parametrize("dtype", [BF16, FP16])
-@pytest.mark.parametrize(("head_dim", "value_dim"), [(64, 64), (128, 128), (64, 128), (128, 64)])
-def test_compiles_once(nvrtc, tmp_path, monkeypatch, dtype, head_dim, value_dim):
-    tile = prefill.default_tile(dtype, head_dim, value_dim)
+@pytest.mark.parametrize(
+    ("head_dim", "value_dim", "dense_dims"), [(64, 64, 0), (128, 128, 0), (64, 128, 32), (128, 64, 64), (128, 128, 96)]
+)
+def test_compiles_once(nvrtc, tmp_path, monkeypatch, dtype, head_dim, value_dim, dense_dims):
+    tile = prefill.default_tile(dtype, head_dim, value_dim, dense_dims)
     assert tile.shared_bytes <= 227 * 1024
     cubin = compiler.compile_cubin(tile)
     assert cubin.startswith(b"\x7fELF")
@@ -118,12 +269,6 @@ def test_refused_source_says_why(nvrtc, monkeypatch):
         compiler.compile_cubin(compiler.Tile(BF16, 64, 64))
 
 
-@pytest.mark.cpu
-def test_what_the_kernel_cannot_take_is_named():
-    q = torch.empty(1, 1, 8, 64, dtype=BF16)
-    assert "Hopper" in prefill.obstacle(q, q, q, AttentionMask(), 1.0)
-
-
 # ---- the kernel
 
 hopper = pytest.mark.skipif(
@@ -131,21 +276,17 @@ hopper = pytest.mark.skipif(
 )
 
 
-def default_tile(q, v, **changes):
-    """The default sizes, with barriers that trap instead of hanging."""
-    tile = prefill.default_tile(q.dtype, q.shape[-1], v.shape[-1])
-    return dataclasses.replace(tile, spin_limit=1 << 22, **changes)
-
-
 def check(q, k, v, is_causal, **changes):
-    """The error rule for out and log-sum-exp, against fp64."""
-    tile = default_tile(q, v, **changes)
-    scale = q.shape[-1] ** -0.5
+    """The error rule for out and log-sum-exp, against fp64. `q` are codes; barriers trap instead of hanging."""
+    tile = prefill.default_tile(q.dtype, q.head_dim, v.shape[-1], q.dense_dims)
+    tile = dataclasses.replace(tile, spin_limit=1 << 22, **changes)
+    scale = q.head_dim**-0.5
     mask = AttentionMask(is_causal)
     assert prefill.obstacle(q, k, v, mask, scale) is None
     out, lse = prefill.forward(q, k, v, is_causal=is_causal, scale=scale, tile=tile)
-    truth, true_lse = reference.attention(q.double(), k.double(), v.double(), mask=mask, scale=scale)
-    plain, plain_lse = reference.attention(q, k, v, mask=mask, scale=scale)
+    rows = q.to_dense()
+    truth, true_lse = reference.attention(rows.double(), k.double(), v.double(), mask=mask, scale=scale)
+    plain, plain_lse = reference.attention(rows, k, v, mask=mask, scale=scale)
     assert out.shape == truth.shape
     assert out.dtype == q.dtype
     eps = torch.finfo(q.dtype).eps
@@ -160,46 +301,75 @@ def check(q, k, v, is_causal, **changes):
     assert torch.equal(out, again)
 
 
+def normal(*shape, dtype=BF16):
+    return torch.randn(*shape, dtype=dtype, device="cuda")
+
+
 @hopper
 @pytest.mark.gpu
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize(
-    ("heads", "n_q", "n_k", "head_dim", "value_dim", "dtype"),
+    ("heads", "n_q", "n_k", "head_dim", "value_dim", "dense_dims", "dtype"),
     [
-        ((1, 1), 1, 1, 64, 64, BF16),
-        ((2, 2), 1, 777, 128, 128, BF16),
-        ((7, 1), 513, 65, 128, 128, BF16),
-        ((4, 2), 300, 300, 128, 128, FP16),
-        ((3, 1), 65, 1023, 64, 64, FP16),
-        ((8, 2), 1000, 1000, 64, 64, BF16),
-        ((2, 1), 190, 260, 64, 128, BF16),
-        ((2, 1), 190, 260, 128, 64, BF16),
+        ((1, 1), 1, 1, 64, 64, 0, BF16),
+        ((2, 2), 1, 777, 128, 128, 0, BF16),
+        ((7, 1), 513, 65, 128, 128, 0, BF16),
+        ((4, 2), 300, 300, 128, 128, 0, FP16),
+        ((3, 1), 65, 1023, 64, 64, 0, FP16),
+        ((8, 2), 1000, 1000, 64, 64, 0, BF16),
+        ((2, 1), 190, 260, 64, 128, 0, BF16),
+        ((2, 1), 190, 260, 128, 64, 0, BF16),
+        ((2, 2), 1, 65, 64, 64, 32, BF16),
+        ((4, 1), 513, 129, 128, 128, 32, BF16),
+        ((3, 1), 300, 1023, 64, 64, 32, FP16),
+        ((2, 2), 700, 700, 128, 128, 64, BF16),
+        ((2, 1), 190, 260, 128, 64, 96, FP16),
+        ((2, 1), 333, 333, 64, 128, 64, BF16),
+        ((2, 1), 333, 333, 128, 128, 128, BF16),
     ],
 )
-def test_forward(heads, n_q, n_k, head_dim, value_dim, dtype, is_causal):
-    q = 3 * rows_2_of_4(2, heads[0], n_q, head_dim, dtype=dtype).cuda()
-    k = torch.randn(2, heads[1], n_k, head_dim, dtype=dtype, device="cuda")
-    v = torch.randn(2, heads[1], n_k, value_dim, dtype=dtype, device="cuda")
+def test_forward(heads, n_q, n_k, head_dim, value_dim, dense_dims, dtype, is_causal):
+    q = coded(3 * normal(2, heads[0], n_q, head_dim, dtype=dtype), dense_dims)
+    k, v = (normal(2, heads[1], n_k, width, dtype=dtype) for width in (head_dim, value_dim))
     check(q, k, v, is_causal)
 
 
 @hopper
 @pytest.mark.gpu
-def test_forward_over_strides():
-    packed = torch.randn(2, 200, 3, 2, 64, dtype=BF16, device="cuda")  # [B, N, (q, k, v), H, D]
-    _, k, v = packed.permute(2, 0, 3, 1, 4)
-    q = rows_2_of_4(2, 200, 2, 64).cuda().transpose(1, 2)
-    check(q, k, v, True)
-    unaligned = torch.randn(2, 2, 200, 65, dtype=BF16, device="cuda")[..., 1:]
-    check(q, unaligned, v.expand(2, 2, 200, 64), True)
-    check(q, k[:1].expand_as(k), v, False)
+@pytest.mark.parametrize(("head_dim", "dense_dims"), [(64, 0), (64, 32), (128, 0), (128, 32), (128, 64), (128, 96)])
+def test_each_query_is_multiplied_as_coded(head_dim, dense_dims):
+    """With one key a feature and V the identity, a query's weights show all of its features."""
+    q = coded(normal(1, 1, 200, head_dim), dense_dims)
+    k = v = torch.eye(head_dim, dtype=BF16, device="cuda")[None, None]
+    out, lse = prefill.forward(q, k, v, is_causal=False, scale=1.0)
+    scores = out.float().log() + lse[..., None]
+    torch.testing.assert_close(scores, q.to_dense().float(), rtol=0, atol=0.02)
 
 
 @hopper
 @pytest.mark.gpu
-def test_dense_rows_of_any_kind():
-    q, k, v = (torch.randn(1, 2, 333, 128, dtype=BF16, device="cuda") for _ in "qkv")
-    check(q, k, v, True, is_sparse=False)
+def test_forward_over_strides():
+    packed = normal(2, 200, 3, 2, 64)  # [B, N, (q, k, v), H, D]
+    q, k, v = packed.permute(2, 0, 3, 1, 4)
+    q = coded(q)
+    check(q, k, v, True)
+    unaligned = normal(2, 2, 200, 65)[..., 1:]
+    check(q, unaligned, v.expand(2, 2, 200, 64), True)
+    check(q, k[:1].expand_as(k), v, False)
+    # codes that are views: of a longer code, and at odd addresses
+    held = coded(normal(2, 2, 230, 64), 32)
+    check(held[:, :, 30:], k, v, True)
+    shifted = [torch.empty(x.numel() + 1, dtype=x.dtype, device="cuda")[1:].view(x.shape).copy_(x)
+               for x in (q.dense, q.values, q.indices)]  # fmt: skip
+    check(FeatureCodes(*shifted, 64), k, v, True)
+
+
+@hopper
+@pytest.mark.gpu
+def test_fewer_features_than_the_pattern_holds():
+    k, v = normal(1, 2, 333, 128), normal(1, 2, 333, 128)
+    for dense_dims in (0, 32):
+        check(topk_codes(3 * normal(1, 2, 333, 128), 16, dense_dims=dense_dims, pattern="2:4"), k, v, True)
 
 
 @hopper
@@ -208,19 +378,102 @@ def test_dense_rows_of_any_kind():
     "changes", [{"consumers": 1}, {"consumers": 3, "block_n": 64}, {"block_n": 160}, {"stages": 3}], ids=str
 )
 def test_other_tiles(changes):
-    q = 3 * rows_2_of_4(1, 2, 1999, 128).cuda()
-    k, v = (torch.randn(1, 2, 2048, 128, dtype=BF16, device="cuda") for _ in "kv")
-    check(q, k, v, True, **changes)
+    k, v = (normal(1, 2, 2048, 128) for _ in "kv")
+    check(coded(3 * normal(1, 2, 1999, 128)), k, v, True, **changes)
 
 
 @hopper
 @pytest.mark.gpu
 def test_nan_stays_where_it_is_seen():
-    q = rows_2_of_4(1, 1, 200, 64).cuda()
-    k, v = (torch.randn(1, 1, 200, 64, dtype=BF16, device="cuda") for _ in "kv")
-    k[0, 0, 150] = torch.nan  # in all features: one that a query does not hold is never multiplied
-    v[0, 0, 170, 3] = torch.nan
-    out, lse = prefill.forward(q, k, v, is_causal=True, scale=0.125, tile=default_tile(q, v))
-    expected, expected_lse = reference.attention(q.float(), k.float(), v.float(), mask=AttentionMask(True), scale=0.125)
+    q = coded(normal(1, 1, 200, 64))
+    k, v = (normal(1, 1, 200, 64) for _ in "kv")
+    k[0, 0, 150] = math.nan  # in all features: one whose group a query does not hold is never multiplied
+    v[0, 0, 0, 3] = math.nan  # every query sees the first key; a weight of zero times NaN would spread it further
+    out, lse = prefill.forward(q, k, v, is_causal=True, scale=0.125)
+    rows = q.to_dense().float()
+    expected, expected_lse = reference.attention(rows, k.float(), v.float(), mask=AttentionMask(True), scale=0.125)
     assert torch.equal(out.isnan(), expected.isnan())
     assert torch.equal(lse.isnan(), expected_lse.isnan())
+
+
+# ---- the public path on Hopper
+
+
+@hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize(
+    ("head_dim", "topk_query", "dense_dims", "n_q", "n_k"),
+    [(64, 32, 0, 200, 200), (128, 64, 0, 129, 300), (64, 16, 32, 65, 65), (128, 48, 32, 200, 200), (128, 16, 0, 100, 100),
+     (128, 16, 32, 300, 129)],
+)  # fmt: skip
+def test_public_path_and_gradients(head_dim, topk_query, dense_dims, n_q, n_k, dtype):
+    q = normal(2, 4, n_q, head_dim, dtype=dtype)
+    k, v = (normal(2, 2, n_k, head_dim, dtype=dtype) for _ in "kv")
+    check_public(q, k, v, topk=16, topk_query=topk_query, dense_dims=dense_dims, is_causal=True)
+    assert "attention: hopper (" in flashsfa.explain()
+    assert "attention_backward: dense (" in flashsfa.explain()
+
+
+@hopper
+@pytest.mark.gpu
+def test_public_path_compiles():
+    q, k, v = (normal(1, 2, 150, 64) for _ in "qkv")
+    options = {"topk": 8, "topk_query": 32, "query_pattern": "2:4", "is_causal": True}
+    eager = attend(q, k, v, **options)
+
+    @torch.compile(fullgraph=True)
+    def compiled(q, k, v):
+        return sparse_feature_attention(q, k, v, return_lse=True, **options)
+
+    out, lse = compiled(q, k, v)
+    assert torch.equal(out, eager[0])
+    assert torch.equal(lse, eager[1])
+    assert out.stride() == eager[0].stride()
+    q, k, v = (x.clone().requires_grad_() for x in (q, k, v))
+    compiled(q, k, v)[0].sum().backward()
+    assert all(x.grad.isfinite().all() for x in (q, k, v))
+
+
+@hopper
+@pytest.mark.gpu
+def test_public_path_in_a_cuda_graph():
+    q, k, v = (normal(1, 2, 150, 128) for _ in "qkv")
+    options = {"topk": 16, "topk_query": 64, "query_pattern": "2:4", "is_causal": True}
+    expected = sparse_feature_attention(q, k, v, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = sparse_feature_attention(q, k, v, **options)
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, expected)
+
+
+@hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"window": 20}, "no window"),
+        ({"scale": -1.0}, "positive scale"),
+        ({"dense_dims": 16}, "multiple of 32"),
+        ({"dtype": torch.float32}, "float16 and bfloat16"),
+        ({"n": 0}, "nothing to attend"),
+    ],
+    ids=str,
+)
+def test_obstacles_are_explained(options, reason):
+    x = normal(1, 1, options.pop("n", 70), 64, dtype=options.pop("dtype", BF16))
+    sparse_feature_attention(x, x, x, topk=8, query_pattern="2:4", **options)
+    assert reason in flashsfa.explain()
+
+
+@hopper
+@pytest.mark.gpu
+def test_codes_past_two_billion_entries():
+    n = (1 << 31) // 64 // 2 + 77  # values of 64 entries a row, more than 2^31 with the heads
+    q = coded(normal(1, 1, n, 128).expand(1, 2, n, 128))
+    k, v = (normal(1, 2, 64, 128) for _ in "kv")
+    out, _ = prefill.forward(q, k, v, is_causal=False, scale=0.1)
+    last, _ = prefill.forward(q[:, :, -128:], k, v, is_causal=False, scale=0.1)
+    assert torch.equal(out[:, :, -128:], last)

@@ -27,6 +27,15 @@ def test_right_case_is_timed(n):
 
 
 @pytest.mark.cpu
+@pytest.mark.parametrize("options", [{"topk_query": 16}, {"topk_query": 8, "dense_dims": 16}], ids=str)
+def test_queries_in_the_pattern(options):
+    row = run_case(dataclasses.replace(CASE, query_pattern="2:4", **options), 1e9, quick=True)
+    assert row.status == "ok", row.note
+    assert row.tflops == pytest.approx(2 * 2 * 4 * 48**2 * 32 / row.timing.median_ms / 1e9)
+    assert "no sparse tensor cores" in row.reason
+
+
+@pytest.mark.cpu
 def test_wrong_output_is_not_timed(monkeypatch):
     attend = prefill.sparse_feature_attention
     monkeypatch.setattr(

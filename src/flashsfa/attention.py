@@ -16,6 +16,8 @@ from . import reference
 from .checks import require, require_alike, require_budget, require_float, require_padding
 from .codes import FeatureCodes, at_support, code_queries, topk_codes
 from .kernels import dense, dispatch
+from .kernels.hopper import prefill as hopper
+from .kernels.hopper.cuda import CompilationError
 from .kernels.topk import spread_by_token
 from .masks import AttentionMask
 
@@ -30,6 +32,7 @@ def sparse_feature_attention(
     topk: int | None = None,
     topk_query: int | None = None,
     dense_dims: int = 0,
+    query_pattern: str | None = None,
     is_causal: bool = False,
     scale: float | None = None,
     window: int | None = None,
@@ -50,13 +53,17 @@ def sparse_feature_attention(
         topk: kept features of a key, 1 to D - dense_dims. D with dense_dims=0 is dense attention.
         topk_query: kept features of a query: None for the same as keys, D for dense queries.
         dense_dims: leading features that are always kept, on both sides, beside the `topk` of the rest.
+        query_pattern: "2:4" keeps the `topk_query` largest features of a query subject to at most two in each aligned
+            group of four, on every backend; sparse tensor cores multiply such queries at twice the dense rate whatever
+            their number, so topk_query=(D - dense_dims) / 2, the most, costs no more (docs/hopper-prefill.md).
         is_causal: aligned to the last key (bottom right), as flash-attn does.
         scale: 1/sqrt(D) by default, with the full D.
         window: see only keys less than `window` positions away; with is_causal, the `window` most recent.
         key_padding_mask: [B, N_k] bool, True where a key is padding (as in `torch.nn.MultiheadAttention`).
         return_lse: also return the log-sum-exp of each query's scores.
         backend: "auto", "dense" (torch's fused kernels over spread-out codes) or "reference" (plain PyTorch,
-            N x N scores). `flashsfa.explain()` tells what "auto" took.
+            N x N scores). "auto" takes Hopper's sparse tensor cores for queries in the 2:4 pattern where it can, else
+            "dense"; `flashsfa.explain()` tells what ran, and why.
 
     Returns:
         out [B, Hq, N_q, Dv]; with return_lse also lse [B, Hq, N_q] in float32 (float64 for float64 inputs). A
@@ -67,7 +74,7 @@ def sparse_feature_attention(
     """
     _check_attention(q, k, v, window, key_padding_mask, backend)
     mask = AttentionMask(is_causal=is_causal, window=window, key_padding_mask=key_padding_mask)
-    out, lse = _attend(q, k, v, topk, topk_query, dense_dims, mask, scale, backend)
+    out, lse = _attend(q, k, v, topk, topk_query, dense_dims, query_pattern, mask, scale, backend)
     return (out, lse) if return_lse else out
 
 
@@ -83,6 +90,7 @@ def sparse_feature_attention_varlen(
     topk: int,
     topk_query: int | None = None,
     dense_dims: int = 0,
+    query_pattern: str | None = None,
     is_causal: bool = False,
     scale: float | None = None,
     window: int | None = None,
@@ -127,7 +135,7 @@ def sparse_feature_attention_varlen(
         max_seqlen_q=_longest(cu_seqlens_q) if max_seqlen_q is None else max_seqlen_q,
         max_seqlen_k=_longest(cu_seqlens_k) if max_seqlen_k is None else max_seqlen_k,
     )
-    out, lse = _attend(q, k, v, topk, topk_query, dense_dims, mask, scale, backend)
+    out, lse = _attend(q, k, v, topk, topk_query, dense_dims, query_pattern, mask, scale, backend)
     out, lse = out[0].transpose(0, 1), lse[0]
     return (out, lse) if return_lse else out
 
@@ -175,6 +183,7 @@ def _attend(
     topk: int | None,
     topk_query: int | None,
     dense_dims: int,
+    query_pattern: str | None,
     mask: AttentionMask,
     scale: float | None,
     backend: str,
@@ -191,12 +200,12 @@ def _attend(
             raise ValueError("topk is needed: how many features of each key to keep")
         require_budget(topk, k.shape[-1], dense_dims)
         k_codes = topk_codes(k, topk, dense_dims=dense_dims)
-    q_codes = code_queries(q, k_codes.topk, topk_query, k_codes.dense_dims)
+    q_codes = code_queries(q, k_codes.topk, topk_query, k_codes.dense_dims, query_pattern)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     return _codes_attention_op(
         *(q_codes.dense, q_codes.values, q_codes.indices, k_codes.dense, k_codes.values, k_codes.indices, v),
         *(q.shape[-1], scale, mask.is_causal, mask.window, mask.key_padding_mask),
-        *(mask.cu_seqlens_q, mask.cu_seqlens_k, mask.max_seqlen_q, mask.max_seqlen_k, backend),
+        *(mask.cu_seqlens_q, mask.cu_seqlens_k, mask.max_seqlen_q, mask.max_seqlen_k, backend, query_pattern),
     )
 
 
@@ -222,11 +231,23 @@ def _codes_attention_op(
     max_seqlen_q: int,
     max_seqlen_k: int,
     backend: str,
+    query_pattern: str | None,
 ) -> tuple[Tensor, Tensor]:
     mask = AttentionMask(is_causal, window, key_padding_mask, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    q = spread_by_token(FeatureCodes(q_dense, q_values, q_indices, head_dim))
+    q_codes = FeatureCodes(q_dense, q_values, q_indices, head_dim)
     k = spread_by_token(FeatureCodes(k_dense, k_values, k_indices, head_dim))
-    kernel = _choose(q, v, mask, backend)
+    obstacle = None
+    if query_pattern is not None and backend == "auto":
+        obstacle = hopper.obstacle(q_codes, k, v, mask, scale)
+        if obstacle is None:
+            try:
+                out, lse = hopper.forward(q_codes, k, v, is_causal=is_causal, scale=scale)
+                dispatch.record("attention", "hopper", "sparse tensor cores, for queries in the 2:4 pattern")
+                return out, lse
+            except CompilationError as error:
+                obstacle = f"the kernel for sparse tensor cores cannot be compiled: {error}"
+    q = spread_by_token(q_codes)
+    kernel = _choose("attention", q, v, mask, backend, obstacle)
     if kernel is None:
         out, lse = reference.attention(q, k, v, mask=mask, scale=scale)
         lse = lse.to(torch.float64 if v.dtype == torch.float64 else torch.float32)
@@ -279,7 +300,7 @@ def _codes_attention_backward_op(
     mask = AttentionMask(is_causal, window, key_padding_mask, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     q = spread_by_token(FeatureCodes(q_dense, q_values, q_indices, head_dim))
     k = spread_by_token(FeatureCodes(k_dense, k_values, k_indices, head_dim))
-    kernel = _choose(q, v, mask, backend)
+    kernel = _choose("attention_backward", q, v, mask, backend)
     if kernel is None:
         dq, dk, dv = reference.attention_backward(grad_out, q, k, v, mask=mask, scale=scale)
     else:
@@ -304,23 +325,27 @@ def _(
     return fresh[0], fresh[1], fresh[2], fresh[3], fresh[4]
 
 
-def _choose(q: Tensor, v: Tensor, mask: AttentionMask, backend: str) -> dense.Kernel | None:
-    """The dense kernel to run, or None for the reference; recorded for `explain()`."""
+def _choose(
+    operation: str, q: Tensor, v: Tensor, mask: AttentionMask, backend: str, obstacle: str | None = None
+) -> dense.Kernel | None:
+    """The dense kernel to run, or None for the reference; recorded for `explain()`, with the `obstacle` to a faster one."""
     if backend == "reference":
-        dispatch.record("attention", "reference", "asked for")
+        dispatch.record(operation, "reference", "asked for")
         return None
     kernel, reason = dense.choose_kernel(q, v, mask)
+    if obstacle is not None:
+        reason = f"{reason}; no sparse tensor cores: {obstacle}"
     if kernel is not None:
-        dispatch.record("attention", "dense", reason)
+        dispatch.record(operation, "dense", reason, fallback=obstacle is not None)
         return kernel
     if backend == "dense":
         raise ValueError(f"backend='dense' cannot run: {reason}; use backend='auto'")
-    dispatch.record("attention", "reference", f"{reason}; scores are built in full", fallback=True)
+    dispatch.record(operation, "reference", f"{reason}; scores are built in full", fallback=True)
     return None
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, head_dim, scale, is_causal, window, padding, cu_q, cu_k, max_q, max_k, backend = inputs
+    *tensors, head_dim, scale, is_causal, window, padding, cu_q, cu_k, max_q, max_k, backend, _ = inputs
     out, lse = output
     ctx.save_for_backward(*tensors, out, lse, padding, cu_q, cu_k)
     ctx.settings = (head_dim, scale, is_causal, window, max_q, max_k, backend)
@@ -333,7 +358,7 @@ def _backward(ctx: Any, grad_out: Tensor, _: Tensor | None) -> tuple:
     dq_dense, dq_values, dk_dense, dk_values, dv = _codes_attention_backward_op(
         grad_out, *tensors, head_dim, scale, is_causal, window, padding, cu_q, cu_k, max_q, max_k, backend
     )
-    return dq_dense, dq_values, None, dk_dense, dk_values, None, dv, *(None,) * 10
+    return dq_dense, dq_values, None, dk_dense, dk_values, None, dv, *(None,) * 11
 
 
 _codes_attention_op.register_autograd(_backward, setup_context=_setup)

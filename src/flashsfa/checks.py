@@ -63,8 +63,8 @@ def require_alike(**tensors: Tensor) -> None:
             raise ValueError(f"{name} is on {x.device} but {first_name} is on {first.device}; move them together")
 
 
-def require_budget(topk: int, head_dim: int, dense_dims: int) -> None:
-    """`topk` features can be kept of the `head_dim - dense_dims` sparse ones."""
+def require_budget(topk: int, head_dim: int, dense_dims: int, pattern: str | None = None) -> None:
+    """`topk` features can be kept of the `head_dim - dense_dims` sparse ones, in `pattern` None or "2:4"."""
     require(1 <= head_dim <= 256, lambda: f"head_dim must be 1 to 256 (indices are uint8), got {head_dim}")
     require(
         0 <= dense_dims < head_dim,
@@ -74,6 +74,16 @@ def require_budget(topk: int, head_dim: int, dense_dims: int) -> None:
     require(
         1 <= topk <= sparse_dims,
         lambda: f"topk must be 1 to {sparse_dims} (head_dim {head_dim} less dense_dims {dense_dims}), got {topk}",
+    )
+    if pattern is None:
+        return
+    require(pattern == "2:4", lambda: f"the pattern must be '2:4' or None, got {pattern!r}")
+    require(
+        sparse_dims % 4 == 0 and 2 * topk <= sparse_dims,
+        lambda: (
+            f"a 2:4 pattern keeps at most half of a sparse part of whole groups of four; got topk {topk} of {sparse_dims} "
+            f"(head_dim {head_dim} less dense_dims {dense_dims})"
+        ),
     )
 
 

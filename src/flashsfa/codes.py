@@ -166,7 +166,7 @@ class FeatureCodes:
             )
 
 
-def topk_codes(x: Tensor, topk: int, *, dense_dims: int = 0) -> FeatureCodes:
+def topk_codes(x: Tensor, topk: int, *, dense_dims: int = 0, pattern: str | None = None) -> FeatureCodes:
     """Code the rows of `x`: the first `dense_dims` entries, and the `topk` largest magnitudes of the rest.
 
     Ties go to the lowest index; NaN counts as larger than infinity. Differentiable: the gradient reaches the
@@ -176,15 +176,24 @@ def topk_codes(x: Tensor, topk: int, *, dense_dims: int = 0) -> FeatureCodes:
         x: [..., D] float16, bfloat16, float32 or float64, any strides, D <= 256.
         topk: 1 to D - dense_dims.
         dense_dims: width of the dense channel, 0 to D - 1.
+        pattern: "2:4" keeps the largest subject to at most two in each aligned group of four of the sparse part, which
+            is what sparse tensor cores multiply (docs/hopper-prefill.md). topk is then at most half of the sparse part,
+            a multiple of four wide.
 
     Raises:
         TypeError: x is no floating tensor of a supported dtype.
-        ValueError: a budget out of range; in checked mode also NaN in x.
+        ValueError: a budget out of range or that the pattern cannot hold; in checked mode also NaN in x.
     """
     require_float("x", x)
     require(x.ndim >= 1, "x must have at least one dimension")
-    require_budget(topk, x.shape[-1], dense_dims)
-    dense, values, indices = topk_codes_op(x, topk, dense_dims)
+    require_budget(topk, x.shape[-1], dense_dims, pattern)
+    if pattern is None:
+        dense, values, indices = topk_codes_op(x, topk, dense_dims)
+    else:
+        dense, values, indices = pair_codes_op(x, dense_dims)
+        if topk < values.shape[-1]:  # the largest of these: in each group a row's largest two come before its others
+            _, values, slots = topk_codes_op(values, topk, 0)
+            indices = indices.gather(-1, slots.long())
     return FeatureCodes(dense, values, indices, x.shape[-1])
 
 
@@ -201,12 +210,14 @@ def all_dense_codes(x: Tensor) -> FeatureCodes:
     return FeatureCodes(x, x.new_empty(nothing), x.new_empty(nothing, dtype=torch.uint8), x.shape[-1])
 
 
-def code_queries(q: Tensor, topk: int, topk_query: int | None, dense_dims: int) -> FeatureCodes:
-    """Code q [..., D] by the rule of `topk_query`: None means `topk`, D means dense queries."""
+def code_queries(
+    q: Tensor, topk: int, topk_query: int | None, dense_dims: int, pattern: str | None = None
+) -> FeatureCodes:
+    """Code q [..., D] by the rule of `topk_query`: None means `topk`, D means dense queries (without a pattern)."""
     topk_query = topk if topk_query is None else topk_query
-    if topk_query == q.shape[-1]:
+    if topk_query == q.shape[-1] and pattern is None:
         return all_dense_codes(q)
-    return topk_codes(q, topk_query, dense_dims=dense_dims)
+    return topk_codes(q, topk_query, dense_dims=dense_dims, pattern=pattern)
 
 
 # An integer view orders magnitudes as floats do, ranks NaN above infinity and makes ties exact.
@@ -216,6 +227,8 @@ _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 def select_topk(x: Tensor, topk: int) -> Tensor:
     """Positions [..., K] (int64, ascending) of the `topk` largest magnitudes of x [..., D], ties to the lowest."""
     magnitude = x.detach().view(integer := _INTEGER_OF_SIZE[x.itemsize]) & torch.iinfo(integer).max  # [..., D], no sign
+    if x.device.type != "cpu":  # without a host sync, so that a CUDA graph can hold it
+        return magnitude.sort(dim=-1, descending=True, stable=True).indices[..., :topk].sort(-1).values
     largest = magnitude.topk(topk, dim=-1, sorted=False)  # [..., K]
     threshold = largest.values.amin(-1, keepdim=True)  # [..., 1]
     keep = magnitude >= threshold
@@ -242,6 +255,15 @@ def plain_topk_codes(x: Tensor, topk: int, dense_dims: int) -> tuple[Tensor, Ten
     return dense, values, indices.copy_(selected)
 
 
+def plain_pair_codes(x: Tensor, dense_dims: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The code [..., (D - M) / 2] of the two largest of each aligned group of four, in plain PyTorch, on any device."""
+    groups = x[..., dense_dims:].unflatten(-1, (-1, 4))  # [..., G, 4]
+    _, values, places = plain_topk_codes(groups, 2, 0)  # [..., G, 2]
+    first = torch.arange(0, 4 * groups.shape[-2], 4, dtype=torch.uint8, device=x.device)[:, None]  # [G, 1]
+    dense = x[..., :dense_dims].clone(memory_format=torch.contiguous_format)
+    return dense, values.flatten(-2), (places + first).flatten(-2)
+
+
 def plain_spread_codes(dense: Tensor, values: Tensor, indices: Tensor, head_dim: int) -> Tensor:
     """The rows [..., D] of a code in plain PyTorch, on any device."""
     rest = values.new_zeros((*values.shape[:-1], head_dim - dense.shape[-1]))
@@ -263,6 +285,19 @@ def _(x: Tensor, topk: int, dense_dims: int) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
+pair_codes_op = torch.library.custom_op("flashsfa::pair_codes", plain_pair_codes, mutates_args=())
+
+
+@pair_codes_op.register_fake
+def _(x: Tensor, dense_dims: int) -> tuple[Tensor, Tensor, Tensor]:
+    rows, topk = x.shape[:-1], (x.shape[-1] - dense_dims) // 2
+    return (
+        x.new_empty((*rows, dense_dims)),
+        x.new_empty((*rows, topk)),
+        x.new_empty((*rows, topk), dtype=torch.uint8),
+    )
+
+
 spread_codes_op = torch.library.custom_op("flashsfa::spread_codes", plain_spread_codes, mutates_args=())
 
 
@@ -272,18 +307,19 @@ def _(dense: Tensor, values: Tensor, indices: Tensor, head_dim: int) -> Tensor:
 
 
 def _topk_codes_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, _, _ = inputs
-    ctx.head_dim = x.shape[-1]
+    x, *budgets = inputs
+    ctx.head_dim, ctx.budgets = x.shape[-1], len(budgets)
     ctx.save_for_backward(output[2])
     ctx.mark_non_differentiable(output[2])
 
 
 def _topk_codes_backward(ctx: Any, grad_dense: Tensor, grad_values: Tensor, _: Tensor | None) -> tuple:
     (indices,) = ctx.saved_tensors
-    return FeatureCodes(grad_dense, grad_values, indices, ctx.head_dim).to_dense(), None, None
+    return FeatureCodes(grad_dense, grad_values, indices, ctx.head_dim).to_dense(), *(None,) * ctx.budgets
 
 
 topk_codes_op.register_autograd(_topk_codes_backward, setup_context=_topk_codes_setup)
+pair_codes_op.register_autograd(_topk_codes_backward, setup_context=_topk_codes_setup)
 
 
 def at_support(grad: Tensor, dense_dims: int, indices: Tensor) -> tuple[Tensor, Tensor]:

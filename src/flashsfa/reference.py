@@ -13,10 +13,13 @@ from torch import Tensor
 from .masks import AttentionMask
 
 
-def topk_rows(x: Tensor, topk: int, *, dense_dims: int = 0) -> Tensor:
+def topk_rows(x: Tensor, topk: int, *, dense_dims: int = 0, pattern: str | None = None) -> Tensor:
     """x [..., D] with zeros in place of all but its first `dense_dims` entries and the `topk` largest magnitudes
-    of the rest, ties to the lowest index (paper, Eq. 3)."""
+    of the rest, ties to the lowest index (paper, Eq. 3); with `pattern` "2:4" of those that are among the two largest
+    of their aligned group of four."""
     rest = x[..., dense_dims:]
+    if pattern == "2:4":
+        rest = topk_rows(rest.unflatten(-1, (-1, 4)), 2).flatten(-2)
     magnitude = rest.abs().masked_fill(rest.isnan(), math.nan)  # CUDA's abs and sort keep a NaN's sign
     order = magnitude.sort(dim=-1, descending=True, stable=True).indices[..., :topk]
     kept = torch.zeros_like(rest).scatter(-1, order, rest.gather(-1, order))
@@ -86,11 +89,12 @@ def sparse_feature_attention(
     topk: int,
     topk_query: int | None = None,
     dense_dims: int = 0,
+    query_pattern: str | None = None,
     mask: AttentionMask | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Top-k of both sides, then `attention`. Budgets as in `flashsfa.sparse_feature_attention`."""
     topk_query = topk if topk_query is None else topk_query
     if topk_query < q.shape[-1]:
-        q = topk_rows(q, topk_query, dense_dims=dense_dims)
+        q = topk_rows(q, topk_query, dense_dims=dense_dims, pattern=query_pattern)
     return attention(q, topk_rows(k, topk, dense_dims=dense_dims), v, mask=mask, scale=scale)

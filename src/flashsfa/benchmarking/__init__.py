@@ -112,6 +112,7 @@ def run_case(case: Case | MeasuredCase, bandwidth: float, quick: bool) -> Row:
     return row(
         status="ok", note="; ".join(notes), timing=ours,
         gb_per_s=work.nbytes / ours.median_ms / 1e6,
+        tflops=None if work.flops is None else work.flops / ours.median_ms / 1e9,
         roofline_percent=100 * 1e3 * work.nbytes / bandwidth / ours.median_ms,
         bytes_moved=work.nbytes, bytes_per_token=work.bytes_per_token, moved_per_token=work.nbytes / work.tokens,
         v_rows_read=work.v_rows_read, error=verdict.error,

@@ -64,6 +64,7 @@ class Workload:
         tokens: rows of cache or input, one a token and kv head, that these bytes are counted over.
         bytes_per_token: bytes the result or cache holds of such a row.
         choice: the backend the call last ran on.
+        flops: multiplications and additions of the dense computation, where a rate of them is of interest.
         v_rows_read: share of the V rows that must be read, where only some are.
     """
 
@@ -73,6 +74,7 @@ class Workload:
     tokens: int
     bytes_per_token: float
     choice: Callable[[], Choice | None]
+    flops: int | None = None
     v_rows_read: float | None = None
     baselines: Mapping[str, Baseline] = field(default_factory=dict)
 

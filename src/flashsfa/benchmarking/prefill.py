@@ -1,7 +1,7 @@
 """Cases of causal prefill: attention over whole sequences, beside the dense kernels that are installed.
 
 A case runs the operator as a model does, top-k of queries and keys included, over the same random q, k and v that the
-baselines take dense.
+baselines take dense. Where queries run on sparse tensor cores, `kernel_alone` is that kernel over codes made before.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from torch import Tensor
 
 from .. import reference
 from ..attention import sparse_feature_attention
-from ..codes import topk_codes
+from ..codes import FeatureCodes, code_queries, topk_codes
 from ..kernels.dispatch import last_choice
+from ..kernels.hopper import prefill as hopper
 from ..masks import AttentionMask
 from .cases import Baseline, Verdict, Workload, code_label, sdpa_backends, tokens_label
 
@@ -27,18 +28,24 @@ _CHECKED_QUERIES = 256  # the last ones, which see most keys: fp64 scores of all
 
 
 def cases(device: torch.device, quick: bool) -> list[PrefillCase]:
-    """Both published codes at three lengths; smaller and in float32 on the CPU."""
+    """Both published codes, and queries in the 2:4 pattern without and with a dense channel, at three lengths; smaller and
+    in float32 on the CPU."""
     on_gpu = device.type == "cuda"
     lengths: tuple[int, ...] = (4096, 16384, 65536) if on_gpu else (1024, 4096)
     if quick:
         lengths = (1024, 4096) if on_gpu else (128, 256)
     dtype = torch.bfloat16 if on_gpu else torch.float32
     heads = 16 if on_gpu else 2
-    return [
-        PrefillCase(1, heads, heads, n, head_dim, topk, dtype, device)
+    codes: list[dict[str, Any]] = [
+        {"head_dim": head_dim, "topk": topk, **queries}
         for head_dim, topk in ((128, 16), (64, 8))
-        for n in lengths
+        for queries in (
+            {},
+            {"topk_query": head_dim // 2, "query_pattern": "2:4"},
+            {"topk_query": (head_dim - 32) // 2, "dense_dims": 32, "query_pattern": "2:4"},
+        )
     ]
+    return [PrefillCase(1, heads, heads, n, dtype=dtype, device=device, **code) for code in codes for n in lengths]
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,9 @@ class PrefillCase:
     topk: int
     dtype: torch.dtype
     device: torch.device
+    topk_query: int | None = None
+    dense_dims: int = 0
+    query_pattern: str | None = None
 
     @property
     def name(self) -> str:
@@ -60,7 +70,9 @@ class PrefillCase:
 
     @property
     def facet(self) -> str:
-        return f"d={self.head_dim}, {code_label(self.topk, 0)}, {self.query_heads}/{self.kv_heads} heads"
+        queries = f", {self.query_pattern} queries" if self.query_pattern else ""
+        code = f"{code_label(self.topk, self.dense_dims)}{queries}"
+        return f"d={self.head_dim}, {code}, {self.query_heads}/{self.kv_heads} heads"
 
     @property
     def curve(self) -> str:
@@ -73,22 +85,47 @@ class PrefillCase:
         k, v = (draw(self.batch, self.kv_heads, self.n, self.head_dim) for _ in "kv")
         tokens = self.batch * self.kv_heads * self.n
         nbytes = 2 * q.nbytes + k.nbytes + v.nbytes  # the output is as large as q
+        found = {name: Baseline(run, nbytes) for name, run in baselines(q, k, v).items()}
+        if self.query_pattern is not None:
+            found |= self._kernel_alone(q, k, v, nbytes)
         return Workload(
-            run=lambda: sparse_feature_attention(q, k, v, topk=self.topk, is_causal=True),
+            run=lambda: sparse_feature_attention(
+                q,
+                k,
+                v,
+                topk=self.topk,
+                topk_query=self.topk_query,
+                dense_dims=self.dense_dims,
+                query_pattern=self.query_pattern,
+                is_causal=True,
+            ),
             check=lambda out: self._check(out, q, k, v),
+            flops=2 * self.batch * self.query_heads * self.n**2 * self.head_dim,  # QKᵀ and PV, dense, half of all pairs
             nbytes=nbytes,
             tokens=tokens,
             bytes_per_token=(k.nbytes + v.nbytes) / tokens,
             choice=lambda: last_choice("attention"),
-            baselines={name: Baseline(run, nbytes) for name, run in baselines(q, k, v).items()},
+            baselines=found,
         )
+
+    def _codes(self, q: Tensor, k: Tensor) -> tuple[FeatureCodes, FeatureCodes]:
+        k_codes = topk_codes(k, self.topk, dense_dims=self.dense_dims)
+        return code_queries(q, self.topk, self.topk_query, self.dense_dims, self.query_pattern), k_codes
+
+    def _kernel_alone(self, q: Tensor, k: Tensor, v: Tensor, nbytes: int) -> dict[str, Baseline]:
+        q_codes, k_codes = self._codes(q, k)
+        scale, rows = self.head_dim**-0.5, k_codes.to_dense()
+        if hopper.obstacle(q_codes, rows, v, AttentionMask(is_causal=True), scale) is not None:
+            return {}
+        run = partial(hopper.forward, q_codes, rows, v, is_causal=True, scale=scale)
+        return {"kernel_alone": Baseline(run, nbytes, competes=False)}
 
     def _check(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Verdict:
         """The error rule for the last queries of one head at a time: at most twice the error of a plain run over the
         same codes in the same dtype, both against fp64, and a few roundings."""
         group = self.query_heads // self.kv_heads
         rows = slice(max(0, self.n - _CHECKED_QUERIES), None)
-        codes = [topk_codes(x, self.topk).to_dense() for x in (q[..., rows, :], k)]
+        codes = [x.to_dense() for x in self._codes(q[..., rows, :], k)]
         worst = torch.zeros(3, dtype=torch.float64, device=out.device)  # of: ours, the plain run's error, the truth
         squares = torch.zeros(2, dtype=torch.float64, device=out.device)
         for b in range(self.batch):

@@ -71,6 +71,7 @@ class Row:
     Attributes:
         timing: milliseconds.
         gb_per_s: bytes that must be moved over the median time.
+        tflops: 10^12 operations of the dense computation a second, where they are of interest.
         roofline_percent: that, as a share of the bandwidth of a copy.
         bytes_moved: bytes a call must move.
         bytes_per_token: bytes held a token and kv head.
@@ -89,6 +90,7 @@ class Row:
     note: str = ""
     timing: Timing | None = None
     gb_per_s: float | None = None
+    tflops: float | None = None
     roofline_percent: float | None = None
     bytes_moved: int | None = None
     bytes_per_token: float | None = None
@@ -199,6 +201,8 @@ class Results:
             columns = dict(_OF_KERNELS)
             if all(row.v_rows_read is None for row in self.rows):
                 del columns["V rows"]
+            if all(row.tflops is None for row in self.rows):
+                del columns["dense TFLOP/s"]
 
         def ratio(row: Row, name: str) -> str:
             return _number(row.baselines[name].ratio if name in row.baselines else None, ".2f")
@@ -286,6 +290,7 @@ def _number(value: float | None, form: str) -> str:
 _OF_KERNELS: dict[str, Callable[[Row], str]] = {
     "ms": lambda row: _of(row.timing, "median_ms", ".4g"),
     "p20 to p80": lambda row: f"{_of(row.timing, 'p20_ms', '.4g')} to {_of(row.timing, 'p80_ms', '.4g')}",
+    "dense TFLOP/s": lambda row: _of(row, "tflops", ".0f"),
     "GB/s": lambda row: _of(row, "gb_per_s", ".4g"),
     "% of copy": lambda row: _of(row, "roofline_percent", ".3g"),
     "bytes a token": lambda row: _of(row, "bytes_per_token", ".0f"),

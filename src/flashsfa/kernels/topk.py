@@ -8,7 +8,15 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from ..codes import FeatureCodes, plain_spread_codes, plain_topk_codes, spread_codes_op, topk_codes_op
+from ..codes import (
+    FeatureCodes,
+    pair_codes_op,
+    plain_pair_codes,
+    plain_spread_codes,
+    plain_topk_codes,
+    spread_codes_op,
+    topk_codes_op,
+)
 from . import dispatch
 
 
@@ -20,6 +28,16 @@ def _(x: Tensor, topk: int, dense_dims: int) -> tuple[Tensor, Tensor, Tensor]:
 
     with torch.cuda.device_of(x):
         return topk_codes.topk_codes(x, topk, dense_dims)
+
+
+@pair_codes_op.register_kernel("cuda")
+def _(x: Tensor, dense_dims: int) -> tuple[Tensor, Tensor, Tensor]:
+    if not has_fused(x):
+        return plain_pair_codes(x, dense_dims)
+    from .triton import pair_codes
+
+    with torch.cuda.device_of(x):
+        return pair_codes.pair_codes(x, dense_dims)
 
 
 @spread_codes_op.register_kernel("cuda")

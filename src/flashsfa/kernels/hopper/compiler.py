@@ -16,6 +16,7 @@ import torch
 
 from . import cuda
 
+SOURCES = Path(__file__).parent
 _OPTIONS = ("--gpu-architecture=sm_90a", "--std=c++17", "--device-as-default-execution-space")
 _REGISTERS = {1: (24, 240), 2: (24, 240), 3: (32, 160)}  # of a producer's and a consumer's thread, by consumers
 
@@ -27,26 +28,22 @@ class Tile:
     Attributes:
         dtype: float16 or bfloat16.
         head_dim: width of queries and keys, 64 or 128; value_dim: width of values, likewise.
+        dense_dims: leading features of a query that are dense, a multiple of 32; the rest is 2:4 sparse and takes half the
+            matrix time.
         block_n: keys a tile, a multiple of 16.
         consumers: warpgroups of 64 queries, 1 to 3.
         stages: tiles of K and of V in flight.
-        is_sparse: queries are 2:4 sparse and take half the matrix time; else the dense instruction.
         spin_limit: trap after this many failed waits at a barrier; 0 waits forever.
     """
 
     dtype: torch.dtype
     head_dim: int
     value_dim: int
+    dense_dims: int = 0
     block_n: int = 128
     consumers: int = 2
     stages: int = 2
-    is_sparse: bool = True
     spin_limit: int = 0
-
-    @property
-    def depth(self) -> int:
-        """Entries of a query row that one matrix instruction takes."""
-        return 32 if self.is_sparse else 16
 
     @property
     def block_m(self) -> int:
@@ -67,19 +64,18 @@ def source(tile: Tile) -> str:
     constants = {
         "HEAD_DIM": tile.head_dim,
         "VALUE_DIM": tile.value_dim,
+        "DENSE_DIMS": tile.dense_dims,
         "BLOCK_N": tile.block_n,
         "CONSUMERS": tile.consumers,
         "STAGES": tile.stages,
-        "SPARSE": int(tile.is_sparse),
-        "QK_DEPTH": tile.depth,
         "SPIN_LIMIT": tile.spin_limit,
         "PRODUCER_REGISTERS": producer,
         "CONSUMER_REGISTERS": consumer,
         "PACK_PAIR": f'"cvt.rn.{_ptx_type(tile.dtype)}x2.f32"',
     }
     defines = "".join(f"#define {name} {value}\n" for name, value in constants.items())
-    body = Path(__file__).with_name("prefill.cu").read_text()
-    return defines + _matrix_functions(tile) + body
+    texts = [(SOURCES / name).read_text() for name in ("queries.cu", "prefill.cu")]
+    return defines + _matrix_functions(tile) + "".join(texts)
 
 
 def _ptx_type(dtype: torch.dtype) -> str:
@@ -87,29 +83,33 @@ def _ptx_type(dtype: torch.dtype) -> str:
 
 
 def _matrix_functions(tile: Tile) -> str:
-    """`wgmma_qk` and `wgmma_pv`: the instruction lists its accumulators one by one, so its text depends on the sizes."""
+    """One function a shape of instruction, which lists its accumulators one by one, so that its text depends on the sizes."""
     element = _ptx_type(tile.dtype)
 
-    def call(n: int, depth: int, sparse: bool, transposed: int, accumulate: str) -> str:
+    def function(name: str, template: str, n: int, depth: int, transposed: int, accumulate: str) -> str:
         count = n // 2  # accumulators of a thread
-        a = ", ".join(f"%{count + i}" for i in range(4))
         accumulators = ", ".join(f"%{i}" for i in range(count))
-        metadata = f"%{count + 6}, %{count + 7}, " if sparse else ""
+        a = ", ".join(f"%{count + i}" for i in range(4))
         operands = ", ".join(f'"+f"(d[{i}])' for i in range(count))
-        metadata_operands = ', "r"(meta), "n"(SELECTOR)' if sparse else ""
+        sparse = depth == 32
+        metadata = f"%{count + 6}, %{count + 7}, " if sparse else ""
+        metadata_operands = ', "r"(places), "n"(SELECTOR)' if sparse else ""
         return (
+            f"{template}__device__ __forceinline__ void {name}(float (&d)[{count}], const uint4& a, unsigned long long b"
+            f"{', unsigned places' if sparse else ''}) {{\n"
             f'  asm volatile("wgmma.mma_async{".sp" if sparse else ""}.sync.aligned.m64n{n}k{depth}.f32.{element}.{element} "\n'
-            f'               "{{{accumulators}}}, {{{a}}}, %{count + 4}, {metadata}%{count + 5}, 1, 1, {transposed};"\n'
+            f'               "{{{accumulators}}}, {{{a}}}, %{count + 4}, "\n'
+            f'               "{metadata}%{count + 5}, 1, 1, {transposed};"\n'
             f"               : {operands}\n"
-            f'               : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b), "n"({accumulate}){metadata_operands});\n'
+            f'               : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b), "n"({accumulate})'
+            f"{metadata_operands});\n}}\n"
         )
 
+    accumulate = "int(ACCUMULATE)"
     return (
-        "template <int SELECTOR, bool ACCUMULATE>\n"
-        f"__device__ __forceinline__ void wgmma_qk(float (&d)[{tile.block_n // 2}], const uint4& a, unsigned long long b, unsigned meta) {{\n"
-        f"{call(tile.block_n, tile.depth, tile.is_sparse, 0, 'int(ACCUMULATE)')}}}\n"
-        f"__device__ __forceinline__ void wgmma_pv(float (&d)[{tile.value_dim // 2}], const uint4& a, unsigned long long b) {{\n"
-        f"{call(tile.value_dim, 16, False, 1, '1')}}}\n"
+        function("wgmma_qk_dense", "template <bool ACCUMULATE>\n", tile.block_n, 16, 0, accumulate)
+        + function("wgmma_qk_sparse", "template <int SELECTOR, bool ACCUMULATE>\n", tile.block_n, 32, 0, accumulate)
+        + function("wgmma_pv", "", tile.value_dim, 16, 1, "1")
     )
 
 

@@ -1,28 +1,22 @@
-// Attention forward for queries that are 2:4 sparse: S = Q Kᵀ on Hopper's sparse tensor cores, online softmax in
-// registers, O = P V on the dense ones. docs/hopper-prefill.md tells the design.
+// Attention forward for queries that are 2:4 sparse beside a dense channel: S = Q Kᵀ on Hopper's sparse tensor cores (the
+// dense channel on the dense ones), online softmax in registers, O = P V. docs/hopper-prefill.md tells the design.
 //
 // A block owns BLOCK_M = 64 * CONSUMERS queries of one head and walks the keys in tiles of BLOCK_N, last tile first.
 // One warpgroup produces: it has the copy engine bring tiles of K and V to shared memory. Each of the others consumes
-// for its own 64 queries. The host puts in front of this text (compiler.py): the tile's sizes, and one function
-// per shape of matrix instruction, `wgmma_qk<selector, accumulate>` and `wgmma_pv`.
-
-typedef unsigned int u32;
-typedef unsigned long long u64;
+// for its own 64 queries. The host puts in front of this text (compiler.py): the tile's sizes, one function per shape of
+// matrix instruction (`wgmma_qk_dense<accumulate>`, `wgmma_qk_sparse<selector, accumulate>`, `wgmma_pv`), and queries.cu.
 
 struct alignas(64) TensorMap { u64 words[16]; };  // CUtensorMap
 
 struct Params {
-  const uint4* q_values;  // [B * Hq * ceil(Nq / 64), STEPS, 128] fragments, see pack.py
-  const u32* q_meta;      // [B * Hq * ceil(Nq / 64), WORDS, 128]
-  unsigned short* out;    // rows of DV entries at the strides below, in entries
-  float* lse;             // [B, Hq, Nq]
+  QueryCodes q;         // rows [B, Hq, Nq]
+  unsigned short* out;  // rows of VALUE_DIM entries at the strides below, in entries
+  float* lse;           // [B, Hq, Nq]
   long long out_batch, out_head, out_row;
   int n_q, n_k, group, causal;
   float scale;
 };
 
-constexpr int STEPS = HEAD_DIM / QK_DEPTH;        // matrix instructions along the head for one tile of scores
-constexpr int WORDS = (STEPS + 1) / 2;            // metadata words of a thread: one serves two steps
 constexpr int THREADS = 128 * (CONSUMERS + 1);
 constexpr int BLOCK_M = 64 * CONSUMERS;
 constexpr int BOX = BLOCK_N * 128;                // bytes of BLOCK_N rows of 64 entries: one box of the copy engine
@@ -139,8 +133,7 @@ __device__ __forceinline__ float quad_sum(float x) {
 // Of a 64 x N accumulator a thread holds rows r and r + 8, r = 16 * warp + lane / 4: entries 4j, 4j + 1 of row r and
 // 4j + 2, 4j + 3 of row r + 8, at columns 8j + 2 * (lane % 4) and the next.
 struct Consumer {
-  uint4 q[STEPS];
-  u32 meta[WORDS];
+  Queries q;
   float s[BLOCK_N / 2];    // scores, then weights, of one tile
   uint4 p[BLOCK_N / 16];    // weights of the tile before, as the A operand of P V
   float o[VALUE_DIM / 2];
@@ -156,9 +149,13 @@ struct Consumer {
   template <int STEP>
   __device__ __forceinline__ void scores_from(u32 k_tile) {
     if constexpr (STEP < STEPS) {
-      constexpr int BYTE = STEP * QK_DEPTH * 2;  // of the head's row; a box holds 128 bytes of it
+      constexpr int SPARSE = STEP - DENSE_STEPS;  // the sparse step it is, if not negative
+      constexpr int BYTE = SPARSE < 0 ? 32 * STEP : 2 * DENSE_DIMS + 64 * SPARSE;  // of the head's row; a box holds 128 of it
       const u64 b = descriptor(k_tile + BYTE / 128 * BOX + BYTE % 128, 16);
-      wgmma_qk<STEP % 2, (STEP > 0)>(s, q[STEP], b, meta[STEP / 2]);
+      if constexpr (SPARSE < 0)
+        wgmma_qk_dense<(STEP > 0)>(s, q.values[STEP], b);
+      else
+        wgmma_qk_sparse<SPARSE % 2, (STEP > 0)>(s, q.values[STEP], b, q.places[SPARSE / 2]);
       scores_from<STEP + 1>(k_tile);
     }
   }
@@ -276,17 +273,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const int end_all = params.causal ? min(params.n_k, tile_row + shift + 1) : params.n_k;  // seen by all 64 queries
 
     Consumer c;
-    const int q_tiles = (params.n_q + 63) / 64;
-    const bool present = tile_row < params.n_q;
-    {
-      const long long q_tile = (long long)(batch * gridDim.y + head) * q_tiles + tile_row / 64;
-#pragma unroll
-      for (int i = 0; i < STEPS; ++i)
-        c.q[i] = present ? params.q_values[(q_tile * STEPS + i) * 128 + thread] : make_uint4(0, 0, 0, 0);
-#pragma unroll
-      for (int i = 0; i < WORDS; ++i)
-        c.meta[i] = SPARSE && present ? params.q_meta[(q_tile * WORDS + i) * 128 + thread] : 0x44444444u;
-    }
+    const long long code_row = (long long)(batch * gridDim.y + head) * params.n_q + row;
+    c.q.load(params.q, code_row, row < params.n_q, row + 8 < params.n_q, lane);
 #pragma unroll
     for (int i = 0; i < VALUE_DIM / 2; ++i) c.o[i] = 0.f;
     c.top[0] = c.top[1] = minus_infinity();

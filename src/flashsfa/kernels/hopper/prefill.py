@@ -1,4 +1,4 @@
-"""Attention forward on Hopper's sparse tensor cores: pack the queries, describe K and V to the copy engine, launch."""
+"""Attention forward on Hopper's sparse tensor cores: codes of queries as they are, K and V through the copy engine."""
 
 from __future__ import annotations
 
@@ -9,21 +9,24 @@ import math
 import torch
 from torch import Tensor
 
+from ...codes import FeatureCodes, pair_codes_op
 from ...masks import AttentionMask
-from . import compiler, cuda, pack
+from . import compiler, cuda
 from .compiler import Tile
 
 _WIDTHS = (64, 128)
 
 
-def obstacle(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> str | None:
-    """Why the kernel cannot take these tensors, or None if it can. Looks at shapes and the device alone."""
+def obstacle(q: FeatureCodes, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> str | None:
+    """Why the kernel cannot take these, or None if it can. Looks at shapes and the device alone."""
     if q.device.type != "cuda" or torch.cuda.get_device_capability(q.device) != (9, 0):
         return "sparse tensor cores with operands in registers are Hopper's (sm_90)"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"the kernel takes float16 and bfloat16, not {q.dtype}"
-    if q.shape[-1] not in _WIDTHS or v.shape[-1] not in _WIDTHS:
-        return f"the kernel takes heads of width 64 and 128, not {q.shape[-1]} and {v.shape[-1]}"
+    if q.head_dim not in _WIDTHS or v.shape[-1] not in _WIDTHS:
+        return f"the kernel takes heads of width 64 and 128, not {q.head_dim} and {v.shape[-1]}"
+    if q.dense_dims % 32:
+        return f"the kernel takes a dense channel of a multiple of 32 features, not {q.dense_dims}"
     if mask.window is not None or mask.key_padding_mask is not None or mask.cu_seqlens_q is not None:
         return "the kernel knows full and causal attention, no window, padding or packed sequences"
     if 0 in (*q.shape, *k.shape):
@@ -35,21 +38,21 @@ def obstacle(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float)
     return None
 
 
-def default_tile(dtype: torch.dtype, head_dim: int, value_dim: int) -> Tile:
+def default_tile(dtype: torch.dtype, head_dim: int, value_dim: int, dense_dims: int = 0) -> Tile:
     """The fastest of the sizes that were measured on an H100 (docs/hopper-prefill.md)."""
-    return Tile(dtype, head_dim, value_dim, stages=2 if head_dim + value_dim > 128 else 4)
+    return Tile(dtype, head_dim, value_dim, dense_dims, stages=2 if head_dim + value_dim > 128 else 4)
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, scale: float, tile: Tile | None = None
+    q: FeatureCodes, k: Tensor, v: Tensor, *, is_causal: bool, scale: float, tile: Tile | None = None
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scale · q kᵀ) v for queries that are 2:4 sparse, with no `obstacle`.
+    """softmax(scale · q kᵀ) v for queries in the 2:4 pattern (or all dense), with no `obstacle`.
 
     Args:
-        q: [B, Hq, N_q, D] rows of at most two nonzero entries in each aligned group of four features.
+        q: [B, Hq, N_q, ...] of D features, at most two of each aligned group of four after the dense channel.
         k: [B, Hkv, N_k, D]; v: [B, Hkv, N_k, Dv]; any strides (a copy is made where the copy engine needs one).
         is_causal: bottom-right aligned.
-        tile: sizes to measure; `default_tile` by default. With `is_sparse=False` q may be any rows.
+        tile: sizes to measure; `default_tile` by default.
 
     Returns:
         out [B, Hq, N_q, Dv], the transpose of a contiguous [B, N_q, Hq, Dv], and lse [B, Hq, N_q] float32. A query
@@ -58,16 +61,16 @@ def forward(
     Raises:
         CompilationError: the kernel cannot be built.
     """
-    tile = default_tile(q.dtype, q.shape[-1], v.shape[-1]) if tile is None else tile
+    tile = default_tile(q.dtype, q.head_dim, v.shape[-1], q.dense_dims) if tile is None else tile
     batch, heads, n_q, _ = q.shape
     with torch.cuda.device(q.device):
-        kernel = _load(tile, q.device.index)
+        kernel = _load(tile, v.device.index)
+        parts = [_aligned(x) for x in in_pairs(q)]
         k, v = _tma_ready(k), _tma_ready(v)
-        packed, metadata = pack.pack_sparse(q) if tile.is_sparse else (pack.pack_dense(q), None)
         out = v.new_empty((batch, n_q, heads, v.shape[-1])).transpose(1, 2)
         lse = v.new_empty((batch, heads, n_q), dtype=torch.float32)
         params = _Params(
-            packed.data_ptr(), None if metadata is None else metadata.data_ptr(), out.data_ptr(), lse.data_ptr(),
+            *(x.data_ptr() for x in parts), out.data_ptr(), lse.data_ptr(),
             *out.stride()[:3], n_q, k.shape[2], heads // k.shape[1], is_causal, scale,
         )  # fmt: skip
         maps = [cuda.tensor_map(x, tile.block_n) for x in (k, v)]
@@ -76,12 +79,20 @@ def forward(
     return out, lse
 
 
+def in_pairs(q: FeatureCodes) -> tuple[Tensor, Tensor, Tensor]:
+    """Dense channel, values and indices of a code with exactly two entries a group, which may be zero."""
+    if 2 * q.topk == q.sparse_dims:
+        return q.dense, q.values, q.indices
+    return pair_codes_op(q.to_dense(), q.dense_dims)
+
+
 class _Params(ctypes.Structure):
     """`Params` of prefill.cu."""
 
     _fields_ = (
+        ("q_dense", ctypes.c_void_p),
         ("q_values", ctypes.c_void_p),
-        ("q_meta", ctypes.c_void_p),
+        ("q_indices", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
         ("lse", ctypes.c_void_p),
         ("out_batch", ctypes.c_longlong),
@@ -99,6 +110,12 @@ class _Params(ctypes.Structure):
 def _load(tile: Tile, device: int) -> ctypes.c_void_p:
     """The kernel of one specialisation, ready to launch on `device`."""
     return cuda.load_kernel(compiler.compile_cubin(tile), "prefill_kernel", tile.shared_bytes, device)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x contiguous, at a multiple of 16 bytes."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def _tma_ready(x: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def topk_codes(x: Tensor, topk: int, dense_dims: int, launch: Launch | None = No
         launch: launch parameters to measure; `launch_for` by default.
     """
     shape = x.shape[:-1]
-    rows = _as_batch_head_row(x)  # [B, H, N, D]
+    rows = as_batch_head_row(x)  # [B, H, N, D]
     dense = x.new_empty((*shape, dense_dims))
     values = x.new_empty((*shape, topk))
     indices = x.new_empty((*shape, topk), dtype=torch.uint8)
@@ -107,7 +107,7 @@ def append_codes(
     _launch(k, v, dense_buf, values_buf, indices_buf, v_buf, capacity, start, launch)
 
 
-def _as_batch_head_row(x: Tensor) -> Tensor:
+def as_batch_head_row(x: Tensor) -> Tensor:
     """x [..., D] as a view [B, H, N, D] with N as long as strides allow; a copy only for more than 3 such dims."""
     sizes: list[int] = []
     strides: list[int] = []
