@@ -120,7 +120,8 @@ class Row:
             return f"{self.case}: {self.status}: {self.note}"
         ratio = "" if self.ratio is None else f", {self.ratio:.2f}x {self.fastest_baseline}"
         if self.generation is not None and self.generation.first_token_ms is not None:
-            ratio += f", first token {self.generation.first_token_ms:.4g} ms"
+            against = _against(self, "first_token_ms", lambda ours, theirs: f", {theirs / ours:.2f}x the fastest")
+            ratio += f", first token {self.generation.first_token_ms:.4g} ms{against}"
         return f"{self.case}: {self.timing.median_ms:.4g} ms{ratio}" + (f" ({self.note})" if self.note else "")
 
 
