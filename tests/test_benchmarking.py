@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,6 +46,16 @@ def only(directory, suffix):
 
 def rows_in(directory):
     return json.loads(only(directory, ".json").read_text())["rows"]
+
+
+def test_a_run_that_is_ended_keeps_its_rows(tmp_path, monkeypatch):
+    def ended():
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    last = SimpleNamespace(name="last", facet="", curve="", n=1, device=CPU, prepare=ended)
+    monkeypatch.setitem(benchmarking.CASES, "topk", lambda device, quick: [TOPK[0], last])
+    assert bench("topk", tmp_path) == 130
+    assert [row["case"] for row in rows_in(tmp_path)] == [TOPK[0].name]
 
 
 @pytest.mark.parametrize(("operation", "cases"), [("decode", DECODE), ("topk", TOPK)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -230,11 +231,16 @@ def _bench(options: argparse.Namespace) -> int:
     from . import benchmarking
 
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)
-    results, paths = benchmarking.run(
-        options.operation, device=device, quick=options.quick, directory=options.output, only=options.only,
-        on_start=lambda count: console.print(f"{count} cases on {device}"),
-        on_row=lambda row: console.print(row.summary()),
-    )  # fmt: skip
+    # A time limit ends a run as Ctrl-C does: what was measured is written.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        results, paths = benchmarking.run(
+            options.operation, device=device, quick=options.quick, directory=options.output, only=options.only,
+            on_start=lambda count: console.print(f"{count} cases on {device}"),
+            on_row=lambda row: console.print(row.summary()),
+        )  # fmt: skip
+    finally:
+        signal.signal(signal.SIGTERM, before)
     console.print(results.table())
     console.print("written: " + ", ".join(map(str, paths)), soft_wrap=True)
     return int(any(row.status == "failed" for row in results.rows))

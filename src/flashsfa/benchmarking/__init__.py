@@ -49,8 +49,9 @@ def run(
     """Run the cases of `operation`, a key of `CASES`; write JSON, CSV and a plot into `directory`.
 
     `on_start` is told the number of cases, `on_row` each row as soon as it is there. `only` names the cases to run by
-    texts that their names must all contain. Returns the results and the files written. Raises `OSError` before anything
-    is measured if `directory` cannot be written, and `ValueError` if no case is left.
+    texts that their names must all contain. Returns the results and the files written;
+    interrupted, it writes the rows that are there. Raises `OSError` before anything is measured if `directory` cannot be
+    written, and `ValueError` if no case is left.
     """
     require_place(directory)
     known = CASES[operation](device, quick)
@@ -62,18 +63,27 @@ def run(
     )
     on_start(len(cases))
     bandwidth = copy_bandwidth(device)
-    rows = []
-    for case in cases:
-        rows.append(run_case(case, bandwidth, quick))
-        on_row(rows[-1])
-        release(device)
-    results = Results(operation, environment(device), bandwidth, tuple(rows))
-    from .plots import draw
+    rows: list[Row] = []
 
-    paths = results.save(directory)
-    picture = paths[0].with_suffix(".png")
-    draw(results, picture)
-    return results, [*paths, picture]
+    def save() -> tuple[Results, list[Path]]:
+        from .plots import draw
+
+        results = Results(operation, environment(device), bandwidth, tuple(rows))
+        paths = results.save(directory)
+        picture = paths[0].with_suffix(".png")
+        draw(results, picture)
+        return results, [*paths, picture]
+
+    try:
+        for case in cases:
+            rows.append(run_case(case, bandwidth, quick))
+            on_row(rows[-1])
+            release(device)
+    except KeyboardInterrupt:
+        if rows:
+            save()
+        raise
+    return save()
 
 
 def run_case(case: Case | MeasuredCase, bandwidth: float, quick: bool) -> Row:
