@@ -342,20 +342,21 @@ def test_bad_packing(change, message):
         attention_varlen(**(good | change), topk=2)
 
 
-def test_cudnn_always_gets_gradients_in_the_order_of_the_output(monkeypatch):
-    """torch keeps one backward plan for q, k and v of the same strides, and runs it on gradients of any."""
+def test_cudnn_always_gets_outputs_and_gradients_in_one_order(monkeypatch):
+    """torch keeps one backward plan for q, k and v of the same strides, and runs it on outputs and gradients of any."""
     seen = []
 
     def backward(grad_out, q, k, v, out, *_, **__):
-        seen.append((grad_out.stride(), torch.equal(grad_out, expected)))
+        seen.append((grad_out.stride(), out.stride(), torch.equal(grad_out, expected)))
         return q, k, v
 
     monkeypatch.setattr(dense, "_aten", SimpleNamespace(_scaled_dot_product_cudnn_attention_backward=backward))
     q = torch.randn(2, 5, 6, 16).transpose(1, 2)  # [B, H, N, D] in the memory order [B, N, H, D]
     expected = torch.randn(2, 6, 5, 16)
     for grad_out in (expected, expected.transpose(1, 2).contiguous().transpose(1, 2)):
-        dense.CudaCudnn().backward(grad_out, q, q, q, torch.empty_like(q), torch.randn(2, 6, 5), None, True, 0.25)
-    assert seen == [(q.stride(), True)] * 2
+        for out in (torch.empty_like(q), torch.empty(q.shape)):
+            dense.CudaCudnn().backward(grad_out, q, q, q, out, torch.randn(2, 6, 5), None, True, 0.25)
+    assert seen == [(q.stride(), q.stride(), True)] * 4
 
 
 @pytest.mark.gpu

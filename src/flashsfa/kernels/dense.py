@@ -357,8 +357,8 @@ class CudaCudnn(Kernel):
         return out, lse.view(q.shape[:-1])
 
     def backward(self, grad_out, q, k, v, out, lse, bias, is_causal, scale):  # type: ignore[no-untyped-def]
-        # torch keeps one plan for q, k and v of the same strides, whatever those of grad_out: it must always have out's
-        grad_out = grad_out if grad_out.stride() == out.stride() else torch.empty_like(out).copy_(grad_out)
+        # torch keeps one plan for q, k and v of the same strides, whatever those of out and grad_out: one order always
+        grad_out, out = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (grad_out, out))
         no_dropout = torch.zeros((), dtype=torch.int64, device=q.device)
         return _aten._scaled_dot_product_cudnn_attention_backward(
             grad_out, q, k, v, out, lse[..., None], no_dropout, no_dropout, bias, None, None,
