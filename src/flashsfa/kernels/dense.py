@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..masks import AttentionMask
-from .topk import _triton_is_installed
+from .topk import triton_is_installed
 
 _aten = torch.ops.aten
 _CUDNN_SHORTEST = 64  # cuDNN refuses some shorter sequences, and is no faster on them
@@ -143,7 +143,7 @@ def _lse_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     """Fold a part over further keys into out [B, H, N, D] and lse [B, H, N], in place."""
-    if out.is_cuda and _triton_is_installed():
+    if out.is_cuda and triton_is_installed():
         from .triton import merge_parts
 
         with torch.cuda.device_of(out):

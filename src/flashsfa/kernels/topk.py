@@ -68,7 +68,7 @@ def has_fused(x: Tensor) -> bool:
     """Whether the fused kernel codes the rows of x; recorded for `explain()`."""
     if not x.is_cuda:
         return False
-    installed = _triton_is_installed()
+    installed = triton_is_installed()
     if installed and x.dtype != torch.float64:
         dispatch.record("topk_codes", "triton", "one pass over the rows")
         return True
@@ -80,7 +80,7 @@ def has_fused(x: Tensor) -> bool:
 
 
 @functools.cache
-def _triton_is_installed() -> bool:
+def triton_is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
