@@ -9,7 +9,10 @@ from flashsfa.codes import FeatureCodes
 from flashsfa.kernels import decode_numba, decode_torch
 from flashsfa.kernels.decode_torch import DecodeRules
 
-pytestmark = pytest.mark.skipif(not decode_numba.is_available(), reason="needs numba: pip install 'flashsfa[cpu]'")
+pytestmark = [
+    pytest.mark.cpu,
+    pytest.mark.skipif(not decode_numba.is_available(), reason="needs numba: pip install 'flashsfa[cpu]'"),
+]
 DTYPES = [torch.float32, torch.bfloat16]
 
 

@@ -142,11 +142,11 @@ class Moments:
 
     def __init__(self, num_kv_heads: int, head_dim: int) -> None:
         square = (num_kv_heads, head_dim, head_dim)
-        self.key_outer = torch.zeros(square, dtype=torch.float64)
-        self.query_outer = torch.zeros(square, dtype=torch.float64)
+        self.key_outer = torch.zeros(square, dtype=torch.float64, device="cpu")
+        self.query_outer = torch.zeros(square, dtype=torch.float64, device="cpu")
         self.count = self.query_count = 0
-        self.sample = torch.zeros(num_kv_heads, 0, head_dim)  # [H, S, D] keys
-        self._lots = torch.zeros(0)  # [S] each token draws a lot, and the highest stay
+        self.sample = torch.zeros(num_kv_heads, 0, head_dim, device="cpu")  # [H, S, D] keys
+        self._lots = torch.zeros(0, device="cpu")  # [S] each token draws a lot, and the highest stay
         self._generator = torch.Generator().manual_seed(0)
 
     def update(self, q: Tensor, k: Tensor) -> None:
@@ -158,7 +158,7 @@ class Moments:
         self.query_outer += (queries.mT @ queries).cpu()
         self.count += keys.shape[1]
         self.query_count += queries.shape[1]
-        lots = torch.cat((self._lots, torch.rand(keys.shape[1], generator=self._generator)))
+        lots = torch.cat((self._lots, torch.rand(keys.shape[1], generator=self._generator, device="cpu")))
         self._lots, kept = lots.topk(min(_SAMPLE_KEYS, len(lots)))
         self.sample = torch.cat((self.sample, keys.float().cpu()), dim=1)[:, kept]
 
@@ -176,7 +176,7 @@ def _dictionary(keys: Tensor, topk: int, dense_dims: int) -> Tensor:
     Alternates between the best codes of a rotation and the best rotation of codes (orthogonal Procrustes); neither
     step can increase the error.
     """
-    rotation = torch.eye(keys.shape[-1], dtype=keys.dtype).expand(keys.shape[0], -1, -1)
+    rotation = torch.eye(keys.shape[-1], dtype=keys.dtype, device=keys.device).expand(keys.shape[0], -1, -1)
     for _ in range(_DICTIONARY_ROUNDS):
         codes = topk_codes(keys @ rotation, topk, dense_dims=dense_dims).to_dense()
         left, _, right = torch.linalg.svd(keys.mT @ codes)
@@ -195,4 +195,4 @@ def _regularised(moment: Tensor, side: str) -> Tensor:
             "%d of %d %s moment matrices are nearly singular and were regularised; calibrate on more text",
             int((lift > 0).sum()), lift.numel(), side,
         )  # fmt: skip
-    return moment + lift[..., None, None] * torch.eye(moment.shape[-1], dtype=moment.dtype)
+    return moment + lift[..., None, None] * torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)

@@ -66,7 +66,7 @@ def token_windows(tokenizer: Any, text: str, *, length: int, count: int, purpose
         f"the {purpose} text has {ids.numel()} tokens, less than one window of {length}; give more text or a smaller --window",
     )
     windows = ids[: available * length].view(available, length)
-    chosen = torch.linspace(0, available - 1, min(count, available)).round().long()
+    chosen = torch.linspace(0, available - 1, min(count, available), device="cpu").round().long()
     return windows[chosen]
 
 

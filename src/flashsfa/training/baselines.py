@@ -42,9 +42,9 @@ class PerformerCore(Core):
     def __init__(self, head_dim: int, features: int, seed: int) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        blocks = torch.randn(-(-features // head_dim), head_dim, head_dim, generator=generator)
+        blocks = torch.randn(-(-features // head_dim), head_dim, head_dim, generator=generator, device="cpu")
         directions = torch.linalg.qr(blocks).Q.flatten(0, 1)[:features]
-        norms = torch.randn(features, head_dim, generator=generator).norm(dim=-1, keepdim=True)
+        norms = torch.randn(features, head_dim, generator=generator, device="cpu").norm(dim=-1, keepdim=True)
         self.register_buffer("projection", directions * norms, persistent=False)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:

@@ -61,7 +61,7 @@ class Windows(Dataset):
         if self._seed is not None:
             if self._order[0] != round_:
                 generator = torch.Generator().manual_seed(self._seed + round_)
-                self._order = (round_, torch.randperm(self._available, generator=generator))
+                self._order = (round_, torch.randperm(self._available, generator=generator, device="cpu"))
             place = int(self._order[1][place])
         return {"input_ids": self._stream.window(place, self._context)}
 
@@ -86,8 +86,8 @@ class Collator:
         first[:, 0] = True
         first[:, 1:] = ids[:, :-1] == self.separator
         starts = first.flatten().nonzero()[:, 0]  # [S]
-        bounds = torch.cat((starts, torch.tensor([ids.numel()])))  # [S + 1]
-        positions = torch.arange(ids.numel()) - starts.repeat_interleave(bounds.diff())
+        bounds = torch.cat((starts, torch.tensor([ids.numel()], device=ids.device)))  # [S + 1]
+        positions = torch.arange(ids.numel(), device=ids.device) - starts.repeat_interleave(bounds.diff())
         return {
             "input_ids": ids, "labels": labels.masked_fill(first, IGNORED), "position_ids": positions.view_as(ids),
             "cu_seq_lens_q": bounds.int(), "max_length_q": ids.shape[1],

@@ -37,12 +37,12 @@ class NeedleWindows(Dataset):
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + index)
 
         def draw(low: int, high: int) -> int:
-            return int(torch.randint(low, high, (), generator=generator))
+            return int(torch.randint(low, high, (), generator=generator, device="cpu"))
 
         last = self._context - 2  # where the last possible question stands
         question = last if self._at_end else draw(1, last + 1)
         place, needle = draw(0, question), FIRST_NEEDLE + draw(0, NEEDLES)
-        ids = torch.full((self._context,), HAY)
+        ids = torch.full((self._context,), HAY, device="cpu")
         ids[place], ids[question], ids[question + 1] = needle, QUESTION, needle
         labels = torch.full_like(ids, IGNORED)
         labels[question + 1] = needle

@@ -77,7 +77,7 @@ def support_statistics(model: Any, windows: Tensor, progress: Callable[[], None]
     finally:
         model.set_attn_implementation(NAME)
     heads = next(iter(found.values())).counts.shape[0]
-    missing = torch.full((heads,), math.nan)
+    missing = torch.full((heads,), math.nan, device="cpu")
     means = [found[i].means() if i in found else (missing,) * 3 for i in range(layers)]
     return SupportStatistics(*(torch.stack(columns) for columns in zip(*means, strict=True)))
 
@@ -112,9 +112,9 @@ class _Sums:
     """What is added up of one layer."""
 
     def __init__(self, kv_heads: int, sparse_dims: int) -> None:
-        self.counts = torch.zeros(kv_heads, sparse_dims, dtype=torch.float64)
-        self.overlap = torch.zeros(kv_heads, dtype=torch.float64)
-        self.effective = torch.zeros(kv_heads, dtype=torch.float64)
+        self.counts = torch.zeros(kv_heads, sparse_dims, dtype=torch.float64, device="cpu")
+        self.overlap = torch.zeros(kv_heads, dtype=torch.float64, device="cpu")
+        self.effective = torch.zeros(kv_heads, dtype=torch.float64, device="cpu")
         self.windows = 0
 
     def add(self, coding: Any, q: Tensor, k: Tensor) -> None:
