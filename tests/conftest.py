@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(config, items):
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if "cpu" in item.keywords and on_gpu:
-            item.add_marker(pytest.mark.skip(reason="checks what is looked at on the CPU alone"))
+            item.add_marker(pytest.mark.skip(reason="happens on the CPU alone"))
 
 
 @pytest.fixture(autouse=True)

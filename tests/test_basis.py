@@ -6,6 +6,7 @@ import torch
 from flashsfa import FeatureBasis, topk_codes
 from flashsfa.basis import KINDS, Moments
 
+pytestmark = pytest.mark.cpu  # calibration and its linear algebra
 H, G, D = 2, 3, 8
 
 
@@ -41,6 +42,15 @@ def test_streamed_moments_equal_one_shot():
     assert (parts.count, parts.query_count) == (whole.count, whole.query_count) == (400, 400 * G)
     torch.testing.assert_close(parts.key_outer, whole.key_outer)
     torch.testing.assert_close(parts.query_outer, whole.query_outer)
+
+
+def test_the_default_device_does_not_matter():
+    q, k = draw()
+    with torch.device("meta"):
+        moments = moments_of((q, k))
+        bases = [FeatureBasis.from_moments(moments, kind, topk=3) for kind in KINDS if kind != "identity"]
+    for basis in bases:
+        assert basis.key.isfinite().all()
 
 
 @pytest.mark.parametrize("kind", ["whitened", "balanced", "pca"])

@@ -178,7 +178,7 @@ def test_perplexity(tiny, text, tmp_path, capsys, monkeypatch):
     windows = token_windows(byte_tokenizer(), read_text(text), length=200, count=3, purpose="test")
     with torch.device("cpu"), torch.no_grad():
         model = transformers.AutoModelForCausalLM.from_pretrained(tiny)
-        losses = [F.cross_entropy(model(w[None]).logits[0, :-1], w[1:]).item() for w in windows]
+        losses = [F.cross_entropy(model(w[None]).logits[0, :-1], w[1:]).item() for w in windows.cpu()]
     assert found["results"]["dense"]["perplexity"] == pytest.approx(math.exp(sum(losses) / 3), rel=1e-4)
 
 

@@ -220,6 +220,7 @@ def test_static_refusals():
         StaticSparseCache(model, 4)
 
 
+@pytest.mark.cpu  # torch cannot trace Tensor.unflatten under a default device
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_static_decode_equals_eager(model, backend):
     torch._dynamo.reset()
@@ -238,6 +239,7 @@ def test_compiled_static_decode_equals_eager(model, backend):
     torch.testing.assert_close(found, run(model, ids)[:, 20:], **CLOSE)
 
 
+@pytest.mark.cpu  # torch cannot trace Tensor.unflatten under a default device
 @pytest.mark.parametrize("chunk", [None, 18])
 def test_generate_compiles_with_a_static_cache(model, chunk):
     torch._dynamo.reset()

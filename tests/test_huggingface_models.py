@@ -80,8 +80,8 @@ def generate(model, ids, mask, **options):
 def assert_equals_no_cache(model, found, mask):
     mask = torch.nn.functional.pad(mask, (0, found.sequences.shape[1] - mask.shape[1]), value=1)
     expected = logits(model, found.sequences, mask)[:, PROMPT - 1 : -1]
-    # generate() hands its logits out in float32
-    torch.testing.assert_close(torch.stack(found.logits, 1), expected.float(), rtol=1e-5, atol=1e-6)
+    # generate() hands its logits out in float32, and RMSNorm computes in it: on a GPU its sums depend on the length
+    torch.testing.assert_close(torch.stack(found.logits, 1), expected.float(), rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("chunk", [None, 7, 18], ids=["whole", "few", "many"])

@@ -366,7 +366,7 @@ def test_int8_rounds_and_passes_gradients_straight_through():
 def test_performer_approaches_softmax_attention_with_many_features():
     q, k, v = (0.5 * torch.randn(1, 2, 12, 16) for _ in range(3))
     exact = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    few, many = (PerformerCore(16, n, seed=0)(q, k, v, Visible(0.25)) for n in (16, 4096))
+    few, many = (PerformerCore(16, n, seed=0).to(q.device)(q, k, v, Visible(0.25)) for n in (16, 4096))
     assert (many - exact).norm() < 0.05 * exact.norm()
     assert (many - exact).norm() < (few - exact).norm()
 
@@ -380,8 +380,11 @@ def test_packed_documents_see_themselves_alone(architecture, options):
     batch = Collator(separator=0)([{"input_ids": row} for row in ids])
     with torch.no_grad():
         packed = model(**batch).logits
+    # An entry at the edge between two of its 8-bit steps may fall to either side.
+    close = {"rtol": 0, "atol": 1e-3} if options["kind"] == "int8" else {}
     for row, start, end in ((0, 0, 5), (0, 5, 12), (0, 12, 16), (1, 0, 8), (1, 8, 16)):
-        torch.testing.assert_close(packed[row : row + 1, start:end], logits(model, ids[row : row + 1, start:end]))
+        alone = logits(model, ids[row : row + 1, start:end])
+        torch.testing.assert_close(packed[row : row + 1, start:end], alone, **close)
 
 
 def test_the_channel_alone_carries_positions():
@@ -702,7 +705,9 @@ def test_distillation_brings_sparse_outputs_to_dense_ones(tmp_path, content, con
     assert rows[-1]["loss"] < rows[3]["loss"]
     before, after = (flashsfa.FeatureBasis.load(d / BASIS_FILE) for d in (converted, tmp_path / "run" / "model"))
     assert not torch.equal(before.key, after.key)
-    torch.testing.assert_close(after.query @ after.key.mT, torch.eye(16).expand(2, 2, -1, -1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        after.query @ after.key.mT, torch.eye(16, device=after.key.device).expand(2, 2, -1, -1), rtol=1e-4, atol=1e-4
+    )
     model = flashsfa.from_pretrained(tmp_path / "run" / "model")
     assert model.config.sfa["topk"] == 3
     assert model.config.use_cache
@@ -717,7 +722,7 @@ def head_outputs(model, ids):
     modules = [layer.self_attn.o_proj for layer in model.model.layers]
     hooks = [module.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for module in modules]
     with torch.no_grad():
-        model.eval()(ids, use_cache=False)
+        model.eval()(ids.to(model.device), use_cache=False)
     for hook in hooks:
         hook.remove()
     return torch.stack(seen)
@@ -811,10 +816,10 @@ def test_support_statistics_count_what_the_operator_keeps():
         shared = ((query != 0).float() @ (key != 0).float().repeat_interleave(2, 0).mT > 0).tril()
         overlaps.append(shared.sum((1, 2)).view(2, 2).sum(1) / (2 * 45))
         effective.append((key.square().sum(-1).square() / key.pow(4).sum(-1)).mean(-1))
-    shares = counts / counts.sum(-1, keepdim=True)
+    shares = (counts / counts.sum(-1, keepdim=True)).cpu()
     torch.testing.assert_close(statistics.entropy[1], torch.special.entr(shares).sum(-1) / np.log(14))
-    torch.testing.assert_close(statistics.overlap[1], torch.stack(overlaps).mean(0))
-    torch.testing.assert_close(statistics.effective_topk[1], torch.stack(effective).mean(0))
+    torch.testing.assert_close(statistics.overlap[1], torch.stack(overlaps).mean(0).cpu())
+    torch.testing.assert_close(statistics.effective_topk[1], torch.stack(effective).mean(0).cpu())
 
 
 def test_supports_on_the_command_line(tmp_path, converted, tokens, capsys):
