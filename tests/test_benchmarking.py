@@ -313,6 +313,14 @@ def test_plot_of_nothing(tmp_path):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_faster_baseline_does_more_operations_a_second():
+    baseline = results.BaselineResult(timing.Timing(2.0, 2.0, 2.0), 1.0, 0.5, 1.0)
+    row = results.Row(
+        "a", "f", "c", 8, "ok", timing=timing.Timing(4.0, 4.0, 4.0), tflops=100.0, baselines={"b": baseline}
+    )
+    assert plots.baseline_tflops(row, "b") == 200
+
+
 @pytest.mark.gpu
 def test_whole_run_on_a_gpu(tmp_path, monkeypatch):
     device = torch.device("cuda")
