@@ -13,7 +13,8 @@ struct Params {
   unsigned short* out;  // rows of VALUE_DIM entries at the strides below, in entries
   float* lse;           // [B, Hq, Nq]
   long long out_batch, out_head, out_row;
-  int n_q, n_k, group, causal;
+  int n_q, n_k, heads, group, causal;
+  int together;  // heads whose blocks are mixed, so that the ones with most keys start first; the next heads follow
   float scale;
 };
 
@@ -128,6 +129,16 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
+// Of four words of each of four lanes, lane i gets the i-th word of all: 16 bytes in a row to store at once.
+__device__ __forceinline__ uint4 quad_transpose(const u32 (&words)[4], int lane) {
+  const bool odd = lane & 1, high = lane & 2;
+  const u32 a = __shfl_xor_sync(~0u, odd ? words[0] : words[1], 1), b = __shfl_xor_sync(~0u, odd ? words[2] : words[3], 1);
+  // two words of the even lanes, then of the odd ones: of columns `odd` and 2 + `odd`
+  const u32 near[2] = {odd ? a : words[0], odd ? words[1] : a}, far[2] = {odd ? b : words[2], odd ? words[3] : b};
+  const u32 x = __shfl_xor_sync(~0u, high ? near[0] : far[0], 2), y = __shfl_xor_sync(~0u, high ? near[1] : far[1], 2);
+  return high ? make_uint4(x, y, far[0], far[1]) : make_uint4(near[0], near[1], x, y);
+}
+
 // ---- one consumer's 64 queries ---------------------------------------------------------------------------------
 
 // Of a 64 x N accumulator a thread holds rows r and r + 8, r = 16 * warp + lane / 4: entries 4j, 4j + 1 of row r and
@@ -224,8 +235,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   const u32 v_full = k_full + 8 * STAGES, k_empty = v_full + 8 * STAGES, v_empty = k_empty + 8 * STAGES;
 
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
-  const int block_row = (gridDim.x - 1 - blockIdx.x) * BLOCK_M;  // causal blocks with most keys start first
-  const int head = blockIdx.y, batch = blockIdx.z;
+  const int blocks = (params.n_q + BLOCK_M - 1) / BLOCK_M;  // of a head
+  const int first_head = blockIdx.x / (blocks * params.together) * params.together;
+  const int heads = min(params.together, params.heads - first_head), place = blockIdx.x - first_head * blocks;
+  const int block_row = (blocks - 1 - place / heads) * BLOCK_M;
+  const int head = first_head + place % heads, batch = blockIdx.y;
   const int shift = params.n_k - params.n_q;  // query i stands at key i + shift
   int keys = params.n_k;                      // keys that the block's last query sees
   if (params.causal) keys = min(keys, max(0, min(block_row + BLOCK_M, params.n_q) + shift));
@@ -273,7 +287,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const int end_all = params.causal ? min(params.n_k, tile_row + shift + 1) : params.n_k;  // seen by all 64 queries
 
     Consumer c;
-    const long long code_row = (long long)(batch * gridDim.y + head) * params.n_q + row;
+    const long long code_row = (long long)(batch * params.heads + head) * params.n_q + row;
     c.q.load(params.q, code_row, row < params.n_q, row + 8 < params.n_q, lane);
 #pragma unroll
     for (int i = 0; i < VALUE_DIM / 2; ++i) c.o[i] = 0.f;
@@ -332,15 +346,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       const float sum = quad_sum(c.sum[h]);
       const float inverse = sum == 0.f ? 0.f : 1.f / sum;  // a row that sees no key: output 0
       const int r = row + 8 * h;
-      if (r < params.n_q) {
-        u32* out = (u32*)(params.out + batch * params.out_batch + head * params.out_head + r * params.out_row + column);
+      unsigned short* out = params.out + batch * params.out_batch + head * params.out_head + r * params.out_row;
 #pragma unroll
-        for (int j = 0; j < VALUE_DIM / 8; ++j)
-          out[4 * j] = pack_pair(c.o[4 * j + 2 * h] * inverse, c.o[4 * j + 2 * h + 1] * inverse);
-        if (lane % 4 == 0)
-          params.lse[(long long)(batch * gridDim.y + head) * params.n_q + r] =
-              sum == 0.f ? minus_infinity() : c.top[h] * params.scale + log2_fast(sum) / LOG2E;
+      for (int j = 0; j < VALUE_DIM / 8; j += 4) {
+        u32 words[4];  // of columns 8j, 8j + 8, 8j + 16 and 8j + 24, plus 2 * (lane % 4)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          words[i] = pack_pair(c.o[4 * (j + i) + 2 * h] * inverse, c.o[4 * (j + i) + 2 * h + 1] * inverse);
+        const uint4 columns = quad_transpose(words, lane);
+        if (r < params.n_q) *(uint4*)(out + 8 * (j + lane % 4)) = columns;
       }
+      if (r < params.n_q && lane % 4 == 0)
+        params.lse[(long long)(batch * params.heads + head) * params.n_q + r] =
+            sum == 0.f ? minus_infinity() : c.top[h] * params.scale + log2_fast(sum) / LOG2E;
     }
   }
 }

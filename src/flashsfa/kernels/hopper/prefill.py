@@ -15,6 +15,7 @@ from . import compiler, cuda
 from .compiler import Tile
 
 _WIDTHS = (64, 128)
+_L2_BYTES = 40 << 20  # of 50 MiB
 
 
 def obstacle(q: FeatureCodes, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> str | None:
@@ -31,8 +32,8 @@ def obstacle(q: FeatureCodes, k: Tensor, v: Tensor, mask: AttentionMask, scale: 
         return "the kernel knows full and causal attention, no window, padding or packed sequences"
     if 0 in (*q.shape, *k.shape):
         return "there is nothing to attend"
-    if q.shape[0] > 65535 or q.shape[1] > 65535:
-        return "the grid holds 65535 heads and as many batch entries"
+    if q.shape[0] > 65535:
+        return "the grid holds 65535 batch entries"
     if not scale > 0:
         return f"row maxima are taken before scaling, which needs a positive scale, not {scale}"
     return None
@@ -71,10 +72,10 @@ def forward(
         lse = v.new_empty((batch, heads, n_q), dtype=torch.float32)
         params = _Params(
             *(x.data_ptr() for x in parts), out.data_ptr(), lse.data_ptr(),
-            *out.stride()[:3], n_q, k.shape[2], heads // k.shape[1], is_causal, scale,
+            *out.stride()[:3], n_q, k.shape[2], heads, heads // k.shape[1], is_causal, heads_together(heads, k, v), scale,
         )  # fmt: skip
         maps = [cuda.tensor_map(x, tile.block_n) for x in (k, v)]
-        grid = (math.ceil(n_q / tile.block_m), heads, batch)
+        grid = (math.ceil(n_q / tile.block_m) * heads, batch, 1)
         cuda.launch(kernel, grid, tile.threads, tile.shared_bytes, (params, *maps))
     return out, lse
 
@@ -84,6 +85,13 @@ def in_pairs(q: FeatureCodes) -> tuple[Tensor, Tensor, Tensor]:
     if 2 * q.topk == q.sparse_dims:
         return q.dense, q.values, q.indices
     return pair_codes_op(q.to_dense(), q.dense_dims)
+
+
+def heads_together(heads: int, k: Tensor, v: Tensor) -> int:
+    """Query heads whose blocks are mixed: as many as have keys and values that fit the L2 cache beside one another."""
+    head_bytes = (k[0, 0].numel() + v[0, 0].numel()) * k.element_size()
+    fitting = max(1, _L2_BYTES // head_bytes) * (heads // k.shape[1])
+    return math.ceil(heads / math.ceil(heads / fitting))
 
 
 class _Params(ctypes.Structure):
@@ -100,8 +108,10 @@ class _Params(ctypes.Structure):
         ("out_row", ctypes.c_longlong),
         ("n_q", ctypes.c_int),
         ("n_k", ctypes.c_int),
+        ("heads", ctypes.c_int),
         ("group", ctypes.c_int),
         ("causal", ctypes.c_int),
+        ("together", ctypes.c_int),
         ("scale", ctypes.c_float),
     )
 
