@@ -711,7 +711,7 @@ def test_distillation_brings_sparse_outputs_to_dense_ones(tmp_path, content, con
     model = flashsfa.from_pretrained(tmp_path / "run" / "model")
     assert model.config.sfa["topk"] == 3
     assert model.config.use_cache
-    ids = torch.from_numpy(np.load(tokens)[: 8 * CONTEXT].astype(np.int64)).view(8, CONTEXT)
+    ids = torch.from_numpy(np.load(tokens)[: 8 * CONTEXT].astype(np.int64)).view(8, CONTEXT).to(model.device)
     loss = model.eval()(ids, labels=ids, use_cache=False).loss
     assert float(loss.detach()) == pytest.approx(result(tmp_path)["validation_loss"], rel=1e-4)
 
