@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .rows import block_of_rows
+
 _ENTRIES = 4096  # a program
 
 
@@ -33,12 +35,7 @@ def merge_parts_kernel(
     heads, n, D: tl.constexpr, D_PAD: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """R rows of one head: output [R, D] and log-sum-exp [R]."""
-    blocks = tl.cdiv(n, R)
-    batch_head = tl.program_id(0) // blocks
-    batch, head = (batch_head // heads).to(tl.int64), (batch_head % heads).to(tl.int64)
-    row = (tl.program_id(0) % blocks) * R + tl.arange(0, R)  # [R]
-    there = row < n
-    row = row.to(tl.int64)
+    batch, head, _, row, there = block_of_rows(heads, n, R)
     column = tl.arange(0, D_PAD)[None, :]  # [1, D_PAD]
     inside = there[:, None] & (column < D)
     at = LSE + batch * lse_sb + head * lse_sh + row * lse_sn  # [R]

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .rows import block_of_rows
 from .topk_codes import as_batch_head_row
 
 _ENTRIES = 4096  # a program
@@ -45,13 +46,10 @@ def pair_codes_kernel(
     X, DENSE, VALUES, INDICES, x_sb, x_sh, x_sn, x_sd, heads, n,
     M: tl.constexpr, M_PAD: tl.constexpr, S: tl.constexpr, S_PAD: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(n, R)
-    batch_head = tl.program_id(0) // blocks
-    batch, head = (batch_head // heads).to(tl.int64), (batch_head % heads).to(tl.int64)
-    row = (tl.program_id(0) % blocks) * R + tl.arange(0, R)  # [R]
-    there = (row < n)[:, None]
-    x_row = (X + batch * x_sb + head * x_sh + row.to(tl.int64) * x_sn)[:, None]  # [R, 1]
-    out_row = (batch_head.to(tl.int64) * n + row)[:, None]  # [R, 1]
+    batch, head, batch_head, row, there = block_of_rows(heads, n, R)
+    there = there[:, None]
+    x_row = (X + batch * x_sb + head * x_sh + row * x_sn)[:, None]  # [R, 1]
+    out_row = (batch_head * n + row)[:, None]  # [R, 1]
     if M > 0:
         column = tl.arange(0, M_PAD)[None, :]  # [1, M_PAD]
         dense = tl.load(x_row + column.to(tl.int64) * x_sd, mask=there & (column < M))  # [R, M_PAD]

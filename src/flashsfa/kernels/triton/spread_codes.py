@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .rows import block_of_rows
+
 _ENTRIES = 4096  # a program
 
 
@@ -49,12 +51,8 @@ def spread_codes_kernel(
     D: tl.constexpr, D_PAD: tl.constexpr, M: tl.constexpr, M_PAD: tl.constexpr,
     K: tl.constexpr, K_PAD: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(n, R)
-    batch_head = tl.program_id(0) // blocks
-    batch, head = (batch_head // heads).to(tl.int64), (batch_head % heads).to(tl.int64)
-    row = (tl.program_id(0) % blocks) * R + tl.arange(0, R)  # [R]
-    there = (row < n)[:, None]
-    row = row.to(tl.int64)
+    batch, head, _, row, there = block_of_rows(heads, n, R)
+    there = there[:, None]
     out_row = (OUT + batch * out_sb + head * out_sh + row * out_sn)[:, None]  # [R, 1]
     column = tl.arange(0, D_PAD)[None, :]  # [1, D_PAD]
     zeros = tl.zeros([R, D_PAD], OUT.dtype.element_ty)

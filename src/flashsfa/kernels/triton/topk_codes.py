@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...checks import require
+from .rows import block_of_rows
 
 
 class Launch(NamedTuple):
@@ -187,20 +188,16 @@ def topk_codes_kernel(
     DV: tl.constexpr, DV_PAD: tl.constexpr, FIRST: tl.constexpr, CHUNKS: tl.constexpr, W: tl.constexpr,
     HALVES: tl.constexpr, METHOD: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(n, R)
-    batch_head = tl.program_id(0) // blocks
-    batch, head = (batch_head // heads).to(tl.int64), (batch_head % heads).to(tl.int64)
-    row = (tl.program_id(0) % blocks) * R + tl.arange(0, R)  # [R]
-    there = row < n
+    batch, head, batch_head, row, there = block_of_rows(heads, n, R)
     if START is not None:
         start = tl.load(START + batch * start_sb)
         there = there & (row + start >= 0) & (row + start < capacity)
-    x_row = X + batch * x_sb + head * x_sh + row.to(tl.int64) * x_sn  # [R] pointers
-    out_row = batch_head.to(tl.int64) * capacity + start + row  # [R]
+    x_row = X + batch * x_sb + head * x_sh + row * x_sn  # [R] pointers
+    out_row = batch_head * capacity + start + row  # [R]
 
     word_row = x_row
     if WORDS is not None:  # x as int32
-        word_row = WORDS + batch * (x_sb // HALVES) + head * (x_sh // HALVES) + row.to(tl.int64) * (x_sn // HALVES)
+        word_row = WORDS + batch * (x_sb // HALVES) + head * (x_sh // HALVES) + row * (x_sn // HALVES)
     words = _load_words(
         x_row, word_row, x_sd, there, FIRST, M, D, CHUNKS, W, HALVES, WORDS is not None
     )  # CHUNKS times [R, W]
@@ -227,7 +224,7 @@ def topk_codes_kernel(
     if DV > 0:
         column = tl.arange(0, DV_PAD)[None, :]  # [1, DV_PAD]
         inside = there[:, None] & (column < DV)
-        v_row = V + batch * v_sb + head * v_sh + row.to(tl.int64) * v_sn  # [R]
+        v_row = V + batch * v_sb + head * v_sh + row * v_sn  # [R]
         v = tl.load(v_row[:, None] + column.to(tl.int64) * v_sd, mask=inside)  # [R, DV_PAD]
         tl.store(V_OUT + out_row[:, None] * DV + column, v, mask=inside)
 
