@@ -274,6 +274,15 @@ def test_refused_source_says_why(nvrtc, monkeypatch):
         compiler.compile_cubin(compiler.Tile(BF16, 64, 64))
 
 
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "n", "together"),
+    [(16, 16, 4096, 16), (16, 16, 16384, 4), (16, 16, 65536, 1), (32, 8, 65536, 4), (7, 7, 16384, 4)],
+)
+def test_heads_that_share_the_cache_are_mixed(heads, kv_heads, n, together):
+    k = torch.empty(1, kv_heads, n, 128, dtype=BF16, device="meta")
+    assert prefill.heads_together(heads, k, k) == together
+
+
 # ---- the kernel
 
 hopper = pytest.mark.skipif(
