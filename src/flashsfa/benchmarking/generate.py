@@ -70,9 +70,8 @@ class GenerateCase:
     def curve(self) -> str:
         return f"{code_label(self.topk, self.dense_dims)}, batch {self.batch}"
 
-    @torch._dynamo.config.patch(
-        recompile_limit=64
-    )  # a few shapes a side and case; beyond the limit they run uncompiled
+    # a few shapes a side and case; beyond the limit they run uncompiled
+    @torch._dynamo.config.patch(recompile_limit=64)
     def measure(self, bandwidth: float, quick: bool) -> dict[str, Any]:
         """The figures of the case's row. Raises `WrongOutputError` before anything is timed."""
         self._require_memory(sparse=True)

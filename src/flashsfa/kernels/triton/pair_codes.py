@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows import block_of_rows
-from .topk_codes import as_batch_head_row
+from .rows import as_batch_head_row, block_of_rows
 
 _ENTRIES = 4096  # a program
 

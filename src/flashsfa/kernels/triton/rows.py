@@ -1,9 +1,28 @@
-"""Which rows a program takes, where blocks of rows of all heads make up the grid."""
+"""Rows of all heads as a grid of blocks: tensors seen as [B, H, N, D], and which rows a program takes."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+
+def as_batch_head_row(x: Tensor) -> Tensor:
+    """x [..., D] as a view [B, H, N, D] with N as long as strides allow; a copy only for more than 3 such dims."""
+    sizes: list[int] = []
+    strides: list[int] = []
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if sizes and strides[-1] == size * stride:
+            sizes[-1], strides[-1] = sizes[-1] * size, stride
+        else:
+            sizes.append(size)
+            strides.append(stride)
+    if len(sizes) > 3 or x.numel() == 0:
+        return x.reshape(1, 1, -1, x.shape[-1])
+    missing = 3 - len(sizes)
+    return x.as_strided((*[1] * missing, *sizes, x.shape[-1]), (*[0] * missing, *strides, x.stride(-1)))
 
 
 @triton.jit

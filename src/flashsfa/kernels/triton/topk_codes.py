@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...checks import require
-from .rows import block_of_rows
+from .rows import as_batch_head_row, block_of_rows
 
 
 class Launch(NamedTuple):
@@ -106,24 +106,6 @@ def append_codes(
     else:
         require(0 <= start <= capacity - n, f"{n} tokens at {start} do not fit buffers of {capacity}")
     _launch(k, v, dense_buf, values_buf, indices_buf, v_buf, capacity, start, launch)
-
-
-def as_batch_head_row(x: Tensor) -> Tensor:
-    """x [..., D] as a view [B, H, N, D] with N as long as strides allow; a copy only for more than 3 such dims."""
-    sizes: list[int] = []
-    strides: list[int] = []
-    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
-        if size == 1:
-            continue
-        if sizes and strides[-1] == size * stride:
-            sizes[-1], strides[-1] = sizes[-1] * size, stride
-        else:
-            sizes.append(size)
-            strides.append(stride)
-    if len(sizes) > 3 or x.numel() == 0:
-        return x.reshape(1, 1, -1, x.shape[-1])
-    missing = 3 - len(sizes)
-    return x.as_strided((*[1] * missing, *sizes, x.shape[-1]), (*[0] * missing, *strides, x.stride(-1)))
 
 
 def _launch(
