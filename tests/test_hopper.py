@@ -42,6 +42,10 @@ extern "C" void load(const void* dense, const void* values, const void* indices,
     for (int i = 0; i < WORDS; ++i) p[i * 128 + thread] = q.places[i];
   }
 }
+extern "C" void places(unsigned* at) {
+  for (int thread = 0; thread < 128; ++thread)
+    for (int part = 0; part < 4; ++part) at[4 * thread + part] = staged_at(thread, part);
+}
 """
 
 
@@ -63,11 +67,12 @@ def in_registers(tmp_path_factory):
             subprocess.run([*command, "-o", library], check=True)
         steps = codes.dense_dims // 16 + codes.sparse_dims // 32
         values = torch.empty(steps, 128, 8, dtype=codes.dtype)
-        places = torch.empty(2 if codes.sparse_dims > 64 else 1, 128, dtype=torch.int32)
+        places = torch.empty(max(1, -(-codes.sparse_dims // 64)), 128, dtype=torch.int32)
         parts = [ctypes.c_void_p(x.data_ptr()) for x in (codes.dense, codes.values, codes.indices)]
         outputs = [ctypes.c_void_p(x.data_ptr()) for x in (values, places)]
-        ctypes.CDLL(str(library)).load(*parts, tile, codes.values.shape[0], *outputs)
-        return values, places
+        loaded = ctypes.CDLL(str(library))
+        loaded.load(*parts, tile, codes.values.shape[0], *outputs)
+        return values, places, loaded
 
     return load
 
@@ -102,7 +107,8 @@ def multiplied(values, metadata, head_dim, dense_dims):
 
 @pytest.mark.cpu
 @pytest.mark.parametrize(
-    ("head_dim", "dense_dims"), [(64, 0), (64, 32), (64, 64), (128, 0), (128, 32), (128, 64), (128, 96), (128, 128)]
+    ("head_dim", "dense_dims"),
+    [(64, 0), (64, 32), (64, 64), (128, 0), (128, 32), (128, 64), (128, 96), (128, 128), (256, 0), (256, 32)],
 )
 @pytest.mark.parametrize("n", [1, 64, 73])
 def test_instructions_multiply_the_coded_rows(in_registers, head_dim, dense_dims, n):
@@ -111,8 +117,20 @@ def test_instructions_multiply_the_coded_rows(in_registers, head_dim, dense_dims
     expected = torch.zeros(tiles * 64, head_dim, dtype=BF16)
     expected[:n] = codes.to_dense()
     for tile in range(tiles):
-        found = multiplied(*in_registers(codes, tile), head_dim, dense_dims)
+        found = multiplied(*in_registers(codes, tile)[:2], head_dim, dense_dims)
         assert torch.equal(found, expected[64 * tile : 64 * (tile + 1)])
+
+
+@pytest.mark.cpu
+def test_instructions_find_queries_in_shared_memory(in_registers):
+    """A 64 x 16 operand without a swizzle: core matrices of 8 rows of 16 bytes, groups of rows before halves of the columns."""
+    _, _, library = in_registers(coded(torch.randn(64, 64).to(BF16)), 0)
+    at = torch.empty(128, 4, dtype=torch.int32)
+    library.places(ctypes.c_void_p(at.data_ptr()))
+    thread, part = torch.arange(128)[:, None], torch.arange(4)[None, :]
+    row = thread // 32 * 16 + thread % 32 // 4 + 8 * (part % 2)
+    column = thread % 4 * 2 + 8 * (part // 2)  # entries
+    assert torch.equal(at, (column // 8 * 1024 + row // 8 * 128 + row % 8 * 16 + column % 8 * 2).int())
 
 
 @pytest.mark.parametrize("dense_dims", [0, 32])
@@ -255,7 +273,17 @@ def nvrtc(tmp_path, monkeypatch):
 @pytest.mark.cpu
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize(
-    ("head_dim", "value_dim", "dense_dims"), [(64, 64, 0), (128, 128, 0), (64, 128, 32), (128, 64, 64), (128, 128, 96)]
+    ("head_dim", "value_dim", "dense_dims"),
+    [
+        (64, 64, 0),
+        (128, 128, 0),
+        (64, 128, 32),
+        (128, 64, 64),
+        (128, 128, 96),
+        (256, 256, 0),
+        (64, 256, 32),
+        (256, 64, 192),
+    ],
 )
 def test_compiles_once(nvrtc, tmp_path, monkeypatch, dtype, head_dim, value_dim, dense_dims):
     tile = prefill.default_tile(dtype, head_dim, value_dim, dense_dims)
@@ -290,14 +318,14 @@ hopper = pytest.mark.skipif(
 )
 
 
-def check(q, k, v, is_causal, **changes):
+def check(q, k, v, is_causal, window=None, **changes):
     """The error rule for out and log-sum-exp, against fp64. `q` are codes; barriers trap instead of hanging."""
     tile = prefill.default_tile(q.dtype, q.head_dim, v.shape[-1], q.dense_dims)
     tile = dataclasses.replace(tile, spin_limit=1 << 22, **changes)
     scale = q.head_dim**-0.5
-    mask = AttentionMask(is_causal)
+    mask = AttentionMask(is_causal, window)
     assert prefill.obstacle(q, k, v, mask, scale) is None
-    out, lse = prefill.forward(q, k, v, is_causal=is_causal, scale=scale, tile=tile)
+    out, lse = prefill.forward(q, k, v, is_causal=is_causal, scale=scale, window=window, tile=tile)
     rows = q.to_dense()
     truth, true_lse = reference.attention(rows.double(), k.double(), v.double(), mask=mask, scale=scale)
     plain, plain_lse = reference.attention(rows, k, v, mask=mask, scale=scale)
@@ -311,7 +339,7 @@ def check(q, k, v, is_causal, **changes):
     if seen.any():
         allowed = 2 * (plain_lse.double() - true_lse)[seen].abs().max() + 1e-5 * true_lse[seen].abs().max()
         assert (lse.double() - true_lse)[seen].abs().max() <= allowed
-    again, _ = prefill.forward(q, k, v, is_causal=is_causal, scale=scale, tile=tile)
+    again, _ = prefill.forward(q, k, v, is_causal=is_causal, scale=scale, window=window, tile=tile)
     assert torch.equal(out, again)
 
 
@@ -340,6 +368,9 @@ def normal(*shape, dtype=BF16):
         ((2, 1), 190, 260, 128, 64, 96, FP16),
         ((2, 1), 333, 333, 64, 128, 64, BF16),
         ((2, 1), 333, 333, 128, 128, 128, BF16),
+        ((3, 1), 300, 1023, 256, 256, 0, BF16),
+        ((2, 1), 190, 260, 256, 64, 32, FP16),
+        ((2, 2), 513, 129, 64, 256, 0, BF16),
     ],
 )
 def test_forward(heads, n_q, n_k, head_dim, value_dim, dense_dims, dtype, is_causal):
@@ -350,7 +381,20 @@ def test_forward(heads, n_q, n_k, head_dim, value_dim, dense_dims, dtype, is_cau
 
 @hopper
 @pytest.mark.gpu
-@pytest.mark.parametrize(("head_dim", "dense_dims"), [(64, 0), (64, 32), (128, 0), (128, 32), (128, 64), (128, 96)])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("window", [1, 63, 200, 5000])
+@pytest.mark.parametrize(("n_q", "n_k", "head_dim"), [(700, 700, 128), (65, 900, 64), (900, 65, 64), (513, 1000, 256)])
+def test_windows(n_q, n_k, head_dim, window, is_causal):
+    q = coded(3 * normal(2, 4, n_q, head_dim))
+    k, v = (normal(2, 2, n_k, head_dim) for _ in "kv")
+    check(q, k, v, is_causal, window)
+
+
+@hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("head_dim", "dense_dims"), [(64, 0), (64, 32), (128, 0), (128, 32), (128, 64), (128, 96), (256, 0), (256, 32)]
+)
 def test_each_query_is_multiplied_as_coded(head_dim, dense_dims):
     """With one key a feature and V the identity, a query's weights show all of its features."""
     q = coded(normal(1, 1, 200, head_dim), dense_dims)
@@ -468,7 +512,7 @@ def test_public_path_in_a_cuda_graph():
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"window": 20}, "no window"),
+        ({"key_padding_mask": True}, "no padding"),
         ({"scale": -1.0}, "positive scale"),
         ({"dense_dims": 16}, "multiple of 32"),
         ({"dtype": torch.float32}, "float16 and bfloat16"),
@@ -478,6 +522,8 @@ def test_public_path_in_a_cuda_graph():
 )
 def test_obstacles_are_explained(options, reason):
     x = normal(1, 1, options.pop("n", 70), 64, dtype=options.pop("dtype", BF16))
+    if "key_padding_mask" in options:
+        options["key_padding_mask"] = torch.zeros(1, 70, dtype=torch.bool, device="cuda")
     sparse_feature_attention(x, x, x, topk=8, query_pattern="2:4", **options)
     assert reason in flashsfa.explain()
 

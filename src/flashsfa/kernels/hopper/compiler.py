@@ -27,7 +27,7 @@ class Tile:
 
     Attributes:
         dtype: float16 or bfloat16.
-        head_dim: width of queries and keys, 64 or 128; value_dim: width of values, likewise.
+        head_dim: width of queries and keys, 64, 128 or 256; value_dim: width of values, likewise.
         dense_dims: leading features of a query that are dense, a multiple of 32; the rest is 2:4 sparse and takes half the
             matrix time.
         block_n: keys a tile, a multiple of 16.
@@ -55,7 +55,8 @@ class Tile:
 
     @property
     def shared_bytes(self) -> int:
-        return self.stages * (self.block_n * 2 * (self.head_dim + self.value_dim) + 32)  # tiles and barriers
+        tiles = self.stages * self.block_n * 2 * (self.head_dim + self.value_dim)
+        return tiles + self.block_m * (self.head_dim + self.dense_dims) + 32 * self.stages  # and queries, and barriers
 
 
 def source(tile: Tile) -> str:
@@ -86,30 +87,31 @@ def _matrix_functions(tile: Tile) -> str:
     """One function a shape of instruction, which lists its accumulators one by one, so that its text depends on the sizes."""
     element = _ptx_type(tile.dtype)
 
-    def function(name: str, template: str, n: int, depth: int, transposed: int, accumulate: str) -> str:
+    def function(name: str, template: str, n: int, depth: int, a_type: str, transposed: str, accumulate: str) -> str:
         count = n // 2  # accumulators of a thread
         accumulators = ", ".join(f"%{i}" for i in range(count))
-        a = ", ".join(f"%{count + i}" for i in range(4))
         operands = ", ".join(f'"+f"(d[{i}])' for i in range(count))
-        sparse = depth == 32
-        metadata = f"%{count + 6}, %{count + 7}, " if sparse else ""
+        in_registers, sparse = a_type == "const uint4&", depth == 32
+        a_operands = '"r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w)' if in_registers else '"l"(a)'
+        after_a = count + (4 if in_registers else 1)
+        a = "{" + ", ".join(f"%{i}" for i in range(count, after_a)) + "}" if in_registers else f"%{count}"
+        metadata = f"%{after_a + 2}, %{after_a + 3}, " if sparse else ""
         metadata_operands = ', "r"(places), "n"(SELECTOR)' if sparse else ""
         return (
-            f"{template}__device__ __forceinline__ void {name}(float (&d)[{count}], const uint4& a, unsigned long long b"
+            f"{template}__device__ __forceinline__ void {name}(float (&d)[{count}], {a_type} a, unsigned long long b"
             f"{', unsigned places' if sparse else ''}) {{\n"
             f'  asm volatile("wgmma.mma_async{".sp" if sparse else ""}.sync.aligned.m64n{n}k{depth}.f32.{element}.{element} "\n'
-            f'               "{{{accumulators}}}, {{{a}}}, %{count + 4}, "\n'
-            f'               "{metadata}%{count + 5}, 1, 1, {transposed};"\n'
+            f'               "{{{accumulators}}}, {a}, %{after_a}, "\n'
+            f'               "{metadata}%{after_a + 1}, 1, 1, {transposed};"\n'
             f"               : {operands}\n"
-            f'               : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b), "n"({accumulate})'
-            f"{metadata_operands});\n}}\n"
+            f'               : {a_operands}, "l"(b), "n"({accumulate}){metadata_operands});\n}}\n'
         )
 
-    accumulate = "int(ACCUMULATE)"
+    from_shared = ("unsigned long long", "0, 0", "int(ACCUMULATE)")  # A by descriptor; neither operand transposed
     return (
-        function("wgmma_qk_dense", "template <bool ACCUMULATE>\n", tile.block_n, 16, 0, accumulate)
-        + function("wgmma_qk_sparse", "template <int SELECTOR, bool ACCUMULATE>\n", tile.block_n, 32, 0, accumulate)
-        + function("wgmma_pv", "", tile.value_dim, 16, 1, "1")
+        function("wgmma_qk_dense", "template <bool ACCUMULATE>\n", tile.block_n, 16, *from_shared)
+        + function("wgmma_qk_sparse", "template <int SELECTOR, bool ACCUMULATE>\n", tile.block_n, 32, *from_shared)
+        + function("wgmma_pv", "", tile.value_dim, 16, "const uint4&", "1", "1")  # V is read across its rows
     )
 
 

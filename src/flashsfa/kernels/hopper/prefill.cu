@@ -5,6 +5,7 @@
 // One warpgroup produces: it has the copy engine bring tiles of K and V to shared memory. Each of the others consumes
 // for its own 64 queries. The host puts in front of this text (compiler.py): the tile's sizes, one function per shape of
 // matrix instruction (`wgmma_qk_dense<accumulate>`, `wgmma_qk_sparse<selector, accumulate>`, `wgmma_pv`), and queries.cu.
+// Queries wait in shared memory, weights in registers.
 
 struct alignas(64) TensorMap { u64 words[16]; };  // CUtensorMap
 
@@ -14,6 +15,7 @@ struct Params {
   float* lse;           // [B, Hq, Nq]
   long long out_batch, out_head, out_row;
   int n_q, n_k, heads, group, causal;
+  int window;    // keys less than this away are seen; at least n_q + n_k: all
   int together;  // heads whose blocks are mixed, so that the ones with most keys start first; the next heads follow
   float scale;
 };
@@ -23,6 +25,7 @@ constexpr int BLOCK_M = 64 * CONSUMERS;
 constexpr int BOX = BLOCK_N * 128;                // bytes of BLOCK_N rows of 64 entries: one box of the copy engine
 constexpr int K_BYTES = BOX * (HEAD_DIM / 64);
 constexpr int V_BYTES = BOX * (VALUE_DIM / 64);
+constexpr int Q_BYTES = STEP_BYTES * STEPS;       // of one consumer
 constexpr float LOG2E = 1.4426950408889634f;
 
 template <bool VALUE>
@@ -144,11 +147,28 @@ __device__ __forceinline__ uint4 quad_transpose(const u32 (&words)[4], int lane)
 // Of a 64 x N accumulator a thread holds rows r and r + 8, r = 16 * warp + lane / 4: entries 4j, 4j + 1 of row r and
 // 4j + 2, 4j + 3 of row r + 8, at columns 8j + 2 * (lane % 4) and the next.
 struct Consumer {
-  Queries q;
+  u64 q;                   // descriptor of the queries' first step
+  u32 places[WORDS];       // their metadata
   float s[BLOCK_N / 2];    // scores, then weights, of one tile
   uint4 p[BLOCK_N / 16];    // weights of the tile before, as the A operand of P V
   float o[VALUE_DIM / 2];
   float top[2], sum[2];    // row maximum; this thread's share of the row sum
+
+  // `codes` to shared memory at `tile`, where this warpgroup's matrix instructions read them.
+  __device__ __forceinline__ void stage(const Queries& codes, u32 tile, int thread, int warpgroup) {
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i) {
+      const u32 words[4] = {codes.values[i].x, codes.values[i].y, codes.values[i].z, codes.values[i].w};
+#pragma unroll
+      for (int part = 0; part < 4; ++part)
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(tile + STEP_BYTES * i + staged_at(thread, part)), "r"(words[part]) : "memory");
+    }
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    named_sync(8 + warpgroup, 128);
+    q = (u64)(tile >> 4) | (u64)(1024 >> 4) << 16 | (u64)(128 >> 4) << 32;  // halves 1024 bytes apart, groups of 8 rows 128
+#pragma unroll
+    for (int i = 0; i < WORDS; ++i) places[i] = codes.places[i];
+  }
 
   __device__ __forceinline__ void issue_scores(u32 k_tile) {
     wgmma_fence();
@@ -164,9 +184,9 @@ struct Consumer {
       constexpr int BYTE = SPARSE < 0 ? 32 * STEP : 2 * DENSE_DIMS + 64 * SPARSE;  // of the head's row; a box holds 128 of it
       const u64 b = descriptor(k_tile + BYTE / 128 * BOX + BYTE % 128, 16);
       if constexpr (SPARSE < 0)
-        wgmma_qk_dense<(STEP > 0)>(s, q.values[STEP], b);
+        wgmma_qk_dense<(STEP > 0)>(s, q + (STEP_BYTES >> 4) * STEP, b);
       else
-        wgmma_qk_sparse<SPARSE % 2, (STEP > 0)>(s, q.values[STEP], b, q.places[SPARSE / 2]);
+        wgmma_qk_sparse<SPARSE % 2, (STEP > 0)>(s, q + (STEP_BYTES >> 4) * STEP, b, places[SPARSE / 2]);
       scores_from<STEP + 1>(k_tile);
     }
   }
@@ -180,11 +200,11 @@ struct Consumer {
   }
 
   // Scores of keys a row does not see become -inf. `column` is the tile's first key plus 2 * (lane % 4).
-  __device__ __forceinline__ void mask(int column, int end_low, int end_high) {
+  __device__ __forceinline__ void mask(int column, const int (&begin)[2], const int (&end)[2]) {
 #pragma unroll
     for (int i = 0; i < BLOCK_N / 2; ++i) {
-      const int key = column + i / 4 * 8 + (i & 1);
-      if (key >= (i & 2 ? end_high : end_low)) s[i] = minus_infinity();
+      const int key = column + i / 4 * 8 + (i & 1), h = i >> 1 & 1;
+      if (key < begin[h] || key >= end[h]) s[i] = minus_infinity();
     }
   }
 
@@ -229,9 +249,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     prefill_kernel(const __grid_constant__ Params params, const __grid_constant__ TensorMap k_map,
                    const __grid_constant__ TensorMap v_map) {
   extern __shared__ __align__(1024) unsigned char shared[];
-  const u32 k_tiles = (u32)__cvta_generic_to_shared(shared);  // [STAGES] tiles of K, then of V, then barriers
+  const u32 k_tiles = (u32)__cvta_generic_to_shared(shared);  // [STAGES] tiles of K, then of V, then queries, then barriers
   const u32 v_tiles = k_tiles + STAGES * K_BYTES;
-  const u32 k_full = v_tiles + STAGES * V_BYTES;
+  const u32 q_tiles = v_tiles + STAGES * V_BYTES;
+  const u32 k_full = q_tiles + CONSUMERS * Q_BYTES;
   const u32 v_full = k_full + 8 * STAGES, k_empty = v_full + 8 * STAGES, v_empty = k_empty + 8 * STAGES;
 
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
@@ -241,9 +262,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   const int block_row = (blocks - 1 - place / heads) * BLOCK_M;
   const int head = first_head + place % heads, batch = blockIdx.y;
   const int shift = params.n_k - params.n_q;  // query i stands at key i + shift
-  int keys = params.n_k;                      // keys that the block's last query sees
-  if (params.causal) keys = min(keys, max(0, min(block_row + BLOCK_M, params.n_q) + shift));
-  const int tiles = (keys + BLOCK_N - 1) / BLOCK_N;
+  // Query i sees the keys from first_key(i) to end_key(i); both grow with i.
+  auto first_key = [&](int i) { return max(0, i + shift - params.window + 1); };
+  auto end_key = [&](int i) { return min(params.n_k, i + shift + (params.causal ? 1 : params.window)); };
+  const int first_tile = first_key(block_row) / BLOCK_N;
+  const int end_tile = (max(0, end_key(min(block_row + BLOCK_M, params.n_q) - 1)) + BLOCK_N - 1) / BLOCK_N;
+  const int tiles = max(0, end_tile - first_tile);
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
@@ -261,7 +285,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (threadIdx.x % 128 == 0) {
       const int kv_head = head / params.group;
       for (int i = 0; i < tiles; ++i) {
-        const int stage = i % STAGES, row = (tiles - 1 - i) * BLOCK_N;
+        const int stage = i % STAGES, row = (end_tile - 1 - i) * BLOCK_N;
         const u32 free = (i / STAGES & 1) ^ 1;
         barrier_wait(k_empty + 8 * stage, free);
         barrier_expect(k_full + 8 * stage, K_BYTES);
@@ -282,13 +306,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const int row = tile_row + thread / 32 * 16 + lane / 4;  // and row + 8
     const int column = lane % 4 * 2;
     const float scale_log2 = params.scale * LOG2E;
-    const int end_low = params.causal ? min(params.n_k, row + shift + 1) : params.n_k;
-    const int end_high = params.causal ? min(params.n_k, row + 8 + shift + 1) : params.n_k;
-    const int end_all = params.causal ? min(params.n_k, tile_row + shift + 1) : params.n_k;  // seen by all 64 queries
+    const int begin[2] = {first_key(row), first_key(row + 8)}, end[2] = {end_key(row), end_key(row + 8)};
+    const int begin_all = first_key(tile_row + 63), end_all = end_key(tile_row);  // what all 64 queries see
 
     Consumer c;
     const long long code_row = (long long)(batch * params.heads + head) * params.n_q + row;
-    c.q.load(params.q, code_row, row < params.n_q, row + 8 < params.n_q, lane);
+    Queries codes;
+    codes.load(params.q, code_row, row < params.n_q, row + 8 < params.n_q, lane);
+    c.stage(codes, q_tiles + warpgroup * Q_BYTES, thread, warpgroup);
 #pragma unroll
     for (int i = 0; i < VALUE_DIM / 2; ++i) c.o[i] = 0.f;
     c.top[0] = c.top[1] = minus_infinity();
@@ -305,7 +330,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       wgmma_wait<0>();
       pin(c.s);
       if (lane == 0) barrier_arrive(k_empty);
-      c.mask((tiles - 1) * BLOCK_N + column, end_low, end_high);
+      c.mask((end_tile - 1) * BLOCK_N + column, begin, end);
       c.softmax<true>(scale_log2, rescale);
       c.round_weights();
     }
@@ -322,7 +347,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       wgmma_wait<1>();
       pin(c.s);
       if (lane == 0) barrier_arrive(k_empty + 8 * stage);
-      if (MASKED) c.mask((tiles - 1 - i) * BLOCK_N + column, end_low, end_high);
+      if (MASKED) c.mask((end_tile - 1 - i) * BLOCK_N + column, begin, end);
       c.softmax<MASKED>(scale_log2, rescale);
       wgmma_wait<0>();
       pin(c.o);
@@ -331,8 +356,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       c.rescale_output(rescale);
     };
     int i = 1;
-    for (; i < tiles && (tiles - i) * BLOCK_N > end_all; ++i) step(i, Bool<true>());
-    for (; i < tiles; ++i) step(i, Bool<false>());
+    auto tile_end = [&] { return (end_tile - i) * BLOCK_N; };
+    for (; i < tiles && tile_end() > end_all; ++i) step(i, Bool<true>());
+    for (; i < tiles && tile_end() - BLOCK_N >= begin_all; ++i) step(i, Bool<false>());
+    for (; i < tiles; ++i) step(i, Bool<true>());
     if (tiles > 0) {
       const int last = (tiles - 1) % STAGES;
       barrier_wait(v_full + 8 * last, (tiles - 1) / STAGES & 1);

@@ -14,7 +14,7 @@ from ...masks import AttentionMask
 from . import compiler, cuda
 from .compiler import Tile
 
-_WIDTHS = (64, 128)
+_WIDTHS = (64, 128, 256)
 _L2_BYTES = 40 << 20  # of 50 MiB
 
 
@@ -25,11 +25,11 @@ def obstacle(q: FeatureCodes, k: Tensor, v: Tensor, mask: AttentionMask, scale: 
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"the kernel takes float16 and bfloat16, not {q.dtype}"
     if q.head_dim not in _WIDTHS or v.shape[-1] not in _WIDTHS:
-        return f"the kernel takes heads of width 64 and 128, not {q.head_dim} and {v.shape[-1]}"
+        return f"the kernel takes heads of width 64, 128 and 256, not {q.head_dim} and {v.shape[-1]}"
     if q.dense_dims % 32:
         return f"the kernel takes a dense channel of a multiple of 32 features, not {q.dense_dims}"
-    if mask.window is not None or mask.key_padding_mask is not None or mask.cu_seqlens_q is not None:
-        return "the kernel knows full and causal attention, no window, padding or packed sequences"
+    if mask.key_padding_mask is not None or mask.cu_seqlens_q is not None:
+        return "the kernel knows causality and windows, no padding or packed sequences"
     if 0 in (*q.shape, *k.shape):
         return "there is nothing to attend"
     if q.shape[0] > 65535:
@@ -41,18 +41,27 @@ def obstacle(q: FeatureCodes, k: Tensor, v: Tensor, mask: AttentionMask, scale: 
 
 def default_tile(dtype: torch.dtype, head_dim: int, value_dim: int, dense_dims: int = 0) -> Tile:
     """The fastest of the sizes that were measured on an H100 (docs/hopper-prefill.md)."""
-    return Tile(dtype, head_dim, value_dim, dense_dims, stages=2 if head_dim + value_dim > 128 else 4)
+    widest = max(head_dim, value_dim)
+    sizes = {64: {"consumers": 3, "stages": 4}, 128: {}, 256: {"block_n": 80}}[widest]
+    return Tile(dtype, head_dim, value_dim, dense_dims, **sizes)
 
 
 def forward(
-    q: FeatureCodes, k: Tensor, v: Tensor, *, is_causal: bool, scale: float, tile: Tile | None = None
+    q: FeatureCodes,
+    k: Tensor,
+    v: Tensor,
+    *,
+    is_causal: bool,
+    scale: float,
+    window: int | None = None,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale · q kᵀ) v for queries in the 2:4 pattern (or all dense), with no `obstacle`.
 
     Args:
         q: [B, Hq, N_q, ...] of D features, at most two of each aligned group of four after the dense channel.
         k: [B, Hkv, N_k, D]; v: [B, Hkv, N_k, Dv]; any strides (a copy is made where the copy engine needs one).
-        is_causal: bottom-right aligned.
+        is_causal, window: bottom-right aligned, as in `AttentionMask`.
         tile: sizes to measure; `default_tile` by default.
 
     Returns:
@@ -72,7 +81,8 @@ def forward(
         lse = v.new_empty((batch, heads, n_q), dtype=torch.float32)
         params = _Params(
             *(x.data_ptr() for x in parts), out.data_ptr(), lse.data_ptr(),
-            *out.stride()[:3], n_q, k.shape[2], heads, heads // k.shape[1], is_causal, heads_together(heads, k, v), scale,
+            *out.stride()[:3], n_q, k.shape[2], heads, heads // k.shape[1], is_causal,
+            min(n_q + k.shape[2], n_q + k.shape[2] if window is None else window), heads_together(heads, k, v), scale,
         )  # fmt: skip
         maps = [cuda.tensor_map(x, tile.block_n) for x in (k, v)]
         grid = (math.ceil(n_q / tile.block_m) * heads, batch, 1)
@@ -111,6 +121,7 @@ class _Params(ctypes.Structure):
         ("heads", ctypes.c_int),
         ("group", ctypes.c_int),
         ("causal", ctypes.c_int),
+        ("window", ctypes.c_int),
         ("together", ctypes.c_int),
         ("scale", ctypes.c_float),
     )

@@ -1,4 +1,4 @@
-// Queries in the registers of a warpgroup: the A operand of S = Q Kᵀ, read from their codes as they lie in memory.
+// Queries of a warpgroup: the A operand of S = Q Kᵀ, read from their codes as they lie in memory.
 //
 // A matrix instruction multiplies 64 rows. Thread lane = 4g + c of warp w holds rows r = 16w + g and r + 8 of them. A word
 // is two entries of a row. The dense instruction takes 8 words of a row a step, and the thread holds words c and c + 4 of
@@ -13,7 +13,8 @@ typedef unsigned long long u64;
 constexpr int DENSE_STEPS = DENSE_DIMS / 16;                // matrix instructions along the head for one tile of scores
 constexpr int SPARSE_STEPS = (HEAD_DIM - DENSE_DIMS) / 32;
 constexpr int STEPS = DENSE_STEPS + SPARSE_STEPS;
-constexpr int WORDS = SPARSE_STEPS > 2 ? 2 : 1;             // metadata words of a thread: one serves two steps
+constexpr int WORDS = SPARSE_STEPS > 2 ? (SPARSE_STEPS + 1) / 2 : 1;  // metadata words of a thread: one serves two steps
+constexpr int STEP_BYTES = 64 * 32;                         // of 64 rows for one step in shared memory
 
 struct QueryCodes {
   const u32* dense;    // [rows, DENSE_STEPS * 8] words: the dense channel
@@ -27,6 +28,14 @@ __device__ __forceinline__ u32 places_of(u64 features) {
   x = (x | x >> 6) & 0x000f000f000f000full;
   x = (x | x >> 12) & 0x000000ff000000ffull;
   return u32(x | x >> 24) & 0xffffu;
+}
+
+// Where a thread's word `part` (x, y, z, w of `Queries::values`) of a step belongs in shared memory, as a matrix instruction
+// reads its operand there without a swizzle: 8 rows of 16 bytes make 128, eight of these the first 16 bytes of all rows, and
+// eight more the other 16.
+__device__ __forceinline__ u32 staged_at(int thread, int part) {
+  const int lane = thread % 32;  // 16 bytes are four words: lane / 4 is the row, lane % 4 the word
+  return thread / 32 * 256 + part % 2 * 128 + part / 2 * 1024 + lane * 4;
 }
 
 struct Queries {
