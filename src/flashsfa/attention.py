@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import reference
 from .checks import require, require_alike, require_budget, require_float, require_padding
-from .codes import FeatureCodes, at_support, code_queries, topk_codes
+from .codes import FeatureCodes, at_support, code_queries, row_codes, topk_codes
 from .kernels import dense, dispatch
 from .kernels.hopper import prefill as hopper
 from .kernels.hopper.cuda import CompilationError
@@ -188,19 +188,21 @@ def _attend(
     scale: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    # Codes are kept for the backward pass; without one, attention needs their rows alone.
+    as_rows = not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v) if isinstance(x, Tensor)))
     if isinstance(k, FeatureCodes):
         require(
             topk in (None, k.topk) and dense_dims in (0, k.dense_dims),
             f"the key codes hold topk={k.topk}, dense_dims={k.dense_dims}; got topk={topk}, dense_dims={dense_dims}",
         )
         k.check_indices()
-        k_codes = k
+        k_codes, topk, dense_dims = k, k.topk, k.dense_dims
     else:
         if topk is None:
             raise ValueError("topk is needed: how many features of each key to keep")
         require_budget(topk, k.shape[-1], dense_dims)
-        k_codes = topk_codes(k, topk, dense_dims=dense_dims)
-    q_codes = code_queries(q, k_codes.topk, topk_query, k_codes.dense_dims, query_pattern)
+        k_codes = row_codes(k, topk, dense_dims) if as_rows else topk_codes(k, topk, dense_dims=dense_dims)
+    q_codes = code_queries(q, topk, topk_query, dense_dims, query_pattern, as_rows)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     return _codes_attention_op(
         *(q_codes.dense, q_codes.values, q_codes.indices, k_codes.dense, k_codes.values, k_codes.indices, v),

@@ -211,13 +211,25 @@ def all_dense_codes(x: Tensor) -> FeatureCodes:
 
 
 def code_queries(
-    q: Tensor, topk: int, topk_query: int | None, dense_dims: int, pattern: str | None = None
+    q: Tensor, topk: int, topk_query: int | None, dense_dims: int, pattern: str | None = None, as_rows: bool = False
 ) -> FeatureCodes:
-    """Code q [..., D] by the rule of `topk_query`: None means `topk`, D means dense queries (without a pattern)."""
+    """Code q [..., D] by the rule of `topk_query`: None means `topk`, D means dense queries (without a pattern).
+
+    `as_rows` writes a code without a pattern as rows that are zero but for it (`row_codes`)."""
     topk_query = topk if topk_query is None else topk_query
     if topk_query == q.shape[-1] and pattern is None:
         return all_dense_codes(q)
+    if as_rows and pattern is None:
+        return row_codes(q, topk_query, dense_dims)
     return topk_codes(q, topk_query, dense_dims=dense_dims, pattern=pattern)
+
+
+def row_codes(x: Tensor, topk: int, dense_dims: int) -> FeatureCodes:
+    """`topk_codes(x, ...)` as the dense channel of a code that keeps nothing else: for attention, the same rows in one pass
+    instead of two. No gradient."""
+    require_float("x", x)
+    require_budget(topk, x.shape[-1], dense_dims)
+    return all_dense_codes(topk_rows_op(x, topk, dense_dims))
 
 
 # An integer view orders magnitudes as floats do, ranks NaN above infinity and makes ties exact.
@@ -271,6 +283,12 @@ def plain_spread_codes(dense: Tensor, values: Tensor, indices: Tensor, head_dim:
     return torch.cat((dense, rest), dim=-1) if dense.shape[-1] else rest
 
 
+def plain_topk_rows(x: Tensor, topk: int, dense_dims: int) -> Tensor:
+    """The rows [..., D] of x's code in plain PyTorch, on any device, in x's memory order."""
+    dense, values, indices = plain_topk_codes(x, topk, dense_dims)
+    return torch.empty_like(x).copy_(plain_spread_codes(dense, values, indices, x.shape[-1]))
+
+
 # On a GPU `kernels.topk` replaces the plain forms.
 topk_codes_op = torch.library.custom_op("flashsfa::topk_codes", plain_topk_codes, mutates_args=())
 
@@ -304,6 +322,15 @@ spread_codes_op = torch.library.custom_op("flashsfa::spread_codes", plain_spread
 @spread_codes_op.register_fake
 def _(dense: Tensor, values: Tensor, indices: Tensor, head_dim: int) -> Tensor:
     return values.new_empty((*values.shape[:-1], head_dim))
+
+
+# What attention needs of keys and queries where no gradient does: the rows of a code, without the code. Not differentiable.
+topk_rows_op = torch.library.custom_op("flashsfa::topk_rows", plain_topk_rows, mutates_args=())
+
+
+@topk_rows_op.register_fake
+def _(x: Tensor, topk: int, dense_dims: int) -> Tensor:
+    return torch.empty_like(x)
 
 
 def _topk_codes_setup(ctx: Any, inputs: tuple, output: tuple) -> None:

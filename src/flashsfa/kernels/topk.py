@@ -14,8 +14,10 @@ from ..codes import (
     plain_pair_codes,
     plain_spread_codes,
     plain_topk_codes,
+    plain_topk_rows,
     spread_codes_op,
     topk_codes_op,
+    topk_rows_op,
 )
 from . import dispatch
 
@@ -28,6 +30,20 @@ def _(x: Tensor, topk: int, dense_dims: int) -> tuple[Tensor, Tensor, Tensor]:
 
     with torch.cuda.device_of(x):
         return topk_codes.topk_codes(x, topk, dense_dims)
+
+
+@topk_rows_op.register_kernel("cuda")
+def _(x: Tensor, topk: int, dense_dims: int) -> Tensor:
+    if not has_fused(x):
+        return plain_topk_rows(x, topk, dense_dims)
+    from .triton import topk_codes
+
+    with torch.cuda.device_of(x):
+        out = torch.empty_like(x)
+        if not topk_codes.topk_rows(x, topk, dense_dims, out):
+            codes = topk_codes.topk_codes(x, topk, dense_dims)
+            _spread(*codes, out)
+        return out
 
 
 @pair_codes_op.register_kernel("cuda")

@@ -60,6 +60,35 @@ def topk_codes(x: Tensor, topk: int, dense_dims: int, launch: Launch | None = No
     return dense, values, indices
 
 
+def topk_rows(x: Tensor, topk: int, dense_dims: int, out: Tensor) -> bool:
+    """Write x [..., D] to `out`, zero but for its dense channel and what `topk_codes` keeps, without the code between.
+
+    Args:
+        x, topk, dense_dims: as in `topk_codes`.
+        out: [B, H, N, D] if x is, else contiguous as x; last dimension contiguous, other strides multiples of 8.
+
+    Returns:
+        False, with nothing written, where the pass over codes is needed: other dtypes and budgets than `network` takes,
+        a dense channel of no multiple of 8, rows that are not whole words.
+    """
+    rows, target = (x, out) if x.ndim == 4 else (as_batch_head_row(x), as_batch_head_row(out))
+    batch, heads, n, head_dim = rows.shape
+    method, block, lanes, num_warps = launch_for(x.dtype, topk)
+    whole = rows.stride(-1) == 1 and all(
+        s % 8 == 0 for s in (*rows.stride()[:-1], rows.storage_offset(), head_dim, dense_dims)
+    )
+    if method != "network" or not whole or target.shape != rows.shape:
+        return False
+    if x.numel():
+        topk_rows_kernel[(triton.cdiv(n, block) * batch * heads,)](
+            rows, rows.view(torch.int32), target.view(torch.int32), *(s // 2 for s in rows.stride()[:3]), rows.stride(-1),
+            *(s // 2 for s in target.stride()[:3]), heads, n,
+            D=head_dim, M=dense_dims, K=topk, K_PAD=triton.next_power_of_2(topk), CHUNKS=triton.cdiv(head_dim - dense_dims, 8 * lanes),
+            W=4 * lanes, R=block, PIECE=16, num_warps=num_warps,
+        )  # fmt: skip
+    return True
+
+
 def append_codes(
     k: Tensor,
     v: Tensor,
@@ -212,6 +241,39 @@ def topk_codes_kernel(
 
 
 @triton.jit
+def topk_rows_kernel(
+    X, WORDS, OUT, x_sb, x_sh, x_sn, x_sd, out_sb, out_sh, out_sn, heads, n,
+    D: tl.constexpr, M: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, CHUNKS: tl.constexpr, W: tl.constexpr,
+    R: tl.constexpr, PIECE: tl.constexpr,
+):  # fmt: skip
+    """R rows of WORDS and OUT, both int32 of two entries, with strides in words; X are the same rows by entry."""
+    batch, head, _, row, there = block_of_rows(heads, n, R)
+    word_row = WORDS + batch * x_sb + head * x_sh + row * x_sn  # [R] pointers
+    x_row = X + 2 * (batch * x_sb + head * x_sh + row * x_sn)
+    out_row = (OUT + batch * out_sb + head * out_sh + row * out_sn)[:, None]  # [R, 1]
+    words = _load_words(x_row, word_row, x_sd, there, M, M, D, CHUNKS, W, 2, True)  # CHUNKS times [R, W]
+    best = _best_by_network(x_row, x_sd, there, words, M, M, D, CHUNKS, W, K, K_PAD, R)
+    least = best[0]  # [R] the K-th key: keys differ, so that K of them are not below it
+    for i in tl.static_range(1, K):
+        least = tl.minimum(least, best[i])
+    # The rows once more, out of the L1 cache: side by side, as memory likes them, and in few registers at a time.
+    for c in tl.static_range((D // 2 + PIECE - 1) // PIECE):
+        place = c * PIECE + tl.arange(0, PIECE)[None, :]  # [1, PIECE] words
+        inside = there[:, None] & (place < D // 2)
+        word = tl.load(word_row[:, None] + place, mask=inside, other=0)  # [R, PIECE]
+        low, high = _keys(word, 2 * place - M)
+        kept = tl.where(low >= least[:, None], word & 0xFFFF, 0) | tl.where(high >= least[:, None], word & -0x10000, 0)
+        tl.store(out_row + place, tl.where(place < M // 2, word, kept), mask=inside)
+
+
+@triton.jit
+def _keys(words, index):
+    """Keys of the low and the high entry of `words` [R, W]: magnitude << 17 | 255 - index, `index` [1, W] the low one's."""
+    word = words.to(tl.uint32, bitcast=True)
+    return (word << 17) | (255 - index).to(tl.uint32), ((word & 0x7FFF0000) << 1) | (254 - index).to(tl.uint32)
+
+
+@triton.jit
 def _load_words(x_row, word_row, x_sd, there, FIRST: tl.constexpr, M: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr,
                 W: tl.constexpr, HALVES: tl.constexpr, WHOLE_WORDS: tl.constexpr):  # fmt: skip
     """Columns FIRST to D of each row as a tuple of int32 [R, W] words of 1 or 2 entries, zero before M and past D. A
@@ -300,12 +362,22 @@ def _select_by_network(x_row, x_sd, there, words, FIRST: tl.constexpr, M: tl.con
                        CHUNKS: tl.constexpr, W: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr,
                        R: tl.constexpr):  # fmt: skip
     """Ascending indices [R, K_PAD] (int32) of the K largest magnitudes; whatever beyond K."""
+    best = _best_by_network(x_row, x_sd, there, words, FIRST, M, D, CHUNKS, W, K, K_PAD, R)
+    order = ()
+    for i in tl.static_range(K_PAD):
+        order = order + ((best[i] & 0xFF).to(tl.int32) if i < K else tl.full([R], -1, tl.int32),)  # noqa: RUF005
+    return 255 - _stack(_sort(order, K_PAD), K_PAD, R)
+
+
+@triton.jit
+def _best_by_network(x_row, x_sd, there, words, FIRST: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
+                     CHUNKS: tl.constexpr, W: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr,
+                     R: tl.constexpr):  # fmt: skip
+    """Keys of the K largest magnitudes, the first K of a tuple of K_PAD times [R], in some order."""
     keys = ()  # uint32 [R, W] each
     for c in tl.static_range(CHUNKS):
         index = FIRST - M + 2 * (c * W + tl.arange(0, W)[None, :])  # [1, W] of the low entry
-        word = words[c].to(tl.uint32, bitcast=True)
-        low = (word << 17) | (255 - index).to(tl.uint32)
-        high = ((word & 0x7FFF0000) << 1) | (254 - index).to(tl.uint32)
+        low, high = _keys(words[c], index)
         if FIRST + 2 * c * W < M:  # entries of the dense channel rank below all others
             low = tl.where(index >= 0, low, 0)
             high = tl.where(index + 1 >= 0, high, 0)
@@ -323,10 +395,7 @@ def _select_by_network(x_row, x_sd, there, words, FIRST: tl.constexpr, M: tl.con
     best = _larger_half(best, _sort(_unstack(key, K_PAD, R), K_PAD), K_PAD)
     if K < K_PAD:
         best = _sort_bitonic(best, K_PAD)
-    order = ()
-    for i in tl.static_range(K_PAD):
-        order = order + ((best[i] & 0xFF).to(tl.int32) if i < K else tl.full([R], -1, tl.int32),)  # noqa: RUF005
-    return 255 - _stack(_sort(order, K_PAD), K_PAD, R)
+    return best
 
 
 @triton.jit
