@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("triton")
 
 from flashsfa.codes import FeatureCodes, plain_spread_codes, plain_topk_codes, spread_codes_op, topk_codes
-from flashsfa.kernels.topk import append_codes_op, spread_by_token
+from flashsfa.kernels.topk import append_codes_op, spread
 from flashsfa.kernels.triton.spread_codes import spread_codes
 
 # (head_dim, topk, dense_dims)
@@ -40,7 +40,7 @@ def test_rows_are_those_of_plain_pytorch(budget, dtype, where):
     assert torch.equal(spread_codes(*parts(codes), out), expected)
     flat = FeatureCodes(*(x.reshape(222, x.shape[-1]) for x in parts(codes)), head_dim)
     out = torch.empty(222, head_dim, dtype=dtype, device=where)
-    assert torch.equal(spread_codes(*parts(flat), out), expected.view(222, head_dim))
+    assert torch.equal(spread_codes(*parts(flat), out), expected.reshape(222, head_dim))
 
 
 def test_a_view_of_a_cache_to_rows_by_token(where):
@@ -104,7 +104,7 @@ def test_operators_on_a_gpu(dtype):
     codes = coded((2, 4, 300, 128), 16, 16, dtype, "cuda")
     expected = plain_spread_codes(*parts(codes), 128)
     assert torch.equal(codes.to_dense(), expected)
-    by_token = spread_by_token(codes)
+    by_token = spread(codes)
     assert torch.equal(by_token, expected)
     if dtype != torch.float64:
         assert by_token.transpose(1, 2).is_contiguous()

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from . import reference
 from .checks import require, require_alike, require_budget, require_float, require_padding
-from .codes import FeatureCodes, at_support, code_queries, row_codes, topk_codes
+from .codes import FeatureCodes, at_support, code_queries, empty_rows, row_codes, topk_codes
 from .kernels import dense, dispatch
 from .kernels.hopper import prefill as hopper
 from .kernels.hopper.cuda import CompilationError
-from .kernels.topk import spread_by_token
+from .kernels.topk import spread
 from .masks import AttentionMask
 
 BACKENDS = ("auto", "dense", "reference")
@@ -237,7 +237,7 @@ def _codes_attention_op(
 ) -> tuple[Tensor, Tensor]:
     mask = AttentionMask(is_causal, window, key_padding_mask, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     q_codes = FeatureCodes(q_dense, q_values, q_indices, head_dim)
-    k = spread_by_token(FeatureCodes(k_dense, k_values, k_indices, head_dim))
+    k = spread(FeatureCodes(k_dense, k_values, k_indices, head_dim))
     obstacle = None
     if query_pattern is not None and backend == "auto":
         obstacle = hopper.obstacle(q_codes, k, v, mask, scale)
@@ -248,15 +248,14 @@ def _codes_attention_op(
                 return out, lse
             except CompilationError as error:
                 obstacle = f"the kernel for sparse tensor cores cannot be compiled: {error}"
-    q = spread_by_token(q_codes)
+    q = spread(q_codes)
     kernel = _choose("attention", q, v, mask, backend, obstacle)
     if kernel is None:
         out, lse = reference.attention(q, k, v, mask=mask, scale=scale)
         lse = lse.to(torch.float64 if v.dtype == torch.float64 else torch.float32)
     else:
         out, lse = dense.forward(kernel, q, k, v, mask, scale)
-    # torch's kernels write [B, N, H, Dv] and hand out its transpose; so does the fake, and models need that order
-    return out.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
+    return _by_token(out), lse.contiguous()
 
 
 @_codes_attention_op.register_fake
@@ -270,10 +269,8 @@ def _(
     v: Tensor,
     *_: Any,
 ) -> tuple[Tensor, Tensor]:
-    batch, heads, n_q = q_values.shape[:-1]
     lse_dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
-    out = v.new_empty((batch, n_q, heads, v.shape[-1])).transpose(1, 2)
-    return out, v.new_empty((batch, heads, n_q), dtype=lse_dtype)
+    return empty_rows(q_values, v.shape[-1]), v.new_empty(q_values.shape[:-1], dtype=lse_dtype)
 
 
 @torch.library.custom_op("flashsfa::codes_attention_backward", mutates_args=())
@@ -300,15 +297,15 @@ def _codes_attention_backward_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     mask = AttentionMask(is_causal, window, key_padding_mask, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    q = spread_by_token(FeatureCodes(q_dense, q_values, q_indices, head_dim))
-    k = spread_by_token(FeatureCodes(k_dense, k_values, k_indices, head_dim))
+    q = spread(FeatureCodes(q_dense, q_values, q_indices, head_dim))
+    k = spread(FeatureCodes(k_dense, k_values, k_indices, head_dim))
     kernel = _choose("attention_backward", q, v, mask, backend)
     if kernel is None:
         dq, dk, dv = reference.attention_backward(grad_out, q, k, v, mask=mask, scale=scale)
     else:
         dq, dk, dv = dense.backward(kernel, grad_out, q, k, v, out, lse, mask, scale)
     q_grads, k_grads = (at_support(dq, q_dense.shape[-1], q_indices), at_support(dk, k_dense.shape[-1], k_indices))
-    return *q_grads, *k_grads, dv.contiguous()
+    return *q_grads, *k_grads, _by_token(dv)
 
 
 @_codes_attention_backward_op.register_fake
@@ -323,8 +320,13 @@ def _(
     v: Tensor,
     *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    fresh = [x.new_empty(x.shape) for x in (q_dense, q_values, k_dense, k_values, v)]
-    return fresh[0], fresh[1], fresh[2], fresh[3], fresh[4]
+    fresh = [x.new_empty(x.shape) for x in (q_dense, q_values, k_dense, k_values)]
+    return fresh[0], fresh[1], fresh[2], fresh[3], empty_rows(v, v.shape[-1])
+
+
+def _by_token(x: Tensor) -> Tensor:
+    """x [B, H, N, D] in the memory order of `empty_rows`; torch's kernels mostly write it so already."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _choose(

@@ -277,16 +277,25 @@ def plain_pair_codes(x: Tensor, dense_dims: int) -> tuple[Tensor, Tensor, Tensor
 
 
 def plain_spread_codes(dense: Tensor, values: Tensor, indices: Tensor, head_dim: int) -> Tensor:
-    """The rows [..., D] of a code in plain PyTorch, on any device."""
-    rest = values.new_zeros((*values.shape[:-1], head_dim - dense.shape[-1]))
-    rest = rest.scatter_(-1, indices.long(), values)
-    return torch.cat((dense, rest), dim=-1) if dense.shape[-1] else rest
+    """The rows [..., D] of a code in plain PyTorch, on any device, in the memory order of `empty_rows`."""
+    rows = empty_rows(values, head_dim)
+    rows[..., : dense.shape[-1]] = dense
+    rows[..., dense.shape[-1] :].zero_().scatter_(-1, indices.long(), values)
+    return rows
+
+
+def empty_rows(like: Tensor, width: int) -> Tensor:
+    """Uninitialised [..., width] beside `like` [..., K]. Of [B, H, N, K] it lies in memory as [B, N, H, width]: so models hold
+    their queries, keys and values, attention kernels follow them, and gradients need no copy on their way back."""
+    if like.ndim != 4:
+        return like.new_empty((*like.shape[:-1], width))
+    batch, heads, n, _ = like.shape
+    return like.new_empty((batch, n, heads, width)).transpose(1, 2)
 
 
 def plain_topk_rows(x: Tensor, topk: int, dense_dims: int) -> Tensor:
-    """The rows [..., D] of x's code in plain PyTorch, on any device, in x's memory order."""
-    dense, values, indices = plain_topk_codes(x, topk, dense_dims)
-    return torch.empty_like(x).copy_(plain_spread_codes(dense, values, indices, x.shape[-1]))
+    """The rows [..., D] of x's code in plain PyTorch, on any device."""
+    return plain_spread_codes(*plain_topk_codes(x, topk, dense_dims), x.shape[-1])
 
 
 # On a GPU `kernels.topk` replaces the plain forms.
@@ -321,7 +330,7 @@ spread_codes_op = torch.library.custom_op("flashsfa::spread_codes", plain_spread
 
 @spread_codes_op.register_fake
 def _(dense: Tensor, values: Tensor, indices: Tensor, head_dim: int) -> Tensor:
-    return values.new_empty((*values.shape[:-1], head_dim))
+    return empty_rows(values, head_dim)
 
 
 # What attention needs of keys and queries where no gradient does: the rows of a code, without the code. Not differentiable.
@@ -330,7 +339,7 @@ topk_rows_op = torch.library.custom_op("flashsfa::topk_rows", plain_topk_rows, m
 
 @topk_rows_op.register_fake
 def _(x: Tensor, topk: int, dense_dims: int) -> Tensor:
-    return torch.empty_like(x)
+    return empty_rows(x, x.shape[-1])
 
 
 def _topk_codes_setup(ctx: Any, inputs: tuple, output: tuple) -> None:

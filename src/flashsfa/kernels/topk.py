@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..codes import (
     FeatureCodes,
+    empty_rows,
     pair_codes_op,
     plain_pair_codes,
     plain_spread_codes,
@@ -39,11 +40,10 @@ def _(x: Tensor, topk: int, dense_dims: int) -> Tensor:
     from .triton import topk_codes
 
     with torch.cuda.device_of(x):
-        out = torch.empty_like(x)
-        if not topk_codes.topk_rows(x, topk, dense_dims, out):
-            codes = topk_codes.topk_codes(x, topk, dense_dims)
-            _spread(*codes, out)
-        return out
+        out = empty_rows(x, x.shape[-1])
+        if topk_codes.topk_rows(x, topk, dense_dims, out):
+            return out
+        return _spread(*topk_codes.topk_codes(x, topk, dense_dims), x.shape[-1])
 
 
 @pair_codes_op.register_kernel("cuda")
@@ -60,24 +60,21 @@ def _(x: Tensor, dense_dims: int) -> tuple[Tensor, Tensor, Tensor]:
 def _(dense: Tensor, values: Tensor, indices: Tensor, head_dim: int) -> Tensor:
     if not has_fused(values):
         return plain_spread_codes(dense, values, indices, head_dim)
-    return _spread(dense, values, indices, values.new_empty((*values.shape[:-1], head_dim)))
+    return _spread(dense, values, indices, head_dim)
 
 
-def spread_by_token(codes: FeatureCodes) -> Tensor:
-    """`codes.to_dense()` of codes [B, H, N, ...], on a GPU in the memory order [B, N, H, D]: that of a model's own queries,
-    which attention kernels follow in their output. No gradients."""
+def spread(codes: FeatureCodes) -> Tensor:
+    """`codes.to_dense()` for the inside of an operator: without the cost of another one, and without gradients."""
     if not codes.topk or not has_fused(codes.values):
         return codes.to_dense()
-    batch, heads, n, head_dim = codes.shape
-    out = codes.values.new_empty((batch, n, heads, head_dim)).transpose(1, 2)
-    return _spread(codes.dense, codes.values, codes.indices, out)
+    return _spread(codes.dense, codes.values, codes.indices, codes.head_dim)
 
 
-def _spread(dense: Tensor, values: Tensor, indices: Tensor, out: Tensor) -> Tensor:
+def _spread(dense: Tensor, values: Tensor, indices: Tensor, head_dim: int) -> Tensor:
     from .triton import spread_codes
 
-    with torch.cuda.device_of(out):
-        return spread_codes.spread_codes(dense, values, indices, out)
+    with torch.cuda.device_of(values):
+        return spread_codes.spread_codes(dense, values, indices, empty_rows(values, head_dim))
 
 
 def has_fused(x: Tensor) -> bool:
