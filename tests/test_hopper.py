@@ -433,7 +433,9 @@ def test_fewer_features_than_the_pattern_holds():
 @hopper
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "changes", [{"consumers": 1}, {"consumers": 3, "block_n": 64}, {"block_n": 160, "stages": 2}, {"stages": 2}], ids=str
+    "changes",
+    [{"consumers": 1}, {"consumers": 3, "block_n": 64}, {"block_n": 160, "stages": 2}, {"stages": 2}],
+    ids=str,
 )
 def test_other_tiles(changes):
     k, v = (normal(1, 2, 2048, 128) for _ in "kv")

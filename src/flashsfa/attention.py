@@ -236,10 +236,10 @@ def _codes_attention_op(
     query_pattern: str | None,
 ) -> tuple[Tensor, Tensor]:
     mask = AttentionMask(is_causal, window, key_padding_mask, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    q_codes = FeatureCodes(q_dense, q_values, q_indices, head_dim)
-    k = spread(FeatureCodes(k_dense, k_values, k_indices, head_dim))
+    k = spread(k_dense, k_values, k_indices, head_dim)
     obstacle = None
     if query_pattern is not None and backend == "auto":
+        q_codes = FeatureCodes(q_dense, q_values, q_indices, head_dim)
         obstacle = hopper.obstacle(q_codes, k, v, mask, scale)
         if obstacle is None:
             try:
@@ -248,7 +248,7 @@ def _codes_attention_op(
                 return out, lse
             except CompilationError as error:
                 obstacle = f"the kernel for sparse tensor cores cannot be compiled: {error}"
-    q = spread(q_codes)
+    q = spread(q_dense, q_values, q_indices, head_dim)
     kernel = _choose("attention", q, v, mask, backend, obstacle)
     if kernel is None:
         out, lse = reference.attention(q, k, v, mask=mask, scale=scale)
@@ -297,8 +297,8 @@ def _codes_attention_backward_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     mask = AttentionMask(is_causal, window, key_padding_mask, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    q = spread(FeatureCodes(q_dense, q_values, q_indices, head_dim))
-    k = spread(FeatureCodes(k_dense, k_values, k_indices, head_dim))
+    q = spread(q_dense, q_values, q_indices, head_dim)
+    k = spread(k_dense, k_values, k_indices, head_dim)
     kernel = _choose("attention_backward", q, v, mask, backend)
     if kernel is None:
         dq, dk, dv = reference.attention_backward(grad_out, q, k, v, mask=mask, scale=scale)

@@ -105,15 +105,17 @@ def backward(
     """Gradients of q, k and v for `forward`'s result."""
     k_dim, v_dim = k.shape[-1], v.shape[-1]
     q, k, v = kernel.pad(q, k, v)
-    out = F.pad(out, (0, v.shape[-1] - v_dim))
-    grad_out = F.pad(grad_out, (0, v.shape[-1] - v_dim))
+    if v.shape[-1] > v_dim:  # F.pad copies even where there is nothing to pad
+        out, grad_out = (F.pad(x, (0, v.shape[-1] - v_dim)) for x in (out, grad_out))
     if isinstance(kernel, CudaFlash) and min(q.shape[-2], k.shape[-2]) > 0:
         grads = kernel.backward_masked(grad_out, q, k, v, out, lse, mask, scale)
         return grads[0][..., :k_dim], grads[1][..., :k_dim], grads[2][..., :v_dim]
     pieces = _pieces(mask, q.shape[-2], k.shape[-2], q.device)
-    # A row that sees nothing has no gradient; +inf makes every weight exp(score - lse) of it zero.
-    lse = lse.masked_fill(lse == -math.inf, math.inf)
-    if len(pieces) == 1 and pieces[0].covers(q, k):
+    whole = len(pieces) == 1 and pieces[0].covers(q, k)
+    if not whole or pieces[0].empty_rows is not None:
+        # A row that sees nothing has no gradient; +inf makes every weight exp(score - lse) of it zero.
+        lse = lse.masked_fill(lse == -math.inf, math.inf)
+    if whole:
         grads = kernel.backward(grad_out, q, k, v, out, lse, pieces[0].bias(q.dtype), pieces[0].is_causal, scale)
         return grads[0][..., :k_dim], grads[1][..., :k_dim], grads[2][..., :v_dim]
     # Several pieces add up in fp32 (or fp64), or their number would show in the rounding.

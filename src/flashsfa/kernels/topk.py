@@ -43,7 +43,7 @@ def _(x: Tensor, topk: int, dense_dims: int) -> Tensor:
         out = empty_rows(x, x.shape[-1])
         if topk_codes.topk_rows(x, topk, dense_dims, out):
             return out
-        return _spread(*topk_codes.topk_codes(x, topk, dense_dims), x.shape[-1])
+        return spread(*topk_codes.topk_codes(x, topk, dense_dims), x.shape[-1])
 
 
 @pair_codes_op.register_kernel("cuda")
@@ -56,25 +56,19 @@ def _(x: Tensor, dense_dims: int) -> tuple[Tensor, Tensor, Tensor]:
         return pair_codes.pair_codes(x, dense_dims)
 
 
-@spread_codes_op.register_kernel("cuda")
-def _(dense: Tensor, values: Tensor, indices: Tensor, head_dim: int) -> Tensor:
+def spread(dense: Tensor, values: Tensor, indices: Tensor, head_dim: int) -> Tensor:
+    """`FeatureCodes.to_dense` for the inside of an operator: without the cost of another one, and without gradients."""
+    if dense.shape[-1] == head_dim:
+        return dense
     if not has_fused(values):
         return plain_spread_codes(dense, values, indices, head_dim)
-    return _spread(dense, values, indices, head_dim)
-
-
-def spread(codes: FeatureCodes) -> Tensor:
-    """`codes.to_dense()` for the inside of an operator: without the cost of another one, and without gradients."""
-    if not codes.topk or not has_fused(codes.values):
-        return codes.to_dense()
-    return _spread(codes.dense, codes.values, codes.indices, codes.head_dim)
-
-
-def _spread(dense: Tensor, values: Tensor, indices: Tensor, head_dim: int) -> Tensor:
     from .triton import spread_codes
 
     with torch.cuda.device_of(values):
         return spread_codes.spread_codes(dense, values, indices, empty_rows(values, head_dim))
+
+
+spread_codes_op.register_kernel("cuda")(spread)
 
 
 def has_fused(x: Tensor) -> bool:

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows import block_of_rows
+from .rows import block_of_rows, cdiv, next_power_of_2
 
 _ENTRIES = 4096  # a program
 
@@ -19,9 +19,9 @@ def merge_parts(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> Non
         lse, part_lse: [B, H, N] float32, any strides; -inf where a row saw no key, its output being 0.
     """
     batch, heads, n, head_dim = out.shape
-    width = triton.next_power_of_2(head_dim)
+    width = next_power_of_2(head_dim)
     block = max(1, _ENTRIES // width)
-    merge_parts_kernel[(triton.cdiv(n, block) * batch * heads,)](
+    merge_parts_kernel[(cdiv(n, block) * batch * heads,)](
         out, lse, part, part_lse,
         *out.stride()[:3], *lse.stride(), *part.stride()[:3], *part_lse.stride(), heads, n,
         D=head_dim, D_PAD=width, R=block, num_warps=4,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows import as_batch_head_row, block_of_rows
+from .rows import as_batch_head_row, block_of_rows, cdiv, next_power_of_2
 
 _ENTRIES = 4096  # a program
 
@@ -31,11 +31,11 @@ def pair_codes(x: Tensor, dense_dims: int) -> tuple[Tensor, Tensor, Tensor]:
         return dense, values, indices
     rows = as_batch_head_row(x)  # [B, H, N, D]
     batch, heads, n, _ = rows.shape
-    width = triton.next_power_of_2(sparse_dims)
+    width = next_power_of_2(sparse_dims)
     block = _ENTRIES // width
-    pair_codes_kernel[(triton.cdiv(n, block) * batch * heads,)](
+    pair_codes_kernel[(cdiv(n, block) * batch * heads,)](
         rows, dense, values, indices, *rows.stride(), heads, n,
-        M=dense_dims, M_PAD=triton.next_power_of_2(dense_dims), S=sparse_dims, S_PAD=width, R=block, num_warps=4,
+        M=dense_dims, M_PAD=next_power_of_2(dense_dims), S=sparse_dims, S_PAD=width, R=block, num_warps=4,
     )  # fmt: skip
     return dense, values, indices
 

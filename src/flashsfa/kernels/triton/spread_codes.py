@@ -1,18 +1,22 @@
-"""Codes spread back to dense rows on the GPU: zeros, dense channel and kept entries in one pass.
+"""Codes spread back to dense rows on the GPU: zeros, dense channel and kept entries in one pass, each byte written once.
 
-The bytes of a row are written once to memory: the zeros lie in the L2 cache still when the kept entries overwrite some of
-them.
+`words` (16-bit dtypes, K <= 16, even sizes): a thread builds eight entries in registers, four words of two, and looks at
+every kept entry of the row for those that are among its eight.
+
+`zeros` (any): zeros are written, and the kept entries over them while they still lie in the L2 cache.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows import block_of_rows
+from .rows import block_of_rows, cdiv, next_power_of_2
 
-_ENTRIES = 4096  # a program
+_ENTRIES = 4096  # a program, for `zeros`
+_ROWS, _WARPS = 32, 4  # a program, for `words`: as measured on an H100 (docs/decode.md)
 
 
 def spread_codes(dense: Tensor, values: Tensor, indices: Tensor, out: Tensor) -> Tensor:
@@ -32,19 +36,69 @@ def spread_codes(dense: Tensor, values: Tensor, indices: Tensor, out: Tensor) ->
         x if x.ndim == 4 and x.stride(-1) == 1 else x.reshape(batch, heads, n, x.shape[-1]).contiguous()
         for x in (dense, values, indices)
     )
-    width = triton.next_power_of_2(head_dim)
+    even = (
+        *rows.stride()[:3],
+        rows.storage_offset(),
+        *dense.stride()[:3],
+        dense.storage_offset(),
+        head_dim,
+        dense_dims,
+    )
+    if values.itemsize == 2 and topk <= 16 and not any(x % 2 for x in even):
+        words_kernel[(cdiv(n, _ROWS) * batch * heads,)](
+            dense.view(torch.int32) if dense_dims else None, values, indices, rows.view(torch.int32),
+            *(s // 2 for s in dense.stride()[:3]), *values.stride()[:3], *indices.stride()[:3],
+            *(s // 2 for s in rows.stride()[:3]), heads, n,
+            D=head_dim, M=dense_dims, K=topk, PIECES=next_power_of_2(cdiv(head_dim, 8)), R=_ROWS, num_warps=_WARPS,
+        )  # fmt: skip
+        return out
+    width = next_power_of_2(head_dim)
     block = max(1, _ENTRIES // width)
-    spread_codes_kernel[(triton.cdiv(n, block) * batch * heads,)](
+    zeros_kernel[(cdiv(n, block) * batch * heads,)](
         dense, values, indices, rows,
         *dense.stride()[:3], *values.stride()[:3], *indices.stride()[:3], *rows.stride()[:3], heads, n,
-        D=head_dim, D_PAD=width, M=dense_dims, M_PAD=triton.next_power_of_2(dense_dims),
-        K=topk, K_PAD=max(1, triton.next_power_of_2(topk)), R=block, num_warps=4,
+        D=head_dim, D_PAD=width, M=dense_dims, M_PAD=next_power_of_2(dense_dims),
+        K=topk, K_PAD=next_power_of_2(topk), R=block, num_warps=4,
     )  # fmt: skip
     return out.view(shape)
 
 
 @triton.jit
-def spread_codes_kernel(
+def words_kernel(
+    DENSE, VALUES, INDICES, OUT,
+    dense_sb, dense_sh, dense_sn, values_sb, values_sh, values_sn, indices_sb, indices_sh, indices_sn,
+    out_sb, out_sh, out_sn, heads, n,
+    D: tl.constexpr, M: tl.constexpr, K: tl.constexpr, PIECES: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """DENSE and OUT are int32 of two entries, with strides in words; a piece is four words."""
+    batch, head, _, row, there = block_of_rows(heads, n, R)
+    piece = tl.arange(0, PIECES)[None, :]  # [1, PIECES]
+    none = tl.zeros([R, PIECES], tl.int32)
+    inside = there[:, None] & (8 * piece < D)
+    # One address for all pieces of a row: the same load serves them all.
+    value_row = (VALUES + batch * values_sb + head * values_sh + row * values_sn)[:, None] + none  # [R, PIECES]
+    index_row = (INDICES + batch * indices_sb + head * indices_sh + row * indices_sn)[:, None] + none
+    first, second, third, fourth = none, none, none, none
+    for i in tl.static_range(K):
+        place = M + tl.load(index_row + i, mask=inside, other=0).to(tl.int32)  # [R, PIECES]
+        value = tl.load(value_row + i, mask=inside, other=0).to(tl.int16, bitcast=True).to(tl.int32)
+        value = tl.where(place % 2 == 1, value << 16, value & 0xFFFF)
+        word = place // 2 - 4 * piece
+        first = tl.where(word == 0, first | value, first)
+        second = tl.where(word == 1, second | value, second)
+        third = tl.where(word == 2, third | value, third)
+        fourth = tl.where(word == 3, fourth | value, fourth)
+    words = tl.join(tl.join(first, third), tl.join(second, fourth)).reshape(R, 4 * PIECES)
+    column = tl.arange(0, 4 * PIECES)[None, :]  # [1, 4 * PIECES]
+    if M > 0:
+        dense_row = DENSE + batch * dense_sb + head * dense_sh + row * dense_sn  # [R]
+        words |= tl.load(dense_row[:, None] + column, mask=there[:, None] & (column < M // 2), other=0)
+    out_row = OUT + batch * out_sb + head * out_sh + row * out_sn
+    tl.store(out_row[:, None] + column, words, mask=there[:, None] & (column < D // 2))
+
+
+@triton.jit
+def zeros_kernel(
     DENSE, VALUES, INDICES, OUT,
     dense_sb, dense_sh, dense_sn, values_sb, values_sh, values_sn, indices_sb, indices_sh, indices_sn,
     out_sb, out_sh, out_sn, heads, n,

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...checks import require
-from .rows import as_batch_head_row, block_of_rows
+from .rows import as_batch_head_row, block_of_rows, cdiv, next_power_of_2
 
 
 class Launch(NamedTuple):
@@ -80,10 +80,10 @@ def topk_rows(x: Tensor, topk: int, dense_dims: int, out: Tensor) -> bool:
     if method != "network" or not whole or target.shape != rows.shape:
         return False
     if x.numel():
-        topk_rows_kernel[(triton.cdiv(n, block) * batch * heads,)](
+        topk_rows_kernel[(cdiv(n, block) * batch * heads,)](
             rows, rows.view(torch.int32), target.view(torch.int32), *(s // 2 for s in rows.stride()[:3]), rows.stride(-1),
             *(s // 2 for s in target.stride()[:3]), heads, n,
-            D=head_dim, M=dense_dims, K=topk, K_PAD=triton.next_power_of_2(topk), CHUNKS=triton.cdiv(head_dim - dense_dims, 8 * lanes),
+            D=head_dim, M=dense_dims, K=topk, K_PAD=next_power_of_2(topk), CHUNKS=cdiv(head_dim - dense_dims, 8 * lanes),
             W=4 * lanes, R=block, PIECE=16, num_warps=num_warps,
         )  # fmt: skip
     return True
@@ -158,7 +158,7 @@ def _launch(
     word = 4 * halves  # entries of one 16-byte load
     first = dense_dims // word * word  # loads start at a multiple of 16 bytes, perhaps within the dense channel
     on_device = isinstance(start, Tensor)
-    topk_codes_kernel[(triton.cdiv(n, rows) * batch * heads,)](
+    topk_codes_kernel[(cdiv(n, rows) * batch * heads,)](
         x,
         x.view(torch.int32) if whole_words else None,
         v,
@@ -176,13 +176,13 @@ def _launch(
         capacity,
         D=head_dim,
         M=dense_dims,
-        M_PAD=triton.next_power_of_2(dense_dims),
+        M_PAD=next_power_of_2(dense_dims),
         K=topk,
-        K_PAD=triton.next_power_of_2(topk),
+        K_PAD=next_power_of_2(topk),
         DV=0 if v is None else v.shape[-1],
-        DV_PAD=0 if v is None else triton.next_power_of_2(v.shape[-1]),
+        DV_PAD=0 if v is None else next_power_of_2(v.shape[-1]),
         FIRST=first,
-        CHUNKS=triton.cdiv(head_dim - first, word * lanes),
+        CHUNKS=cdiv(head_dim - first, word * lanes),
         W=4 * lanes,
         HALVES=halves,
         METHOD=method,
