@@ -318,14 +318,15 @@ hopper = pytest.mark.skipif(
 )
 
 
-def check(q, k, v, is_causal, window=None, **changes):
-    """The error rule for out and log-sum-exp, against fp64. `q` are codes; barriers trap instead of hanging."""
+def check(q, k, v, is_causal, window=None, lengths=None, **changes):
+    """The error rule for out and log-sum-exp, against fp64. `q` are codes, packed where there are `lengths` (of their
+    sequences and of the keys'); barriers trap instead of hanging."""
     tile = prefill.default_tile(q.dtype, q.head_dim, v.shape[-1], q.dense_dims)
     tile = dataclasses.replace(tile, spin_limit=1 << 22, **changes)
     scale = q.head_dim**-0.5
-    mask = AttentionMask(is_causal, window)
+    mask = AttentionMask(is_causal, window, **(packing(*lengths) if lengths else {}))
     assert prefill.obstacle(q, k, v, mask, scale) is None
-    out, lse = prefill.forward(q, k, v, is_causal=is_causal, scale=scale, window=window, tile=tile)
+    out, lse = prefill.forward(q, k, v, mask=mask, scale=scale, tile=tile)
     rows = q.to_dense()
     truth, true_lse = reference.attention(rows.double(), k.double(), v.double(), mask=mask, scale=scale)
     plain, plain_lse = reference.attention(rows, k, v, mask=mask, scale=scale)
@@ -339,8 +340,15 @@ def check(q, k, v, is_causal, window=None, **changes):
     if seen.any():
         allowed = 2 * (plain_lse.double() - true_lse)[seen].abs().max() + 1e-5 * true_lse[seen].abs().max()
         assert (lse.double() - true_lse)[seen].abs().max() <= allowed
-    again, _ = prefill.forward(q, k, v, is_causal=is_causal, scale=scale, window=window, tile=tile)
+    again, _ = prefill.forward(q, k, v, mask=mask, scale=scale, tile=tile)
     assert torch.equal(out, again)
+
+
+def packing(q_lengths, k_lengths):
+    """What an `AttentionMask` says about packed sequences of these lengths."""
+    bounds = [torch.tensor([0, *n], device="cuda").cumsum(0, dtype=torch.int32) for n in (q_lengths, k_lengths)]
+    return {"cu_seqlens_q": bounds[0], "cu_seqlens_k": bounds[1],
+            "max_seqlen_q": max(q_lengths), "max_seqlen_k": max(k_lengths)}  # fmt: skip
 
 
 def normal(*shape, dtype=BF16):
@@ -390,6 +398,51 @@ def test_windows(n_q, n_k, head_dim, window, is_causal):
     check(q, k, v, is_causal, window)
 
 
+PACKED = [  # lengths of query and of key sequences
+    ([200, 1, 0, 333, 129], [200, 1, 0, 333, 129]),
+    ([1, 65, 0, 190, 7, 300], [513, 64, 5, 1023, 0, 77]),
+    ([0, 128, 1], [3, 0, 128]),
+    ([700], [701]),
+]
+
+
+@hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize(("is_causal", "window"), [(False, None), (True, None), (False, 63), (True, 200)])
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "value_dim", "dense_dims"),
+    [((4, 2), 128, 128, 0), ((3, 1), 64, 64, 0), ((2, 2), 128, 128, 32), ((4, 1), 256, 256, 0), ((2, 1), 64, 128, 32)],
+)
+@pytest.mark.parametrize("lengths", PACKED, ids=str)
+def test_packed_sequences(lengths, heads, head_dim, value_dim, dense_dims, is_causal, window):
+    q = coded(3 * normal(1, heads[0], sum(lengths[0]), head_dim), dense_dims)
+    k, v = (normal(1, heads[1], sum(lengths[1]), width) for width in (head_dim, value_dim))
+    check(q, k, v, is_causal, window, lengths)
+
+
+@hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_packed_sequences_are_their_own(head_dim):
+    """The same bits as alone, between sequences of NaN, with bounds that are not contiguous."""
+    lengths = [190, 65, 300]
+    q, k, v = (normal(1, 2, sum(lengths), head_dim) for _ in "qkv")
+    one = slice(190, 255)
+    for x in (k, v):
+        x[:, :, : one.start] = x[:, :, one.stop :] = math.nan
+    tile = dataclasses.replace(prefill.default_tile(BF16, head_dim, head_dim), spin_limit=1 << 22)
+    options = {"scale": 0.125, "tile": tile}
+    rules = packing(lengths, lengths)
+    for name in ("cu_seqlens_q", "cu_seqlens_k"):
+        rules[name] = rules[name].repeat_interleave(2)[::2]
+    for is_causal in (False, True):
+        out, lse = prefill.forward(coded(q), k, v, mask=AttentionMask(is_causal, **rules), **options)
+        parts = coded(q[:, :, one]), k[:, :, one], v[:, :, one]
+        alone, alone_lse = prefill.forward(*parts, mask=AttentionMask(is_causal), **options)
+        assert torch.equal(out[:, :, one], alone)
+        assert torch.equal(lse[:, :, one], alone_lse)
+
+
 @hopper
 @pytest.mark.gpu
 @pytest.mark.parametrize(
@@ -399,7 +452,7 @@ def test_each_query_is_multiplied_as_coded(head_dim, dense_dims):
     """With one key a feature and V the identity, a query's weights show all of its features."""
     q = coded(normal(1, 1, 200, head_dim), dense_dims)
     k = v = torch.eye(head_dim, dtype=BF16, device="cuda")[None, None]
-    out, lse = prefill.forward(q, k, v, is_causal=False, scale=1.0)
+    out, lse = prefill.forward(q, k, v, mask=AttentionMask(), scale=1.0)
     scores = out.float().log() + lse[..., None]
     torch.testing.assert_close(scores, q.to_dense().float(), rtol=0, atol=0.02)
 
@@ -449,7 +502,7 @@ def test_nan_stays_where_it_is_seen():
     k, v = (normal(1, 1, 200, 64) for _ in "kv")
     k[0, 0, 150] = math.nan  # in all features: one whose group a query does not hold is never multiplied
     v[0, 0, 0, 3] = math.nan  # every query sees the first key; a weight of zero times NaN would spread it further
-    out, lse = prefill.forward(q, k, v, is_causal=True, scale=0.125)
+    out, lse = prefill.forward(q, k, v, mask=AttentionMask(True), scale=0.125)
     rows = q.to_dense().float()
     expected, expected_lse = reference.attention(rows, k.float(), v.float(), mask=AttentionMask(True), scale=0.125)
     assert torch.equal(out.isnan(), expected.isnan())
@@ -473,6 +526,39 @@ def test_public_path_and_gradients(head_dim, topk_query, dense_dims, n_q, n_k, d
     check_public(q, k, v, topk=16, topk_query=topk_query, dense_dims=dense_dims, is_causal=True)
     assert "attention: hopper (" in flashsfa.explain()
     assert "attention_backward: dense (" in flashsfa.explain()
+
+
+@hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_public_path_of_packed_sequences(is_causal):
+    """Outputs and gradients as one by one."""
+    q_lengths, k_lengths = [200, 1, 0, 65], [300, 1, 0, 64]
+    q, k, v = (normal(sum(n), heads, 128) for n, heads in ((q_lengths, 4), (k_lengths, 2), (k_lengths, 2)))
+    options = {"topk": 16, "topk_query": 64, "query_pattern": "2:4", "is_causal": is_causal, "return_lse": True}
+
+    def results(attend):
+        rows = [x.clone().requires_grad_() for x in (q, k, v)]
+        out, lse = attend(*rows)
+        out.backward(slope(out))
+        return out.detach(), lse, *(x.grad for x in rows)
+
+    def together(q, k, v):
+        bounds = packing(q_lengths, k_lengths)
+        return flashsfa.sparse_feature_attention_varlen(q, k, v, **bounds, **options)
+
+    def one_by_one(q, k, v):
+        sequences = zip(q.split(q_lengths), k.split(k_lengths), v.split(k_lengths), strict=True)
+        heads_first = [[x.transpose(0, 1)[None] for x in one] for one in sequences if len(one[0])]
+        parts = [sparse_feature_attention(*one, **options) for one in heads_first]
+        return torch.cat([out[0].transpose(0, 1) for out, _ in parts]), torch.cat([lse[0] for _, lse in parts], 1)
+
+    expected, found = results(one_by_one), results(together)
+    assert "attention: hopper (" in flashsfa.explain()
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    for gradient, other in zip(found[2:], expected[2:], strict=True):
+        torch.testing.assert_close(gradient, other, rtol=0.02, atol=0.02 * float(other.abs().max()))
 
 
 @hopper
@@ -536,6 +622,6 @@ def test_codes_past_two_billion_entries():
     n = (1 << 31) // 64 // 2 + 77  # values of 64 entries a row, more than 2^31 with the heads
     q = coded(normal(1, 1, n, 128).expand(1, 2, n, 128))
     k, v = (normal(1, 2, 64, 128) for _ in "kv")
-    out, _ = prefill.forward(q, k, v, is_causal=False, scale=0.1)
-    last, _ = prefill.forward(q[:, :, -128:], k, v, is_causal=False, scale=0.1)
+    out, _ = prefill.forward(q, k, v, mask=AttentionMask(), scale=0.1)
+    last, _ = prefill.forward(q[:, :, -128:], k, v, mask=AttentionMask(), scale=0.1)
     assert torch.equal(out[:, :, -128:], last)

@@ -243,7 +243,7 @@ def _codes_attention_op(
         obstacle = hopper.obstacle(q_codes, k, v, mask, scale)
         if obstacle is None:
             try:
-                out, lse = hopper.forward(q_codes, k, v, is_causal=is_causal, scale=scale, window=window)
+                out, lse = hopper.forward(q_codes, k, v, mask=mask, scale=scale)
                 dispatch.record("attention", "hopper", "sparse tensor cores, for queries in the 2:4 pattern")
                 return out, lse
             except CompilationError as error:

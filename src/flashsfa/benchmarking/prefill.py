@@ -115,9 +115,10 @@ class PrefillCase:
     def _kernel_alone(self, q: Tensor, k: Tensor, v: Tensor, nbytes: int) -> dict[str, Baseline]:
         q_codes, k_codes = self._codes(q, k)
         scale, rows = self.head_dim**-0.5, k_codes.to_dense()
-        if hopper.obstacle(q_codes, rows, v, AttentionMask(is_causal=True), scale) is not None:
+        mask = AttentionMask(is_causal=True)
+        if hopper.obstacle(q_codes, rows, v, mask, scale) is not None:
             return {}
-        run = partial(hopper.forward, q_codes, rows, v, is_causal=True, scale=scale)
+        run = partial(hopper.forward, q_codes, rows, v, mask=mask, scale=scale)
         return {"kernel_alone": Baseline(run, nbytes, competes=False)}
 
     def _check(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Verdict:

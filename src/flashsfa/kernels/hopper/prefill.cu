@@ -14,6 +14,7 @@ struct Params {
   unsigned short* out;  // rows of VALUE_DIM entries at the strides below, in entries
   float* lse;           // [B, Hq, Nq]
   long long out_batch, out_head, out_row;
+  const int *q_bounds, *k_bounds;  // [sequences + 1] where packed sequences begin and end, B = 1; null: nothing is packed
   int n_q, n_k, heads, group, causal;
   int window;    // keys less than this away are seen; at least n_q + n_k: all
   int together;  // heads whose blocks are mixed, so that the ones with most keys start first; the next heads follow
@@ -85,6 +86,20 @@ __device__ __forceinline__ void named_sync(int id, int threads) {
 
 __device__ __forceinline__ void named_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// What a warpgroup wrote to shared memory is there for its matrix instructions.
+__device__ __forceinline__ void publish(int warpgroup) {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  named_sync(8 + warpgroup, 128);
+}
+
+// Zeros in the rows of a tile of V from `row` on.
+__device__ __forceinline__ void clear_rows(u32 v_tile, int row, int thread, int warpgroup) {
+  for (int c = 0; c < VALUE_DIM / 64; ++c)
+    for (int at = 128 * row + 16 * thread; at < BOX; at += 16 * 128)
+      asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(v_tile + c * BOX + at), "r"(0) : "memory");
+  publish(warpgroup);
 }
 
 // ---- matrix instructions ---------------------------------------------------------------------------------------
@@ -163,8 +178,7 @@ struct Consumer {
       for (int part = 0; part < 4; ++part)
         asm volatile("st.shared.b32 [%0], %1;" ::"r"(tile + STEP_BYTES * i + staged_at(thread, part)), "r"(words[part]) : "memory");
     }
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    named_sync(8 + warpgroup, 128);
+    publish(warpgroup);
     q = (u64)(tile >> 4) | (u64)(1024 >> 4) << 16 | (u64)(128 >> 4) << 32;  // halves 1024 bytes apart, groups of 8 rows 128
 #pragma unroll
     for (int i = 0; i < WORDS; ++i) places[i] = codes.places[i];
@@ -245,6 +259,17 @@ struct Consumer {
   }
 };
 
+struct Rows {
+  int first, count;
+};
+
+// Of this block's sequence: all `n` of its batch entry, or what packed `bounds` say.
+__device__ __forceinline__ Rows rows_of_block(const int* bounds, int n) {
+  if (!bounds) return {0, n};
+  const int first = bounds[blockIdx.y];
+  return {first, bounds[blockIdx.y + 1] - first};
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     prefill_kernel(const __grid_constant__ Params params, const __grid_constant__ TensorMap k_map,
                    const __grid_constant__ TensorMap v_map) {
@@ -256,17 +281,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   const u32 v_full = k_full + 8 * STAGES, k_empty = v_full + 8 * STAGES, v_empty = k_empty + 8 * STAGES;
 
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
-  const int blocks = (params.n_q + BLOCK_M - 1) / BLOCK_M;  // of a head
+  const Rows q_rows = rows_of_block(params.q_bounds, params.n_q), k_rows = rows_of_block(params.k_bounds, params.n_k);
+  const int blocks = (q_rows.count + BLOCK_M - 1) / BLOCK_M;  // of a head
+  if (blockIdx.x >= blocks * params.heads) return;            // the grid is made for the longest sequence
   const int first_head = blockIdx.x / (blocks * params.together) * params.together;
   const int heads = min(params.together, params.heads - first_head), place = blockIdx.x - first_head * blocks;
   const int block_row = (blocks - 1 - place / heads) * BLOCK_M;
-  const int head = first_head + place % heads, batch = blockIdx.y;
-  const int shift = params.n_k - params.n_q;  // query i stands at key i + shift
+  const int head = first_head + place % heads, batch = params.q_bounds ? 0 : blockIdx.y;
+  const int shift = k_rows.count - q_rows.count;  // query i stands at key i + shift
   // Query i sees the keys from first_key(i) to end_key(i); both grow with i.
   auto first_key = [&](int i) { return max(0, i + shift - params.window + 1); };
-  auto end_key = [&](int i) { return min(params.n_k, i + shift + (params.causal ? 1 : params.window)); };
+  auto end_key = [&](int i) { return min(k_rows.count, i + shift + (params.causal ? 1 : params.window)); };
   const int first_tile = first_key(block_row) / BLOCK_N;
-  const int end_tile = (max(0, end_key(min(block_row + BLOCK_M, params.n_q) - 1)) + BLOCK_N - 1) / BLOCK_N;
+  const int end_tile = (max(0, end_key(min(block_row + BLOCK_M, q_rows.count) - 1)) + BLOCK_N - 1) / BLOCK_N;
   const int tiles = max(0, end_tile - first_tile);
 
   if (threadIdx.x == 0) {
@@ -285,7 +312,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (threadIdx.x % 128 == 0) {
       const int kv_head = head / params.group;
       for (int i = 0; i < tiles; ++i) {
-        const int stage = i % STAGES, row = (end_tile - 1 - i) * BLOCK_N;
+        const int stage = i % STAGES, row = k_rows.first + (end_tile - 1 - i) * BLOCK_N;
         const u32 free = (i / STAGES & 1) ^ 1;
         barrier_wait(k_empty + 8 * stage, free);
         barrier_expect(k_full + 8 * stage, K_BYTES);
@@ -310,9 +337,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const int begin_all = first_key(tile_row + 63), end_all = end_key(tile_row);  // what all 64 queries see
 
     Consumer c;
-    const long long code_row = (long long)(batch * params.heads + head) * params.n_q + row;
+    const long long code_row = (long long)(batch * params.heads + head) * params.n_q + q_rows.first + row;
     Queries codes;
-    codes.load(params.q, code_row, row < params.n_q, row + 8 < params.n_q, lane);
+    codes.load(params.q, code_row, row < q_rows.count, row + 8 < q_rows.count, lane);
     c.stage(codes, q_tiles + warpgroup * Q_BYTES, thread, warpgroup);
 #pragma unroll
     for (int i = 0; i < VALUE_DIM / 2; ++i) c.o[i] = 0.f;
@@ -333,6 +360,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       c.mask((end_tile - 1) * BLOCK_N + column, begin, end);
       c.softmax<true>(scale_log2, rescale);
       c.round_weights();
+      if (params.k_bounds && end_tile * BLOCK_N > k_rows.count) {  // the next sequence's values: 0 * NaN is NaN
+        barrier_wait(v_full, 0);
+        clear_rows(v_tiles, k_rows.count - (end_tile - 1) * BLOCK_N, thread, warpgroup);
+      }
     }
     // While P V of tile i - 1 runs, the scores of tile i become weights.
     auto step = [&](int i, auto masked) {
@@ -373,7 +404,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       const float sum = quad_sum(c.sum[h]);
       const float inverse = sum == 0.f ? 0.f : 1.f / sum;  // a row that sees no key: output 0
       const int r = row + 8 * h;
-      unsigned short* out = params.out + batch * params.out_batch + head * params.out_head + r * params.out_row;
+      unsigned short* out = params.out + batch * params.out_batch + head * params.out_head + (q_rows.first + r) * params.out_row;
 #pragma unroll
       for (int j = 0; j < VALUE_DIM / 8; j += 4) {
         u32 words[4];  // of columns 8j, 8j + 8, 8j + 16 and 8j + 24, plus 2 * (lane % 4)
@@ -381,11 +412,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         for (int i = 0; i < 4; ++i)
           words[i] = pack_pair(c.o[4 * (j + i) + 2 * h] * inverse, c.o[4 * (j + i) + 2 * h + 1] * inverse);
         const uint4 columns = quad_transpose(words, lane);
-        if (r < params.n_q) *(uint4*)(out + 8 * (j + lane % 4)) = columns;
+        if (r < q_rows.count) *(uint4*)(out + 8 * (j + lane % 4)) = columns;
       }
-      if (r < params.n_q && lane % 4 == 0)
-        params.lse[(long long)(batch * params.heads + head) * params.n_q + r] =
-            sum == 0.f ? minus_infinity() : c.top[h] * params.scale + log2_fast(sum) / LOG2E;
+      if (r < q_rows.count && lane % 4 == 0)
+        params.lse[code_row + 8 * h] = sum == 0.f ? minus_infinity() : c.top[h] * params.scale + log2_fast(sum) / LOG2E;
     }
   }
 }

@@ -28,12 +28,13 @@ def obstacle(q: FeatureCodes, k: Tensor, v: Tensor, mask: AttentionMask, scale: 
         return f"the kernel takes heads of width 64, 128 and 256, not {q.head_dim} and {v.shape[-1]}"
     if q.dense_dims % 32:
         return f"the kernel takes a dense channel of a multiple of 32 features, not {q.dense_dims}"
-    if mask.key_padding_mask is not None or mask.cu_seqlens_q is not None:
-        return "the kernel knows causality and windows, no padding or packed sequences"
-    if 0 in (*q.shape, *k.shape):
+    if mask.key_padding_mask is not None:
+        return "the kernel knows causality, windows and packed sequences, no padding"
+    sequences = _sequences(q, k, mask)
+    if 0 in (*q.shape, *k.shape, *sequences):
         return "there is nothing to attend"
-    if q.shape[0] > 65535:
-        return "the grid holds 65535 batch entries"
+    if sequences[0] > 65535:
+        return "the grid holds 65535 sequences"
     if not scale > 0:
         return f"row maxima are taken before scaling, which needs a positive scale, not {scale}"
     return None
@@ -51,9 +52,8 @@ def forward(
     k: Tensor,
     v: Tensor,
     *,
-    is_causal: bool,
+    mask: AttentionMask,
     scale: float,
-    window: int | None = None,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale · q kᵀ) v for queries in the 2:4 pattern (or all dense), with no `obstacle`.
@@ -61,7 +61,7 @@ def forward(
     Args:
         q: [B, Hq, N_q, ...] of D features, at most two of each aligned group of four after the dense channel.
         k: [B, Hkv, N_k, D]; v: [B, Hkv, N_k, Dv]; any strides (a copy is made where the copy engine needs one).
-        is_causal, window: bottom-right aligned, as in `AttentionMask`.
+        mask: causality, a window, packed sequences; no padding.
         tile: sizes to measure; `default_tile` by default.
 
     Returns:
@@ -73,21 +73,33 @@ def forward(
     """
     tile = default_tile(q.dtype, q.head_dim, v.shape[-1], q.dense_dims) if tile is None else tile
     batch, heads, n_q, _ = q.shape
+    n_k = k.shape[2]
+    sequences, longest_q, longest_k = _sequences(q, k, mask)
     with torch.cuda.device(q.device):
         kernel = _load(tile, v.device.index)
         parts = [_aligned(x) for x in in_pairs(q)]
+        bounds = [None if x is None else x.contiguous() for x in (mask.cu_seqlens_q, mask.cu_seqlens_k)]
         k, v = _tma_ready(k), _tma_ready(v)
         out = v.new_empty((batch, n_q, heads, v.shape[-1])).transpose(1, 2)
         lse = v.new_empty((batch, heads, n_q), dtype=torch.float32)
+        together = heads_together(heads, k[:, :, :longest_k], v[:, :, :longest_k])
         params = _Params(
             *(x.data_ptr() for x in parts), out.data_ptr(), lse.data_ptr(),
-            *out.stride()[:3], n_q, k.shape[2], heads, heads // k.shape[1], is_causal,
-            min(n_q + k.shape[2], n_q + k.shape[2] if window is None else window), heads_together(heads, k, v), scale,
+            *out.stride()[:3], *(None if x is None else x.data_ptr() for x in bounds),
+            n_q, n_k, heads, heads // k.shape[1], mask.is_causal,
+            n_q + n_k if mask.window is None else min(n_q + n_k, mask.window), together, scale,
         )  # fmt: skip
         maps = [cuda.tensor_map(x, tile.block_n) for x in (k, v)]
-        grid = (math.ceil(n_q / tile.block_m) * heads, batch, 1)
+        grid = (math.ceil(longest_q / tile.block_m) * heads, sequences, 1)
         cuda.launch(kernel, grid, tile.threads, tile.shared_bytes, (params, *maps))
     return out, lse
+
+
+def _sequences(q: FeatureCodes, k: Tensor, mask: AttentionMask) -> tuple[int, int, int]:
+    """How many there are, and the most queries and keys of one."""
+    if mask.cu_seqlens_q is None:
+        return q.shape[0], q.shape[2], k.shape[2]
+    return mask.cu_seqlens_q.numel() - 1, mask.max_seqlen_q, mask.max_seqlen_k
 
 
 def in_pairs(q: FeatureCodes) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,6 +128,8 @@ class _Params(ctypes.Structure):
         ("out_batch", ctypes.c_longlong),
         ("out_head", ctypes.c_longlong),
         ("out_row", ctypes.c_longlong),
+        ("q_bounds", ctypes.c_void_p),
+        ("k_bounds", ctypes.c_void_p),
         ("n_q", ctypes.c_int),
         ("n_k", ctypes.c_int),
         ("heads", ctypes.c_int),
