@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 
 from flashsfa.codes import FeatureCodes, plain_spread_codes, plain_topk_codes, spread_codes_op, topk_codes
 from flashsfa.kernels.topk import append_codes_op, spread
+from flashsfa.kernels.triton import spread_codes as module
 from flashsfa.kernels.triton.spread_codes import spread_codes
 
 # (head_dim, topk, dense_dims)
@@ -41,6 +42,15 @@ def test_rows_are_those_of_plain_pytorch(budget, dtype, where):
     flat = FeatureCodes(*(x.reshape(222, x.shape[-1]) for x in parts(codes)), head_dim)
     out = torch.empty(222, head_dim, dtype=dtype, device=where)
     assert torch.equal(spread_codes(*parts(flat), out), expected.reshape(222, head_dim))
+
+
+@pytest.mark.parametrize(("topk", "dense_dims"), [(8, 0), (5, 16), (16, 2)])
+def test_small_even_codes_are_built_from_words(topk, dense_dims, where, monkeypatch):
+    """They never come to the kernel that writes zeros first, which is several times slower."""
+    monkeypatch.setattr(module, "zeros_kernel", None)
+    codes = coded((2, 3, 37, 64), topk, dense_dims, torch.bfloat16, where)
+    out = torch.full((2, 3, 37, 64), float("nan"), dtype=torch.bfloat16, device=where)
+    assert torch.equal(spread_codes(*parts(codes), out), plain_spread_codes(*parts(codes), 64))
 
 
 def test_a_view_of_a_cache_to_rows_by_token(where):
@@ -104,7 +114,7 @@ def test_operators_on_a_gpu(dtype):
     codes = coded((2, 4, 300, 128), 16, 16, dtype, "cuda")
     expected = plain_spread_codes(*parts(codes), 128)
     assert torch.equal(codes.to_dense(), expected)
-    by_token = spread(codes)
+    by_token = spread(*parts(codes), 128)
     assert torch.equal(by_token, expected)
     if dtype != torch.float64:
         assert by_token.transpose(1, 2).is_contiguous()

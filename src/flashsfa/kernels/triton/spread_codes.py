@@ -16,7 +16,7 @@ from torch import Tensor
 from .rows import block_of_rows, cdiv, next_power_of_2
 
 _ENTRIES = 4096  # a program, for `zeros`
-_ROWS, _WARPS = 32, 4  # a program, for `words`: as measured on an H100 (docs/decode.md)
+_ROWS, _WARPS = 32, 2  # a program, for `words`: as measured on an H100 (docs/decode.md)
 
 
 def spread_codes(dense: Tensor, values: Tensor, indices: Tensor, out: Tensor) -> Tensor:
@@ -36,14 +36,9 @@ def spread_codes(dense: Tensor, values: Tensor, indices: Tensor, out: Tensor) ->
         x if x.ndim == 4 and x.stride(-1) == 1 else x.reshape(batch, heads, n, x.shape[-1]).contiguous()
         for x in (dense, values, indices)
     )
-    even = (
-        *rows.stride()[:3],
-        rows.storage_offset(),
-        *dense.stride()[:3],
-        dense.storage_offset(),
-        head_dim,
-        dense_dims,
-    )
+    even = [*rows.stride()[:3], rows.storage_offset(), head_dim, dense_dims]
+    if dense_dims:  # an empty channel has odd strides, and is not read
+        even += [*dense.stride()[:3], dense.storage_offset()]
     if values.itemsize == 2 and topk <= 16 and not any(x % 2 for x in even):
         words_kernel[(cdiv(n, _ROWS) * batch * heads,)](
             dense.view(torch.int32) if dense_dims else None, values, indices, rows.view(torch.int32),
