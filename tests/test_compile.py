@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from flashsfa import sparse_feature_attention, sparse_feature_attention_varlen, topk_codes
+from flashsfa.codes import all_dense_codes
 
 
 def heads_of(n, heads=2, **options):
@@ -58,24 +59,27 @@ def test_opcheck_topk_codes(dense_dims, dtype):
     torch.library.opcheck(torch.ops.flashsfa.topk_codes.default, (x, 4, dense_dims))
 
 
-def flat(codes):
-    return [codes.dense.requires_grad_(), codes.values.requires_grad_(), codes.indices]
-
-
 @pytest.mark.parametrize(
     ("is_causal", "window", "padded"), [(True, None, False), (False, 3, False), (False, None, True)]
 )
 @pytest.mark.parametrize("backend", ["dense", "reference"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_opcheck_attention(is_causal, window, padded, backend, dtype):
-    q, k, v = heads_of(5, 4, dtype=dtype), heads_of(7, dtype=dtype), heads_of(7, dtype=dtype)
-    codes = [topk_codes(x, 4, dense_dims=2) for x in (q, k)]
+@pytest.mark.parametrize(("topk_query", "topk", "pattern"), [(4, 4, None), (16, 4, None), (4, 16, None), (6, 4, "2:4")])
+def test_opcheck_attention(is_causal, window, padded, backend, dtype, topk_query, topk, pattern):
+    """Kept codes, and rows that stay as they are on either side; the backward operator over what the forward hands out."""
+    tensors = [
+        x.requires_grad_() for x in (heads_of(5, 4, dtype=dtype), heads_of(7, dtype=dtype), heads_of(7, dtype=dtype))
+    ]
     padding = torch.arange(7).expand(2, 7) > 4 if padded else None
-    settings = (16, 0.25, is_causal, window, padding, None, None, 0, 0, backend)
-    tensors = [*flat(codes[0]), *flat(codes[1]), v.requires_grad_()]
-    op, backward = (getattr(torch.ops.flashsfa, x).default for x in ("codes_attention", "codes_attention_backward"))
-    torch.library.opcheck(op, (*tensors, *settings, None))
-    with torch.no_grad():
-        out, lse = op(*tensors, *settings, None)
-    tensors = [x.detach() for x in tensors]
-    torch.library.opcheck(backward, (torch.randn_like(out), *tensors, out, lse, *settings))
+    settings = (0.25, is_causal, window, padding, None, None, 0, 0, backend)
+    op, backward = (getattr(torch.ops.flashsfa, x).default for x in ("attention", "attention_backward"))
+    torch.library.opcheck(op, (*tensors, topk_query, topk, 4, pattern, True, *settings))
+    q, k, v = (x.detach() for x in tensors)
+    torch.library.opcheck(op, (q, k, v, topk_query, topk, 4, pattern, False, *settings))
+    out, lse, *_ = op(q, k, v, topk_query, topk, 4, pattern, True, *settings)
+    codes = [
+        all_dense_codes(x) if budget == 16 else topk_codes(x, budget, dense_dims=4, pattern=rule)
+        for x, budget, rule in ((q, topk_query, pattern), (k, topk, None))
+    ]
+    parts = [part for code in codes for part in (code.dense, code.values, code.indices)]
+    torch.library.opcheck(backward, (torch.randn_like(out), *parts, v, out, lse, 16, *settings))

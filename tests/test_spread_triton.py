@@ -3,13 +3,15 @@
 Without a GPU the kernel runs in Triton's interpreter, on small shapes.
 """
 
+import math
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from flashsfa.codes import FeatureCodes, plain_spread_codes, plain_topk_codes, spread_codes_op, topk_codes
-from flashsfa.kernels.topk import append_codes_op, spread
+from flashsfa.codes import FeatureCodes, at_support, plain_spread_codes, plain_topk_codes, spread_codes_op, topk_codes
+from flashsfa.kernels.topk import append_codes_op, keep_support, spread
 from flashsfa.kernels.triton import spread_codes as module
 from flashsfa.kernels.triton.spread_codes import spread_codes
 
@@ -51,6 +53,25 @@ def test_small_even_codes_are_built_from_words(topk, dense_dims, where, monkeypa
     codes = coded((2, 3, 37, 64), topk, dense_dims, torch.bfloat16, where)
     out = torch.full((2, 3, 37, 64), float("nan"), dtype=torch.bfloat16, device=where)
     assert torch.equal(spread_codes(*parts(codes), out), plain_spread_codes(*parts(codes), 64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("budget", BUDGETS, ids=str)
+def test_rows_keep_their_support(budget, dtype, where):
+    """NaN among what is not kept is gone; the kept entries come back as they were."""
+    head_dim, topk, dense_dims = budget
+    rows = torch.randn(2, 37, 3, head_dim, device=where).to(dtype).transpose(1, 2)
+    indices = plain_topk_codes(torch.randn_like(rows), topk, dense_dims)[2]
+    kept = (
+        plain_spread_codes(*(torch.ones_like(x) for x in at_support(rows, dense_dims, indices)), indices, head_dim) != 0
+    )
+    rows = rows.where(kept, math.nan)
+    out = torch.full((2, 37, 3, head_dim), math.nan, dtype=dtype, device=where).transpose(1, 2)
+    taken = module.keep_support(rows, dense_dims, indices, out)
+    assert taken == (dtype.itemsize == 2 and topk <= 16 and head_dim % 2 == dense_dims % 2 == 0)
+    if taken:
+        assert torch.equal(out, rows.where(kept, 0))
+    assert torch.equal(keep_support(rows, dense_dims, indices), rows.where(kept, 0))
 
 
 def test_a_view_of_a_cache_to_rows_by_token(where):

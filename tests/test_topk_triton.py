@@ -11,8 +11,8 @@ import torch
 pytest.importorskip("triton")
 
 import flashsfa
-from flashsfa.codes import select_topk
-from flashsfa.kernels.triton.topk_codes import Launch, append_codes, launch_for, topk_codes
+from flashsfa.codes import empty_code, plain_spread_codes, plain_topk_codes, select_topk
+from flashsfa.kernels.triton.topk_codes import Launch, append_codes, launch_for, topk_codes, topk_rows
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 # (head_dim, topk, dense_dims)
@@ -66,6 +66,27 @@ def test_selection_is_plain_pytorchs(head_dim, topk, dense_dims, dtype, device):
     x = hostile_rows(head_dim, dtype, device)
     for launch in launches(dtype, topk):
         assert_selects(x, topk, dense_dims, launch)
+
+
+@pytest.mark.parametrize("with_code", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("head_dim", "topk", "dense_dims"), [*BUDGETS, (128, 5, 16), (64, 3, 8), (24, 16, 0), (72, 8, 8)]
+)
+def test_rows_in_one_pass(head_dim, topk, dense_dims, dtype, with_code, device):
+    """Rows, and their code beside, are those of two passes; in memory by token, and where rows are no whole program."""
+    x = torch.stack([hostile_rows(head_dim, dtype, device), torch.randn(8, head_dim, device=device).to(dtype)])
+    x = torch.cat((x, x[:, :3]), dim=1)[None]  # [1, 2, 11, D]
+    out = torch.full((1, 11, 2, head_dim), 7, dtype=dtype, device=device).transpose(1, 2)
+    code = tuple(part.fill_(7) for part in empty_code(x, topk, dense_dims)) if with_code else None
+    expected = plain_topk_codes(x, topk, dense_dims)
+    if topk_rows(x, topk, dense_dims, out, code):
+        same(out, plain_spread_codes(*expected, head_dim))
+        for got, wanted in zip(code or (), expected, strict=False):
+            same(got, wanted)
+    else:
+        assert dtype == torch.float32 or topk > 16 or head_dim % 8 or dense_dims % 8
+        assert (out == 7).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,7 +1,7 @@
 """The operator: `sparse_feature_attention` and its packed form. Checks, backend choice, gradients.
 
-Both sides become `FeatureCodes`; attention is then a function of codes. Between forward and backward autograd
-keeps exactly the operator's inputs, and these are the codes, so queries and keys are never kept dense.
+One operator codes queries and keys and attends, and hands out the codes: they are what autograd keeps for the backward
+pass, so queries and keys are never kept dense. Without gradients it writes rows that are zero but for the code, in one pass.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch import Tensor
 
 from . import reference
 from .checks import require, require_alike, require_budget, require_float, require_padding
-from .codes import FeatureCodes, at_support, code_queries, empty_rows, row_codes, topk_codes
+from .codes import FeatureCodes, all_dense_codes, empty_code, empty_rows, topk_codes
 from .kernels import dense, dispatch
+from .kernels import topk as kernels
 from .kernels.hopper import prefill as hopper
 from .kernels.hopper.cuda import CompilationError
-from .kernels.topk import spread
 from .masks import AttentionMask
 
 BACKENDS = ("auto", "dense", "reference")
@@ -188,42 +188,48 @@ def _attend(
     scale: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    # Codes are kept for the backward pass; without one, attention needs their rows alone.
-    as_rows = not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v) if isinstance(x, Tensor)))
+    head_dim = q.shape[-1]
     if isinstance(k, FeatureCodes):
         require(
             topk in (None, k.topk) and dense_dims in (0, k.dense_dims),
             f"the key codes hold topk={k.topk}, dense_dims={k.dense_dims}; got topk={topk}, dense_dims={dense_dims}",
         )
         k.check_indices()
-        k_codes, topk, dense_dims = k, k.topk, k.dense_dims
+        topk, dense_dims = k.topk, k.dense_dims
+        k, topk_key = k.to_dense(), head_dim  # these rows are sparse already
     else:
         if topk is None:
             raise ValueError("topk is needed: how many features of each key to keep")
-        require_budget(topk, k.shape[-1], dense_dims)
-        k_codes = row_codes(k, topk, dense_dims) if as_rows else topk_codes(k, topk, dense_dims=dense_dims)
-    q_codes = code_queries(q, topk, topk_query, dense_dims, query_pattern, as_rows)
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    return _codes_attention_op(
-        *(q_codes.dense, q_codes.values, q_codes.indices, k_codes.dense, k_codes.values, k_codes.indices, v),
-        *(q.shape[-1], scale, mask.is_causal, mask.window, mask.key_padding_mask),
-        *(mask.cu_seqlens_q, mask.cu_seqlens_k, mask.max_seqlen_q, mask.max_seqlen_k, backend, query_pattern),
+        require_budget(topk, head_dim, dense_dims)
+        topk_key = topk
+    topk_query = topk if topk_query is None else topk_query
+    if topk_query != head_dim or query_pattern is not None:
+        require_budget(topk_query, head_dim, dense_dims, query_pattern)
+    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    out, lse, *_ = _attention_op(
+        *(q, k, v, topk_query, topk_key, dense_dims, query_pattern, keep, scale, mask.is_causal, mask.window),
+        *(mask.key_padding_mask, mask.cu_seqlens_q, mask.cu_seqlens_k, mask.max_seqlen_q, mask.max_seqlen_k, backend),
     )
+    return out, lse
 
 
-# The custom operators speak in flat tensors, as torch.library wants them: the six parts of two codes, v, the mask.
+# The custom operators speak in flat tensors, as torch.library wants them: a code is its dense channel, values and indices.
+# Rows of a budget of head_dim stay as they are.
+
+_Code = tuple[Tensor, Tensor, Tensor]
 
 
-@torch.library.custom_op("flashsfa::codes_attention", mutates_args=())
-def _codes_attention_op(
-    q_dense: Tensor,
-    q_values: Tensor,
-    q_indices: Tensor,
-    k_dense: Tensor,
-    k_values: Tensor,
-    k_indices: Tensor,
+@torch.library.custom_op("flashsfa::attention", mutates_args=())
+def _attention_op(
+    q: Tensor,
+    k: Tensor,
     v: Tensor,
-    head_dim: int,
+    topk_query: int,
+    topk: int,
+    dense_dims: int,
+    query_pattern: str | None,
+    keep: bool,
     scale: float,
     is_causal: bool,
     window: int | None,
@@ -233,22 +239,75 @@ def _codes_attention_op(
     max_seqlen_q: int,
     max_seqlen_k: int,
     backend: str,
-    query_pattern: str | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """out, lse, and with `keep` the codes of q and of k; empty tensors for rows that stay as they are."""
     mask = AttentionMask(is_causal, window, key_padding_mask, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    k = spread(k_dense, k_values, k_indices, head_dim)
+    k_rows, k_code = _coded(k, topk, dense_dims, keep)
+    if query_pattern is None:
+        q_rows, q_code = _coded(q, topk_query, dense_dims, keep)
+        out, lse = _attend_rows(q_rows, k_rows, v, mask, scale, backend)
+    else:
+        q_codes = topk_codes(q, topk_query, dense_dims=dense_dims, pattern=query_pattern)
+        q_code = (q_codes.dense, q_codes.values, q_codes.indices) if keep else _no_code(q)
+        out, lse = _attend_pairs(q_codes, k_rows, v, mask, scale, backend)
+    return out, lse, *q_code, *k_code
+
+
+@_attention_op.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    topk_query: int,
+    topk: int,
+    dense_dims: int,
+    query_pattern: str | None,
+    keep: bool,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def code(x: Tensor, budget: int, pattern: str | None) -> _Code:
+        if not keep or (budget == x.shape[-1] and pattern is None):
+            return _no_code(x)
+        return empty_code(x, budget, dense_dims)
+
+    lse = v.new_empty(q.shape[:-1], dtype=torch.float64 if v.dtype == torch.float64 else torch.float32)
+    return empty_rows(q, v.shape[-1]), lse, *code(q, topk_query, query_pattern), *code(k, topk, None)
+
+
+def _coded(x: Tensor, topk: int, dense_dims: int, keep: bool) -> tuple[Tensor, _Code]:
+    """The rows of x's code, and with `keep` the code."""
+    if topk == x.shape[-1]:
+        return x, _no_code(x)
+    rows, code = kernels.coded_rows(x, topk, dense_dims, keep)
+    return rows, code or _no_code(x)
+
+
+def _no_code(x: Tensor) -> _Code:
+    return x.new_empty(0), x.new_empty(0), x.new_empty(0, dtype=torch.uint8)
+
+
+def _attend_pairs(
+    q: FeatureCodes, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Attention of queries in the 2:4 pattern to the rows k, on sparse tensor cores where it can be."""
     obstacle = None
-    if query_pattern is not None and backend == "auto":
-        q_codes = FeatureCodes(q_dense, q_values, q_indices, head_dim)
-        obstacle = hopper.obstacle(q_codes, k, v, mask, scale)
+    if backend == "auto":
+        obstacle = hopper.obstacle(q, k, v, mask, scale)
         if obstacle is None:
             try:
-                out, lse = hopper.forward(q_codes, k, v, mask=mask, scale=scale)
+                out, lse = hopper.forward(q, k, v, mask=mask, scale=scale)
                 dispatch.record("attention", "hopper", "sparse tensor cores, for queries in the 2:4 pattern")
                 return out, lse
             except CompilationError as error:
                 obstacle = f"the kernel for sparse tensor cores cannot be compiled: {error}"
-    q = spread(q_dense, q_values, q_indices, head_dim)
+    rows = kernels.spread(q.dense, q.values, q.indices, q.head_dim)
+    return _attend_rows(rows, k, v, mask, scale, backend, obstacle)
+
+
+def _attend_rows(
+    q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, backend: str, obstacle: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention of rows, on a dense kernel; the `obstacle` kept it from a faster one."""
     kernel = _choose("attention", q, v, mask, backend, obstacle)
     if kernel is None:
         out, lse = reference.attention(q, k, v, mask=mask, scale=scale)
@@ -258,23 +317,8 @@ def _codes_attention_op(
     return _by_token(out), lse.contiguous()
 
 
-@_codes_attention_op.register_fake
-def _(
-    q_dense: Tensor,
-    q_values: Tensor,
-    q_indices: Tensor,
-    k_dense: Tensor,
-    k_values: Tensor,
-    k_indices: Tensor,
-    v: Tensor,
-    *_: Any,
-) -> tuple[Tensor, Tensor]:
-    lse_dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
-    return empty_rows(q_values, v.shape[-1]), v.new_empty(q_values.shape[:-1], dtype=lse_dtype)
-
-
-@torch.library.custom_op("flashsfa::codes_attention_backward", mutates_args=())
-def _codes_attention_backward_op(
+@torch.library.custom_op("flashsfa::attention_backward", mutates_args=())
+def _attention_backward_op(
     grad_out: Tensor,
     q_dense: Tensor,
     q_values: Tensor,
@@ -295,20 +339,20 @@ def _codes_attention_backward_op(
     max_seqlen_q: int,
     max_seqlen_k: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v. A code whose dense channel is head_dim wide stands for rows as they are."""
     mask = AttentionMask(is_causal, window, key_padding_mask, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    q = spread(q_dense, q_values, q_indices, head_dim)
-    k = spread(k_dense, k_values, k_indices, head_dim)
+    q = kernels.spread(q_dense, q_values, q_indices, head_dim)
+    k = kernels.spread(k_dense, k_values, k_indices, head_dim)
     kernel = _choose("attention_backward", q, v, mask, backend)
     if kernel is None:
         dq, dk, dv = reference.attention_backward(grad_out, q, k, v, mask=mask, scale=scale)
     else:
         dq, dk, dv = dense.backward(kernel, grad_out, q, k, v, out, lse, mask, scale)
-    q_grads, k_grads = (at_support(dq, q_dense.shape[-1], q_indices), at_support(dk, k_dense.shape[-1], k_indices))
-    return *q_grads, *k_grads, _by_token(dv)
+    return _at_code(dq, q_dense, q_indices), _at_code(dk, k_dense, k_indices), _by_token(dv)
 
 
-@_codes_attention_backward_op.register_fake
+@_attention_backward_op.register_fake
 def _(
     grad_out: Tensor,
     q_dense: Tensor,
@@ -318,10 +362,18 @@ def _(
     k_values: Tensor,
     k_indices: Tensor,
     v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    head_dim: int,
     *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    fresh = [x.new_empty(x.shape) for x in (q_dense, q_values, k_dense, k_values)]
-    return fresh[0], fresh[1], fresh[2], fresh[3], empty_rows(v, v.shape[-1])
+) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_rows(q_dense, head_dim), empty_rows(k_dense, head_dim), empty_rows(v, v.shape[-1])
+
+
+def _at_code(grad: Tensor, code_dense: Tensor, indices: Tensor) -> Tensor:
+    """The gradient of a code's rows as that of the rows it was made of: it reaches what the code keeps."""
+    dense_dims = code_dense.shape[-1]
+    return _by_token(grad) if dense_dims == grad.shape[-1] else kernels.keep_support(grad, dense_dims, indices)
 
 
 def _by_token(x: Tensor) -> Tensor:
@@ -349,20 +401,26 @@ def _choose(
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, head_dim, scale, is_causal, window, padding, cu_q, cu_k, max_q, max_k, backend, _ = inputs
-    out, lse = output
-    ctx.save_for_backward(*tensors, out, lse, padding, cu_q, cu_k)
-    ctx.settings = (head_dim, scale, is_causal, window, max_q, max_k, backend)
-    ctx.mark_non_differentiable(lse)
+    q, k, v, topk_query, topk, _, query_pattern, _, *settings, padding, cu_q, cu_k, max_q, max_k, backend = inputs
+    out, lse, *codes = output
+    head_dim = q.shape[-1]
+    q_as_it_is = topk_query == head_dim and query_pattern is None
+    q_code = _all_dense(q) if q_as_it_is else codes[:3]
+    k_code = _all_dense(k) if topk == head_dim else codes[3:]
+    ctx.save_for_backward(*q_code, *k_code, v, out, lse, padding, cu_q, cu_k)
+    ctx.settings, ctx.longest = (head_dim, *settings), (max_q, max_k, backend)
+    ctx.mark_non_differentiable(lse, *codes)
 
 
-def _backward(ctx: Any, grad_out: Tensor, _: Tensor | None) -> tuple:
+def _all_dense(x: Tensor) -> list[Tensor]:
+    codes = all_dense_codes(x)
+    return [codes.dense, codes.values, codes.indices]
+
+
+def _backward(ctx: Any, grad_out: Tensor, *_: Tensor | None) -> tuple:
     *tensors, padding, cu_q, cu_k = ctx.saved_tensors
-    head_dim, scale, is_causal, window, max_q, max_k, backend = ctx.settings
-    dq_dense, dq_values, dk_dense, dk_values, dv = _codes_attention_backward_op(
-        grad_out, *tensors, head_dim, scale, is_causal, window, padding, cu_q, cu_k, max_q, max_k, backend
-    )
-    return dq_dense, dq_values, None, dk_dense, dk_values, None, dv, *(None,) * 11
+    grads = _attention_backward_op(grad_out, *tensors, *ctx.settings, padding, cu_q, cu_k, *ctx.longest)
+    return *grads, *(None,) * 14
 
 
-_codes_attention_op.register_autograd(_backward, setup_context=_setup)
+_attention_op.register_autograd(_backward, setup_context=_setup)

@@ -211,25 +211,13 @@ def all_dense_codes(x: Tensor) -> FeatureCodes:
 
 
 def code_queries(
-    q: Tensor, topk: int, topk_query: int | None, dense_dims: int, pattern: str | None = None, as_rows: bool = False
+    q: Tensor, topk: int, topk_query: int | None, dense_dims: int, pattern: str | None = None
 ) -> FeatureCodes:
-    """Code q [..., D] by the rule of `topk_query`: None means `topk`, D means dense queries (without a pattern).
-
-    `as_rows` writes a code without a pattern as rows that are zero but for it (`row_codes`)."""
+    """Code q [..., D] by the rule of `topk_query`: None means `topk`, D means dense queries (without a pattern)."""
     topk_query = topk if topk_query is None else topk_query
     if topk_query == q.shape[-1] and pattern is None:
         return all_dense_codes(q)
-    if as_rows and pattern is None:
-        return row_codes(q, topk_query, dense_dims)
     return topk_codes(q, topk_query, dense_dims=dense_dims, pattern=pattern)
-
-
-def row_codes(x: Tensor, topk: int, dense_dims: int) -> FeatureCodes:
-    """`topk_codes(x, ...)` as the dense channel of a code that keeps nothing else: for attention, the same rows in one pass
-    instead of two. No gradient."""
-    require_float("x", x)
-    require_budget(topk, x.shape[-1], dense_dims)
-    return all_dense_codes(topk_rows_op(x, topk, dense_dims))
 
 
 # An integer view orders magnitudes as floats do, ranks NaN above infinity and makes ties exact.
@@ -284,6 +272,16 @@ def plain_spread_codes(dense: Tensor, values: Tensor, indices: Tensor, head_dim:
     return rows
 
 
+def empty_code(x: Tensor, topk: int, dense_dims: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised dense channel [..., M], values [..., K] and indices [..., K] for the rows of x [..., D]."""
+    rows = x.shape[:-1]
+    return (
+        x.new_empty((*rows, dense_dims)),
+        x.new_empty((*rows, topk)),
+        x.new_empty((*rows, topk), dtype=torch.uint8),
+    )
+
+
 def empty_rows(like: Tensor, width: int) -> Tensor:
     """Uninitialised [..., width] beside `like` [..., K]. Of [B, H, N, K] it lies in memory as [B, N, H, width]: so models hold
     their queries, keys and values, attention kernels follow them, and gradients need no copy on their way back."""
@@ -293,23 +291,13 @@ def empty_rows(like: Tensor, width: int) -> Tensor:
     return like.new_empty((batch, n, heads, width)).transpose(1, 2)
 
 
-def plain_topk_rows(x: Tensor, topk: int, dense_dims: int) -> Tensor:
-    """The rows [..., D] of x's code in plain PyTorch, on any device."""
-    return plain_spread_codes(*plain_topk_codes(x, topk, dense_dims), x.shape[-1])
-
-
 # On a GPU `kernels.topk` replaces the plain forms.
 topk_codes_op = torch.library.custom_op("flashsfa::topk_codes", plain_topk_codes, mutates_args=())
 
 
 @topk_codes_op.register_fake
 def _(x: Tensor, topk: int, dense_dims: int) -> tuple[Tensor, Tensor, Tensor]:
-    rows = x.shape[:-1]
-    return (
-        x.new_empty((*rows, dense_dims)),
-        x.new_empty((*rows, topk)),
-        x.new_empty((*rows, topk), dtype=torch.uint8),
-    )
+    return empty_code(x, topk, dense_dims)
 
 
 pair_codes_op = torch.library.custom_op("flashsfa::pair_codes", plain_pair_codes, mutates_args=())
@@ -317,12 +305,7 @@ pair_codes_op = torch.library.custom_op("flashsfa::pair_codes", plain_pair_codes
 
 @pair_codes_op.register_fake
 def _(x: Tensor, dense_dims: int) -> tuple[Tensor, Tensor, Tensor]:
-    rows, topk = x.shape[:-1], (x.shape[-1] - dense_dims) // 2
-    return (
-        x.new_empty((*rows, dense_dims)),
-        x.new_empty((*rows, topk)),
-        x.new_empty((*rows, topk), dtype=torch.uint8),
-    )
+    return empty_code(x, (x.shape[-1] - dense_dims) // 2, dense_dims)
 
 
 spread_codes_op = torch.library.custom_op("flashsfa::spread_codes", plain_spread_codes, mutates_args=())
@@ -331,15 +314,6 @@ spread_codes_op = torch.library.custom_op("flashsfa::spread_codes", plain_spread
 @spread_codes_op.register_fake
 def _(dense: Tensor, values: Tensor, indices: Tensor, head_dim: int) -> Tensor:
     return empty_rows(values, head_dim)
-
-
-# What attention needs of keys and queries where no gradient does: the rows of a code, without the code. Not differentiable.
-topk_rows_op = torch.library.custom_op("flashsfa::topk_rows", plain_topk_rows, mutates_args=())
-
-
-@topk_rows_op.register_fake
-def _(x: Tensor, topk: int, dense_dims: int) -> Tensor:
-    return empty_rows(x, x.shape[-1])
 
 
 def _topk_codes_setup(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -10,21 +10,22 @@ from torch import Tensor
 
 from ..codes import (
     FeatureCodes,
+    at_support,
+    empty_code,
     empty_rows,
     pair_codes_op,
     plain_pair_codes,
     plain_spread_codes,
     plain_topk_codes,
-    plain_topk_rows,
     spread_codes_op,
     topk_codes_op,
-    topk_rows_op,
 )
 from . import dispatch
 
 
-@topk_codes_op.register_kernel("cuda")
-def _(x: Tensor, topk: int, dense_dims: int) -> tuple[Tensor, Tensor, Tensor]:
+def topk_codes(x: Tensor, topk: int, dense_dims: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Dense channel, values and indices of x [..., D]. This and the functions below are the insides of operators: they
+    carry no gradients."""
     if not has_fused(x):
         return plain_topk_codes(x, topk, dense_dims)
     from .triton import topk_codes
@@ -33,21 +34,23 @@ def _(x: Tensor, topk: int, dense_dims: int) -> tuple[Tensor, Tensor, Tensor]:
         return topk_codes.topk_codes(x, topk, dense_dims)
 
 
-@topk_rows_op.register_kernel("cuda")
-def _(x: Tensor, topk: int, dense_dims: int) -> Tensor:
-    if not has_fused(x):
-        return plain_topk_rows(x, topk, dense_dims)
-    from .triton import topk_codes
+def coded_rows(
+    x: Tensor, topk: int, dense_dims: int, keep: bool
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
+    """The rows [..., D] of x's code, zero but for what it keeps, and with `keep` the code; in one pass where one can."""
+    if has_fused(x):
+        from .triton import topk_codes as kernels
 
-    with torch.cuda.device_of(x):
-        out = empty_rows(x, x.shape[-1])
-        if topk_codes.topk_rows(x, topk, dense_dims, out):
-            return out
-        return spread(*topk_codes.topk_codes(x, topk, dense_dims), x.shape[-1])
+        with torch.cuda.device_of(x):
+            out, code = empty_rows(x, x.shape[-1]), empty_code(x, topk, dense_dims) if keep else None
+            if kernels.topk_rows(x, topk, dense_dims, out, code):
+                return out, code
+    code = topk_codes(x, topk, dense_dims)
+    return spread(*code, x.shape[-1]), code if keep else None
 
 
-@pair_codes_op.register_kernel("cuda")
-def _(x: Tensor, dense_dims: int) -> tuple[Tensor, Tensor, Tensor]:
+def pair_codes(x: Tensor, dense_dims: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The code of the two largest of each aligned group of four of x [..., D], and its dense channel."""
     if not has_fused(x):
         return plain_pair_codes(x, dense_dims)
     from .triton import pair_codes
@@ -57,7 +60,7 @@ def _(x: Tensor, dense_dims: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def spread(dense: Tensor, values: Tensor, indices: Tensor, head_dim: int) -> Tensor:
-    """`FeatureCodes.to_dense` for the inside of an operator: without the cost of another one, and without gradients."""
+    """The rows [..., D] of a code, as `FeatureCodes.to_dense`."""
     if dense.shape[-1] == head_dim:
         return dense
     if not has_fused(values):
@@ -68,6 +71,21 @@ def spread(dense: Tensor, values: Tensor, indices: Tensor, head_dim: int) -> Ten
         return spread_codes.spread_codes(dense, values, indices, empty_rows(values, head_dim))
 
 
+def keep_support(rows: Tensor, dense_dims: int, indices: Tensor) -> Tensor:
+    """rows [..., D], zero but for the first `dense_dims` entries and those at `indices` [..., K] of the rest."""
+    head_dim = rows.shape[-1]
+    if has_fused(rows):
+        from .triton import spread_codes
+
+        with torch.cuda.device_of(rows):
+            out = empty_rows(rows, head_dim)
+            if spread_codes.keep_support(rows, dense_dims, indices, out):
+                return out
+    return spread(*at_support(rows, dense_dims, indices), indices, head_dim)
+
+
+topk_codes_op.register_kernel("cuda")(topk_codes)
+pair_codes_op.register_kernel("cuda")(pair_codes)
 spread_codes_op.register_kernel("cuda")(spread)
 
 

@@ -5,11 +5,11 @@ A group lies in one thread's registers: six comparisons rank its entries, and it
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...codes import empty_code
 from .rows import as_batch_head_row, block_of_rows, cdiv, next_power_of_2
 
 _ENTRIES = 4096  # a program
@@ -22,11 +22,8 @@ def pair_codes(x: Tensor, dense_dims: int) -> tuple[Tensor, Tensor, Tensor]:
         x: [..., D] float16, bfloat16 or float32 on CUDA, any strides, D <= 256.
         dense_dims: M; D - M a multiple of four.
     """
-    shape, head_dim = x.shape[:-1], x.shape[-1]
-    sparse_dims = head_dim - dense_dims
-    dense = x.new_empty((*shape, dense_dims))
-    values = x.new_empty((*shape, sparse_dims // 2))
-    indices = x.new_empty((*shape, sparse_dims // 2), dtype=torch.uint8)
+    sparse_dims = x.shape[-1] - dense_dims
+    dense, values, indices = empty_code(x, sparse_dims // 2, dense_dims)
     if x.numel() == 0:
         return dense, values, indices
     rows = as_batch_head_row(x)  # [B, H, N, D]

@@ -58,6 +58,30 @@ def spread_codes(dense: Tensor, values: Tensor, indices: Tensor, out: Tensor) ->
     return out.view(shape)
 
 
+def keep_support(rows: Tensor, dense_dims: int, indices: Tensor, out: Tensor) -> bool:
+    """Write `rows` to `out`, zero but for the first `dense_dims` entries and those at `indices` of the rest.
+
+    Args:
+        rows: [B, H, N, D] on CUDA; indices: [B, H, N, K] uint8; last dimensions contiguous.
+        out: as rows.
+
+    Returns:
+        False, with nothing written, for what `words` does not take.
+    """
+    batch, heads, n, head_dim = rows.shape
+    topk = indices.shape[-1]
+    even = [*rows.stride()[:3], rows.storage_offset(), *out.stride()[:3], out.storage_offset(), head_dim, dense_dims]
+    if rows.itemsize != 2 or topk > 16 or any(x % 2 for x in even) or rows.stride(-1) != 1 or indices.stride(-1) != 1:
+        return False
+    if rows.numel():
+        keep_kernel[(cdiv(n, _ROWS) * batch * heads,)](
+            rows.view(torch.int32), indices, out.view(torch.int32),
+            *(s // 2 for s in rows.stride()[:3]), *indices.stride()[:3], *(s // 2 for s in out.stride()[:3]), heads, n,
+            D=head_dim, M=dense_dims, K=topk, PIECES=next_power_of_2(cdiv(head_dim, 8)), R=_ROWS, num_warps=_WARPS,
+        )  # fmt: skip
+    return True
+
+
 @triton.jit
 def words_kernel(
     DENSE, VALUES, INDICES, OUT,
@@ -65,31 +89,70 @@ def words_kernel(
     out_sb, out_sh, out_sn, heads, n,
     D: tl.constexpr, M: tl.constexpr, K: tl.constexpr, PIECES: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """DENSE and OUT are int32 of two entries, with strides in words; a piece is four words."""
+    """DENSE and OUT are int32 of two entries, with strides in words."""
     batch, head, _, row, there = block_of_rows(heads, n, R)
+    value_row = VALUES + batch * values_sb + head * values_sh + row * values_sn  # [R] pointers
+    index_row = INDICES + batch * indices_sb + head * indices_sh + row * indices_sn
+    words = _words(value_row, index_row, there, D, M, K, PIECES, R)  # [R, 4 * PIECES]
+    column = tl.arange(0, 4 * PIECES)[None, :]  # [1, 4 * PIECES]
+    if M > 0:
+        dense_row = DENSE + batch * dense_sb + head * dense_sh + row * dense_sn
+        words |= tl.load(dense_row[:, None] + column, mask=there[:, None] & (column < M // 2), other=0)
+    out_row = OUT + batch * out_sb + head * out_sh + row * out_sn
+    tl.store(out_row[:, None] + column, words, mask=there[:, None] & (column < D // 2))
+
+
+@triton.jit
+def keep_kernel(
+    ROWS, INDICES, OUT,
+    rows_sb, rows_sh, rows_sn, indices_sb, indices_sh, indices_sn, out_sb, out_sh, out_sn, heads, n,
+    D: tl.constexpr, M: tl.constexpr, K: tl.constexpr, PIECES: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """ROWS and OUT are int32 of two entries, with strides in words."""
+    batch, head, _, row, there = block_of_rows(heads, n, R)
+    index_row = INDICES + batch * indices_sb + head * indices_sh + row * indices_sn  # [R] pointers
+    kept = _words(None, index_row, there, D, M, K, PIECES, R)  # [R, 4 * PIECES]
+    column = tl.arange(0, 4 * PIECES)[None, :]  # [1, 4 * PIECES]
+    kept = tl.where(column < M // 2, -1, kept)
+    inside = there[:, None] & (column < D // 2)
+    row_words = ROWS + batch * rows_sb + head * rows_sh + row * rows_sn
+    out_row = OUT + batch * out_sb + head * out_sh + row * out_sn
+    tl.store(out_row[:, None] + column, kept & tl.load(row_words[:, None] + column, mask=inside, other=0), mask=inside)
+
+
+@triton.jit
+def _words(
+    value_row,
+    index_row,
+    there,
+    D: tl.constexpr,
+    M: tl.constexpr,
+    K: tl.constexpr,
+    PIECES: tl.constexpr,
+    R: tl.constexpr,
+):
+    """Rows as words [R, 4 * PIECES] int32: the kept entries, all bits set for each without values, and zeros. A thread has a
+    piece of four words."""
     piece = tl.arange(0, PIECES)[None, :]  # [1, PIECES]
     none = tl.zeros([R, PIECES], tl.int32)
     inside = there[:, None] & (8 * piece < D)
     # One address for all pieces of a row: the same load serves them all.
-    value_row = (VALUES + batch * values_sb + head * values_sh + row * values_sn)[:, None] + none  # [R, PIECES]
-    index_row = (INDICES + batch * indices_sb + head * indices_sh + row * indices_sn)[:, None] + none
+    index_row = index_row[:, None] + none  # [R, PIECES]
+    if value_row is not None:
+        value_row = value_row[:, None] + none
     first, second, third, fourth = none, none, none, none
     for i in tl.static_range(K):
         place = M + tl.load(index_row + i, mask=inside, other=0).to(tl.int32)  # [R, PIECES]
-        value = tl.load(value_row + i, mask=inside, other=0).to(tl.int16, bitcast=True).to(tl.int32)
-        value = tl.where(place % 2 == 1, value << 16, value & 0xFFFF)
+        value = none | 0xFFFF
+        if value_row is not None:
+            value &= tl.load(value_row + i, mask=inside, other=0).to(tl.int16, bitcast=True).to(tl.int32)
+        value = tl.where(place % 2 == 1, value << 16, value)
         word = place // 2 - 4 * piece
         first = tl.where(word == 0, first | value, first)
         second = tl.where(word == 1, second | value, second)
         third = tl.where(word == 2, third | value, third)
         fourth = tl.where(word == 3, fourth | value, fourth)
-    words = tl.join(tl.join(first, third), tl.join(second, fourth)).reshape(R, 4 * PIECES)
-    column = tl.arange(0, 4 * PIECES)[None, :]  # [1, 4 * PIECES]
-    if M > 0:
-        dense_row = DENSE + batch * dense_sb + head * dense_sh + row * dense_sn  # [R]
-        words |= tl.load(dense_row[:, None] + column, mask=there[:, None] & (column < M // 2), other=0)
-    out_row = OUT + batch * out_sb + head * out_sh + row * out_sn
-    tl.store(out_row[:, None] + column, words, mask=there[:, None] & (column < D // 2))
+    return tl.join(tl.join(first, third), tl.join(second, fourth)).reshape(R, 4 * PIECES)
 
 
 @triton.jit

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...checks import require
+from ...codes import empty_code
 from .rows import as_batch_head_row, block_of_rows, cdiv, next_power_of_2
 
 
@@ -51,21 +52,22 @@ def topk_codes(x: Tensor, topk: int, dense_dims: int, launch: Launch | None = No
         dense_dims: M, 0 to D - 1.
         launch: launch parameters to measure; `launch_for` by default.
     """
-    shape = x.shape[:-1]
     rows = as_batch_head_row(x)  # [B, H, N, D]
-    dense = x.new_empty((*shape, dense_dims))
-    values = x.new_empty((*shape, topk))
-    indices = x.new_empty((*shape, topk), dtype=torch.uint8)
+    dense, values, indices = empty_code(x, topk, dense_dims)
     _launch(rows, None, dense, values, indices, None, rows.shape[2], 0, launch)
     return dense, values, indices
 
 
-def topk_rows(x: Tensor, topk: int, dense_dims: int, out: Tensor) -> bool:
-    """Write x [..., D] to `out`, zero but for its dense channel and what `topk_codes` keeps, without the code between.
+def topk_rows(
+    x: Tensor, topk: int, dense_dims: int, out: Tensor, code: tuple[Tensor, Tensor, Tensor] | None = None
+) -> bool:
+    """Write x [..., D] to `out`, zero but for its dense channel and what `topk_codes` keeps, in one pass; and the code.
 
     Args:
         x, topk, dense_dims: as in `topk_codes`.
         out: [B, H, N, D] if x is, else contiguous as x; last dimension contiguous, other strides multiples of 8.
+        code: contiguous dense channel [..., M], values [..., K] and uint8 indices [..., K], to be written beside; None for
+            rows alone.
 
     Returns:
         False, with nothing written, where the pass over codes is needed: other dtypes and budgets than `network` takes,
@@ -80,8 +82,10 @@ def topk_rows(x: Tensor, topk: int, dense_dims: int, out: Tensor) -> bool:
     if method != "network" or not whole or target.shape != rows.shape:
         return False
     if x.numel():
+        dense, values, indices = (None, None, None) if code is None else code
         topk_rows_kernel[(cdiv(n, block) * batch * heads,)](
-            rows, rows.view(torch.int32), target.view(torch.int32), *(s // 2 for s in rows.stride()[:3]), rows.stride(-1),
+            rows, rows.view(torch.int32), target.view(torch.int32),
+            dense.view(torch.int32) if dense is not None and dense_dims else None, values, indices, *(s // 2 for s in rows.stride()[:3]), rows.stride(-1),
             *(s // 2 for s in target.stride()[:3]), heads, n,
             D=head_dim, M=dense_dims, K=topk, K_PAD=next_power_of_2(topk), CHUNKS=cdiv(head_dim - dense_dims, 8 * lanes),
             W=4 * lanes, R=block, PIECE=16, num_warps=num_warps,
@@ -216,11 +220,7 @@ def topk_codes_kernel(
         index = _select_by_network(
             x_row, x_sd, there, words, FIRST, M, D, CHUNKS, W, K, K_PAD, R
         )  # [R, K_PAD]  # fmt: skip
-        slot = tl.arange(0, K_PAD)[None, :]  # [1, K_PAD]
-        kept = there[:, None] & (slot < K)
-        value = tl.load(x_row[:, None] + (index + M).to(tl.int64) * x_sd, mask=kept)  # [R, K_PAD]
-        tl.store(VALUES + out_row[:, None] * K + slot, value, mask=kept)
-        tl.store(INDICES + out_row[:, None] * K + slot, index.to(tl.uint8), mask=kept)
+        _store_kept(index, x_row, x_sd, VALUES, INDICES, out_row[:, None], there, M, K, K_PAD)
     else:
         threshold = _threshold(words, D - M, CHUNKS, W, HALVES, K, R)  # [R]
         _store_by_scan(
@@ -242,12 +242,13 @@ def topk_codes_kernel(
 
 @triton.jit
 def topk_rows_kernel(
-    X, WORDS, OUT, x_sb, x_sh, x_sn, x_sd, out_sb, out_sh, out_sn, heads, n,
+    X, WORDS, OUT, DENSE, VALUES, INDICES, x_sb, x_sh, x_sn, x_sd, out_sb, out_sh, out_sn, heads, n,
     D: tl.constexpr, M: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, CHUNKS: tl.constexpr, W: tl.constexpr,
     R: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
-    """R rows of WORDS and OUT, both int32 of two entries, with strides in words; X are the same rows by entry."""
-    batch, head, _, row, there = block_of_rows(heads, n, R)
+    """R rows of WORDS, OUT and DENSE, int32 of two entries, with strides in words; X are the same rows by entry."""
+    batch, head, batch_head, row, there = block_of_rows(heads, n, R)
+    code_row = (batch_head * n + row)[:, None]  # [R, 1]
     word_row = WORDS + batch * x_sb + head * x_sh + row * x_sn  # [R] pointers
     x_row = X + 2 * (batch * x_sb + head * x_sh + row * x_sn)
     out_row = (OUT + batch * out_sb + head * out_sh + row * out_sn)[:, None]  # [R, 1]
@@ -264,6 +265,22 @@ def topk_rows_kernel(
         low, high = _keys(word, 2 * place - M)
         kept = tl.where(low >= least[:, None], word & 0xFFFF, 0) | tl.where(high >= least[:, None], word & -0x10000, 0)
         tl.store(out_row + place, tl.where(place < M // 2, word, kept), mask=inside)
+        if DENSE is not None:
+            tl.store(DENSE + code_row * (M // 2) + place, word, mask=inside & (place < M // 2))
+    if VALUES is not None:
+        _store_kept(_ascending(best, K, K_PAD, R), x_row, x_sd, VALUES, INDICES, code_row, there, M, K, K_PAD)
+
+
+@triton.jit
+def _store_kept(
+    index, x_row, x_sd, VALUES, INDICES, out_row, there, M: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr
+):
+    """The entries of x at `index` [R, K_PAD] of its sparse part, and the index, to row `out_row` [R, 1] of a code."""
+    slot = tl.arange(0, K_PAD)[None, :]  # [1, K_PAD]
+    kept = there[:, None] & (slot < K)
+    value = tl.load(x_row[:, None] + (index + M).to(tl.int64) * x_sd, mask=kept)  # [R, K_PAD]
+    tl.store(VALUES + out_row * K + slot, value, mask=kept)
+    tl.store(INDICES + out_row * K + slot, index.to(tl.uint8), mask=kept)
 
 
 @triton.jit
@@ -362,7 +379,12 @@ def _select_by_network(x_row, x_sd, there, words, FIRST: tl.constexpr, M: tl.con
                        CHUNKS: tl.constexpr, W: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr,
                        R: tl.constexpr):  # fmt: skip
     """Ascending indices [R, K_PAD] (int32) of the K largest magnitudes; whatever beyond K."""
-    best = _best_by_network(x_row, x_sd, there, words, FIRST, M, D, CHUNKS, W, K, K_PAD, R)
+    return _ascending(_best_by_network(x_row, x_sd, there, words, FIRST, M, D, CHUNKS, W, K, K_PAD, R), K, K_PAD, R)
+
+
+@triton.jit
+def _ascending(best, K: tl.constexpr, K_PAD: tl.constexpr, R: tl.constexpr):
+    """Indices [R, K_PAD] (int32) of K keys, ascending; whatever beyond K."""
     order = ()
     for i in tl.static_range(K_PAD):
         order = order + ((best[i] & 0xFF).to(tl.int32) if i < K else tl.full([R], -1, tl.int32),)  # noqa: RUF005
