@@ -1,4 +1,4 @@
-"""Prefill on sparse tensor cores: queries in registers against the instruction set's tables, the kernel on Hopper."""
+"""Prefill on sparse tensor cores: the queries' operand against the instruction set's tables, the kernel on Hopper."""
 
 import ctypes
 import dataclasses
@@ -24,7 +24,7 @@ def coded(q, dense_dims=0):
     return topk_codes(q, sparse_dims // 2, dense_dims=dense_dims, pattern="2:4") if sparse_dims else all_dense_codes(q)
 
 
-# ---- queries in registers, as the PTX ISA (wgmma.mma_async(.sp), m64nNk16 and k32) lays them out over 128 threads
+# ---- the queries' operand, as the PTX ISA (wgmma.mma_async(.sp), m64nNk16 and k32) lays them out over 128 threads
 
 HARNESS = """
 #define __device__

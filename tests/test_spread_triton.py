@@ -74,11 +74,12 @@ def test_rows_keep_their_support(budget, dtype, where):
     assert torch.equal(keep_support(rows, dense_dims, indices), rows.where(kept, 0))
 
 
-def test_a_view_of_a_cache_to_rows_by_token(where):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_view_of_a_cache_to_rows_by_token(dtype, where):
     """Strides of both sides; what lies around them stays."""
-    codes = coded((2, 3, 60, 64), 8, 16, torch.float16, where)
+    codes = coded((2, 3, 60, 64), 8, 16, dtype, where)
     held = codes[:, 1:, 5:45]
-    buffer = torch.full((2, 50, 3, 64), 7.0, dtype=torch.float16, device=where)
+    buffer = torch.full((2, 50, 3, 64), 7.0, dtype=dtype, device=where)
     out = buffer.transpose(1, 2)[:, 1:, 3:43]
     assert torch.equal(spread_codes(*parts(held), out), plain_spread_codes(*parts(held), 64))
     assert (buffer[:, :, 0] == 7).all()
@@ -86,11 +87,12 @@ def test_a_view_of_a_cache_to_rows_by_token(where):
     assert (buffer[:, 43:] == 7).all()
 
 
-def test_an_index_past_the_row_writes_nothing(where):
-    codes = coded((1, 1, 4, 32), 4, 8, torch.float32, where)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_index_past_the_row_writes_nothing(dtype, where):
+    codes = coded((1, 1, 4, 32), 4, 8, dtype, where)
     wrong = codes.indices.clone()
     wrong[..., 1] = 24
-    buffer = torch.full((1, 1, 4, 64), 7.0, device=where)
+    buffer = torch.full((1, 1, 4, 64), 7.0, dtype=dtype, device=where)
     found = spread_codes(codes.dense, codes.values, wrong, buffer[..., :32])
     kept = torch.tensor([0, 2, 3], device=where)
     fewer = (codes.dense, codes.values[..., kept], codes.indices[..., kept])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import reference
 from .checks import require, require_alike, require_budget, require_float, require_padding
-from .codes import FeatureCodes, all_dense_codes, empty_code, empty_rows, topk_codes
+from .codes import FeatureCodes, all_dense_codes, by_token, empty_code, empty_rows, topk_codes
 from .kernels import dense, dispatch
 from .kernels import topk as kernels
 from .kernels.hopper import prefill as hopper
@@ -314,7 +314,7 @@ def _attend_rows(
         lse = lse.to(torch.float64 if v.dtype == torch.float64 else torch.float32)
     else:
         out, lse = dense.forward(kernel, q, k, v, mask, scale)
-    return _by_token(out), lse.contiguous()
+    return by_token(out), lse.contiguous()
 
 
 @torch.library.custom_op("flashsfa::attention_backward", mutates_args=())
@@ -349,7 +349,7 @@ def _attention_backward_op(
         dq, dk, dv = reference.attention_backward(grad_out, q, k, v, mask=mask, scale=scale)
     else:
         dq, dk, dv = dense.backward(kernel, grad_out, q, k, v, out, lse, mask, scale)
-    return _at_code(dq, q_dense, q_indices), _at_code(dk, k_dense, k_indices), _by_token(dv)
+    return _at_code(dq, q_dense, q_indices), _at_code(dk, k_dense, k_indices), by_token(dv)
 
 
 @_attention_backward_op.register_fake
@@ -373,12 +373,7 @@ def _(
 def _at_code(grad: Tensor, code_dense: Tensor, indices: Tensor) -> Tensor:
     """The gradient of a code's rows as that of the rows it was made of: it reaches what the code keeps."""
     dense_dims = code_dense.shape[-1]
-    return _by_token(grad) if dense_dims == grad.shape[-1] else kernels.keep_support(grad, dense_dims, indices)
-
-
-def _by_token(x: Tensor) -> Tensor:
-    """x [B, H, N, D] in the memory order of `empty_rows`; torch's kernels mostly write it so already."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
+    return by_token(grad) if dense_dims == grad.shape[-1] else kernels.keep_support(grad, dense_dims, indices)
 
 
 def _choose(

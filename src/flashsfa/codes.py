@@ -22,7 +22,7 @@ class FeatureCodes:
 
     Attributes:
         dense: [..., M] the dense channel: the first M entries of each row, M >= 0.
-        values: [..., K] the kept entries of the sparse part, in ascending order of index. Dtype of `dense`.
+        values: [..., K] the kept entries of the sparse part, in ascending order of index, each index once. Dtype of `dense`.
         indices: [..., K] uint8 positions of `values`, counted from 0 within the sparse part.
         head_dim: width D of the coded rows; the sparse part is D - M wide.
         scale: [...] float32 factor of each row's dense channel and values, for 8-bit codes; None for 1.
@@ -110,8 +110,8 @@ class FeatureCodes:
         return self.dense.nbytes + self.values.nbytes + self.indices.nbytes + scale
 
     def to_dense(self) -> Tensor:
-        """The coded rows as [..., D], with zeros where nothing was kept; float32 for 8-bit codes. Differentiable in
-        dense and values."""
+        """The coded rows as [..., D], with zeros where nothing was kept; float32 for 8-bit codes. Rows [B, H, N, D] are a
+        transposed view of a contiguous [B, N, H, D]. Differentiable in dense and values."""
         if self.scale is not None:
             return self.to(torch.float32).to_dense()
         if not self.topk and not self.sparse_dims:
@@ -266,9 +266,10 @@ def plain_pair_codes(x: Tensor, dense_dims: int) -> tuple[Tensor, Tensor, Tensor
 
 def plain_spread_codes(dense: Tensor, values: Tensor, indices: Tensor, head_dim: int) -> Tensor:
     """The rows [..., D] of a code in plain PyTorch, on any device, in the memory order of `empty_rows`."""
-    rows = empty_rows(values, head_dim)
-    rows[..., : dense.shape[-1]] = dense
-    rows[..., dense.shape[-1] :].zero_().scatter_(-1, indices.long(), values)
+    rows, dense_dims = empty_rows(values, head_dim).zero_(), dense.shape[-1]
+    if dense_dims:
+        rows[..., :dense_dims] = dense
+    rows[..., dense_dims:].scatter_(-1, indices.long(), values)
     return rows
 
 
@@ -289,6 +290,11 @@ def empty_rows(like: Tensor, width: int) -> Tensor:
         return like.new_empty((*like.shape[:-1], width))
     batch, heads, n, _ = like.shape
     return like.new_empty((batch, n, heads, width)).transpose(1, 2)
+
+
+def by_token(x: Tensor) -> Tensor:
+    """x [B, H, N, D] in the memory order of `empty_rows`, copied if it lies in another."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 # On a GPU `kernels.topk` replaces the plain forms.

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..codes import by_token
 from ..masks import AttentionMask
 from .topk import triton_is_installed
 
@@ -360,7 +361,7 @@ class CudaCudnn(Kernel):
 
     def backward(self, grad_out, q, k, v, out, lse, bias, is_causal, scale):  # type: ignore[no-untyped-def]
         # torch keeps one plan for q, k and v of the same strides, whatever those of out and grad_out: one order always
-        grad_out, out = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (grad_out, out))
+        grad_out, out = by_token(grad_out), by_token(out)
         no_dropout = torch.zeros((), dtype=torch.int64, device=q.device)
         return _aten._scaled_dot_product_cudnn_attention_backward(
             grad_out, q, k, v, out, lse[..., None], no_dropout, no_dropout, bias, None, None,

@@ -18,7 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from ..attention import sparse_feature_attention, sparse_feature_attention_varlen
 from ..basis import FeatureBasis
-from ..codes import code_queries, topk_codes
+from ..codes import by_token, code_queries, topk_codes
 from ..huggingface.attention import LayerCoding
 from ..huggingface.switch import attention_layers
 
@@ -76,7 +76,7 @@ class SparseCore(Core):
             k_kept = topk_codes(k.detach(), coding.topk, dense_dims=coding.dense_dims).to_dense()
             return dense_attention(q + (q_kept - q).detach(), k + (k_kept - k).detach(), v, visible)
         # What is kept for the backward pass is v itself: as a view it would hold queries and keys too (GPT-2).
-        v = v.transpose(1, 2).contiguous().transpose(1, 2)
+        v = by_token(v)
         return sparse_attention(q, k, v, visible, self.coding)
 
 

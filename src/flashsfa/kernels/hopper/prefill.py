@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from ...codes import FeatureCodes, pair_codes_op
+from ...codes import FeatureCodes, empty_rows, pair_codes_op
 from ...masks import AttentionMask
 from . import compiler, cuda
 from .compiler import Tile
@@ -21,7 +21,7 @@ _L2_BYTES = 40 << 20  # of 50 MiB
 def obstacle(q: FeatureCodes, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> str | None:
     """Why the kernel cannot take these, or None if it can. Looks at shapes and the device alone."""
     if q.device.type != "cuda" or torch.cuda.get_device_capability(q.device) != (9, 0):
-        return "sparse tensor cores with operands in registers are Hopper's (sm_90)"
+        return "the sparse tensor cores of this kernel (wgmma) are Hopper's (sm_90)"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"the kernel takes float16 and bfloat16, not {q.dtype}"
     if q.head_dim not in _WIDTHS or v.shape[-1] not in _WIDTHS:
@@ -80,7 +80,7 @@ def forward(
         parts = [_aligned(x) for x in in_pairs(q)]
         bounds = [None if x is None else x.contiguous() for x in (mask.cu_seqlens_q, mask.cu_seqlens_k)]
         k, v = _tma_ready(k), _tma_ready(v)
-        out = v.new_empty((batch, n_q, heads, v.shape[-1])).transpose(1, 2)
+        out = empty_rows(q.values, v.shape[-1])
         lse = v.new_empty((batch, heads, n_q), dtype=torch.float32)
         together = heads_together(heads, k[:, :, :longest_k], v[:, :, :longest_k])
         params = _Params(

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .decode_scores import Problem
+from .rows import next_power_of_2
 
 
 def combine(
@@ -19,7 +20,7 @@ def combine(
     """
     decode_combine_kernel[(problem.heads * problem.rows,)](
         partial, peak, total, out, lse, total.shape[1], problem.rows,
-        R=problem.padded_rows, DV=problem.width, BS=min(32, triton.next_power_of_2(total.shape[1])), num_warps=4,
+        R=problem.padded_rows, DV=problem.width, BS=min(32, next_power_of_2(total.shape[1])), num_warps=4,
     )  # fmt: skip
 
 

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .rows import cdiv, next_power_of_2
+
 _ROW_TILE = 16  # query rows a program: more would not fit the registers beside a block of keys
 
 
@@ -51,10 +53,10 @@ class Problem:
         (batch, q_heads, m, d), kv_heads = q.shape, v.shape[1]
         self.device, self.dtype, self.topk, self.width = q.device, q.dtype, values.shape[-1], v.shape[-1]
         self.dense_dims = dense.shape[-1]
-        self.row_bytes = triton.next_power_of_2(self.width) * v.itemsize
+        self.row_bytes = next_power_of_2(self.width) * v.itemsize
         self.keys = v.shape[2] if page_table is None else page_table.shape[1] * v.shape[2]
         self.heads, self.rows = batch * kv_heads, q_heads // kv_heads * m
-        self.padded_rows = triton.next_power_of_2(self.rows)
+        self.padded_rows = next_power_of_2(self.rows)
         self.tile = min(self.padded_rows, _ROW_TILE)
         self.tiles = self.padded_rows // self.tile
         self.visibility: dict[str, Any] = {
@@ -97,7 +99,7 @@ class Problem:
         decode_query_kernel[self.heads, self.rows](
             q, by_feature, *q.stride(), kv_heads, self.rows // m, m,
             D=d, DENSE=self.dense_dims, K=topk_query or d, R=self.padded_rows,
-            INTEGER=tl.int32 if q.itemsize == 4 else tl.int16, CHUNK=min(64, triton.next_power_of_2(d)), num_warps=4,
+            INTEGER=tl.int32 if q.itemsize == 4 else tl.int16, CHUNK=min(64, next_power_of_2(d)), num_warps=4,
         )  # fmt: skip
         return by_feature
 
@@ -109,7 +111,7 @@ def block_keys(row_bytes: int) -> int:
 
 def chunk(topk: int) -> int:
     """Sparse features that a block reads at a time: a power of two, with at most 8 steps over a code."""
-    return min(triton.next_power_of_2(topk), max(4, triton.next_power_of_2(triton.cdiv(topk, 8))))
+    return min(next_power_of_2(topk), max(4, next_power_of_2(cdiv(topk, 8))))
 
 
 _TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .decode_combine import combine
 from .decode_scores import Problem, block_keys, block_scores, chunk, live_keys, locate, split_range
+from .rows import cdiv
 
 _BLOCK = 128  # keys that share a maximum
 _SCAN = 1024  # weights, or depths, at a time where nothing else is looked at
@@ -33,7 +34,7 @@ _CERTAIN = 1 - 2**-7  # of the tolerance: room for the rounding of weights and s
 def decode_skipping(problem: Problem, value_tolerance: float, out: Tensor, lse: Tensor) -> None:
     """Decode with `value_tolerance` > 0 into out [B, Hq, M, Dv] and lse [B, Hq, M]; the lse is exact."""
     rows, tiles = problem.padded_rows, problem.tiles
-    splits, keys = problem.splits(_BLOCK, 32 if problem.tile == 1 else 16), triton.cdiv(problem.keys, _BLOCK) * _BLOCK
+    splits, keys = problem.splits(_BLOCK, 32 if problem.tile == 1 else 16), cdiv(problem.keys, _BLOCK) * _BLOCK
     grid = problem.heads * tiles, splits
     on = {"device": problem.device}
     weight_dtype = torch.float32 if problem.dtype == torch.float32 else torch.bfloat16

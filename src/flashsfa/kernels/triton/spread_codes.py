@@ -16,7 +16,7 @@ from torch import Tensor
 from .rows import block_of_rows, cdiv, next_power_of_2
 
 _ENTRIES = 4096  # a program, for `zeros`
-_ROWS, _WARPS = 32, 2  # a program, for `words`: as measured on an H100 (docs/decode.md)
+_ROWS, _WARPS = 32, 2  # a program, for `words`: as measured on an H100 (docs/quality.md)
 
 
 def spread_codes(dense: Tensor, values: Tensor, indices: Tensor, out: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def spread_codes(dense: Tensor, values: Tensor, indices: Tensor, out: Tensor) ->
             An index past the sparse part is left out.
         out: [..., D] of the dtype of values; its last dimension is contiguous.
     """
-    shape, head_dim, dense_dims, topk = out.shape, out.shape[-1], dense.shape[-1], values.shape[-1]
+    head_dim, dense_dims, topk = out.shape[-1], dense.shape[-1], values.shape[-1]
     if out.numel() == 0:
         return out
     rows = out if out.ndim == 4 else out.view(1, 1, -1, head_dim)  # [B, H, N, D]
@@ -55,7 +55,7 @@ def spread_codes(dense: Tensor, values: Tensor, indices: Tensor, out: Tensor) ->
         D=head_dim, D_PAD=width, M=dense_dims, M_PAD=next_power_of_2(dense_dims),
         K=topk, K_PAD=next_power_of_2(topk), R=block, num_warps=4,
     )  # fmt: skip
-    return out.view(shape)
+    return out
 
 
 def keep_support(rows: Tensor, dense_dims: int, indices: Tensor, out: Tensor) -> bool:
