@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import reference
 from .checks import require, require_alike, require_budget, require_float, require_padding
-from .codes import FeatureCodes, all_dense_codes, by_token, empty_code, empty_rows, topk_codes
+from .codes import FeatureCodes, all_dense_codes, by_token, empty_code, empty_rows, keeps_all, topk_codes
 from .kernels import dense, dispatch
 from .kernels import topk as kernels
 from .kernels.hopper import prefill as hopper
@@ -203,7 +203,7 @@ def _attend(
         require_budget(topk, head_dim, dense_dims)
         topk_key = topk
     topk_query = topk if topk_query is None else topk_query
-    if topk_query != head_dim or query_pattern is not None:
+    if not keeps_all(q, topk_query, query_pattern):
         require_budget(topk_query, head_dim, dense_dims, query_pattern)
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
@@ -248,7 +248,7 @@ def _attention_op(
         out, lse = _attend_rows(q_rows, k_rows, v, mask, scale, backend)
     else:
         q_codes = topk_codes(q, topk_query, dense_dims=dense_dims, pattern=query_pattern)
-        q_code = (q_codes.dense, q_codes.values, q_codes.indices) if keep else _no_code(q)
+        q_code = _parts(q_codes) if keep else _no_code(q)
         out, lse = _attend_pairs(q_codes, k_rows, v, mask, scale, backend)
     return out, lse, *q_code, *k_code
 
@@ -266,20 +266,22 @@ def _(
     *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     def code(x: Tensor, budget: int, pattern: str | None) -> _Code:
-        if not keep or (budget == x.shape[-1] and pattern is None):
-            return _no_code(x)
-        return empty_code(x, budget, dense_dims)
+        return empty_code(x, budget, dense_dims) if keep and not keeps_all(x, budget, pattern) else _no_code(x)
 
-    lse = v.new_empty(q.shape[:-1], dtype=torch.float64 if v.dtype == torch.float64 else torch.float32)
+    lse = v.new_empty(q.shape[:-1], dtype=dense.lse_dtype(v.dtype))
     return empty_rows(q, v.shape[-1]), lse, *code(q, topk_query, query_pattern), *code(k, topk, None)
 
 
 def _coded(x: Tensor, topk: int, dense_dims: int, keep: bool) -> tuple[Tensor, _Code]:
     """The rows of x's code, and with `keep` the code."""
-    if topk == x.shape[-1]:
+    if keeps_all(x, topk):
         return x, _no_code(x)
     rows, code = kernels.coded_rows(x, topk, dense_dims, keep)
     return rows, code or _no_code(x)
+
+
+def _parts(codes: FeatureCodes) -> _Code:
+    return codes.dense, codes.values, codes.indices
 
 
 def _no_code(x: Tensor) -> _Code:
@@ -300,8 +302,7 @@ def _attend_pairs(
                 return out, lse
             except CompilationError as error:
                 obstacle = f"the kernel for sparse tensor cores cannot be compiled: {error}"
-    rows = kernels.spread(q.dense, q.values, q.indices, q.head_dim)
-    return _attend_rows(rows, k, v, mask, scale, backend, obstacle)
+    return _attend_rows(kernels.spread(*_parts(q), q.head_dim), k, v, mask, scale, backend, obstacle)
 
 
 def _attend_rows(
@@ -311,7 +312,7 @@ def _attend_rows(
     kernel = _choose("attention", q, v, mask, backend, obstacle)
     if kernel is None:
         out, lse = reference.attention(q, k, v, mask=mask, scale=scale)
-        lse = lse.to(torch.float64 if v.dtype == torch.float64 else torch.float32)
+        lse = lse.to(dense.lse_dtype(v.dtype))
     else:
         out, lse = dense.forward(kernel, q, k, v, mask, scale)
     return by_token(out), lse.contiguous()
@@ -398,18 +399,11 @@ def _choose(
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     q, k, v, topk_query, topk, _, query_pattern, _, *settings, padding, cu_q, cu_k, max_q, max_k, backend = inputs
     out, lse, *codes = output
-    head_dim = q.shape[-1]
-    q_as_it_is = topk_query == head_dim and query_pattern is None
-    q_code = _all_dense(q) if q_as_it_is else codes[:3]
-    k_code = _all_dense(k) if topk == head_dim else codes[3:]
+    q_code = _parts(all_dense_codes(q)) if keeps_all(q, topk_query, query_pattern) else codes[:3]
+    k_code = _parts(all_dense_codes(k)) if keeps_all(k, topk) else codes[3:]
     ctx.save_for_backward(*q_code, *k_code, v, out, lse, padding, cu_q, cu_k)
-    ctx.settings, ctx.longest = (head_dim, *settings), (max_q, max_k, backend)
+    ctx.settings, ctx.longest = (q.shape[-1], *settings), (max_q, max_k, backend)
     ctx.mark_non_differentiable(lse, *codes)
-
-
-def _all_dense(x: Tensor) -> list[Tensor]:
-    codes = all_dense_codes(x)
-    return [codes.dense, codes.values, codes.indices]
 
 
 def _backward(ctx: Any, grad_out: Tensor, *_: Tensor | None) -> tuple:

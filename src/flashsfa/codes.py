@@ -215,9 +215,14 @@ def code_queries(
 ) -> FeatureCodes:
     """Code q [..., D] by the rule of `topk_query`: None means `topk`, D means dense queries (without a pattern)."""
     topk_query = topk if topk_query is None else topk_query
-    if topk_query == q.shape[-1] and pattern is None:
+    if keeps_all(q, topk_query, pattern):
         return all_dense_codes(q)
     return topk_codes(q, topk_query, dense_dims=dense_dims, pattern=pattern)
+
+
+def keeps_all(x: Tensor, topk: int, pattern: str | None = None) -> bool:
+    """Whether a budget leaves x [..., D] as it is: D without a pattern, whatever the dense channel."""
+    return topk == x.shape[-1] and pattern is None
 
 
 # An integer view orders magnitudes as floats do, ranks NaN above infinity and makes ties exact.

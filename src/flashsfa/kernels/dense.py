@@ -86,7 +86,7 @@ def forward(
         out, lse = attend(pieces.pop(0))
     else:
         out = q.new_zeros((*q.shape[:-1], v.shape[-1]))
-        lse = torch.full(q.shape[:-1], -math.inf, dtype=_lse_dtype(q.dtype), device=q.device)
+        lse = torch.full(q.shape[:-1], -math.inf, dtype=lse_dtype(q.dtype), device=q.device)
     for piece in pieces:
         _merge(out[..., piece.rows, :], lse[..., piece.rows], *attend(piece))
     return out[..., :v_dim], lse
@@ -120,7 +120,7 @@ def backward(
         grads = kernel.backward(grad_out, q, k, v, out, lse, pieces[0].bias(q.dtype), pieces[0].is_causal, scale)
         return grads[0][..., :k_dim], grads[1][..., :k_dim], grads[2][..., :v_dim]
     # Several pieces add up in fp32 (or fp64), or their number would show in the rounding.
-    totals = [torch.zeros(x.shape, dtype=_lse_dtype(x.dtype), device=x.device) for x in (q, k, v)]
+    totals = [torch.zeros(x.shape, dtype=lse_dtype(x.dtype), device=x.device) for x in (q, k, v)]
     for piece in pieces:
         rows, keys = piece.rows, piece.keys
         parts = kernel.backward(
@@ -140,7 +140,8 @@ def backward(
     return dq[..., :k_dim], dk[..., :k_dim], dv[..., :v_dim]
 
 
-def _lse_dtype(dtype: torch.dtype) -> torch.dtype:
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a log-sum-exp over inputs of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

@@ -38,15 +38,17 @@ def coded_rows(
     x: Tensor, topk: int, dense_dims: int, keep: bool
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
     """The rows [..., D] of x's code, zero but for what it keeps, and with `keep` the code; in one pass where one can."""
-    if has_fused(x):
-        from .triton import topk_codes as kernels
+    if not has_fused(x):
+        code = plain_topk_codes(x, topk, dense_dims)
+        return plain_spread_codes(*code, x.shape[-1]), code if keep else None
+    from .triton import spread_codes, topk_codes
 
-        with torch.cuda.device_of(x):
-            out, code = empty_rows(x, x.shape[-1]), empty_code(x, topk, dense_dims) if keep else None
-            if kernels.topk_rows(x, topk, dense_dims, out, code):
-                return out, code
-    code = topk_codes(x, topk, dense_dims)
-    return spread(*code, x.shape[-1]), code if keep else None
+    with torch.cuda.device_of(x):
+        out, kept = empty_rows(x, x.shape[-1]), empty_code(x, topk, dense_dims) if keep else None
+        if topk_codes.topk_rows(x, topk, dense_dims, out, kept):
+            return out, kept
+        code = topk_codes.topk_codes(x, topk, dense_dims)
+        return spread_codes.spread_codes(*code, out), code if keep else None
 
 
 def pair_codes(x: Tensor, dense_dims: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,15 +75,15 @@ def spread(dense: Tensor, values: Tensor, indices: Tensor, head_dim: int) -> Ten
 
 def keep_support(rows: Tensor, dense_dims: int, indices: Tensor) -> Tensor:
     """rows [..., D], zero but for the first `dense_dims` entries and those at `indices` [..., K] of the rest."""
-    head_dim = rows.shape[-1]
-    if has_fused(rows):
-        from .triton import spread_codes
+    if not has_fused(rows):
+        return plain_spread_codes(*at_support(rows, dense_dims, indices), indices, rows.shape[-1])
+    from .triton import spread_codes
 
-        with torch.cuda.device_of(rows):
-            out = empty_rows(rows, head_dim)
-            if spread_codes.keep_support(rows, dense_dims, indices, out):
-                return out
-    return spread(*at_support(rows, dense_dims, indices), indices, head_dim)
+    with torch.cuda.device_of(rows):
+        out = empty_rows(rows, rows.shape[-1])
+        if spread_codes.keep_support(rows, dense_dims, indices, out):
+            return out
+        return spread_codes.spread_codes(*at_support(rows, dense_dims, indices), indices, out)
 
 
 topk_codes_op.register_kernel("cuda")(topk_codes)

@@ -35,6 +35,11 @@ def as_batch_head_row(x: Tensor) -> Tensor:
     return x.as_strided((*[1] * missing, *sizes, x.shape[-1]), (*[0] * missing, *strides, x.stride(-1)))
 
 
+def in_units(x: Tensor, unit: int) -> bool:
+    """Whether each row of x [..., D] is contiguous and made of whole units of `unit` entries, counted from the storage's start."""
+    return x.stride(-1) == 1 and all(s % unit == 0 for s in (*x.stride()[:-1], x.storage_offset(), x.shape[-1]))
+
+
 @triton.jit
 def block_of_rows(heads, n, R: tl.constexpr):
     """Batch entry, head and their common index (int64), R rows (int64), and which of these are among the n there are.

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows import block_of_rows, cdiv, next_power_of_2
+from .rows import block_of_rows, cdiv, in_units, next_power_of_2
 
 _ENTRIES = 4096  # a program, for `zeros`
 _ROWS, _WARPS = 32, 2  # a program, for `words`: as measured on an H100 (docs/quality.md)
@@ -36,10 +36,8 @@ def spread_codes(dense: Tensor, values: Tensor, indices: Tensor, out: Tensor) ->
         x if x.ndim == 4 and x.stride(-1) == 1 else x.reshape(batch, heads, n, x.shape[-1]).contiguous()
         for x in (dense, values, indices)
     )
-    even = [*rows.stride()[:3], rows.storage_offset(), head_dim, dense_dims]
-    if dense_dims:  # an empty channel has odd strides, and is not read
-        even += [*dense.stride()[:3], dense.storage_offset()]
-    if values.itemsize == 2 and topk <= 16 and not any(x % 2 for x in even):
+    channel = (dense,) if dense_dims else ()  # an empty one has odd strides, and is not read
+    if _takes_words(topk, rows, *channel):
         words_kernel[(cdiv(n, _ROWS) * batch * heads,)](
             dense.view(torch.int32) if dense_dims else None, values, indices, rows.view(torch.int32),
             *(s // 2 for s in dense.stride()[:3]), *values.stride()[:3], *indices.stride()[:3],
@@ -70,8 +68,7 @@ def keep_support(rows: Tensor, dense_dims: int, indices: Tensor, out: Tensor) ->
     """
     batch, heads, n, head_dim = rows.shape
     topk = indices.shape[-1]
-    even = [*rows.stride()[:3], rows.storage_offset(), *out.stride()[:3], out.storage_offset(), head_dim, dense_dims]
-    if rows.itemsize != 2 or topk > 16 or any(x % 2 for x in even) or rows.stride(-1) != 1 or indices.stride(-1) != 1:
+    if not _takes_words(topk, rows, out) or dense_dims % 2 or indices.stride(-1) != 1:
         return False
     if rows.numel():
         keep_kernel[(cdiv(n, _ROWS) * batch * heads,)](
@@ -80,6 +77,11 @@ def keep_support(rows: Tensor, dense_dims: int, indices: Tensor, out: Tensor) ->
             D=head_dim, M=dense_dims, K=topk, PIECES=next_power_of_2(cdiv(head_dim, 8)), R=_ROWS, num_warps=_WARPS,
         )  # fmt: skip
     return True
+
+
+def _takes_words(topk: int, *tensors: Tensor) -> bool:
+    """Whether K and the rows that are read or written as words are within what `words` takes."""
+    return topk <= 16 and all(x.itemsize == 2 and in_units(x, 2) for x in tensors)
 
 
 @triton.jit

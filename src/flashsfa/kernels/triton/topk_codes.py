@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ...checks import require
 from ...codes import empty_code
-from .rows import as_batch_head_row, block_of_rows, cdiv, next_power_of_2
+from .rows import as_batch_head_row, block_of_rows, cdiv, in_units, next_power_of_2
 
 
 class Launch(NamedTuple):
@@ -76,10 +76,7 @@ def topk_rows(
     rows, target = (x, out) if x.ndim == 4 else (as_batch_head_row(x), as_batch_head_row(out))
     batch, heads, n, head_dim = rows.shape
     method, block, lanes, num_warps = launch_for(x.dtype, topk)
-    whole = rows.stride(-1) == 1 and all(
-        s % 8 == 0 for s in (*rows.stride()[:-1], rows.storage_offset(), head_dim, dense_dims)
-    )
-    if method != "network" or not whole or target.shape != rows.shape:
+    if method != "network" or not in_units(rows, 8) or dense_dims % 8 or target.shape != rows.shape:
         return False
     if x.numel():
         dense, values, indices = (None, None, None) if code is None else code
@@ -158,7 +155,7 @@ def _launch(
     topk, dense_dims = values.shape[-1], dense.shape[-1]
     method, rows, lanes, num_warps = launch_for(x.dtype, topk) if launch is None else launch
     halves = 2 if x.itemsize == 2 else 1
-    whole_words = x.stride(-1) == 1 and all(s % halves == 0 for s in (*x.stride()[:-1], x.storage_offset(), head_dim))
+    whole_words = in_units(x, halves)
     word = 4 * halves  # entries of one 16-byte load
     first = dense_dims // word * word  # loads start at a multiple of 16 bytes, perhaps within the dense channel
     on_device = isinstance(start, Tensor)
