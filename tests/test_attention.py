@@ -48,7 +48,18 @@ def sparse_rows(x, topk, dense_dims):
 
 
 def assert_error_rule(
-    q, k, v, grad_out=None, *, topk, topk_query=None, dense_dims=0, scale=None, backend="auto", **visible
+    q,
+    k,
+    v,
+    grad_out=None,
+    *,
+    topk,
+    topk_query=None,
+    dense_dims=0,
+    scale=None,
+    gradient="kept",
+    backend="auto",
+    **visible,
 ):
     """At most twice the error of the same mathematics in the same dtype, both measured against fp64.
 
@@ -59,8 +70,8 @@ def assert_error_rule(
         grad_out = torch.randn(*q.shape[:-1], v.shape[-1], dtype=v.dtype)
 
     def operator(q, k, v):
-        budgets = {"topk": topk, "topk_query": topk_query, "dense_dims": dense_dims}
-        return attention(q, k, v, **budgets, scale=scale, return_lse=True, backend=backend, **visible)
+        options = {"topk": topk, "topk_query": topk_query, "dense_dims": dense_dims, "gradient": gradient}
+        return attention(q, k, v, **options, scale=scale, return_lse=True, backend=backend, **visible)
 
     def plain(q, k, v):
         return reference.attention(q, k, v, mask=mask, scale=scale)
@@ -71,7 +82,7 @@ def assert_error_rule(
     got = outputs_and_gradients(operator, q, k, v, grad_out)
     same_dtype = outputs_and_gradients(plain, *rows)
     truth = outputs_and_gradients(plain, *(x.double() for x in rows))
-    kept = (1, 1, q_kept, k_kept, 1)
+    kept = (1, 1, q_kept, k_kept, 1) if gradient == "kept" else (1, 1, 1, 1, 1)
     # dq and dk are differences of terms as large as grad_out · out; where these cancel, their rounding stays.
     terms = (1 / math.sqrt(q.shape[-1]) if scale is None else scale) * largest((grad_out * truth[0]).abs().sum(-1))
     terms = (0, 0, terms * largest(k_sparse), terms * largest(q_sparse), 0)
@@ -152,6 +163,9 @@ def test_masks(n_q, n_k, mask, padded, dtype):
         ({"strided": True}, {"topk": 8, "topk_query": 32}),
         ({}, {"topk": 5, "backend": "reference"}),
         ({}, {"topk": 5, "backend": "dense"}),
+        ({"heads": (4, 2)}, {"topk": 5, "gradient": "all"}),
+        ({"d_v": 48}, {"topk": 5, "topk_query": 32, "gradient": "all"}),
+        ({}, {"topk": 5, "dense_dims": 4, "gradient": "all", "backend": "reference"}),
     ],
     ids=str,
 )
@@ -210,7 +224,7 @@ def test_gradcheck(options, backend):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"is_causal": True}, {"is_causal": True, "window": 3, "dense_dims": 2}], ids=str
+    "options", [{}, {"is_causal": True, "gradient": "all"}, {"is_causal": True, "window": 3, "dense_dims": 2}], ids=str
 )
 @pytest.mark.parametrize(
     "lengths", [([5, 0, 9, 1], [5, 3, 9, 7]), ([4, 6, 2], [4, 0, 1]), ([0], [0]), ([], [])], ids=str
@@ -293,6 +307,7 @@ PAST = FeatureCodes(KV[..., :0], KV[..., :1], torch.full((2, 2, 5, 1), 8, dtype=
         ({"v": KV[..., :0]}, ValueError, "at least one feature"),
         ({"window": 0}, ValueError, "window must be at least 1"),
         ({"backend": "cuda"}, ValueError, "backend must be one of"),
+        ({"gradient": "some"}, ValueError, "gradient must be one of"),
         ({"key_padding_mask": torch.zeros(2, 5)}, ValueError, "key_padding_mask must be bool"),
         (
             {"key_padding_mask": torch.zeros(2, 3, dtype=torch.bool)},

@@ -34,6 +34,7 @@ def code_and_attend(q, k, v):
 FUNCTIONS = {
     "attention": attend({"is_causal": True}),
     "options": attend({"dense_dims": 2, "window": 5, "topk_query": 16, "scale": 0.3}),
+    "gradient": attend({"is_causal": True, "gradient": "all"}),
     "padding": padded,
     "packed": packed,
     "codes": lambda q, k, v: topk_codes(q, 4, dense_dims=2).to_dense() + topk_codes(k, 3).values.sum() + v,
@@ -62,16 +63,16 @@ def test_opcheck_topk_codes(dense_dims, dtype):
 @pytest.mark.parametrize(
     ("is_causal", "window", "padded"), [(True, None, False), (False, 3, False), (False, None, True)]
 )
-@pytest.mark.parametrize("backend", ["dense", "reference"])
+@pytest.mark.parametrize(("backend", "of_all"), [("dense", False), ("dense", True), ("reference", False)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(("topk_query", "topk", "pattern"), [(4, 4, None), (16, 4, None), (4, 16, None), (6, 4, "2:4")])
-def test_opcheck_attention(is_causal, window, padded, backend, dtype, topk_query, topk, pattern):
+def test_opcheck_attention(is_causal, window, padded, backend, of_all, dtype, topk_query, topk, pattern):
     """Kept codes, and rows that stay as they are on either side; the backward operator over what the forward hands out."""
     tensors = [
         x.requires_grad_() for x in (heads_of(5, 4, dtype=dtype), heads_of(7, dtype=dtype), heads_of(7, dtype=dtype))
     ]
     padding = torch.arange(7).expand(2, 7) > 4 if padded else None
-    settings = (0.25, is_causal, window, padding, None, None, 0, 0, backend)
+    settings = (0.25, is_causal, window, padding, None, None, 0, 0, of_all, backend)
     op, backward = (getattr(torch.ops.flashsfa, x).default for x in ("attention", "attention_backward"))
     torch.library.opcheck(op, (*tensors, topk_query, topk, 4, pattern, True, *settings))
     q, k, v = (x.detach() for x in tensors)

@@ -39,8 +39,9 @@ def test_full_budget_is_dense_attention():
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)  # the angles are float32
 
 
-def test_gradients():
-    layer = SparseFeatureAttention(32, 4, topk=2, dense_dims=2, qk_norm=True)
+@pytest.mark.parametrize("gradient", ["kept", "all"])
+def test_gradients(gradient):
+    layer = SparseFeatureAttention(32, 4, topk=2, dense_dims=2, qk_norm=True, gradient=gradient)
     x = torch.randn(2, 9, 32, requires_grad=True)
     layer(x).square().sum().backward()
     for name, tensor in (("x", x), *layer.named_parameters()):
@@ -62,6 +63,7 @@ def test_gradients():
         ({"dense_dims": 3}, "even width"),
         ({"positions": "full", "head_dim": 7}, "even width"),
         ({"positions": "learned"}, "positions must be one of"),
+        ({"gradient": "none"}, "gradient must be one of"),
     ],
 )
 def test_bad_arguments(options, message):

@@ -120,7 +120,9 @@ def logits(model, ids, **options):
         ("attention.topk=null", "attention.topk: missing"),
         ("attention.layers=[2]", "attention: layers [2] do not exist"),
         ("attention.gradient=some", "attention.gradient: must be one of"),
+        ("attention.temperature=0", "attention.temperature must be above 0"),
         ("attention.width=4", "attention.width: only for kinds"),
+        ("attention.sparse_temperature=-1", "attention.sparse_temperature must be above 0"),
         ("attention.positions=full", "attention.positions: gpt2 cannot have full positions"),
         ("attention.positions=channel", "attention: positions='channel' turns the dense channel in pairs"),
     ],
@@ -408,6 +410,65 @@ def test_the_channel_alone_carries_positions():
     assert ((after - before)[0, 0, 1:, :4] != 0).all()
 
 
+def without_cores(model):
+    return {name: x.clone() for name, x in model.state_dict().items() if "sfa_core" not in name}
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_equal_features_are_chosen_by_what_they_do_to_scores_and_end_in_the_weights(window):
+    options = {"kind": "sfa", "topk": 3, "topk_query": 16, "window": window}
+    model, plain = make("gpt2", equalize=True, **options), make("gpt2", **options)
+    ids = torch.randint(0, VOCABULARY, (2, CONTEXT))
+    stretch = torch.linspace(0.2, 5, 16).repeat(2)
+    with torch.no_grad():
+        for block in (
+            *model.transformer.h,
+            *plain.transformer.h,
+        ):  # dense scores stay, but large queries hide small keys
+            block.attn.c_attn.weight[:, :32] *= stretch
+            block.attn.c_attn.weight[:, 32:64] /= stretch
+        for _ in range(400):
+            model.train()(ids, use_cache=False)
+    before = logits(model.eval(), ids)
+    assert not torch.allclose(before, logits(plain.eval(), ids), atol=1e-4)
+    finish(model, recipe.Attention(equalize=True, **options))
+    hidden = model.transformer.h[0].ln_1(model.transformer.wte(ids) + model.transformer.wpe.weight[:CONTEXT])
+    query = model.transformer.h[0].attn.c_attn(hidden)[..., :32].unflatten(-1, (2, 16))
+    size = query.square().mean((0, 1)).sqrt()
+    torch.testing.assert_close(size, size.mean(-1, keepdim=True).expand_as(size), rtol=1e-2, atol=0)
+    if window is None:
+        torch.testing.assert_close(logits(model, ids), before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_scores_start_at_their_temperature(architecture):
+    channel = {"dense_dims": 4, "positions": "channel"} if architecture == "qwen3" else {"dense_dims": 4}
+    found = {}
+
+    def record(index, module):
+        class Recorder(torch.nn.Module):
+            def forward(self, q, k, v, visible):
+                found[index] = module.sfa.queries(q) if hasattr(module, "sfa") else q
+                return torch.zeros_like(q)
+
+        return Recorder()
+
+    def queries(**attention):
+        model = make(architecture, **attention)
+        ids = torch.arange(CONTEXT)[None]
+        install(model, record)
+        logits(model, ids)
+        return found[0]
+
+    sparse = {"kind": "sfa", "topk": 3, **channel}
+    one, warm = queries(**sparse), queries(**sparse, temperature=2.0, sparse_temperature=3.0)
+    torch.testing.assert_close(warm[..., :4], 2 * one[..., :4])
+    torch.testing.assert_close(warm[..., 4:], 3 * one[..., 4:])
+    torch.testing.assert_close(
+        queries(kind="low_rank", width=5, temperature=2.0), 2 * queries(kind="low_rank", width=5)
+    )
+
+
 def test_a_gradient_to_all_is_that_of_features_that_were_kept():
     q, k, v = (torch.randn(1, h, 6, 16, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2))
     coding = Coding()
@@ -422,8 +483,9 @@ def test_a_gradient_to_all_is_that_of_features_that_were_kept():
     )
 
 
-def test_a_layer_keeps_codes_and_values_alone_for_its_backward_pass():
-    model = make("gpt2", kind="sfa", topk=4, context=64)
+@pytest.mark.parametrize("options", [{}, {"gradient": "all"}, {"gradient": "all", "topk_query": 16}], ids=str)
+def test_a_layer_keeps_codes_and_values_alone_for_its_backward_pass(options):
+    model = make("gpt2", kind="sfa", topk=4, context=64, **options)
     module, hidden = model.transformer.h[0].attn.train(), torch.randn(2, 64, 32)
     storages = {}
 
@@ -434,8 +496,10 @@ def test_a_layer_keeps_codes_and_values_alone_for_its_backward_pass():
     q, k, v = (x.unflatten(-1, (2, 16)).transpose(1, 2) for x in module.c_attn(hidden).chunk(3, -1))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         module.sfa_core(q, k, v, Visible(0.25))
-    rows = 2 * 64 * 2  # and a row has indices and float32 values of two codes, v, out and a log-sum-exp
-    assert sum(storages.values()) == rows * (2 * 5 * 4 + 2 * 16 * 4 + 4)
+    rows = 2 * 64 * 2
+    code = 4 * (1 + 4)  # indices and float32 values
+    query = 16 * 4 if "topk_query" in options else code
+    assert sum(storages.values()) == rows * (query + code + 2 * 16 * 4 + 4)  # v, out and a log-sum-exp
 
 
 def test_mixed_precision_brings_queries_keys_and_values_to_one_dtype():

@@ -22,6 +22,7 @@ from .kernels.hopper.cuda import CompilationError
 from .masks import AttentionMask
 
 BACKENDS = ("auto", "dense", "reference")
+GRADIENTS = ("kept", "all")
 
 
 def sparse_feature_attention(
@@ -38,13 +39,13 @@ def sparse_feature_attention(
     window: int | None = None,
     key_padding_mask: Tensor | None = None,
     return_lse: bool = False,
+    gradient: str = "kept",
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale · Q̃K̃ᵀ) V, where Q̃ and K̃ keep the `topk` largest features of each row (paper, Eq. 3-5).
 
     Layout and names follow `torch.nn.functional.scaled_dot_product_attention`. Pairs without a shared feature
-    score 0 and keep their weight exp(0). Differentiable in q, k and v; the gradient of q and k reaches the kept
-    features only (straight-through). The log-sum-exp carries no gradient.
+    score 0 and keep their weight exp(0). Differentiable in q, k and v; the log-sum-exp carries no gradient.
 
     Args:
         q: [B, Hq, N_q, D], D <= 256, float16, bfloat16, float32 or float64.
@@ -61,6 +62,9 @@ def sparse_feature_attention(
         window: see only keys less than `window` positions away; with is_causal, the `window` most recent.
         key_padding_mask: [B, N_k] bool, True where a key is padding (as in `torch.nn.MultiheadAttention`).
         return_lse: also return the log-sum-exp of each query's scores.
+        gradient: of q and k. "kept" reaches the kept features only, and is zero elsewhere (paper, section 3.2); "all"
+            gives each feature what it would get had it been kept, which trains better (docs/quality.md). Key codes
+            get that of what they hold.
         backend: "auto", "dense" (torch's fused kernels over spread-out codes) or "reference" (plain PyTorch,
             N x N scores). "auto" takes Hopper's sparse tensor cores for queries in the 2:4 pattern where it can, else
             "dense"; `flashsfa.explain()` tells what ran, and why.
@@ -72,9 +76,9 @@ def sparse_feature_attention(
     Raises:
         TypeError, ValueError: inputs that do not fit, before anything runs; the message says what to do.
     """
-    _check_attention(q, k, v, window, key_padding_mask, backend)
+    _check_attention(q, k, v, window, key_padding_mask, gradient, backend)
     mask = AttentionMask(is_causal=is_causal, window=window, key_padding_mask=key_padding_mask)
-    out, lse = _attend(q, k, v, topk, topk_query, dense_dims, query_pattern, mask, scale, backend)
+    out, lse = _attend(q, k, v, topk, topk_query, dense_dims, query_pattern, mask, scale, gradient, backend)
     return (out, lse) if return_lse else out
 
 
@@ -95,6 +99,7 @@ def sparse_feature_attention_varlen(
     scale: float | None = None,
     window: int | None = None,
     return_lse: bool = False,
+    gradient: str = "kept",
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`sparse_feature_attention` over packed sequences, each attending to itself alone.
@@ -126,7 +131,7 @@ def sparse_feature_attention_varlen(
         f"cu_seqlens_q and cu_seqlens_k count {cu_seqlens_q.numel() - 1} and {cu_seqlens_k.numel() - 1} sequences",
     )
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H, T, D]
-    _check_attention(q, k, v, window, None, backend)
+    _check_attention(q, k, v, window, None, gradient, backend)
     mask = AttentionMask(
         is_causal=is_causal,
         window=window,
@@ -135,7 +140,7 @@ def sparse_feature_attention_varlen(
         max_seqlen_q=_longest(cu_seqlens_q) if max_seqlen_q is None else max_seqlen_q,
         max_seqlen_k=_longest(cu_seqlens_k) if max_seqlen_k is None else max_seqlen_k,
     )
-    out, lse = _attend(q, k, v, topk, topk_query, dense_dims, query_pattern, mask, scale, backend)
+    out, lse = _attend(q, k, v, topk, topk_query, dense_dims, query_pattern, mask, scale, gradient, backend)
     out, lse = out[0].transpose(0, 1), lse[0]
     return (out, lse) if return_lse else out
 
@@ -150,6 +155,7 @@ def _check_attention(
     v: Tensor,
     window: int | None,
     key_padding_mask: Tensor | None,
+    gradient: str,
     backend: str,
 ) -> None:
     key_rows = k.values if isinstance(k, FeatureCodes) else k
@@ -171,6 +177,7 @@ def _check_attention(
     )
     require(v.shape[-1] >= 1, "v must have at least one feature")
     require(window is None or window >= 1, f"window must be at least 1 or None, got {window}")
+    require(gradient in GRADIENTS, f"gradient must be one of {', '.join(GRADIENTS)}; got {gradient!r}")
     require(backend in BACKENDS, f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     if key_padding_mask is not None:
         require_padding(key_padding_mask, q.shape[0], key_rows.shape[2], q.device)
@@ -186,6 +193,7 @@ def _attend(
     query_pattern: str | None,
     mask: AttentionMask,
     scale: float | None,
+    gradient: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     head_dim = q.shape[-1]
@@ -209,7 +217,8 @@ def _attend(
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     out, lse, *_ = _attention_op(
         *(q, k, v, topk_query, topk_key, dense_dims, query_pattern, keep, scale, mask.is_causal, mask.window),
-        *(mask.key_padding_mask, mask.cu_seqlens_q, mask.cu_seqlens_k, mask.max_seqlen_q, mask.max_seqlen_k, backend),
+        *(mask.key_padding_mask, mask.cu_seqlens_q, mask.cu_seqlens_k, mask.max_seqlen_q, mask.max_seqlen_k),
+        *(gradient == "all", backend),
     )
     return out, lse
 
@@ -238,6 +247,7 @@ def _attention_op(
     cu_seqlens_k: Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
+    gradient_of_all: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """out, lse, and with `keep` the codes of q and of k; empty tensors for rows that stay as they are."""
@@ -339,6 +349,7 @@ def _attention_backward_op(
     cu_seqlens_k: Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
+    gradient_of_all: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v. A code whose dense channel is head_dim wide stands for rows as they are."""
@@ -350,6 +361,8 @@ def _attention_backward_op(
         dq, dk, dv = reference.attention_backward(grad_out, q, k, v, mask=mask, scale=scale)
     else:
         dq, dk, dv = dense.backward(kernel, grad_out, q, k, v, out, lse, mask, scale)
+    if gradient_of_all:
+        return by_token(dq), by_token(dk), by_token(dv)
     return _at_code(dq, q_dense, q_indices), _at_code(dk, k_dense, k_indices), by_token(dv)
 
 
@@ -397,19 +410,20 @@ def _choose(
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    q, k, v, topk_query, topk, _, query_pattern, _, *settings, padding, cu_q, cu_k, max_q, max_k, backend = inputs
+    q, k, v, topk_query, topk, _, query_pattern, _, *settings, max_q, max_k, of_all, backend = inputs
+    *settings, padding, cu_q, cu_k = settings
     out, lse, *codes = output
     q_code = _parts(all_dense_codes(q)) if keeps_all(q, topk_query, query_pattern) else codes[:3]
     k_code = _parts(all_dense_codes(k)) if keeps_all(k, topk) else codes[3:]
     ctx.save_for_backward(*q_code, *k_code, v, out, lse, padding, cu_q, cu_k)
-    ctx.settings, ctx.longest = (q.shape[-1], *settings), (max_q, max_k, backend)
+    ctx.settings, ctx.rest = (q.shape[-1], *settings), (max_q, max_k, of_all, backend)
     ctx.mark_non_differentiable(lse, *codes)
 
 
 def _backward(ctx: Any, grad_out: Tensor, *_: Tensor | None) -> tuple:
     *tensors, padding, cu_q, cu_k = ctx.saved_tensors
-    grads = _attention_backward_op(grad_out, *tensors, *ctx.settings, padding, cu_q, cu_k, *ctx.longest)
-    return *grads, *(None,) * 14
+    grads = _attention_backward_op(grad_out, *tensors, *ctx.settings, padding, cu_q, cu_k, *ctx.rest)
+    return *grads, *(None,) * 15
 
 
 _attention_op.register_autograd(_backward, setup_context=_setup)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import sparse_feature_attention
+from .attention import GRADIENTS, sparse_feature_attention
 from .checks import require, require_budget
 from .decode import attend_cached
 from .kv_cache import SparseKVCache
@@ -28,6 +28,7 @@ class SparseFeatureAttention(nn.Module):
             top-k; "none" leaves positions to the caller (learned embeddings, say).
         qk_norm: RMS-normalise queries and keys per head.
         window: see only the `window` most recent tokens.
+        gradient: as in `sparse_feature_attention`.
         bias: biases in the projections.
         rope_theta: base of the rotary frequencies.
 
@@ -47,6 +48,7 @@ class SparseFeatureAttention(nn.Module):
         positions: str = "channel",
         qk_norm: bool = False,
         window: int | None = None,
+        gradient: str = "kept",
         bias: bool = False,
         rope_theta: float = 10000.0,
     ) -> None:
@@ -66,6 +68,7 @@ class SparseFeatureAttention(nn.Module):
         require(window is None or window >= 1, f"window must be at least 1 or None, got {window}")
         if topk_query is not None and topk_query != head_dim:
             require_budget(topk_query, head_dim, dense_dims)
+        require(gradient in GRADIENTS, f"gradient must be one of {', '.join(GRADIENTS)}; got {gradient!r}")
         require(positions in POSITIONS, f"positions must be one of {', '.join(POSITIONS)}; got {positions!r}")
         self.rotary_dims = {"channel": dense_dims, "full": head_dim, "none": 0}[positions]
         require(
@@ -76,6 +79,7 @@ class SparseFeatureAttention(nn.Module):
         self.topk, self.topk_query, self.dense_dims = topk, topk_query, dense_dims
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.positions, self.window, self.rope_theta = positions, window, rope_theta
+        self.gradient = gradient
         self.q_proj = nn.Linear(embed_dim, num_heads * head_dim, bias=bias)
         self.k_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias)
@@ -101,7 +105,7 @@ class SparseFeatureAttention(nn.Module):
         if cache is None:
             out = sparse_feature_attention(
                 q, k, v, topk=self.topk, topk_query=self.topk_query, dense_dims=self.dense_dims, is_causal=True,
-                window=self.window,
+                window=self.window, gradient=self.gradient,
             )  # fmt: skip
         else:
             out = attend_cached(q, *cache.append(k, v), topk_query=self.topk_query, window=self.window)

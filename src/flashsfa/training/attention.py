@@ -18,7 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from ..attention import sparse_feature_attention, sparse_feature_attention_varlen
 from ..basis import FeatureBasis
-from ..codes import by_token, code_queries, topk_codes
+from ..codes import by_token
 from ..huggingface.attention import LayerCoding
 from ..huggingface.switch import attention_layers
 
@@ -56,28 +56,59 @@ class DenseCore(Core):
         return dense_attention(q, k, v, visible)
 
 
+class Equalizer(nn.Module):
+    """Keeps a head's query features at one size: q / s and k · s, where s is the running size of each.
+
+    No score changes before top-k, and a key's largest entries become those that scores depend on most, as in a "whitened"
+    basis. `baselines.fold_equalizer` makes it part of the weights.
+
+    Attributes:
+        square: [H, 1, D] float32, running mean of squared query entries.
+    """
+
+    square: Tensor
+    _SHARE = 0.02  # of a step in the running mean
+
+    def __init__(self, heads: int, head_dim: int) -> None:
+        super().__init__()
+        # Almost nothing: equal sizes before the first step, and no weight afterwards.
+        self.register_buffer("square", torch.full((heads, 1, head_dim), 1e-12))
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        if self.training:
+            with torch.no_grad():
+                self.square.lerp_(q.float().square().mean((0, 2))[:, None], self._SHARE)
+        size = self.size()
+        return q / size.to(q.dtype), k * size.to(k.dtype)
+
+    def size(self) -> Tensor:
+        """s [H, 1, D], 1 in the mean over a head's features."""
+        size = self.square.sqrt()
+        return (size / size.mean(-1, keepdim=True)).clamp(min=1e-3)  # a feature that died must not divide by zero
+
+
 class SparseCore(Core):
     """Sparse Feature Attention in the model's own coordinates.
 
     Args:
         coding: the budgets; read at each call, so that they may change during training.
-        gradient: see `recipe.Attention`.
+        gradient: as in `flashsfa.sparse_feature_attention`.
+        equalizer: goes over queries and keys first.
     """
 
-    def __init__(self, coding: LayerCoding, gradient: str = "kept") -> None:
+    def __init__(self, coding: LayerCoding, gradient: str = "kept", equalizer: Equalizer | None = None) -> None:
         super().__init__()
-        self.coding, self._gradient = coding, gradient
+        self.coding, self._gradient, self.equalizer = coding, gradient, equalizer
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
+        if self.equalizer is not None:
+            q, k = self.equalizer(q, k)
         q, k = self.coding.queries(q), self.coding.keys(k)
-        if self._gradient == "all":
-            coding = self.coding
-            q_kept = code_queries(q.detach(), coding.topk, coding.topk_query, coding.dense_dims).to_dense()
-            k_kept = topk_codes(k.detach(), coding.topk, dense_dims=coding.dense_dims).to_dense()
-            return dense_attention(q + (q_kept - q).detach(), k + (k_kept - k).detach(), v, visible)
-        # What is kept for the backward pass is v itself: as a view it would hold queries and keys too (GPT-2).
-        v = by_token(v)
-        return sparse_attention(q, k, v, visible, self.coding)
+        # Rows that are kept whole for the backward pass are kept by themselves: as views they would hold all that GPT-2
+        # projects together.
+        if self.coding.topk_query == q.shape[-1]:
+            q = by_token(q)
+        return sparse_attention(q, k, by_token(v), visible, self.coding, self._gradient)
 
 
 class TargetCore(DenseCore):
@@ -105,12 +136,13 @@ class DistillCore(Core):
 
     Args:
         coding: budgets and basis of the layer.
+        gradient: as in `flashsfa.sparse_feature_attention`.
         trained: the basis to use in place of the coding's.
     """
 
-    def __init__(self, coding: LayerCoding, trained: TrainedBasis | None = None) -> None:
+    def __init__(self, coding: LayerCoding, gradient: str = "kept", trained: TrainedBasis | None = None) -> None:
         super().__init__()
-        self.coding, self.trained = coding, trained
+        self.coding, self._gradient, self.trained = coding, gradient, trained
         self.target: Tensor | None = None
         self.distance: Tensor | None = None
 
@@ -120,7 +152,7 @@ class DistillCore(Core):
             q, k = basis.transform_query(q), basis.transform_key(k)
         else:
             q, k = self.coding.queries(q), self.coding.keys(k)
-        out = sparse_attention(q, k, v, visible, self.coding)
+        out = sparse_attention(q, k, v, visible, self.coding, self._gradient)
         if self.training and self.target is not None:
             self.distance = (out - self.target).float().square().sum(-1).mean((0, 2))
         return out
@@ -148,10 +180,10 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor
     return _attend(q, k, v, visible, topk=1, topk_query=q.shape[-1], dense_dims=q.shape[-1] - 1)
 
 
-def sparse_attention(q: Tensor, k: Tensor, v: Tensor, visible: Visible, coding: LayerCoding) -> Tensor:
+def sparse_attention(q: Tensor, k: Tensor, v: Tensor, visible: Visible, coding: LayerCoding, gradient: str) -> Tensor:
     """Causal Sparse Feature Attention with the budgets of `coding`."""
     budgets = {"topk": coding.topk, "topk_query": coding.topk_query, "dense_dims": coding.dense_dims}
-    return _attend(q, k, v, visible, **budgets)
+    return _attend(q, k, v, visible, gradient=gradient, **budgets)
 
 
 def install(model: Any, make: Callable[[int, nn.Module], Core]) -> None:
@@ -199,8 +231,8 @@ def _no_mask(*args: Any, **kwargs: Any) -> None:
     """Windows are full, causality and documents are the cores' business."""
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Visible, **budgets: Any) -> Tensor:
-    rules: dict[str, Any] = {"is_causal": True, "scale": visible.scale, "window": visible.window, **budgets}
+def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Visible, **options: Any) -> Tensor:
+    rules: dict[str, Any] = {"is_causal": True, "scale": visible.scale, "window": visible.window, **options}
     out: Any
     if visible.bounds is None:
         out = sparse_feature_attention(q, k, v, **rules)

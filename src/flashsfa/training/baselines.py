@@ -79,10 +79,28 @@ def shorten(model: Any, width: int) -> None:
         with torch.no_grad():
             for weight in _query_key_weights(module):
                 weight.unflatten(0, (-1, head_dim))[:, dropped.flatten()] = 0  # [H, D, hidden]
-            if hasattr(module, "q_norm"):
-                module.q_norm.weight *= (width / head_dim) ** 0.5
-            else:
-                _query_key_weights(module)[0].mul_((head_dim / width) ** 0.5)
+        # Qwen3's norms bring what is left to the length of the whole.
+        scale_queries(module, (width / head_dim) ** (0.5 if hasattr(module, "q_norm") else -0.5))
+
+
+@torch.no_grad()
+def scale_queries(module: Any, factor: float | Tensor) -> None:
+    """Let queries of an attention module start `factor` times as large, a number or one for each feature of a head [D]."""
+    if hasattr(module, "q_norm"):
+        module.q_norm.weight *= factor
+    else:
+        rows = _query_key_weights(module)[0].unflatten(0, (-1, module.head_dim))  # [H, D, hidden]
+        rows.mul_(torch.as_tensor(factor).expand(module.head_dim)[:, None])
+
+
+@torch.no_grad()
+def fold_equalizer(module: Any, size: Tensor) -> None:
+    """Make an `Equalizer`'s size [H, 1, D] part of the projections of a GPT-2 attention module."""
+    factor = size.flatten()  # [H·D]
+    for x in (module.c_attn.weight, module.c_attn.bias):
+        query, key, _ = x.chunk(3, dim=-1)
+        query /= factor
+        key *= factor
 
 
 def factorise(model: Any, rank: int) -> None:

@@ -11,10 +11,18 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ..checks import require, require_budget
 from ..huggingface import enable
 from ..huggingface.attention import LayerCoding
-from ..huggingface.positions import move_to_channel, require_channel
-from ..huggingface.switch import attention_shape
-from .attention import Core, DenseCore, SparseCore, Visible, install, uninstall
-from .baselines import PerformerCore, QuantizedCore, factorise, multiply, shorten
+from ..huggingface.positions import channel_first, move_to_channel, require_channel
+from ..huggingface.switch import attention_layers, attention_shape
+from .attention import Core, DenseCore, Equalizer, SparseCore, Visible, install, uninstall
+from .baselines import (
+    PerformerCore,
+    QuantizedCore,
+    factorise,
+    fold_equalizer,
+    multiply,
+    scale_queries,
+    shorten,
+)
 from .recipe import Attention, Model
 
 _CONTEXT_FIELD = {"gpt2": "n_positions", "qwen3": "max_position_embeddings"}
@@ -34,7 +42,7 @@ def build(model: Model, attention: Attention, context: int, vocab_size: int | No
     except (ValueError, TypeError, RuntimeError, AssertionError) as error:
         raise ValueError(f"model.config: {str(error).strip().partition(chr(10))[0]}") from error
     built.loss_type = "ForCausalLM"  # told by no name, GPT-2 would warn at each trace, which breaks compiled graphs
-    _, _, head_dim = attention_shape(built)
+    heads, _, head_dim = attention_shape(built)
     in_channel = attention.positions == "channel"
     try:
         if attention.kind == "sfa":
@@ -46,6 +54,8 @@ def build(model: Model, attention: Attention, context: int, vocab_size: int | No
             move_to_channel(built, attention.dense_dims)
     except ValueError as error:
         raise ValueError(f"attention: {error}") from error
+    for module in attention_layers(built):
+        scale_queries(module, _temperature(attention, module, head_dim))
     if attention.kind == "short":
         width = _width(attention, head_dim, even=True)
         shorten(built, width)
@@ -58,7 +68,8 @@ def build(model: Model, attention: Attention, context: int, vocab_size: int | No
         made: Core
         if hasattr(module, "sfa"):
             coding: LayerCoding = module.sfa  # type: ignore[assignment]
-            made = SparseCore(coding, attention.gradient)
+            equalizer = Equalizer(heads, head_dim) if attention.equalize else None
+            made = SparseCore(coding, attention.gradient, equalizer)
         elif attention.kind == "int8":
             made = QuantizedCore()
         elif attention.kind == "performer":
@@ -75,6 +86,10 @@ def build(model: Model, attention: Attention, context: int, vocab_size: int | No
 
 def finish(model: Any, attention: Attention) -> None:
     """Make a trained model one that transformers saves and that computes its attention as transformers does."""
+    for layer in attention_layers(model):
+        for part in layer.sfa_core.modules():  # type: ignore[union-attr]
+            if isinstance(part, Equalizer):
+                fold_equalizer(layer, part.size())
     uninstall(model, "sfa" if attention.kind == "sfa" else _DENSE)
     multiply(model)
 
@@ -120,6 +135,10 @@ def _config(model: Model, attention: Attention, context: int, vocab_size: int | 
         f"attention.positions: {model.architecture} cannot have {positions} positions",
     )
     require(
+        not attention.equalize or positions == "learned",
+        "attention.equalize: for GPT-2 with learned positions alone, whose projections can take it in",
+    )
+    require(
         attention.kind != "short" or positions != "channel",
         "attention.positions: short queries and keys have no channel; leave it out",
     )
@@ -142,6 +161,16 @@ def _budgets(attention: Attention, head_dim: int) -> tuple[int, int | None, int]
     except ValueError as error:
         raise ValueError(f"attention: {error}") from error
     return topk, topk_query, dense_dims
+
+
+def _temperature(attention: Attention, module: Any, head_dim: int) -> torch.Tensor:
+    """What the features of a head's queries [D] are multiplied with at the start, in the model's order."""
+    sparse = attention.temperature if attention.sparse_temperature is None else attention.sparse_temperature
+    factor = torch.full((head_dim,), sparse)
+    factor[: attention.dense_dims] = attention.temperature
+    channel = module.sfa.channel if hasattr(module, "sfa") else 0
+    order = channel_first(torch.arange(head_dim), channel) if channel else torch.arange(head_dim)
+    return torch.empty(head_dim).scatter(0, order, factor)
 
 
 def _width(attention: Attention, most: int, even: bool = False) -> int:

@@ -9,12 +9,12 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..attention import GRADIENTS
 from ..checks import require
 
 ARCHITECTURES = ("gpt2", "qwen3")
 KINDS = ("dense", "sfa", "short", "low_rank", "int8", "performer")
 POSITIONS = ("learned", "full", "channel")
-GRADIENTS = ("kept", "all")
 T = TypeVar("T")
 
 
@@ -54,8 +54,12 @@ class Attention:
             of rank `width`), "int8" (8-bit queries and keys, straight-through), "performer" (`width` random features).
         topk, topk_query, dense_dims: budgets of "sfa", as in `flashsfa.sparse_feature_attention`.
         layers: those that are sparse, the others stay dense; None for all.
-        gradient: of "sfa": "kept" reaches the kept features alone (the operator's), "all" every feature, as if all had
-            been kept; queries and keys then stay in memory for it.
+        gradient: of "sfa": "kept" or "all", as in `flashsfa.sparse_feature_attention`.
+        equalize: of "sfa" in a GPT-2 with learned positions: keep the features of a head's queries at one size, and let the
+            keys' take it up, so that top-k of keys drops what scores need least. Part of the weights at the end.
+        temperature: scores start so many times as large (Qwen3: its norm of queries begins there).
+        sparse_temperature: of "sfa": the same for the features outside the dense channel, to make up for what top-k drops;
+            None for `temperature`.
         positions: "learned" (GPT-2) or "full", RoPE on the whole head (Qwen3), the defaults; "channel": RoPE on the
             `dense_dims` alone, in place of either.
         window: see the `window` most recent tokens only.
@@ -69,6 +73,9 @@ class Attention:
     dense_dims: int = 0
     layers: list[int] | None = None
     gradient: str = "kept"
+    equalize: bool = False
+    temperature: float = 1.0
+    sparse_temperature: float | None = None
     positions: str | None = None
     window: int | None = None
     width: int | None = None
@@ -89,6 +96,11 @@ class Attention:
         require(sparse or self.layers is None, "attention.layers: only for kind sfa")
         _one_of("attention.gradient", self.gradient, GRADIENTS)
         require(sparse or self.gradient == "kept", "attention.gradient: only for kind sfa")
+        require(sparse or not self.equalize, "attention.equalize: only for kind sfa")
+        require(sparse or self.sparse_temperature is None, "attention.sparse_temperature: only for kind sfa")
+        for name in ("temperature", "sparse_temperature"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"attention.{name} must be above 0, got {value}")
         require(
             sparse or self.dense_dims == 0 or self.positions == "channel",
             "attention.dense_dims: only for kind sfa or positions channel",
@@ -179,6 +191,10 @@ class PretrainRecipe:
             not (self.training.fsdp and self.attention.kind == "low_rank"),
             "training.fsdp: not with attention.kind low_rank, whose products are not sharded",
         )
+        require(
+            not (self.training.fsdp and self.attention.equalize),
+            "training.fsdp: not with attention.equalize, which each process would count by itself",
+        )
 
 
 @dataclass(frozen=True)
@@ -212,6 +228,7 @@ class Distill:
             summed over features, averaged over tokens, heads and layers.
         layers: those Eq. 8 looks at; None for all that are sparse.
         logits: weight of the Kullback-Leibler divergence a token from that dense model.
+        gradient: as in `flashsfa.sparse_feature_attention`.
         train_basis: train the basis too; its two sides stay inverse to one another.
         anneal: shrink the budget during training.
         warmup, lora: see there.
@@ -220,6 +237,7 @@ class Distill:
     weight: float = 1.0
     layers: list[int] | None = None
     logits: float = 0.0
+    gradient: str = "kept"
     train_basis: bool = False
     anneal: Anneal | None = None
     warmup: Warmup | None = None
@@ -228,6 +246,7 @@ class Distill:
     def __post_init__(self) -> None:
         for name in ("weight", "logits"):
             require(getattr(self, name) >= 0, f"distill.{name} must not be negative, got {getattr(self, name)}")
+        _one_of("distill.gradient", self.gradient, GRADIENTS)
         require(not (self.lora and self.train_basis), "distill.train_basis: not together with distill.lora")
 
 
