@@ -60,7 +60,7 @@ class Equalizer(nn.Module):
     """Keeps a head's query features at one size: q / s and k · s, where s is the running size of each.
 
     No score changes before top-k, and a key's largest entries become those that scores depend on most, as in a "whitened"
-    basis. `baselines.fold_equalizer` makes it part of the weights.
+    basis. `fold` makes it part of the weights.
 
     Attributes:
         square: [H, 1, D] float32, running mean of squared query entries.
@@ -85,6 +85,15 @@ class Equalizer(nn.Module):
         """s [H, 1, D], 1 in the mean over a head's features."""
         size = self.square.sqrt()
         return (size / size.mean(-1, keepdim=True)).clamp(min=1e-3)  # a feature that died must not divide by zero
+
+    @torch.no_grad()
+    def fold(self, module: Any) -> None:
+        """Change the projections of a GPT-2 attention module so that they do what this does."""
+        size = self.size().flatten()  # [H·D]
+        for x in (module.c_attn.weight, module.c_attn.bias):
+            query, key, _ = x.chunk(3, dim=-1)
+            query /= size
+            key *= size
 
 
 class SparseCore(Core):
@@ -136,13 +145,12 @@ class DistillCore(Core):
 
     Args:
         coding: budgets and basis of the layer.
-        gradient: as in `flashsfa.sparse_feature_attention`.
         trained: the basis to use in place of the coding's.
     """
 
-    def __init__(self, coding: LayerCoding, gradient: str = "kept", trained: TrainedBasis | None = None) -> None:
+    def __init__(self, coding: LayerCoding, trained: TrainedBasis | None = None) -> None:
         super().__init__()
-        self.coding, self._gradient, self.trained = coding, gradient, trained
+        self.coding, self.trained = coding, trained
         self.target: Tensor | None = None
         self.distance: Tensor | None = None
 
@@ -152,7 +160,7 @@ class DistillCore(Core):
             q, k = basis.transform_query(q), basis.transform_key(k)
         else:
             q, k = self.coding.queries(q), self.coding.keys(k)
-        out = sparse_attention(q, k, v, visible, self.coding, self._gradient)
+        out = sparse_attention(q, k, v, visible, self.coding)
         if self.training and self.target is not None:
             self.distance = (out - self.target).float().square().sum(-1).mean((0, 2))
         return out
@@ -180,7 +188,9 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor
     return _attend(q, k, v, visible, topk=1, topk_query=q.shape[-1], dense_dims=q.shape[-1] - 1)
 
 
-def sparse_attention(q: Tensor, k: Tensor, v: Tensor, visible: Visible, coding: LayerCoding, gradient: str) -> Tensor:
+def sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, visible: Visible, coding: LayerCoding, gradient: str = "kept"
+) -> Tensor:
     """Causal Sparse Feature Attention with the budgets of `coding`."""
     budgets = {"topk": coding.topk, "topk_query": coding.topk_query, "dense_dims": coding.dense_dims}
     return _attend(q, k, v, visible, gradient=gradient, **budgets)

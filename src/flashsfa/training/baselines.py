@@ -93,16 +93,6 @@ def scale_queries(module: Any, factor: float | Tensor) -> None:
         rows.mul_(torch.as_tensor(factor).expand(module.head_dim)[:, None])
 
 
-@torch.no_grad()
-def fold_equalizer(module: Any, size: Tensor) -> None:
-    """Make an `Equalizer`'s size [H, 1, D] part of the projections of a GPT-2 attention module."""
-    factor = size.flatten()  # [H·D]
-    for x in (module.c_attn.weight, module.c_attn.bias):
-        query, key, _ = x.chunk(3, dim=-1)
-        query /= factor
-        key *= factor
-
-
 def factorise(model: Any, rank: int) -> None:
     """Parametrise the query and key projections of `model` as products of rank `rank`."""
     modules: list[Any] = attention_layers(model)

@@ -156,7 +156,7 @@ def _install(model: Any, basis: FeatureBasis | None, settings: Distill) -> list[
         if index not in sparse:
             return DenseCore()
         trained = TrainedBasis(basis[index]) if settings.train_basis and basis is not None else None
-        return DistillCore(module.sfa, settings.gradient, trained)
+        return DistillCore(module.sfa, trained)
 
     install(model, core)
     return layers if settings.weight else []

@@ -14,15 +14,7 @@ from ..huggingface.attention import LayerCoding
 from ..huggingface.positions import channel_first, move_to_channel, require_channel
 from ..huggingface.switch import attention_layers, attention_shape
 from .attention import Core, DenseCore, Equalizer, SparseCore, Visible, install, uninstall
-from .baselines import (
-    PerformerCore,
-    QuantizedCore,
-    factorise,
-    fold_equalizer,
-    multiply,
-    scale_queries,
-    shorten,
-)
+from .baselines import PerformerCore, QuantizedCore, factorise, multiply, scale_queries, shorten
 from .recipe import Attention, Model
 
 _CONTEXT_FIELD = {"gpt2": "n_positions", "qwen3": "max_position_embeddings"}
@@ -89,7 +81,7 @@ def finish(model: Any, attention: Attention) -> None:
     for layer in attention_layers(model):
         for part in layer.sfa_core.modules():  # type: ignore[union-attr]
             if isinstance(part, Equalizer):
-                fold_equalizer(layer, part.size())
+                part.fold(layer)
     uninstall(model, "sfa" if attention.kind == "sfa" else _DENSE)
     multiply(model)
 

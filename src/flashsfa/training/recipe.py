@@ -228,7 +228,6 @@ class Distill:
             summed over features, averaged over tokens, heads and layers.
         layers: those Eq. 8 looks at; None for all that are sparse.
         logits: weight of the Kullback-Leibler divergence a token from that dense model.
-        gradient: as in `flashsfa.sparse_feature_attention`.
         train_basis: train the basis too; its two sides stay inverse to one another.
         anneal: shrink the budget during training.
         warmup, lora: see there.
@@ -237,7 +236,6 @@ class Distill:
     weight: float = 1.0
     layers: list[int] | None = None
     logits: float = 0.0
-    gradient: str = "kept"
     train_basis: bool = False
     anneal: Anneal | None = None
     warmup: Warmup | None = None
@@ -246,7 +244,6 @@ class Distill:
     def __post_init__(self) -> None:
         for name in ("weight", "logits"):
             require(getattr(self, name) >= 0, f"distill.{name} must not be negative, got {getattr(self, name)}")
-        _one_of("distill.gradient", self.gradient, GRADIENTS)
         require(not (self.lora and self.train_basis), "distill.train_basis: not together with distill.lora")
 
 
