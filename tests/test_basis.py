@@ -29,10 +29,24 @@ def scores(q, k):
 @pytest.mark.parametrize("kind", KINDS)
 def test_scores_unchanged(kind):
     q, k = draw()
-    basis = FeatureBasis.from_moments(moments_of((q, k)), kind, topk=3, dense_dims=2)
+    basis = FeatureBasis.from_moments(moments_of((q, k)), kind, topk=D - 2, dense_dims=2)  # nothing is dropped
     expected = scores(q, k)
     found = scores(basis.transform_query(q), basis.transform_key(k))
     assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()  # the basis is kept in float32
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "identity"])
+def test_a_gain_makes_up_for_what_is_dropped(kind):
+    q, k = draw()
+    basis = FeatureBasis.from_moments(moments_of((q, k)), kind, topk=2, dense_dims=3)
+    gain = basis.key.mT @ basis.query
+    torch.testing.assert_close(gain, gain.diagonal(dim1=-2, dim2=-1).diag_embed(), rtol=0, atol=1e-3)
+    rows = basis.transform_key(k)
+    whole, kept = (x.square().sum((0, 2, 3)) for x in (rows[..., 3:], topk_codes(rows, 2, dense_dims=3).values))
+    expected = torch.ones(H, D)
+    expected[:, 3:] = (whole / kept).float()[:, None] ** 0.75
+    assert (expected[:, 3:] > 1).all()
+    torch.testing.assert_close(gain.diagonal(dim1=-2, dim2=-1), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_streamed_moments_equal_one_shot():

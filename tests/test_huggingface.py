@@ -92,7 +92,7 @@ def test_calibration_covers_positions_up_to_the_maximum(model, ids):
 
 def test_full_budget_equals_dense_and_disable_restores(model, kind, ids):
     dense = logits(model, ids)
-    basis = flashsfa.calibrate(model, torch.randint(1, 97, (2, 64)), HEAD_DIMS[kind] // 2)
+    basis = flashsfa.calibrate(model, torch.randint(1, 97, (2, 64)), HEAD_DIMS[kind], dense_dims=0)
     assert torch.equal(logits(model, ids), dense)
     assert flashsfa.enable(model, HEAD_DIMS[kind]) is model
     torch.testing.assert_close(logits(model, ids), dense, **CLOSE)

@@ -1,7 +1,7 @@
 """`FeatureBasis`: a change of coordinates per kv head that makes a dense checkpoint's queries and keys sparse.
 
-q' = q Q and k' = k K with Q Kᵀ = 1, so q'·k' = q·k: before top-k no score changes. Q and K are chosen so that
-what top-k drops matters least.
+q' = q Q and k' = k K with KᵀQ = 1, so q'·k' = q·k: before top-k no score changes. Q and K are chosen so that
+what top-k drops matters least. Then Q is enlarged by a gain for what is dropped.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ KINDS = ("dictionary", "balanced", "whitened", "pca", "identity")
 _MAX_CONDITION = 1e8
 _SAMPLE_KEYS = 4096  # keys a head that the dictionary is fitted to
 _DICTIONARY_ROUNDS = 15
+_GAIN_POWER = 0.75  # 0.5 keeps the size of scores, 1 their mean for given dense ones; docs/method.md
 
 
 def default_kind(topk_query: int, head_dim: int) -> str:
@@ -35,7 +36,7 @@ class FeatureBasis:
 
     Attributes:
         query: [..., H, D, D] Q.
-        key: [..., H, D, D] K, with Q Kᵀ the identity.
+        key: [..., H, D, D] K, with KᵀQ the diagonal matrix of gains: 1 for the dense channel.
     """
 
     query: Tensor
@@ -72,7 +73,7 @@ class FeatureBasis:
                 sparse too. "whitened": the largest entries of a key are the ones whose loss costs a dense query's
                 scores most; keys on their principal axes, largest first. "pca": principal axes of the keys alone.
                 "identity": no change.
-            topk, dense_dims: the key code that a dictionary is fitted to.
+            topk, dense_dims: the key code that a dictionary is fitted to, and the gain; without topk there is none.
 
         Raises `ValueError` for an unknown kind, a dictionary without `topk`, or moments of no token; a nearly
         singular moment matrix is regularised, with a warning.
@@ -84,14 +85,14 @@ class FeatureBasis:
             return cls.identity(heads, head_dim)
         key_moment = _regularised(moments.key_outer / moments.count, "key")
         if kind == "pca":
-            axes = torch.linalg.eigh(key_moment).eigenvectors.flip(-1)
-            return cls(axes.float(), axes.float())
-        query_moment = _regularised(moments.query_outer / moments.query_count, "query")
-        root = torch.linalg.cholesky(query_moment)  # L, E[qqᵀ] = L Lᵀ
-        # Whitened queries are q L⁻ᵀ, and their keys k L: the principal axes of these diagonalise both sides.
-        spectrum, axes = torch.linalg.eigh(root.mT @ key_moment @ root)
-        spectrum, axes = spectrum.flip(-1), axes.flip(-1)  # [H, D] descending, [H, D, D]
-        query, key = torch.linalg.solve_triangular(root.mT, axes, upper=True), root @ axes
+            query = key = torch.linalg.eigh(key_moment).eigenvectors.flip(-1)
+        else:
+            query_moment = _regularised(moments.query_outer / moments.query_count, "query")
+            root = torch.linalg.cholesky(query_moment)  # L, E[qqᵀ] = L Lᵀ
+            # Whitened queries are q L⁻ᵀ, and their keys k L: the principal axes of these diagonalise both sides.
+            spectrum, axes = torch.linalg.eigh(root.mT @ key_moment @ root)
+            spectrum, axes = spectrum.flip(-1), axes.flip(-1)  # [H, D] descending, [H, D, D]
+            query, key = torch.linalg.solve_triangular(root.mT, axes, upper=True), root @ axes
         if kind == "balanced":
             scale = spectrum.clamp(min=torch.finfo(spectrum.dtype).tiny)[..., None, :] ** 0.25
             query, key = query * scale, key / scale
@@ -100,6 +101,8 @@ class FeatureBasis:
                 raise ValueError("a dictionary is fitted to a budget: give topk and dense_dims")
             rotation = _dictionary(moments.sample.double() @ key, topk, dense_dims)
             query, key = query @ rotation, key @ rotation
+        if topk is not None:
+            query = query * _gain(moments.sample.double() @ key, topk, dense_dims)
         return cls(query.float(), key.float())
 
     @classmethod
@@ -164,7 +167,7 @@ class Moments:
 
 
 def _product(x: Tensor, matrix: Tensor) -> Tensor:
-    """x @ matrix in the matrix's precision, autocast or not: rounding it to 16 bits would undo Q Kᵀ = 1."""
+    """x @ matrix in the matrix's precision, autocast or not: rounding it to 16 bits would undo KᵀQ = 1."""
     dtype = torch.promote_types(x.dtype, matrix.dtype)
     with torch.autocast(x.device.type, enabled=False):
         return (x.to(dtype) @ matrix.to(dtype)).to(x.dtype)
@@ -182,6 +185,15 @@ def _dictionary(keys: Tensor, topk: int, dense_dims: int) -> Tensor:
         left, _, right = torch.linalg.svd(keys.mT @ codes)
         rotation = left @ right
     return rotation
+
+
+def _gain(keys: Tensor, topk: int, dense_dims: int) -> Tensor:
+    """[H, 1, D] factors that make up for what the codes of keys [H, S, D] drop: scores of too few features are too flat."""
+    whole = keys[..., dense_dims:].square().sum((1, 2))
+    kept = topk_codes(keys, topk, dense_dims=dense_dims).values.square().sum((1, 2))
+    gain = keys.new_ones(len(keys), 1, keys.shape[-1])
+    gain[..., dense_dims:] = (whole / kept.where(kept > 0, whole)).where(whole > 0, 1)[:, None, None] ** _GAIN_POWER
+    return gain
 
 
 def _regularised(moment: Tensor, side: str) -> Tensor:

@@ -167,16 +167,20 @@ class DistillCore(Core):
 
 
 class TrainedBasis(nn.Module):
-    """A basis of one layer as a parameter: the keys' side; the queries' is its inverse, transposed."""
+    """A basis of one layer as a parameter: the keys' side; the queries' is its inverse, transposed, times the gains."""
+
+    gain: Tensor  # [H, 1, D]
 
     def __init__(self, basis: FeatureBasis) -> None:
         super().__init__()
         self.key = nn.Parameter(basis.key.float().clone())
+        gain = (basis.key.mT.double() @ basis.query.double()).diagonal(dim1=-2, dim2=-1)
+        self.register_buffer("gain", gain[:, None].float())
 
     def forward(self) -> FeatureBasis:
         with torch.autocast(self.key.device.type, enabled=False):  # rounded, the sides would not be inverse
             inverse, _ = torch.linalg.inv_ex(self.key)  # `inv` would look at the result, a device sync a layer
-            return FeatureBasis(inverse.mT, self.key)
+            return FeatureBasis(inverse.mT * self.gain, self.key)
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:

@@ -228,7 +228,7 @@ class Distill:
             summed over features, averaged over tokens, heads and layers.
         layers: those Eq. 8 looks at; None for all that are sparse.
         logits: weight of the Kullback-Leibler divergence a token from that dense model.
-        train_basis: train the basis too; its two sides stay inverse to one another.
+        train_basis: train the basis too; its two sides stay inverse to one another, gains apart.
         anneal: shrink the budget during training.
         warmup, lora: see there.
     """
