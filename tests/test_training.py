@@ -122,6 +122,7 @@ def logits(model, ids, **options):
         ("attention.gradient=some", "attention.gradient: must be one of"),
         ("attention.temperature=0", "attention.temperature must be above 0"),
         ("attention.width=4", "attention.width: only for kinds"),
+        ("attention.equalize=true training.checkpointing=true", "attention.equalize: not with training.fsdp or"),
         ("attention.sparse_temperature=-1", "attention.sparse_temperature must be above 0"),
         ("attention.positions=full", "attention.positions: gpt2 cannot have full positions"),
         ("attention.positions=channel", "attention: positions='channel' turns the dense channel in pairs"),
@@ -129,7 +130,7 @@ def logits(model, ids, **options):
 )
 def test_a_wrong_recipe_is_one_line_that_names_the_key(tmp_path, content, capsys, change, message):
     content["data"]["packed"] = True
-    assert run(tmp_path, content, "--set", change) == 2
+    assert run(tmp_path, content, *(x for setting in change.split() for x in ("--set", setting))) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1, lines
     assert lines[0].startswith("flashsfa: error:")
@@ -464,6 +465,8 @@ def test_scores_start_at_their_temperature(architecture):
     one, warm = queries(**sparse), queries(**sparse, temperature=2.0, sparse_temperature=3.0)
     torch.testing.assert_close(warm[..., :4], 2 * one[..., :4])
     torch.testing.assert_close(warm[..., 4:], 3 * one[..., 4:])
+    mixed = {**sparse, "layers": [1]}  # the dense first layer has no sparse features
+    torch.testing.assert_close(queries(**mixed, temperature=2, sparse_temperature=3), 2 * queries(**mixed))
     torch.testing.assert_close(
         queries(kind="low_rank", width=5, temperature=2.0), 2 * queries(kind="low_rank", width=5)
     )

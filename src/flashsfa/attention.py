@@ -416,13 +416,13 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     q_code = _parts(all_dense_codes(q)) if keeps_all(q, topk_query, query_pattern) else codes[:3]
     k_code = _parts(all_dense_codes(k)) if keeps_all(k, topk) else codes[3:]
     ctx.save_for_backward(*q_code, *k_code, v, out, lse, padding, cu_q, cu_k)
-    ctx.settings, ctx.rest = (q.shape[-1], *settings), (max_q, max_k, of_all, backend)
+    ctx.settings, ctx.options = (q.shape[-1], *settings), (max_q, max_k, of_all, backend)
     ctx.mark_non_differentiable(lse, *codes)
 
 
 def _backward(ctx: Any, grad_out: Tensor, *_: Tensor | None) -> tuple:
     *tensors, padding, cu_q, cu_k = ctx.saved_tensors
-    grads = _attention_backward_op(grad_out, *tensors, *ctx.settings, padding, cu_q, cu_k, *ctx.rest)
+    grads = _attention_backward_op(grad_out, *tensors, *ctx.settings, padding, cu_q, cu_k, *ctx.options)
     return *grads, *(None,) * 15
 
 

@@ -114,7 +114,7 @@ class SparseFeatureAttention(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, topk={self.topk}, "
-            f"topk_query={self.topk_query}, dense_dims={self.dense_dims}, positions={self.positions!r}"
+            f"topk_query={self.topk_query}, dense_dims={self.dense_dims}, positions={self.positions!r}, gradient={self.gradient!r}"
         )
 
 

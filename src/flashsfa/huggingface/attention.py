@@ -29,7 +29,7 @@ class LayerCoding(nn.Module):
     `channel` rotary features are brought to the front, where the dense channel is (`positions.channel_first`); 0 for none.
 
     The buffers follow the model from device to device, but keep their precision: rounded to 16 bits the two sides of a
-    basis are no longer inverse to one another. They are not part of the state dict: the checkpoint stays the dense
+    basis no longer undo one another. They are not part of the state dict: the checkpoint stays the dense
     model's, the basis has its own file.
     """
 

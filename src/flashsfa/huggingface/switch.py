@@ -61,7 +61,8 @@ def enable(
         topk, topk_query: budgets, as in `sparse_feature_attention`.
         dense_dims: as in `sparse_feature_attention`; None for `default_dense_dims`, the part of a head that carries
             positions in a model with partial rotary embeddings (GPT-NeoX, Phi, StableLM, GLM-4), 0 in others.
-        basis: [L, Hkv, D, D] coordinates from `calibrate`; None for the model's own.
+        basis: [L, Hkv, D, D] coordinates from `calibrate`, for these budgets: its gain, and a dictionary, fit no others;
+            None for the model's own.
         layers: indices of the layers to switch; None for all.
         value_tolerance: as in `sparse_feature_decode`.
         positions: "channel" turns the dense channel alone by RoPE and leaves the sparse features free of position: for

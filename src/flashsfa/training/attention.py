@@ -18,7 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from ..attention import sparse_feature_attention, sparse_feature_attention_varlen
 from ..basis import FeatureBasis
-from ..codes import by_token
+from ..codes import by_token, keeps_all
 from ..huggingface.attention import LayerCoding
 from ..huggingface.switch import attention_layers
 
@@ -63,11 +63,12 @@ class Equalizer(nn.Module):
     basis. `fold` makes it part of the weights.
 
     Attributes:
-        square: [H, 1, D] float32, running mean of squared query entries.
+        square: [H, 1, D] float32, running mean of squared query entries; that of the first process's windows where there
+            are several.
     """
 
     square: Tensor
-    _SHARE = 0.02  # of a step in the running mean
+    _SHARE = 0.02  # of a forward pass in the running mean
 
     def __init__(self, heads: int, head_dim: int) -> None:
         super().__init__()
@@ -115,8 +116,9 @@ class SparseCore(Core):
         q, k = self.coding.queries(q), self.coding.keys(k)
         # Rows that are kept whole for the backward pass are kept by themselves: as views they would hold all that GPT-2
         # projects together.
-        if self.coding.topk_query == q.shape[-1]:
-            q = by_token(q)
+        topk = self.coding.topk
+        topk_query = topk if self.coding.topk_query is None else self.coding.topk_query
+        q, k = (by_token(x) if keeps_all(x, budget) else x for x, budget in ((q, topk_query), (k, topk)))
         return sparse_attention(q, k, by_token(v), visible, self.coding, self._gradient)
 
 

@@ -157,11 +157,13 @@ def _budgets(attention: Attention, head_dim: int) -> tuple[int, int | None, int]
 
 def _temperature(attention: Attention, module: Any, head_dim: int) -> torch.Tensor:
     """What the features of a head's queries [D] are multiplied with at the start, in the model's order."""
-    sparse = attention.temperature if attention.sparse_temperature is None else attention.sparse_temperature
-    factor = torch.full((head_dim,), sparse)
-    factor[: attention.dense_dims] = attention.temperature
-    channel = module.sfa.channel if hasattr(module, "sfa") else 0
-    order = channel_first(torch.arange(head_dim), channel) if channel else torch.arange(head_dim)
+    factor = torch.full((head_dim,), float(attention.temperature))
+    if attention.sparse_temperature is None or not hasattr(module, "sfa"):
+        return factor
+    factor[attention.dense_dims :] = attention.sparse_temperature
+    order = torch.arange(head_dim)
+    if module.sfa.channel:
+        order = channel_first(order, module.sfa.channel)
     return torch.empty(head_dim).scatter(0, order, factor)
 
 

@@ -55,8 +55,9 @@ class Attention:
         topk, topk_query, dense_dims: budgets of "sfa", as in `flashsfa.sparse_feature_attention`.
         layers: those that are sparse, the others stay dense; None for all.
         gradient: of "sfa": "kept" or "all", as in `flashsfa.sparse_feature_attention`.
-        equalize: of "sfa" in a GPT-2 with learned positions: keep the features of a head's queries at one size, and let the
-            keys' take it up, so that top-k of keys drops what scores need least. Part of the weights at the end.
+        equalize: of "sfa" with dense queries in a GPT-2 with learned positions: keep the features of a head's queries at one
+            size, and let the keys' take it up, so that top-k of keys drops what scores need least. Part of the weights at
+            the end.
         temperature: scores start so many times as large (Qwen3: its norm of queries begins there).
         sparse_temperature: of "sfa": the same for the features outside the dense channel, to make up for what top-k drops;
             None for `temperature`.
@@ -192,8 +193,9 @@ class PretrainRecipe:
             "training.fsdp: not with attention.kind low_rank, whose products are not sharded",
         )
         require(
-            not (self.training.fsdp and self.attention.equalize),
-            "training.fsdp: not with attention.equalize, which each process would count by itself",
+            not (self.attention.equalize and (self.training.fsdp or self.training.checkpointing)),
+            "attention.equalize: not with training.fsdp or training.checkpointing, where its sizes would differ from one "
+            "process, or from one forward pass, to the next",
         )
 
 
@@ -229,7 +231,7 @@ class Distill:
         layers: those Eq. 8 looks at; None for all that are sparse.
         logits: weight of the Kullback-Leibler divergence a token from that dense model.
         train_basis: train the basis too; its two sides stay inverse to one another, gains apart.
-        anneal: shrink the budget during training.
+        anneal: shrink the budget during training; a basis's gain is that of the last one.
         warmup, lora: see there.
     """
 
