@@ -589,7 +589,7 @@ def test_each_layer_reports_its_distance_once(checkpointing):
 
 
 def test_a_run_that_was_killed_goes_on_with_the_same_losses(tmp_path, content, monkeypatch):
-    content["attention"]["anneal"] = {"share": 0.8}
+    content["attention"] |= {"anneal": {"share": 0.8}, "topk_query": 16, "equalize": True}
     content["model"]["config"]["resid_pdrop"] = 0.1  # random numbers go on too
     assert run(tmp_path, content, name="whole") == 0
     step = RunTrainer.training_step
