@@ -18,6 +18,7 @@ rows() {
     plain="attention.temperature=1 attention.sparse_temperature=null"
     whole="attention.positions=full attention.dense_dims=0"
     dense="attention.kind=dense attention.topk=null attention.topk_query=null attention.gradient=kept attention.sparse_temperature=null"
+    full="$dense $whole attention.temperature=1"
     short="attention.kind=short attention.width"
     theta="model.config.rope_parameters.rope_theta=1000"
     cat << END
@@ -27,7 +28,7 @@ gpt2-short32                gpt2-27m  $short=32
 gpt2-short12                gpt2-27m  $short=12
 gpt2-k8-denseq-all          gpt2-27m  $k8 $best
 gpt2-k8                     gpt2-27m  $k8
-qwen3-full                  qwen3-29m $dense $whole attention.temperature=1
+qwen3-full                  qwen3-29m $full
 qwen3-full-warm             qwen3-29m $dense $whole
 qwen3-24+8-denseq-all-warm  qwen3-29m
 qwen3-24+8-denseq-all       qwen3-29m $plain
@@ -43,7 +44,7 @@ qwen3-16+14-denseq-all-full qwen3-29m $plain attention.positions=full attention.
 qwen3-k25-denseq-all        qwen3-29m $plain $whole attention.topk=25
 qwen3-k25-denseq            qwen3-29m $plain $whole attention.topk=25 attention.gradient=kept
 qwen3-k8-denseq-all         qwen3-29m $plain $whole
-qwen3-short36               qwen3-29m $dense $whole attention.temperature=1 $short=36
+qwen3-short36               qwen3-29m $full $short=36
 gpt2-dense-1                gpt2-27m  training.seed=1
 gpt2-dense-2                gpt2-27m  training.seed=2
 gpt2-k8-denseq-all-equal-1  gpt2-27m  $equal training.seed=1
@@ -52,8 +53,8 @@ gpt2-short32-1              gpt2-27m  $short=32 training.seed=1
 gpt2-short32-2              gpt2-27m  $short=32 training.seed=2
 gpt2-k8-denseq-all-1        gpt2-27m  $k8 $best training.seed=1
 gpt2-k8-denseq-all-2        gpt2-27m  $k8 $best training.seed=2
-qwen3-full-1                qwen3-29m $dense $whole attention.temperature=1 training.seed=1
-qwen3-full-2                qwen3-29m $dense $whole attention.temperature=1 training.seed=2
+qwen3-full-1                qwen3-29m $full training.seed=1
+qwen3-full-2                qwen3-29m $full training.seed=2
 qwen3-full-warm-1           qwen3-29m $dense $whole training.seed=1
 qwen3-full-warm-2           qwen3-29m $dense $whole training.seed=2
 qwen3-24+8-denseq-all-warm-1 qwen3-29m training.seed=1

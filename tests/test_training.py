@@ -411,25 +411,17 @@ def test_the_channel_alone_carries_positions():
     assert ((after - before)[0, 0, 1:, :4] != 0).all()
 
 
-def without_cores(model):
-    return {name: x.clone() for name, x in model.state_dict().items() if "sfa_core" not in name}
-
-
 @pytest.mark.parametrize("window", [None, 5])
 def test_equal_features_are_chosen_by_what_they_do_to_scores_and_end_in_the_weights(window):
     options = {"kind": "sfa", "topk": 3, "topk_query": 16, "window": window}
     model, plain = make("gpt2", equalize=True, **options), make("gpt2", **options)
     ids = torch.randint(0, VOCABULARY, (2, CONTEXT))
-    stretch = torch.linspace(0.2, 5, 16).repeat(2)
+    stretch = torch.linspace(0.2, 5, 16).repeat(2)  # dense scores stay, but large queries hide small keys
     with torch.no_grad():
-        for block in (
-            *model.transformer.h,
-            *plain.transformer.h,
-        ):  # dense scores stay, but large queries hide small keys
+        for block in (*model.transformer.h, *plain.transformer.h):
             block.attn.c_attn.weight[:, :32] *= stretch
             block.attn.c_attn.weight[:, 32:64] /= stretch
-        for _ in range(400):
-            model.train()(ids, use_cache=False)
+        model.train()(ids, use_cache=False)
     before = logits(model.eval(), ids)
     assert not torch.allclose(before, logits(plain.eval(), ids), atol=1e-4)
     finish(model, recipe.Attention(equalize=True, **options))
@@ -519,7 +511,7 @@ def test_mixed_precision_brings_queries_keys_and_values_to_one_dtype():
 
 
 class Coding(torch.nn.Module):
-    topk, topk_query, dense_dims = 3, None, 2
+    topk, topk_query, query_budget, dense_dims = 3, None, 3, 2
 
     def queries(self, q):
         return q

@@ -410,8 +410,9 @@ def _choose(
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    q, k, v, topk_query, topk, _, query_pattern, _, *settings, max_q, max_k, of_all, backend = inputs
-    *settings, padding, cu_q, cu_k = settings
+    q, k, v, topk_query, topk, _, query_pattern, _, *settings, padding, cu_q, cu_k, max_q, max_k, of_all, backend = (
+        inputs
+    )
     out, lse, *codes = output
     q_code = _parts(all_dense_codes(q)) if keeps_all(q, topk_query, query_pattern) else codes[:3]
     k_code = _parts(all_dense_codes(k)) if keeps_all(k, topk) else codes[3:]

@@ -55,6 +55,11 @@ class LayerCoding(nn.Module):
         """The code that keeps every feature: all but the last in the dense channel, which leaves top-1 of one."""
         return cls(1, head_dim, head_dim - 1, 0.0, None)
 
+    @property
+    def query_budget(self) -> int:
+        """Kept features of a query: `topk_query`, or the keys' where that is None."""
+        return self.topk if self.topk_query is None else self.topk_query
+
     def queries(self, q: Tensor) -> Tensor:
         """q [B, Hq, N, D] in the layer's coordinates."""
         if self.channel:

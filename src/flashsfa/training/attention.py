@@ -116,9 +116,8 @@ class SparseCore(Core):
         q, k = self.coding.queries(q), self.coding.keys(k)
         # Rows that are kept whole for the backward pass are kept by themselves: as views they would hold all that GPT-2
         # projects together.
-        topk = self.coding.topk
-        topk_query = topk if self.coding.topk_query is None else self.coding.topk_query
-        q, k = (by_token(x) if keeps_all(x, budget) else x for x, budget in ((q, topk_query), (k, topk)))
+        budgets = ((q, self.coding.query_budget), (k, self.coding.topk))
+        q, k = (by_token(x) if keeps_all(x, budget) else x for x, budget in budgets)
         return sparse_attention(q, k, by_token(v), visible, self.coding, self._gradient)
 
 

@@ -126,7 +126,7 @@ class _Sums:
         power = codes.values[0].double().square()  # [H, N, K]
         ratio = power.sum(-1).square() / power.square().sum(-1).clamp(min=torch.finfo(power.dtype).tiny)
         self.effective += ratio.mean(-1).cpu()
-        topk_query = coding.topk if coding.topk_query is None else coding.topk_query
+        topk_query = coding.query_budget
         if topk_query == q.shape[-1]:
             self.overlap += 1
         else:
