@@ -56,11 +56,11 @@ class DenseCore(Core):
         return dense_attention(q, k, v, visible)
 
 
-class Equalizer(nn.Module):
-    """Keeps a head's query features at one size: q / s and k · s, where s is the running size of each.
+class EqualizedCore(Core):
+    """A core whose query features are kept at one size: of q / s and k · s, where s is the running size of each.
 
-    No score changes before top-k, and a key's largest entries become those that scores depend on most, as in a "whitened"
-    basis. `fold` makes it part of the weights.
+    No dense score changes, and a key's largest entries become those that scores depend on most, as in a "whitened" basis.
+    `fold` makes it part of the weights.
 
     Attributes:
         square: [H, 1, D] float32, running mean of squared query entries; that of the first process's windows where there
@@ -70,17 +70,18 @@ class Equalizer(nn.Module):
     square: Tensor
     _SHARE = 0.02  # of a forward pass in the running mean
 
-    def __init__(self, heads: int, head_dim: int) -> None:
+    def __init__(self, core: Core, heads: int, head_dim: int) -> None:
         super().__init__()
+        self.core = core
         # Almost nothing: equal sizes before the first step, and no weight afterwards.
         self.register_buffer("square", torch.full((heads, 1, head_dim), 1e-12))
 
-    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
         if self.training:
             with torch.no_grad():
                 self.square.lerp_(q.float().square().mean((0, 2))[:, None], self._SHARE)
         size = self.size()
-        return q / size.to(q.dtype), k * size.to(k.dtype)
+        return self.core(q / size.to(q.dtype), k * size.to(k.dtype), v, visible)
 
     def size(self) -> Tensor:
         """s [H, 1, D], 1 in the mean over a head's features."""
@@ -103,16 +104,13 @@ class SparseCore(Core):
     Args:
         coding: the budgets; read at each call, so that they may change during training.
         gradient: as in `flashsfa.sparse_feature_attention`.
-        equalizer: goes over queries and keys first.
     """
 
-    def __init__(self, coding: LayerCoding, gradient: str = "kept", equalizer: Equalizer | None = None) -> None:
+    def __init__(self, coding: LayerCoding, gradient: str = "kept") -> None:
         super().__init__()
-        self.coding, self._gradient, self.equalizer = coding, gradient, equalizer
+        self.coding, self._gradient = coding, gradient
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
-        if self.equalizer is not None:
-            q, k = self.equalizer(q, k)
         q, k = self.coding.queries(q), self.coding.keys(k)
         # Rows that are kept whole for the backward pass are kept by themselves: as views they would hold all that GPT-2
         # projects together.

@@ -13,7 +13,7 @@ from ..huggingface import enable
 from ..huggingface.attention import LayerCoding
 from ..huggingface.positions import channel_first, move_to_channel, require_channel
 from ..huggingface.switch import attention_layers, attention_shape
-from .attention import Core, DenseCore, Equalizer, SparseCore, Visible, install, uninstall
+from .attention import Core, DenseCore, EqualizedCore, SparseCore, Visible, install, uninstall
 from .baselines import PerformerCore, QuantizedCore, factorise, multiply, scale_queries, shorten
 from .recipe import Attention, Model
 
@@ -60,14 +60,15 @@ def build(model: Model, attention: Attention, context: int, vocab_size: int | No
         made: Core
         if hasattr(module, "sfa"):
             coding: LayerCoding = module.sfa  # type: ignore[assignment]
-            equalizer = Equalizer(heads, head_dim) if attention.equalize else None
-            made = SparseCore(coding, attention.gradient, equalizer)
+            made = SparseCore(coding, attention.gradient)
         elif attention.kind == "int8":
             made = QuantizedCore()
         elif attention.kind == "performer":
             made = PerformerCore(head_dim, attention.width or head_dim, seed + index)
         else:
             made = DenseCore()
+        if attention.equalize:
+            made = EqualizedCore(made, heads, head_dim)
         # Qwen3's config has a window of its own.
         wrap = attention.window is not None and model.architecture == "gpt2"
         return _Windowed(made, attention.window) if wrap else made  # type: ignore[arg-type]
@@ -80,7 +81,7 @@ def finish(model: Any, attention: Attention) -> None:
     """Make a trained model one that transformers saves and that computes its attention as transformers does."""
     for layer in attention_layers(model):
         for part in layer.sfa_core.modules():  # type: ignore[union-attr]
-            if isinstance(part, Equalizer):
+            if isinstance(part, EqualizedCore):
                 part.fold(layer)
     uninstall(model, "sfa" if attention.kind == "sfa" else _DENSE)
     multiply(model)

@@ -55,9 +55,9 @@ class Attention:
         topk, topk_query, dense_dims: budgets of "sfa", as in `flashsfa.sparse_feature_attention`.
         layers: those that are sparse, the others stay dense; None for all.
         gradient: of "sfa": "kept" or "all", as in `flashsfa.sparse_feature_attention`.
-        equalize: of "sfa" with dense queries in a GPT-2 with learned positions: keep the features of a head's queries at one
-            size, and let the keys' take it up, so that top-k of keys drops what scores need least. Part of the weights at
-            the end.
+        equalize: of "dense", "short", or "sfa" with dense queries, in a GPT-2 with learned positions: keep the features of a
+            head's queries at one size, and let the keys' take it up, so that top-k of keys drops what scores need least.
+            Dense scores stay as they are, and learn at other speeds. Part of the weights at the end.
         temperature: scores start so many times as large (Qwen3: its norm of queries begins there).
         sparse_temperature: of "sfa": the same for the features outside the dense channel, to make up for what top-k drops;
             None for `temperature`.
@@ -97,7 +97,10 @@ class Attention:
         require(sparse or self.layers is None, "attention.layers: only for kind sfa")
         _one_of("attention.gradient", self.gradient, GRADIENTS)
         require(sparse or self.gradient == "kept", "attention.gradient: only for kind sfa")
-        require(sparse or not self.equalize, "attention.equalize: only for kind sfa")
+        require(
+            self.kind in ("dense", "sfa", "short") or not self.equalize,
+            "attention.equalize: only for kinds dense, sfa and short",
+        )
         require(sparse or self.sparse_temperature is None, "attention.sparse_temperature: only for kind sfa")
         for name in ("temperature", "sparse_temperature"):
             value = getattr(self, name)
