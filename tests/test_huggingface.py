@@ -121,8 +121,9 @@ def test_cached_generation_equals_no_cache(model, ids, layers):
     torch.testing.assert_close(torch.stack(found.logits, 1), expected.float(), rtol=1e-5, atol=1e-6)
 
 
-def test_left_padding(model, ids):
-    switch(model)
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+def test_left_padding(model, ids, cache_dtype):
+    switch(model, cache_dtype=cache_dtype)
     mask = torch.ones_like(ids)
     mask[0, :7] = 0
     padded = greedy(model, ids, attention_mask=mask)
@@ -141,11 +142,13 @@ def test_beams_and_prompt_lookup(model, ids):
     assert torch.equal(plain, looked_up)
 
 
-def test_save_and_load(model, ids, tmp_path):
-    expected = logits(switch(model), ids)
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+def test_save_and_load(model, ids, tmp_path, cache_dtype):
+    expected = logits(switch(model, cache_dtype=cache_dtype), ids)
     model.save_pretrained(tmp_path)
     loaded = flashsfa.from_pretrained(tmp_path, dtype=torch.float64).eval()
     assert loaded.config.sfa == model.config.sfa
+    assert loaded.config.sfa["cache_dtype"] == cache_dtype
     torch.testing.assert_close(logits(loaded, ids), expected, **CLOSE)
 
 
@@ -205,12 +208,13 @@ def test_changing_the_dtype_does_not_round_the_basis(convert):
     assert coding.to("meta").key.is_meta
 
 
-@pytest.mark.parametrize("kind", ["none", "dense", "dynamic", "static"])
+@pytest.mark.parametrize("kind", ["none", "dense", "dynamic", "static", "int8"])
 def test_autocast(ids, device, kind):
     """Norms leave queries and keys in float32 beside values in 16 bits; a basis is not rounded."""
-    model = switch(make("qwen3")).float()
+    model = switch(make("qwen3"), cache_dtype="int8" if kind == "int8" else None).float()
     expected = logits(model, ids, use_cache=False)
     caches = {"none": lambda: None, "dense": transformers.DynamicCache, "dynamic": lambda: SparseCache(model)}
+    caches["int8"] = caches["dynamic"]
     cache = {**caches, "static": lambda: StaticSparseCache(model, 32)}[kind]()
     with torch.autocast(device.type, torch.bfloat16):
         parts = (ids,) if cache is None else ids.split((17, 1, 2), dim=1)
@@ -294,6 +298,7 @@ def softcap(model):
         ({}, None, {"topk_query": 9}, "topk"),
         ({}, None, {"dense_dims": 8}, "dense_dims"),
         ({}, None, {"value_tolerance": 1.0}, "value_tolerance"),
+        ({}, None, {"cache_dtype": "fp8"}, "cache_dtype must be 'int8' or None, got 'fp8'"),
         ({}, None, {"layers": [0, 2]}, "do not exist"),
         ({}, None, {"layers": []}, "each layer to switch once"),
         ({}, None, {"layers": [1, 1]}, "each layer to switch once"),

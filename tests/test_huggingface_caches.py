@@ -1,9 +1,12 @@
 """The caches of codes: growth, windows, fixed buffers, batch and length changes, compilation, offloading."""
 
+import copy
+
 import pytest
 import torch
 
 import flashsfa
+from flashsfa.codes import quantize_rows, topk_codes
 
 transformers = pytest.importorskip("transformers")
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer  # noqa: E402
@@ -16,6 +19,7 @@ transformers.utils.logging.disable_progress_bar()
 
 WINDOW, CAPACITY = 7, 48
 CLOSE = {"rtol": 1e-8, "atol": 1e-8}
+CLOSE_IN_FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}  # of scales
 
 
 def make(sliding=False, **options):
@@ -78,6 +82,70 @@ def test_float32(kind):
             found.append(model(ids[:, start:stop], past_key_values=cache, **here).logits)
             start = stop
     torch.testing.assert_close(torch.cat(found, 1)[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-4)
+
+
+def rounded(model):
+    """Its twin that rounds keys and values to 8 bits as they come: what it computes without a cache."""
+
+    def round_values(module, args, v):
+        kept, scale = quantize_rows(v.unflatten(-1, (2, 16)))
+        return (kept * scale[..., None].to(v.dtype)).flatten(-2)
+
+    twin = copy.deepcopy(model)
+    for attention in (layer.self_attn for layer in twin.model.layers if hasattr(layer.self_attn, "sfa")):
+        attention.sfa.keys = lambda k: topk_codes(k, 3, dense_dims=2).quantize().to(k.dtype).to_dense()
+        attention.v_proj.register_forward_hook(round_values)
+    return twin
+
+
+@pytest.mark.parametrize("steps", [(20, 1, 1, 1), (1,) * 20, (3, 5, 17, 1, 4), (20, 20)], ids=str)
+@pytest.mark.parametrize("layers", [None, [1]], ids=["all", "some"])
+@pytest.mark.parametrize("sliding", [False, True], ids=["full", "sliding"])
+def test_eight_bits_in_any_steps_equal_rounded_keys_and_values(sliding, layers, steps):
+    model, ids = make(sliding, layers=layers, cache_dtype="int8"), tokens(sum(steps))
+    cache = SparseCache(model)
+    found = torch.cat([run(model, part, cache) for part in ids.split(steps, dim=1)], dim=1)
+    torch.testing.assert_close(found, run(rounded(model), ids), **CLOSE_IN_FLOAT32)
+    assert (found - run(model, ids)).abs().max() > 1e-3
+    held = 2 * sum(len(layer.store) for layer in cache.layers if hasattr(layer, "store"))  # rows of a kv head
+    dense = 0 if layers is None else cache.layers[0].keys.nbytes
+    found = cache_nbytes(cache)
+    assert (found["keys"], found["values"]) == (2 * held * (2 + 2 * 3 + 4) + dense, 2 * held * (16 + 4) + dense)
+    assert found["total"] == cache.nbytes == found["keys"] + found["values"]
+
+
+@pytest.mark.parametrize("change", ["reorder", "select", "repeat", "reset", "crop"])
+@pytest.mark.parametrize("sliding", [False, True], ids=["full", "sliding"])
+def test_changes_in_eight_bits(sliding, change):
+    model, ids = make(sliding, cache_dtype="int8"), tokens(20)
+    cache = SparseCache(model)
+    if change == "crop":
+        cache.activate_past_recording()
+    run(model, ids, cache)
+    ids = changed(cache, ids, change)
+    more = tokens(3, len(ids))
+    found = torch.cat([run(model, more[:, :2], cache), run(model, more[:, 2:], cache)], dim=1)
+    expected = run(rounded(model), torch.cat((ids, more), dim=1))[:, -3:]
+    torch.testing.assert_close(found, expected, **CLOSE_IN_FLOAT32)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prefill_chunk_size": 9}], ids=str)
+@pytest.mark.parametrize("sliding", [False, True], ids=["full", "sliding"])
+def test_generate_in_eight_bits(sliding, options):
+    model, ids = make(sliding, cache_dtype="int8"), tokens(24)
+    settings = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    found = model.generate(ids, **settings, **options, return_dict_in_generate=True)
+    assert {layer.store.v.dtype for layer in found.past_key_values.layers} == {torch.int8}
+    beams = {"num_beams": options.get("num_beams", 1)}
+    assert torch.equal(found.sequences, rounded(model).generate(ids, **settings, **beams, use_cache=False))
+
+
+def test_static_caches_in_eight_bits_are_refused():
+    model = make(layers=[1], cache_dtype="int8")
+    with pytest.raises(ValueError, match="8-bit caches are dynamic ones"):
+        StaticSparseCache(model, CAPACITY)
+    with pytest.raises(ValueError, match="8-bit caches are dynamic ones"):
+        model.generate(tokens(5), max_new_tokens=2, cache_implementation="static")
 
 
 def changed(cache, ids, change):
@@ -253,8 +321,9 @@ def test_generate_compiles_with_a_static_cache(model, chunk):
 
 
 @pytest.mark.gpu
-def test_offloaded_equals_dynamic(model):
-    model, ids = model.cuda(), tokens(24).cuda()
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+def test_offloaded_equals_dynamic(model, cache_dtype):
+    model, ids = flashsfa.enable(model, 3, dense_dims=2, cache_dtype=cache_dtype).cuda(), tokens(24).cuda()
     settings = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(ids)}
     expected = model.generate(ids, **settings)
     found = model.generate(ids, **settings, cache_implementation="offloaded", return_dict_in_generate=True)

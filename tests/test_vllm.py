@@ -681,6 +681,9 @@ def test_what_cannot_run_is_refused(vllm, serve):
     serve(**CODING, layers=[0])
     with pytest.raises(ValueError, match="codes every layer"):
         SparseFeatureImpl(*ordinary)
+    serve(**CODING, cache_dtype="int8")
+    with pytest.raises(ValueError, match="cache_dtype=None"):
+        SparseFeatureImpl(*ordinary)
     serve()
     with pytest.raises(ValueError, match=r"flashsfa\.enable.*--hf-overrides"):
         SparseFeatureImpl(*ordinary)

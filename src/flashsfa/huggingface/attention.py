@@ -27,6 +27,7 @@ class LayerCoding(nn.Module):
     """How one attention layer codes its queries and keys: budgets, the place of its channel, and as buffers its basis.
 
     `channel` rotary features are brought to the front, where the dense channel is (`positions.channel_first`); 0 for none.
+    `cache_dtype` is that of the layer's growing cache: torch.int8, or None for that of what comes in.
 
     The buffers follow the model from device to device, but keep their precision: rounded to 16 bits the two sides of a
     basis no longer undo one another. They are not part of the state dict: the checkpoint stays the dense
@@ -41,10 +42,11 @@ class LayerCoding(nn.Module):
         value_tolerance: float,
         basis: FeatureBasis | None,
         channel: int = 0,
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.topk, self.topk_query, self.dense_dims = topk, topk_query, dense_dims
-        self.value_tolerance, self.channel = value_tolerance, channel
+        self.value_tolerance, self.channel, self.cache_dtype = value_tolerance, channel, cache_dtype
         self.has_basis = basis is not None
         if basis is not None:
             for name in ("query", "key"):
@@ -96,15 +98,29 @@ class StaticCodes:
     positions: Tensor | None = None
 
 
-def to_dtype_of(v: Tensor, x: Tensor) -> Tensor:
-    """Queries or keys x in the dtype of the values v: under autocast, norms and RoPE leave them in float32."""
-    return x.to(v.dtype)
+@dataclass(frozen=True)
+class EightBitCodes:
+    """What a cache in 8 bits hands to the attention function in place of keys, beside int8 values.
+
+    Attributes:
+        codes: [B, Hkv, N, ...] int8 key codes with their scale.
+        v_scale: [B, Hkv, N] float32 factor of each row of the values.
+        dtype: of the values as they came, and so of the attention's output.
+    """
+
+    codes: FeatureCodes
+    v_scale: Tensor
+    dtype: torch.dtype
+
+    def __getitem__(self, index: Any) -> EightBitCodes:
+        """Index the leading dimensions, as `FeatureCodes` does."""
+        return EightBitCodes(self.codes[index], self.v_scale[index], self.dtype)
 
 
 def attention_forward(
     module: nn.Module,
     query: Tensor,
-    key: Tensor | FeatureCodes | StaticCodes,
+    key: Tensor | FeatureCodes | StaticCodes | EightBitCodes,
     value: Tensor,
     attention_mask: Tensor | None,
     dropout: float = 0.0,
@@ -121,17 +137,20 @@ def attention_forward(
     if dropout:
         raise ValueError("sfa does not drop attention weights: set the config's attention dropout to 0")
     coding: LayerCoding | None = getattr(module, "sfa", None)
+    dtype, v_scale = value.dtype, None
+    if isinstance(key, EightBitCodes):
+        v_scale, dtype, key = key.v_scale, key.dtype, key.codes
     rules: dict[str, Any] = {
         "topk_query": query.shape[-1] if coding is None else coding.topk_query,
         "scale": scaling,
         "window": sliding_window,
         "key_padding_mask": _padding(attention_mask, key),
     }
-    query = to_dtype_of(value, query)
+    query = query.to(dtype)  # under autocast, norms and RoPE leave queries and keys in float32
     query = query if coding is None else coding.queries(query)
     out: Any
     if isinstance(key, Tensor):
-        key = to_dtype_of(value, key)
+        key = key.to(dtype)
         if coding is None:
             rules["topk"] = key.shape[-1]
         else:
@@ -142,7 +161,7 @@ def attention_forward(
         if isinstance(key, StaticCodes):
             out = _attend_static(query, key, value, **rules)
         else:
-            out = attend_cached(query, key, value, **rules)
+            out = attend_cached(query, key, value, v_scale=v_scale, **rules)
     return out.transpose(1, 2), None
 
 

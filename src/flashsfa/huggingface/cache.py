@@ -16,13 +16,14 @@ from ..checks import require
 from ..codes import FeatureCodes, topk_codes
 from ..decode import FEW_QUERIES
 from ..kv_cache import SparseKVCache
-from .attention import LayerCoding, StaticCodes, to_dtype_of
+from .attention import EightBitCodes, LayerCoding, StaticCodes
 
 
 class SparseCache(Cache):
     """The cache of a model that `enable` switched; it grows with the tokens, and `generate()` makes one by itself.
 
-    Layers that were left dense keep transformers' own layer.
+    Layers that were left dense keep transformers' own layer. With `enable(cache_dtype="int8")` the others keep codes and
+    values in 8 bits.
 
     Args:
         model: the switched model.
@@ -50,11 +51,18 @@ class StaticSparseCache(Cache):
     Args:
         model: the switched model.
         max_cache_len: tokens that fit.
+
+    Raises `ValueError` for a model that is not switched, or whose cache is in 8 bits.
     """
 
     def __init__(self, model: Any, max_cache_len: int) -> None:
         require(max_cache_len >= 1, f"max_cache_len must be at least 1 token, got {max_cache_len}")
         codings, layers = _codings(model), []
+        require(
+            all(coding.cache_dtype is None for coding in codings.values()),
+            "a static cache keeps codes and values as they come, and 8-bit caches are dynamic ones: use a dynamic cache, or "
+            "enable the model with cache_dtype=None",
+        )
         for index, dense in enumerate(_dense_layers(model)):
             require(isinstance(dense, DynamicLayer), f"no static cache of codes beside a {type(dense).__name__}")
             window, coding = _window(dense), codings.get(index)
@@ -69,14 +77,14 @@ class StaticSparseCache(Cache):
 
 
 def cache_nbytes(cache: Cache) -> dict[str, int]:
-    """Bytes of the tokens held by any dynamic cache, or of a static one's buffers: {"keys", "values", "total"}, read
-    from the live tensors; 0 before the first token. Layers that hold no keys do not count."""
+    """Bytes of the tokens held by any dynamic cache, or of a static one's buffers: {"keys", "values", "total"}, scales
+    included, read from the live tensors; 0 before the first token. Layers that hold no keys do not count."""
     keys = values = 0
     for layer in cache.layers:
         if isinstance(layer, _CodedLayer):
             if layer.is_initialized and len(layer.store):
                 keys += layer.store.codes.nbytes
-                values += layer.store.v.nbytes
+                values += layer.store.nbytes - layer.store.codes.nbytes
         elif getattr(layer, "keys", None) is not None:
             keys += layer.keys.nbytes
             values += layer.values.nbytes
@@ -125,11 +133,14 @@ class SparseCacheLayer(_CodedLayer):
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[FeatureCodes, Tensor]:
+    ) -> tuple[FeatureCodes | EightBitCodes, Tensor]:
         _require_no_gradient(key_states, value_states)
-        key_states = to_dtype_of(value_states, key_states)
+        key_states = key_states.to(value_states.dtype)  # autocast leaves keys in float32
         self.lazy_initialization(key_states, value_states)
-        return self.store.append(self._coding.keys(key_states), value_states)
+        codes, values = self.store.append(self._coding.keys(key_states), value_states)
+        if self.store.v_scale is None:
+            return codes, values
+        return EightBitCodes(codes, self.store.v_scale, value_states.dtype), values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return len(self.store) + query_length, 0
@@ -141,7 +152,8 @@ class SparseCacheLayer(_CodedLayer):
         return -1
 
     def reset(self) -> None:
-        self.store = SparseKVCache(self._coding.topk, dense_dims=self._coding.dense_dims)
+        coding = self._coding
+        self.store = SparseKVCache(coding.topk, dense_dims=coding.dense_dims, dtype=coding.cache_dtype)
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -167,7 +179,7 @@ class SparseSlidingLayer(SparseCacheLayer):
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[FeatureCodes, Tensor]:
+    ) -> tuple[FeatureCodes | EightBitCodes, Tensor]:
         start = max(0, len(self.store) - self.sliding_window + 1)
         codes, values = super().update(key_states, value_states)
         self._seen += key_states.shape[2]
@@ -247,7 +259,7 @@ class StaticSparseLayer(_CodedLayer):
             held + count <= self.max_cache_len,
             f"{count} tokens do not fit a cache of {self.max_cache_len} that holds {held}",
         )
-        key_states = to_dtype_of(value_states, key_states)
+        key_states = key_states.to(value_states.dtype)  # autocast leaves keys in float32
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self._coding is not None

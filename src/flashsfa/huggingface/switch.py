@@ -37,6 +37,7 @@ class SFASettings:
     value_tolerance: float = 0.0
     has_basis: bool = False
     positions: str | None = None
+    cache_dtype: str | None = None
 
 
 def enable(
@@ -49,6 +50,7 @@ def enable(
     layers: list[int] | None = None,
     value_tolerance: float = 0.0,
     positions: str | None = None,
+    cache_dtype: str | None = None,
 ) -> Any:
     """Switch a transformers causal language model to Sparse Feature Attention, in place.
 
@@ -67,6 +69,10 @@ def enable(
         value_tolerance: as in `sparse_feature_decode`.
         positions: "channel" turns the dense channel alone by RoPE and leaves the sparse features free of position: for
             GPT-2 (whose learned positions are dropped) and Qwen3 models that are trained so. None for the model's own.
+        cache_dtype: "int8" keeps the codes and values of the switched layers' dynamic and offloaded caches in 8 bits with
+            a float32 scale a row: a key costs M + 2·K + 4 bytes (M dense dims, K kept features), a value Dv + 4. A
+            prompt attends to the rounded ones too; calls without such a cache round nothing, and static caches are refused.
+            None keeps them in the dtype that they come in.
 
     Returns:
         model.
@@ -77,7 +83,9 @@ def enable(
     _check_model(model, modules)
     dense_dims = default_dense_dims(model) if dense_dims is None else dense_dims
     layers = None if layers is None else sorted(layers)
-    settings = SFASettings(topk, topk_query, dense_dims, layers, value_tolerance, basis is not None, positions)
+    settings = SFASettings(
+        topk, topk_query, dense_dims, layers, value_tolerance, basis is not None, positions, cache_dtype
+    )
     _check_settings(model, modules, settings, basis)
     _warn_of_untested_version()
     register()
@@ -85,9 +93,10 @@ def enable(
     try:
         model._sfa_dense_attention = model.config._attn_implementation
         channel = 0 if positions is None else move_to_channel(model, dense_dims)
+        kept_dtype = None if cache_dtype is None else getattr(torch, cache_dtype)
         for index in range(len(modules)) if layers is None else layers:
             layer_basis = None if basis is None else basis[index]
-            coding = LayerCoding(topk, topk_query, dense_dims, value_tolerance, layer_basis, channel)
+            coding = LayerCoding(topk, topk_query, dense_dims, value_tolerance, layer_basis, channel, kept_dtype)
             modules[index].sfa = coding.to(next(modules[index].parameters()).device)
         model.set_attn_implementation(NAME)
         model.config.sfa = asdict(settings)
@@ -142,6 +151,7 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> Any:
     return enable(
         model, settings.topk, topk_query=settings.topk_query, dense_dims=settings.dense_dims, basis=basis,
         layers=settings.layers, value_tolerance=settings.value_tolerance, positions=settings.positions,
+        cache_dtype=settings.cache_dtype,
     )  # fmt: skip
 
 
@@ -221,6 +231,7 @@ def _check_settings(model: Any, modules: list[nn.Module], settings: SFASettings,
         f"layers must name each layer to switch once, got {settings.layers}; leave it None for all",
     )
     require(settings.positions in (None, "channel"), f"positions must be 'channel' or None, got {settings.positions!r}")
+    require(settings.cache_dtype in (None, "int8"), f"cache_dtype must be 'int8' or None, got {settings.cache_dtype!r}")
     if settings.positions is not None:
         require(basis is None, "positions='channel' has no basis: the model is trained in the coordinates it has")
         require_channel(model, settings.dense_dims, head_dim)

@@ -76,6 +76,10 @@ def _read(hf_config: Any) -> SFASettings:
     settings = SFASettings(**stored)
     require(settings.layers is None, "vLLM's backend codes every layer: enable the model with layers=None")
     require(
+        settings.cache_dtype is None,
+        "vLLM's backend keeps codes and values in the model's dtype: enable the model with cache_dtype=None",
+    )
+    require(
         settings.positions is None or hf_config.model_type == "qwen3",
         "vLLM's backend runs positions='channel' in Qwen3 models alone: vLLM's own GPT-2 has learned positions",
     )
