@@ -132,6 +132,20 @@ def test_convert(tiny, text, tmp_path, capsys, monkeypatch):
     assert "topk: 2" in capsys.readouterr().out
 
 
+def test_convert_to_an_eight_bit_cache(tiny, text, tmp_path, monkeypatch):
+    short = functools.partial(flashsfa.convert.ConvertSettings, contexts=(64,))
+    monkeypatch.setattr(flashsfa.convert, "ConvertSettings", short)
+    output = tmp_path / "out"
+    assert main(arguments(tiny, text, output, "--dense-dims", "5", "--cache-dtype", "int8")) == 0
+    report = json.loads((output / "report.json").read_text())
+    assert report["dense"]["kv_bytes_per_token"] == 2 * 2 * (4 * 8 + 4 * 8)
+    assert report["sfa"]["key_bytes_per_token_and_head"] == 5 + 2 * 2 + 4
+    assert report["sfa"]["value_bytes_per_token_and_head"] == 8 + 4
+    assert report["plain_topk"]["label"] == "top-4 alone, int8"  # 12 of at most 13 bytes
+    assert report["settings"]["cache_dtype"] == "int8"
+    assert flashsfa.from_pretrained(output).config.sfa["cache_dtype"] == "int8"
+
+
 @pytest.mark.parametrize("kilobytes", [1, 20])
 def test_full_disk_leaves_nothing(kilobytes, tiny, text, tmp_path, capsys, monkeypatch):
     """No file may grow past a limit, which writers meet as they meet a full disk."""

@@ -18,14 +18,17 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 from flashsfa.evaluation import needle  # noqa: E402
 from flashsfa.evaluation.haystack import TASKS, Haystack, Sample, samples  # noqa: E402
+from flashsfa.evaluation.perplexity import perplexity  # noqa: E402
 from flashsfa.evaluation.subject import SWITCH_OPTIONS, Subject, SubjectSettings  # noqa: E402
 from flashsfa.evaluation.text import separate_texts  # noqa: E402
+from flashsfa.huggingface import SparseCache  # noqa: E402
 
 TEXT = " ".join(
     f"Sentence {i} tells of {a} and {b}." for i in range(40) for a in ("rivers", "stones") for b in ("wind", "rain")
 )
 SWITCH = [
-    ["--topk-query", 8], ["--dense-dims", 2], ["--basis", "pca"], ["--max-position", 50], ["--calibrate", __file__]
+    ["--topk-query", 8], ["--dense-dims", 2], ["--basis", "pca"], ["--max-position", 50], ["--calibrate", __file__],
+    ["--cache-dtype", "int8"],
 ]  # fmt: skip
 BUDGET = ["--topk", "2", "--dense-dims", "2", "--dtype", "float32", "--device", "cpu"]
 
@@ -180,6 +183,24 @@ def test_perplexity(tiny, text, tmp_path, capsys, monkeypatch):
         model = transformers.AutoModelForCausalLM.from_pretrained(tiny)
         losses = [F.cross_entropy(model(w[None]).logits[0, :-1], w[1:]).item() for w in windows.cpu()]
     assert found["results"]["dense"]["perplexity"] == pytest.approx(math.exp(sum(losses) / 3), rel=1e-4)
+
+
+def test_perplexity_of_an_eight_bit_cache(tiny, text, tmp_path):
+    """It is what the cache gives token by token."""
+    command = ["--text", text, "--window", 60, "--windows", 2, *BUDGET, "--topk-query", 8, "--cache-dtype", "int8"]
+    assert evaluate("perplexity", tiny, tmp_path / "out", *command) == 0
+    assert document(tmp_path / "out")["settings"]["sfa"]["cache_dtype"] == "int8"
+    with torch.device("cpu"), torch.no_grad():
+        model = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+        windows = torch.randint(2, 258, (2, 40))
+        flashsfa.enable(model, 2, dense_dims=2, cache_dtype="int8")
+        found, total = perplexity(model, windows), 0.0
+        for window in windows:
+            cache = SparseCache(model)
+            steps = [model(token[None, None], past_key_values=cache).logits[0] for token in window]
+            total += F.cross_entropy(torch.cat(steps[:-1]), window[1:]).item()
+        assert found == pytest.approx(math.exp(total / 2), rel=1e-5)
+        assert perplexity(flashsfa.enable(model, 2, dense_dims=2), windows) != pytest.approx(found, rel=1e-5)
 
 
 def test_converted_model_and_names(tiny, text, tmp_path, capsys):

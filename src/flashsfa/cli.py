@@ -75,6 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of weights and cache"
     )
+    convert.add_argument(
+        "--cache-dtype", choices=("int8",), default=None, help="of the cache of codes (default: as --dtype)"
+    )
     convert.add_argument("--window", type=int, default=768, help="tokens a window")
     convert.add_argument("--windows", type=int, default=10, help="windows to calibrate on, and to evaluate on")
     convert.set_defaults(run=_convert)
@@ -124,7 +127,7 @@ def _convert(options: argparse.Namespace) -> None:
     settings = ConvertSettings(
         model=options.model, topk=options.topk, topk_query=options.topk_query, dense_dims=options.dense_dims,
         basis=options.basis, calibrate=options.calibrate, eval=options.eval, dtype=options.dtype,
-        window=options.window, windows=options.windows, max_position=options.max_position,
+        cache_dtype=options.cache_dtype, window=options.window, windows=options.windows, max_position=options.max_position,
     )  # fmt: skip
     output.parent.mkdir(parents=True, exist_ok=True)
     # Write beside, then rename: whatever stops us, there is never half a model under the final name.

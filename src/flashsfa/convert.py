@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from . import __version__
 from .attention import sparse_feature_attention
 from .basis import FeatureBasis, default_kind
-from .codes import topk_codes
 from .decode import sparse_feature_decode
 from .evaluation.perplexity import perplexity
 from .evaluation.text import separate_texts, token_windows
@@ -27,6 +26,7 @@ from .huggingface import disable, enable
 from .huggingface.cache import cache_nbytes
 from .huggingface.calibration import gather_moments
 from .huggingface.switch import attention_shape
+from .kv_cache import SparseKVCache
 from .models import BUNDLED_NAME, load_model
 
 Progress = Callable[[str, int], Callable[[], None]]  # (description, steps) -> call once a step
@@ -48,6 +48,7 @@ class ConvertSettings:
     calibrate: str | None = None
     eval: str | None = None
     dtype: str = "bfloat16"
+    cache_dtype: str | None = None  # as `enable`'s
     window: int = 768
     windows: int = 10
     contexts: tuple[int, ...] = (1024, 4096, 16384)
@@ -67,31 +68,33 @@ def convert(settings: ConvertSettings, output: Path, progress: Progress) -> dict
         "topk_query": topk_query,
         "dense_dims": settings.dense_dims,
     }
-    enable(model, **budgets)  # refuses a model or a budget before any long work
+    enable(model, **budgets, cache_dtype=settings.cache_dtype)  # refuses a model or a budget before any long work
     disable(model)
 
     kind = settings.basis or default_kind(topk_query, head_dim)
     moments = gather_moments(
         model, calibration, max_position=settings.max_position, progress=progress("calibrating", len(calibration))
     )
-    # A pure top-k code of at most the same bytes, for comparison: 2 M + 3 K bytes at 16 bits.
-    plain = min(head_dim, settings.topk + 2 * settings.dense_dims // 3)
+    # A pure top-k code of at most the same bytes, for comparison: 2 M + 3 K bytes at 16 bits, M + 2 K + 4 at 8.
+    more = 2 * settings.dense_dims // 3 if settings.cache_dtype is None else settings.dense_dims // 2
+    plain = min(head_dim, settings.topk + more)
     fit = progress(f"fitting the basis: {kind}", 2)
     plain_basis = FeatureBasis.from_layers(moments, kind, topk=plain)
     fit()
     basis = FeatureBasis.from_layers(moments, kind, topk=settings.topk, dense_dims=settings.dense_dims)
     fit()
+    kept = "" if settings.cache_dtype is None else f", {settings.cache_dtype}"
     variants: list[tuple[str, str, dict[str, Any] | None]] = [
         ("dense", "dense", None),
-        ("plain_topk", f"top-{plain} alone", {"topk": plain, "topk_query": topk_query}),
+        ("plain_topk", f"top-{plain} alone{kept}", {"topk": plain, "topk_query": topk_query}),
         (
             "basis",
-            f"top-{plain}, {kind} basis",
+            f"top-{plain}, {kind} basis{kept}",
             {"topk": plain, "topk_query": topk_query, "basis": plain_basis},
         ),
         (
             "sfa",
-            f"{settings.dense_dims} dense + top-{settings.topk}, {kind} basis",
+            f"{settings.dense_dims} dense + top-{settings.topk}, {kind} basis{kept}",
             {**budgets, "basis": basis},
         ),
     ]
@@ -108,7 +111,7 @@ def convert(settings: ConvertSettings, output: Path, progress: Progress) -> dict
         if options is None:
             disable(model)
         else:
-            enable(model, **options)
+            enable(model, **options, cache_dtype=settings.cache_dtype)
         report[name] = {
             "label": label,
             "perplexity": perplexity(model, evaluation, progress(f"perplexity: {label}", len(evaluation))),
@@ -169,14 +172,17 @@ def _attention_times(
 ) -> list[dict[str, float]]:
     """Median milliseconds of one layer's attention with the model's head counts and widths, dense (SDPA) and sparse.
 
-    In float32, where torch's CPU kernels are at their best.
+    In float32, where torch's CPU kernels are at their best, but for a cache in 8 bits.
     """
     heads, kv_heads, head_dim = attention_shape(model)
     step = progress("timing attention", len(settings.contexts))
+    kept_dtype = None if settings.cache_dtype is None else getattr(torch, settings.cache_dtype)
 
     def row(n: int) -> dict[str, float]:
         q, k, v = (torch.randn(1, h, n, head_dim, device=model.device) for h in (heads, kv_heads, kv_heads))
-        newest, codes = q[:, :, -1:], topk_codes(k, settings.topk, dense_dims=settings.dense_dims)
+        newest = q[:, :, -1:]
+        cache = SparseKVCache(settings.topk, dense_dims=settings.dense_dims, capacity=n, dtype=kept_dtype)
+        codes, values = cache.append(k, v)
 
         def dense(queries: torch.Tensor, is_causal: bool) -> float:
             sdpa = F.scaled_dot_product_attention
@@ -187,7 +193,9 @@ def _attention_times(
 
         times = {"context": n, "decode_dense": dense(newest, False)}
         times["decode_sfa"] = _median_ms(
-            lambda: sparse_feature_decode(newest, codes, v, topk_query=budgets["topk_query"])
+            lambda: sparse_feature_decode(
+                newest, codes, values, topk_query=budgets["topk_query"], v_scale=cache.v_scale
+            )
         )
         if n <= _LONGEST_PREFILL:
             times |= {"prefill_dense": dense(q, True), "prefill_sfa": _median_ms(prefill)}

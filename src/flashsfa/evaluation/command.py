@@ -205,6 +205,10 @@ def _add_subject(parser: argparse.ArgumentParser, context: str) -> None:
         "--calibrate", metavar="TEXT",
         help="file or folder to calibrate on (default: topics of Python's help); a TEXT that is measured on too is split in two",
     )  # fmt: skip
+    switch.add_argument(
+        "--cache-dtype", choices=("int8",),
+        help="of the cache of codes (default: as --dtype); likelihoods of lm-eval use no cache",
+    )  # fmt: skip
 
 
 def _subject(options: argparse.Namespace) -> Subject:
@@ -214,7 +218,7 @@ def _subject(options: argparse.Namespace) -> Subject:
         SubjectSettings(
             model=options.model, dense=options.dense, topk=options.topk, topk_query=options.topk_query,
             dense_dims=options.dense_dims, basis=options.basis, max_position=options.max_position,
-            calibrate=options.calibrate, dtype=options.dtype, device=options.device,
+            calibrate=options.calibrate, cache_dtype=options.cache_dtype, dtype=options.dtype, device=options.device,
         )
     )  # fmt: skip
 

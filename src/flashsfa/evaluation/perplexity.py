@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..huggingface import SparseCache
+from ..huggingface.switch import is_enabled
+
 _ROWS = 1024  # logits turned to float32 at a time: of a long window they would be the largest tensor by far
 
 
@@ -17,15 +20,19 @@ _ROWS = 1024  # logits turned to float32 at a time: of a long window they would 
 def perplexity(model: Any, windows: Tensor, progress: Callable[[], None] = lambda: None) -> float:
     """exp of the mean negative log-likelihood of all but the first token of each window.
 
+    A model whose cache is in 8 bits attends to the rounded keys and values that the cache holds.
+
     Args:
         model: a causal language model of transformers.
         windows: [S, W] int64 token ids.
         progress: called after each window.
     """
+    rounds = is_enabled(model) and model.config.sfa["cache_dtype"] is not None
     total = 0.0
     for window in windows:
         ids = window[None].to(model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]  # [W - 1, vocabulary]
+        cache = SparseCache(model) if rounds else None
+        logits = model(input_ids=ids, past_key_values=cache, use_cache=rounds).logits[0, :-1]  # [W - 1, vocabulary]
         for rows, targets in zip(logits.split(_ROWS), ids[0, 1:].split(_ROWS), strict=True):
             total += F.cross_entropy(rows.float(), targets, reduction="sum").item()
         progress()

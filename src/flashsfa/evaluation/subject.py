@@ -18,7 +18,7 @@ from ..huggingface.switch import attention_shape
 from ..models import BUNDLED_NAME, load_model
 from .text import token_windows
 
-SWITCH_OPTIONS = ("topk", "topk_query", "dense_dims", "basis", "max_position", "calibrate")
+SWITCH_OPTIONS = ("topk", "topk_query", "dense_dims", "basis", "max_position", "calibrate", "cache_dtype")
 
 _USUAL_TOKENS = 2048
 _DENSE_DIMS = 22  # as `flashsfa convert`
@@ -38,6 +38,7 @@ class SubjectSettings:
         basis: None for "dictionary" with dense queries and "balanced" with sparse ones.
         max_position: None for the longest context that is measured.
         calibrate: the text to calibrate on, for the record; None for `read_text`'s own.
+        cache_dtype: as `enable`'s.
     """
 
     model: str | None = None
@@ -48,6 +49,7 @@ class SubjectSettings:
     basis: str | None = None
     max_position: int | None = None
     calibrate: str | None = None
+    cache_dtype: str | None = None
     dtype: str = "bfloat16"
     device: str = "auto"
 
@@ -152,7 +154,12 @@ class Subject:
         settings = self._settings
         topk_query = attention_shape(self.model)[2] if settings.topk_query is None else settings.topk_query
         dense_dims = _DENSE_DIMS if settings.dense_dims is None else settings.dense_dims
-        return {"topk": settings.topk, "topk_query": topk_query, "dense_dims": dense_dims}
+        return {
+            "topk": settings.topk,
+            "topk_query": topk_query,
+            "dense_dims": dense_dims,
+            "cache_dtype": settings.cache_dtype,
+        }
 
 
 def _device(name: str) -> torch.device:
