@@ -60,12 +60,25 @@ qwen3-full-warm-2           qwen3-29m $dense $whole training.seed=2
 qwen3-24+8-denseq-all-warm-1 qwen3-29m training.seed=1
 qwen3-24+8-denseq-all-warm-2 qwen3-29m training.seed=2
 qwen3-24+8-denseq-all-1     qwen3-29m $plain training.seed=1
-gpt2-k8-anneal              gpt2-27m  $k8 attention.anneal.share=0.5
-gpt2-k8-first               gpt2-27m  $k8 attention.layers=[1,2,3,4,5]
+gpt2-dense-equal            gpt2-27m  attention.equalize=true
+gpt2-short32-equal          gpt2-27m  $short=32 attention.equalize=true
+gpt2-window                 gpt2-27m  attention.window=256
+gpt2-window-k8-denseq-all-equal gpt2-27m $equal attention.window=256
 gpt2-int8                   gpt2-27m  attention.kind=int8
 gpt2-low-rank               gpt2-27m  attention.kind=low_rank attention.width=256
-gpt2-window                 gpt2-27m  attention.window=256
-gpt2-window-k8              gpt2-27m  $k8 attention.window=256
+gpt2-performer              gpt2-27m  attention.kind=performer attention.width=256 training.micro_batch=8
+gpt2-k8-anneal              gpt2-27m  $k8 attention.anneal.share=0.5
+gpt2-k8-denseq-all-equal-first gpt2-27m $equal attention.layers=[1,2,3,4,5]
+qwen3-32+8-denseq-all-warm  qwen3-29m attention.dense_dims=32
+qwen3-32+8-denseq-all-warm-1 qwen3-29m attention.dense_dims=32 training.seed=1
+qwen3-32+8-denseq-all-warm-2 qwen3-29m attention.dense_dims=32 training.seed=2
+qwen3-32+16-denseq-all-warm qwen3-29m attention.dense_dims=32 attention.topk=16
+qwen3-32+16-denseq-all-warm-1 qwen3-29m attention.dense_dims=32 attention.topk=16 training.seed=1
+qwen3-32+16-denseq-all-warm-2 qwen3-29m attention.dense_dims=32 attention.topk=16 training.seed=2
+qwen3-int8-warm             qwen3-29m $dense $whole attention.kind=int8
+qwen3-int8-warm-1           qwen3-29m $dense $whole attention.kind=int8 training.seed=1
+qwen3-int8-warm-2           qwen3-29m $dense $whole attention.kind=int8 training.seed=2
+qwen3-short36-warm          qwen3-29m $dense $whole $short=36
 END
 }
 

@@ -123,6 +123,7 @@ def logits(model, ids, **options):
         ("attention.temperature=0", "attention.temperature must be above 0"),
         ("attention.width=4", "attention.width: only for kinds"),
         ("attention.equalize=true training.checkpointing=true", "attention.equalize: not with training.fsdp or"),
+        ("attention.kind=int8 attention.topk=null attention.equalize=true", "attention.equalize: only for kinds dense"),
         ("attention.sparse_temperature=-1", "attention.sparse_temperature must be above 0"),
         ("attention.positions=full", "attention.positions: gpt2 cannot have full positions"),
         ("attention.positions=channel", "attention: positions='channel' turns the dense channel in pairs"),
@@ -431,6 +432,19 @@ def test_equal_features_are_chosen_by_what_they_do_to_scores_and_end_in_the_weig
     torch.testing.assert_close(size, size.mean(-1, keepdim=True).expand_as(size), rtol=1e-2, atol=0)
     if window is None:
         torch.testing.assert_close(logits(model, ids), before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"kind": "dense"}, {"kind": "short", "width": 8}], ids=lambda o: o["kind"])
+def test_equal_features_change_no_dense_score(options):
+    model, plain = make("gpt2", equalize=True, **options), make("gpt2", **options)
+    weight = model.transformer.h[0].attn.c_attn.weight.clone()
+    ids = torch.randint(0, VOCABULARY, (2, CONTEXT))
+    expected = logits(plain, ids)
+    for _ in range(2):
+        torch.testing.assert_close(logits(model.train(), ids), expected, rtol=1e-4, atol=1e-5)
+    finish(model, recipe.Attention(equalize=True, **options))
+    torch.testing.assert_close(logits(model.eval(), ids), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(model.transformer.h[0].attn.c_attn.weight, weight)
 
 
 @pytest.mark.parametrize("architecture", MODELS)

@@ -104,7 +104,8 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     right.set(xlabel="million tokens", ylabel="%", title=f"perplexity on training text against {runs[0].name}")
     lowest = min(_smooth(run.losses())[1][-1] for run in runs)
     left.set_ylim(lowest - 0.1, lowest + 1.5)
-    right.set_ylim(-10, 40)
+    ends = [line.get_ydata()[-1] for line in right.get_lines()]  # early differences may be large, and say nothing
+    right.set_ylim(min(ends) - 5, max(ends) + 10)
     left.legend(fontsize=8)
     for axes in (left, right):
         axes.grid(alpha=0.3)
