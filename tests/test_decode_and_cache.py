@@ -17,16 +17,19 @@ def draw(m, groups=3, n=N, dtype=torch.float64):
     return [torch.randn(B, heads, rows, D, dtype=dtype) for heads, rows in shapes]
 
 
-@pytest.mark.parametrize("topk_query", [None, D, 2])
-@pytest.mark.parametrize("dense_dims", [0, 3])
+QUERIES = [{}, {"topk_query": D}, {"topk_query": 2}, {"topk_query": 6, "query_pattern": "2:4"}]
+
+
+@pytest.mark.parametrize("queries", QUERIES, ids=str)
+@pytest.mark.parametrize("dense_dims", [0, 4])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 5])
 @pytest.mark.parametrize(("m", "groups"), [(1, 1), (1, 3), (3, 3)])
-def test_decode_equals_causal_attention(m, groups, window, padded, dense_dims, topk_query):
+def test_decode_equals_causal_attention(m, groups, window, padded, dense_dims, queries):
     q, k, v = draw(m, groups)
     padding = torch.zeros(B, N, dtype=torch.bool)
     padding[0, :7] = True
-    rules = {"topk_query": topk_query, "window": window, "key_padding_mask": padding if padded else None}
+    rules = {**queries, "window": window, "key_padding_mask": padding if padded else None}
     out, lse = sparse_feature_decode(q, topk_codes(k, 4, dense_dims=dense_dims), v, return_lse=True, **rules)
     expected, expected_lse = sparse_feature_attention(
         q, k, v, topk=4, dense_dims=dense_dims, is_causal=True, return_lse=True, backend="reference", **rules
@@ -106,6 +109,8 @@ def test_decode_errors():
         ((q, codes, v), {"kv_lens": torch.tensor([1, N + 1])}, "kv_lens"),
         ((q, codes, v), {"kv_lens": torch.tensor([1])}, "kv_lens"),
         ((q, codes, v), {"topk_query": D + 1}, "topk"),
+        ((q, codes, v), {"topk_query": D, "query_pattern": "2:4"}, "at most half"),
+        ((q, codes, v), {"query_pattern": "1:2"}, "pattern must be"),
     ]:
         with pytest.raises(ValueError, match=message):
             sparse_feature_decode(*arguments, **options)

@@ -298,6 +298,8 @@ def softcap(model):
         ({}, None, {"topk_query": 9}, "topk"),
         ({}, None, {"dense_dims": 8}, "dense_dims"),
         ({}, None, {"value_tolerance": 1.0}, "value_tolerance"),
+        ({}, None, {"topk_query": 8, "query_pattern": "2:4"}, "at most half"),
+        ({}, None, {"query_pattern": "1:2"}, "the pattern must be '2:4' or None, got '1:2'"),
         ({}, None, {"cache_dtype": "fp8"}, "cache_dtype must be 'int8' or None, got 'fp8'"),
         ({}, None, {"layers": [0, 2]}, "do not exist"),
         ({}, None, {"layers": []}, "each layer to switch once"),

@@ -68,6 +68,15 @@ def test_any_steps_equal_no_cache(sliding, layers, kind, steps):
     torch.testing.assert_close(found, run(model, ids), **CLOSE)
 
 
+@pytest.mark.parametrize("sliding", [False, True], ids=["full", "sliding"])
+def test_queries_in_a_pattern_in_any_steps_equal_no_cache(sliding, kind):
+    model, ids = make(sliding, dense_dims=4, topk_query=6, query_pattern="2:4"), tokens(40)
+    cache, plain = cache_for(model, kind), run(make(sliding, dense_dims=4, topk_query=6), ids)
+    found = torch.cat([run(model, part, cache) for part in ids.split((20, 1, 3, 16), dim=1)], dim=1)
+    torch.testing.assert_close(found, run(model, ids), **CLOSE)
+    assert (found - plain).abs().max() > 1e-3
+
+
 def test_float32(kind):
     """The fused code for this device, where there is any, takes windows, padding and fixed buffers too."""
     model, ids = make(sliding=True).float(), tokens(30)

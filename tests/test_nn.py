@@ -8,7 +8,14 @@ from flashsfa import SparseFeatureAttention
 
 
 @pytest.mark.parametrize("positions", ["channel", "full", "none"])
-@pytest.mark.parametrize("options", [{}, {"num_kv_heads": 2, "qk_norm": True, "window": 9, "topk_query": 16}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_kv_heads": 2, "qk_norm": True, "window": 9, "topk_query": 16},
+        {"topk_query": 6, "query_pattern": "2:4"},
+    ],
+)
 def test_cached_equals_uncached(positions, options):
     layer = SparseFeatureAttention(64, 4, topk=4, dense_dims=4, positions=positions, **options).double()
     x = torch.randn(2, 50, 64, dtype=torch.float64)
@@ -58,6 +65,7 @@ def test_gradients(gradient):
         ({"topk": 0}, "topk"),
         ({"topk": 7}, "topk"),
         ({"topk_query": 7}, "topk"),
+        ({"topk_query": 3, "query_pattern": "2:4"}, "at most half"),
         ({"dense_dims": 8}, "dense_dims"),
         ({"dense_dims": 0}, "even width"),
         ({"dense_dims": 3}, "even width"),

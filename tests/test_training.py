@@ -124,6 +124,12 @@ def logits(model, ids, **options):
         ("attention.width=4", "attention.width: only for kinds"),
         ("attention.equalize=true training.checkpointing=true", "attention.equalize: not with training.fsdp or"),
         ("attention.kind=int8 attention.topk=null attention.equalize=true", "attention.equalize: only for kinds dense"),
+        (
+            "attention.query_pattern=2:4",
+            "attention.query_pattern: must be text, in quotes where YAML reads something else",
+        ),
+        ("attention.query_pattern='2:4' attention.topk_query=12", "attention: a 2:4 pattern keeps at most half"),
+        ("attention.query_pattern='2:4' attention.anneal.share=0.5", "anneal: not with query_pattern"),
         ("attention.sparse_temperature=-1", "attention.sparse_temperature must be above 0"),
         ("attention.positions=full", "attention.positions: gpt2 cannot have full positions"),
         ("attention.positions=channel", "attention: positions='channel' turns the dense channel in pairs"),
@@ -270,6 +276,7 @@ SPARSE = {
     "channel": ("qwen3", {"topk": 3, "dense_dims": 4, "positions": "channel"}),
     "gpt2 channel": ("gpt2", {"topk": 3, "dense_dims": 4, "positions": "channel"}),
     "window": ("qwen3", {"topk": 4, "window": 5}),
+    "pattern": ("gpt2", {"topk": 4, "topk_query": 8, "query_pattern": "2:4", "gradient": "all"}),
     "one layer": ("qwen3", {"topk": 3, "dense_dims": 4, "positions": "channel", "layers": [1]}),
 }
 
@@ -525,7 +532,7 @@ def test_mixed_precision_brings_queries_keys_and_values_to_one_dtype():
 
 
 class Coding(torch.nn.Module):
-    topk, topk_query, query_budget, dense_dims = 3, None, 3, 2
+    topk, topk_query, query_budget, dense_dims, query_pattern = 3, None, 3, 2, None
 
     def queries(self, q):
         return q
@@ -860,11 +867,14 @@ def test_distillation_starts_from_a_converted_model(tmp_path, content, capsys):
 # --- supports --------------------------------------------------------------------------------------------------------------
 
 
-def test_support_statistics_count_what_the_operator_keeps():
+@pytest.mark.parametrize("queries", [(3, None), (4, "2:4")], ids=str)
+def test_support_statistics_count_what_the_operator_keeps(queries):
     model = flashsfa.enable(
         transformers.Qwen3ForCausalLM(transformers.Qwen3Config(vocab_size=VOCABULARY, **QWEN3)).eval(),
         3,
-        dense_dims=2,
+        topk_query=queries[0],
+        dense_dims=4,
+        query_pattern=queries[1],
         layers=[1],
     )
     windows = torch.randint(0, VOCABULARY, (2, 9))
@@ -878,17 +888,18 @@ def test_support_statistics_count_what_the_operator_keeps():
 
     transformers.AttentionInterface.register("look", look)
     model.set_attn_implementation("look")
-    counts, overlaps, effective = torch.zeros(2, 14), [], []
+    counts, overlaps, effective = torch.zeros(2, 12), [], []
     for window in windows:
         seen.clear()
         logits(model, window[None])
-        query, key = (reference.topk_rows(x, 3, dense_dims=2)[0, :, :, 2:] for x in seen[1])
+        codes = zip(seen[1], (queries, (3, None)), strict=True)
+        query, key = (reference.topk_rows(x, k, dense_dims=4, pattern=p)[0, :, :, 4:] for x, (k, p) in codes)
         counts += (key != 0).sum(1)
         shared = ((query != 0).float() @ (key != 0).float().repeat_interleave(2, 0).mT > 0).tril()
         overlaps.append(shared.sum((1, 2)).view(2, 2).sum(1) / (2 * 45))
         effective.append((key.square().sum(-1).square() / key.pow(4).sum(-1)).mean(-1))
     shares = (counts / counts.sum(-1, keepdim=True)).cpu()
-    torch.testing.assert_close(statistics.entropy[1], torch.special.entr(shares).sum(-1) / np.log(14))
+    torch.testing.assert_close(statistics.entropy[1], torch.special.entr(shares).sum(-1) / np.log(12))
     torch.testing.assert_close(statistics.overlap[1], torch.stack(overlaps).mean(0).cpu())
     torch.testing.assert_close(statistics.effective_topk[1], torch.stack(effective).mean(0).cpu())
 

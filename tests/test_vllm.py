@@ -485,12 +485,13 @@ class Server:
             rounding = torch.finfo(self.dtype).eps * truth.abs().max()
             assert (rows - truth).abs().max() <= 2 * (plain - truth).abs().max() + 2 * rounding
 
-    def expected(self, name, n, dtype, topk=TOPK, dense_dims=DENSE, topk_query=None, basis=None):
+    def expected(self, name, n, dtype, topk=TOPK, dense_dims=DENSE, topk_query=None, basis=None, query_pattern=None):
         q, k, v = (x.transpose(0, 1)[None] for x in self.requests[name][:3])
         if basis is not None:
             q, k = basis.transform_query(q), basis.transform_key(k)
         k = topk_codes(k, topk, dense_dims=dense_dims).to_dense()
-        q = q if topk_query == D else topk_codes(q, topk, dense_dims=dense_dims).to_dense()
+        if topk_query != D:
+            q = topk_codes(q, topk_query or topk, dense_dims=dense_dims, pattern=query_pattern).to_dense()
         q, k, v = (x.to(dtype) for x in (q[:, :, -n:], k, v))
         mask = AttentionMask(is_causal=True, window=self.window)
         return reference.attention(q, k, v, mask=mask, scale=D**-0.5)[0][0].transpose(0, 1)
@@ -529,6 +530,13 @@ def test_dtypes_and_heads_with_dense_queries(vllm, serve, dtype, hq, hkv):
     server = Server(vllm, serve(**CODING, topk_query=D), dtype=dtype, hq=hq, hkv=hkv)
     for new in STEPS[:4]:
         server.assert_attends(server.step(new), topk_query=D)
+
+
+def test_queries_in_a_pattern(vllm, serve):
+    queries = {"topk_query": 6, "query_pattern": "2:4"}
+    server = Server(vllm, serve(**CODING, **queries))
+    for new in STEPS[:4]:
+        server.assert_attends(server.step(new), **queries)
 
 
 def test_positions_in_the_channel(vllm, serve):

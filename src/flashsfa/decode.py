@@ -15,12 +15,12 @@ from .checks import (
     is_checked,
     require,
     require_alike,
-    require_budget,
     require_float,
     require_padding,
     require_page_size,
+    require_query_budget,
 )
-from .codes import FeatureCodes
+from .codes import FeatureCodes, code_queries
 from .kernels import decode_torch, dispatch
 from .kernels.decode_torch import DecodeRules
 
@@ -33,6 +33,7 @@ def sparse_feature_decode(
     *,
     kv_lens: Tensor | None = None,
     topk_query: int | None = None,
+    query_pattern: str | None = None,
     scale: float | None = None,
     window: int | None = None,
     key_padding_mask: Tensor | None = None,
@@ -53,6 +54,7 @@ def sparse_feature_decode(
         kv_lens: [B] integer number of valid keys of each sequence, at most N; N for all when None. Lengths on a GPU
             are looked at in checked mode only; a longer one counts as N.
         topk_query: kept features of a query: None for the codes' topk, D for dense queries.
+        query_pattern: as in `sparse_feature_attention`, for queries like those of a prompt read with it.
         scale: 1/sqrt(D) by default.
         window: see only the `window` most recent keys.
         key_padding_mask: [B, N] bool, True where a key is padding.
@@ -76,14 +78,16 @@ def sparse_feature_decode(
     kv_lens = None if kv_lens is None else kv_lens.to(q.device)
     rules = DecodeRules(kv_lens, window, key_padding_mask, page_table)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    head_dim = q.shape[-1]
+    require_query_budget(topk_query, codes.topk, head_dim, codes.dense_dims, query_pattern)
     topk_query = codes.topk if topk_query is None else topk_query
-    if topk_query == q.shape[-1]:
-        topk_query = None
-    else:
-        require_budget(topk_query, q.shape[-1], codes.dense_dims)
+    if query_pattern is not None:  # few rows: the kernels take them as they are left
+        q = code_queries(q, codes.topk, topk_query, codes.dense_dims, query_pattern).to_dense()
+        topk_query = head_dim
     eight_bit = {} if v_scale is None else {"v_scale": v_scale}
     run = _backend(q, codes, rules, v_scale)
-    out, lse = run(q, codes, v, rules, scale, value_tolerance, topk_query=topk_query, **eight_bit)
+    kept = None if topk_query == head_dim else topk_query
+    out, lse = run(q, codes, v, rules, scale, value_tolerance, topk_query=kept, **eight_bit)
     return (out, lse) if return_lse else out
 
 
@@ -97,6 +101,7 @@ def attend_cached(
     v: Tensor,
     *,
     topk_query: int | None = None,
+    query_pattern: str | None = None,
     scale: float | None = None,
     window: int | None = None,
     key_padding_mask: Tensor | None = None,
@@ -109,17 +114,17 @@ def attend_cached(
     """
     require(0 <= value_tolerance < 1, lambda: f"value_tolerance must be in [0, 1), got {value_tolerance}")
     out: Any
+    queries: dict[str, Any] = {"topk_query": topk_query, "query_pattern": query_pattern}
     if q.shape[2] <= FEW_QUERIES:
         out = sparse_feature_decode(
-            q, codes, v, topk_query=topk_query, scale=scale, window=window, key_padding_mask=key_padding_mask,
-            v_scale=v_scale, value_tolerance=value_tolerance,
+            q, codes, v, **queries, scale=scale, window=window, key_padding_mask=key_padding_mask, v_scale=v_scale,
+            value_tolerance=value_tolerance,
         )  # fmt: skip
     else:
         codes = codes if codes.scale is None else codes.to(q.dtype)
         v = v if v_scale is None else (v.float() * v_scale[..., None]).to(q.dtype)
         out = sparse_feature_attention(
-            q, codes, v, topk_query=topk_query, scale=scale, window=window, key_padding_mask=key_padding_mask,
-            is_causal=True,
+            q, codes, v, **queries, scale=scale, window=window, key_padding_mask=key_padding_mask, is_causal=True
         )  # fmt: skip
     return out
 

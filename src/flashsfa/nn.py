@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import GRADIENTS, sparse_feature_attention
-from .checks import require, require_budget
+from .checks import require, require_budget, require_query_budget
 from .decode import attend_cached
 from .kv_cache import SparseKVCache
 
@@ -21,7 +21,7 @@ class SparseFeatureAttention(nn.Module):
     Args:
         embed_dim: width of the input and output.
         num_heads: query heads; num_kv_heads: key and value heads, num_heads by default.
-        topk, topk_query, dense_dims: budgets, as in `sparse_feature_attention`.
+        topk, topk_query, dense_dims, query_pattern: budgets, as in `sparse_feature_attention`.
         head_dim: embed_dim / num_heads by default.
         positions: "channel" turns the dense channel alone by RoPE (needs an even dense_dims >= 2) and keeps the
             sparse features free of position, which costs the least quality; "full" turns the whole head before
@@ -43,6 +43,7 @@ class SparseFeatureAttention(nn.Module):
         topk: int,
         topk_query: int | None = None,
         dense_dims: int = 0,
+        query_pattern: str | None = None,
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         positions: str = "channel",
@@ -66,8 +67,7 @@ class SparseFeatureAttention(nn.Module):
         )
         require_budget(topk, head_dim, dense_dims)
         require(window is None or window >= 1, f"window must be at least 1 or None, got {window}")
-        if topk_query is not None and topk_query != head_dim:
-            require_budget(topk_query, head_dim, dense_dims)
+        require_query_budget(topk_query, topk, head_dim, dense_dims, query_pattern)
         require(gradient in GRADIENTS, f"gradient must be one of {', '.join(GRADIENTS)}; got {gradient!r}")
         require(positions in POSITIONS, f"positions must be one of {', '.join(POSITIONS)}; got {positions!r}")
         self.rotary_dims = {"channel": dense_dims, "full": head_dim, "none": 0}[positions]
@@ -76,7 +76,7 @@ class SparseFeatureAttention(nn.Module):
             f"positions={positions!r} turns {self.rotary_dims} features in pairs: choose an even width of at least 2 "
             "(dense_dims for 'channel'), or positions='none'",
         )
-        self.topk, self.topk_query, self.dense_dims = topk, topk_query, dense_dims
+        self.topk, self.topk_query, self.dense_dims, self.query_pattern = topk, topk_query, dense_dims, query_pattern
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.positions, self.window, self.rope_theta = positions, window, rope_theta
         self.gradient = gradient
@@ -102,19 +102,24 @@ class SparseFeatureAttention(nn.Module):
             turn = rotation(positions, self.rotary_dims, self.rope_theta)
             q, k = rotate(q, *turn), rotate(k, *turn)
         out: Any
+        rules: dict[str, Any] = {
+            "topk_query": self.topk_query,
+            "query_pattern": self.query_pattern,
+            "window": self.window,
+        }
         if cache is None:
             out = sparse_feature_attention(
-                q, k, v, topk=self.topk, topk_query=self.topk_query, dense_dims=self.dense_dims, is_causal=True,
-                window=self.window, gradient=self.gradient,
+                q, k, v, topk=self.topk, dense_dims=self.dense_dims, is_causal=True, gradient=self.gradient, **rules
             )  # fmt: skip
         else:
-            out = attend_cached(q, *cache.append(k, v), topk_query=self.topk_query, window=self.window)
+            out = attend_cached(q, *cache.append(k, v), **rules)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def extra_repr(self) -> str:
         return (
             f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, topk={self.topk}, "
-            f"topk_query={self.topk_query}, dense_dims={self.dense_dims}, positions={self.positions!r}, gradient={self.gradient!r}"
+            f"topk_query={self.topk_query}, dense_dims={self.dense_dims}, query_pattern={self.query_pattern!r}, "
+            f"positions={self.positions!r}, gradient={self.gradient!r}"
         )
 
 

@@ -27,7 +27,8 @@ class LayerCoding(nn.Module):
     """How one attention layer codes its queries and keys: budgets, the place of its channel, and as buffers its basis.
 
     `channel` rotary features are brought to the front, where the dense channel is (`positions.channel_first`); 0 for none.
-    `cache_dtype` is that of the layer's growing cache: torch.int8, or None for that of what comes in.
+    `cache_dtype` is that of the layer's growing cache: torch.int8, or None for that of what comes in. `query_pattern` is
+    that of `sparse_feature_attention`.
 
     The buffers follow the model from device to device, but keep their precision: rounded to 16 bits the two sides of a
     basis no longer undo one another. They are not part of the state dict: the checkpoint stays the dense
@@ -43,10 +44,12 @@ class LayerCoding(nn.Module):
         basis: FeatureBasis | None,
         channel: int = 0,
         cache_dtype: torch.dtype | None = None,
+        query_pattern: str | None = None,
     ) -> None:
         super().__init__()
         self.topk, self.topk_query, self.dense_dims = topk, topk_query, dense_dims
         self.value_tolerance, self.channel, self.cache_dtype = value_tolerance, channel, cache_dtype
+        self.query_pattern = query_pattern
         self.has_basis = basis is not None
         if basis is not None:
             for name in ("query", "key"):
@@ -142,6 +145,7 @@ def attention_forward(
         v_scale, dtype, key = key.v_scale, key.dtype, key.codes
     rules: dict[str, Any] = {
         "topk_query": query.shape[-1] if coding is None else coding.topk_query,
+        "query_pattern": None if coding is None else coding.query_pattern,
         "scale": scaling,
         "window": sliding_window,
         "key_padding_mask": _padding(attention_mask, key),
@@ -238,7 +242,7 @@ def _attend_static(q: Tensor, key: StaticCodes, v: Tensor, **rules: Any) -> Tens
         visible = DecodeRules(key.kv_lens, rules["window"], rules["key_padding_mask"]).visible(
             n_q, v.shape[2], q.device
         )
-        q = code_queries(q, codes.topk, rules["topk_query"], codes.dense_dims).to_dense()
+        q = code_queries(q, codes.topk, rules["topk_query"], codes.dense_dims, rules["query_pattern"]).to_dense()
         mask = None if visible is None else visible[:, None]  # [B, 1, M, N]
         out = F.scaled_dot_product_attention(q, codes.to_dense(), v, mask, scale=rules["scale"], enable_gqa=True)
     return out

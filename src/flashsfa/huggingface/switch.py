@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 
 from ..basis import FeatureBasis
-from ..checks import require, require_budget
+from ..checks import require, require_budget, require_query_budget
 from .attention import NAME, LayerCoding, register
 from .cache import SparseCache, StaticSparseCache
 from .positions import move_to_channel, require_channel, restore
@@ -38,6 +38,7 @@ class SFASettings:
     has_basis: bool = False
     positions: str | None = None
     cache_dtype: str | None = None
+    query_pattern: str | None = None
 
 
 def enable(
@@ -51,6 +52,7 @@ def enable(
     value_tolerance: float = 0.0,
     positions: str | None = None,
     cache_dtype: str | None = None,
+    query_pattern: str | None = None,
 ) -> Any:
     """Switch a transformers causal language model to Sparse Feature Attention, in place.
 
@@ -73,6 +75,8 @@ def enable(
             a float32 scale a row: a key costs M + 2·K + 4 bytes (M dense dims, K kept features), a value Dv + 4. A
             prompt attends to the rounded ones too; calls without such a cache round nothing, and static caches are refused.
             None keeps them in the dtype that they come in.
+        query_pattern: as in `sparse_feature_attention`, for prompts on Hopper's sparse tensor cores; for models that are trained
+            with it, in others it costs quality (docs/hopper-prefill.md).
 
     Returns:
         model.
@@ -84,7 +88,7 @@ def enable(
     dense_dims = default_dense_dims(model) if dense_dims is None else dense_dims
     layers = None if layers is None else sorted(layers)
     settings = SFASettings(
-        topk, topk_query, dense_dims, layers, value_tolerance, basis is not None, positions, cache_dtype
+        topk, topk_query, dense_dims, layers, value_tolerance, basis is not None, positions, cache_dtype, query_pattern
     )
     _check_settings(model, modules, settings, basis)
     _warn_of_untested_version()
@@ -96,7 +100,9 @@ def enable(
         kept_dtype = None if cache_dtype is None else getattr(torch, cache_dtype)
         for index in range(len(modules)) if layers is None else layers:
             layer_basis = None if basis is None else basis[index]
-            coding = LayerCoding(topk, topk_query, dense_dims, value_tolerance, layer_basis, channel, kept_dtype)
+            coding = LayerCoding(
+                topk, topk_query, dense_dims, value_tolerance, layer_basis, channel, kept_dtype, query_pattern
+            )
             modules[index].sfa = coding.to(next(modules[index].parameters()).device)
         model.set_attn_implementation(NAME)
         model.config.sfa = asdict(settings)
@@ -151,7 +157,7 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> Any:
     return enable(
         model, settings.topk, topk_query=settings.topk_query, dense_dims=settings.dense_dims, basis=basis,
         layers=settings.layers, value_tolerance=settings.value_tolerance, positions=settings.positions,
-        cache_dtype=settings.cache_dtype,
+        cache_dtype=settings.cache_dtype, query_pattern=settings.query_pattern,
     )  # fmt: skip
 
 
@@ -220,8 +226,7 @@ def _check_settings(model: Any, modules: list[nn.Module], settings: SFASettings,
     name = type(model).__name__
     _, kv_heads, head_dim = attention_shape(model)
     require_budget(settings.topk, head_dim, settings.dense_dims)
-    if settings.topk_query not in (None, head_dim):
-        require_budget(settings.topk_query, head_dim, settings.dense_dims)
+    require_query_budget(settings.topk_query, settings.topk, head_dim, settings.dense_dims, settings.query_pattern)
     require(
         0 <= settings.value_tolerance < 1,
         f"value_tolerance must be in [0, 1), got {settings.value_tolerance}",

@@ -196,7 +196,7 @@ def sparse_attention(
 ) -> Tensor:
     """Causal Sparse Feature Attention with the budgets of `coding`."""
     budgets = {"topk": coding.topk, "topk_query": coding.topk_query, "dense_dims": coding.dense_dims}
-    return _attend(q, k, v, visible, gradient=gradient, **budgets)
+    return _attend(q, k, v, visible, gradient=gradient, query_pattern=coding.query_pattern, **budgets)
 
 
 def install(model: Any, make: Callable[[int, nn.Module], Core]) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ..checks import require, require_budget
+from ..checks import require
 from ..huggingface import enable
 from ..huggingface.attention import LayerCoding
 from ..huggingface.positions import channel_first, move_to_channel, require_channel
@@ -38,9 +38,10 @@ def build(model: Model, attention: Attention, context: int, vocab_size: int | No
     in_channel = attention.positions == "channel"
     try:
         if attention.kind == "sfa":
-            topk, topk_query, dense_dims = _budgets(attention, head_dim)
-            budgets: dict[str, Any] = {"topk_query": topk_query, "dense_dims": dense_dims, "layers": attention.layers}
-            enable(built, topk, positions="channel" if in_channel else None, **budgets)
+            enable(
+                built, attention.topk or 0, topk_query=attention.topk_query, dense_dims=attention.dense_dims,
+                layers=attention.layers, positions="channel" if in_channel else None, query_pattern=attention.query_pattern,
+            )  # fmt: skip
         elif in_channel:
             require_channel(built, attention.dense_dims, head_dim)
             move_to_channel(built, attention.dense_dims)
@@ -143,17 +144,6 @@ def _config(model: Model, attention: Attention, context: int, vocab_size: int | 
         raise
     except Exception as error:  # transformers checks types by an error class of its own
         raise ValueError(f"model.config: {' '.join(str(error).split())}") from error
-
-
-def _budgets(attention: Attention, head_dim: int) -> tuple[int, int | None, int]:
-    topk, topk_query, dense_dims = attention.topk or 0, attention.topk_query, attention.dense_dims
-    try:
-        require_budget(topk, head_dim, dense_dims)
-        if topk_query not in (None, head_dim):
-            require_budget(topk_query or 0, head_dim, dense_dims)
-    except ValueError as error:
-        raise ValueError(f"attention: {error}") from error
-    return topk, topk_query, dense_dims
 
 
 def _temperature(attention: Attention, module: Any, head_dim: int) -> torch.Tensor:

@@ -52,7 +52,7 @@ class Attention:
     Attributes:
         kind: "dense"; "sfa"; or a baseline: "short" (queries and keys `width` wide), "low_rank" (query and key projections
             of rank `width`), "int8" (8-bit queries and keys, straight-through), "performer" (`width` random features).
-        topk, topk_query, dense_dims: budgets of "sfa", as in `flashsfa.sparse_feature_attention`.
+        topk, topk_query, dense_dims, query_pattern: budgets of "sfa", as in `flashsfa.sparse_feature_attention`.
         layers: those that are sparse, the others stay dense; None for all.
         gradient: of "sfa": "kept" or "all", as in `flashsfa.sparse_feature_attention`.
         equalize: of "dense", "short", or "sfa" with dense queries, in a GPT-2 with learned positions: keep the features of a
@@ -72,6 +72,7 @@ class Attention:
     topk: int | None = None
     topk_query: int | None = None
     dense_dims: int = 0
+    query_pattern: str | None = None
     layers: list[int] | None = None
     gradient: str = "kept"
     equalize: bool = False
@@ -94,6 +95,7 @@ class Attention:
         )
         require(sparse or self.topk_query is None, "attention.topk_query: only for kind sfa")
         require(sparse or self.anneal is None, "attention.anneal: only for kind sfa")
+        require(sparse or self.query_pattern is None, "attention.query_pattern: only for kind sfa")
         require(sparse or self.layers is None, "attention.layers: only for kind sfa")
         _one_of("attention.gradient", self.gradient, GRADIENTS)
         require(sparse or self.gradient == "kept", "attention.gradient: only for kind sfa")
@@ -359,7 +361,12 @@ def _value(hint: Any, value: Any, key: str) -> Any:
     return value
 
 
-_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    str: "text, in quotes where YAML reads something else",
+    bool: "true or false",
+}
 
 
 def _one_of(key: str, value: str, choices: Sequence[str]) -> None:

@@ -106,6 +106,10 @@ class Annealing(TrainerCallback):
         codings: list[Any] = [module.sfa for module in attention_layers(model) if hasattr(module, "sfa")]
         if anneal is None:
             return []
+        require(
+            all(coding.query_pattern is None for coding in codings),
+            "anneal: not with query_pattern, as no early budget fits the pattern",
+        )
         return [cls(codings, attention_shape(model)[2] - codings[0].dense_dims, anneal, steps)]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

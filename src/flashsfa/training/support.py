@@ -130,7 +130,7 @@ class _Sums:
         if topk_query == q.shape[-1]:
             self.overlap += 1
         else:
-            indices = topk_codes(q, topk_query, dense_dims=coding.dense_dims).indices
+            indices = topk_codes(q, topk_query, dense_dims=coding.dense_dims, pattern=coding.query_pattern).indices
             queries = _support(indices, codes.sparse_dims)[0].unflatten(0, (heads, -1))  # [H, G, N, D - M]
             share = (queries @ kept[:, None].mT > 0).tril().sum((1, 2, 3))  # [H]
             self.overlap += (share.double() / (queries.shape[1] * n * (n + 1) / 2)).cpu()

@@ -205,7 +205,7 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self.settings = current_settings()
         self._rules: dict[str, Any] = {
-            "topk_query": self.settings.topk_query, "scale": self.scale, "window": sliding_window,
+            "topk_query": self.settings.topk_query, "query_pattern": self.settings.query_pattern, "scale": self.scale, "window": sliding_window,
         }  # fmt: skip
         self._file = BasisFile()
         self._basis: FeatureBasis | None = None
