@@ -79,6 +79,8 @@ qwen3-int8-warm             qwen3-29m $dense $whole attention.kind=int8
 qwen3-int8-warm-1           qwen3-29m $dense $whole attention.kind=int8 training.seed=1
 qwen3-int8-warm-2           qwen3-29m $dense $whole attention.kind=int8 training.seed=2
 qwen3-short36-warm          qwen3-29m $dense $whole $short=36
+gpt2-k8-q24-all             gpt2-27m  $k8 attention.topk_query=32 attention.query_pattern=2:4 attention.gradient=all
+gpt2-k8-q32+24-all          gpt2-27m  $k8 attention.dense_dims=32 attention.topk_query=16 attention.query_pattern=2:4 attention.gradient=all
 END
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -283,12 +284,12 @@ def read(kind: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
 
     require(path.is_file(), f"recipe {path} does not exist")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = _parsed(path.read_text(encoding="utf-8"))
         require(isinstance(content, dict), f"{path} holds no mapping of keys to values")
         for override in overrides:
             key, equals, value = override.partition("=")
             require(bool(equals), f"--set {override}: write it as key=value")
-            _put(content, key.strip().split("."), yaml.safe_load(value))
+            _put(content, key.strip().split("."), _parsed(value))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     return _build(kind, content, "")
@@ -305,6 +306,18 @@ def differences(one: Any, other: Any) -> list[str]:
     """The keys in which two recipes differ."""
     flat_one, flat_other = _flat(asdict(one)), _flat(asdict(other))
     return sorted(k for k in flat_one.keys() | flat_other.keys() if flat_one.get(k) != flat_other.get(k))
+
+
+def _parsed(text: str) -> Any:
+    """YAML in which 2:4 is text, as in version 1.2, and not a number to the base of 60."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+            is_text = kind is yaml.ScalarNode and implicit[0] and re.fullmatch(r"\d+:\d+", value)
+            return self.DEFAULT_SCALAR_TAG if is_text else super().resolve(kind, value, implicit)
+
+    return yaml.load(text, Loader)
 
 
 def _put(content: dict[str, Any], keys: list[str], value: Any) -> None:
@@ -361,12 +374,7 @@ def _value(hint: Any, value: Any, key: str) -> Any:
     return value
 
 
-_NAMES = {
-    int: "a whole number",
-    float: "a number",
-    str: "text, in quotes where YAML reads something else",
-    bool: "true or false",
-}
+_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
 def _one_of(key: str, value: str, choices: Sequence[str]) -> None:
