@@ -95,7 +95,7 @@ export -f train
 
 mkdir -p "$OUT"
 rows | xargs -P "${JOBS:-1}" -L 1 bash -c 'train "$@"' train
-for first in gpt2-dense qwen3-full; do
+for first in gpt2-dense qwen3-full qwen3-full-warm; do
     runs=("$OUT/$first")
     for result in "$OUT/${first%%-*}"-*/result.json; do
         [[ $result == "$OUT/$first/result.json" ]] || runs+=("${result%/result.json}")

@@ -77,9 +77,12 @@ def test_queries_in_a_pattern_in_any_steps_equal_no_cache(sliding, kind):
     assert (found - plain).abs().max() > 1e-3
 
 
-def test_float32(kind):
+@pytest.mark.parametrize(
+    "queries", [{}, {"dense_dims": 4, "topk_query": 6, "query_pattern": "2:4"}], ids=["top-k", "2:4"]
+)
+def test_float32(kind, queries):
     """The fused code for this device, where there is any, takes windows, padding and fixed buffers too."""
-    model, ids = make(sliding=True).float(), tokens(30)
+    model, ids = make(sliding=True, **queries).float(), tokens(30)
     mask = (torch.arange(30) >= torch.tensor([4, 0])[:, None]).long()
     position_ids, cache = (mask.cumsum(-1) - 1).clamp(min=0), cache_for(model, kind)
     found, start = [], 0

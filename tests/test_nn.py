@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flashsfa import SparseFeatureAttention
+from flashsfa import SparseFeatureAttention, SparseKVCache
 
 
 @pytest.mark.parametrize("positions", ["channel", "full", "none"])
@@ -25,6 +25,14 @@ def test_cached_equals_uncached(positions, options):
         parts = [layer(x[:, a:b], cache) for a, b in cuts]
         torch.testing.assert_close(torch.cat(parts, 1), layer(x), rtol=1e-10, atol=1e-10)
     assert len(cache) == 50
+
+
+def test_an_eight_bit_cache():
+    layer = SparseFeatureAttention(64, 4, topk=4, dense_dims=4)
+    x, cache = torch.randn(2, 50, 64), SparseKVCache(4, dense_dims=4, dtype=torch.int8)
+    with torch.no_grad():
+        parts = [layer(x[:, a:b], cache) for a, b in ((0, 30), (30, 31), (31, 50))]
+        torch.testing.assert_close(torch.cat(parts, 1), layer(x), rtol=0.02, atol=0.01)
 
 
 def test_full_budget_is_dense_attention():

@@ -689,6 +689,9 @@ def test_what_cannot_run_is_refused(vllm, serve):
     serve(**CODING, layers=[0])
     with pytest.raises(ValueError, match="codes every layer"):
         SparseFeatureImpl(*ordinary)
+    serve(**CODING, query_pattern="1:2")
+    with pytest.raises(ValueError, match="the pattern must be"):
+        SparseFeatureImpl(*ordinary)
     serve(**CODING, cache_dtype="int8")
     with pytest.raises(ValueError, match="cache_dtype=None"):
         SparseFeatureImpl(*ordinary)

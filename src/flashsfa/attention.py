@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .checks import require, require_alike, require_budget, require_float, require_padding, require_query_budget
+from .checks import query_budget, require, require_alike, require_budget, require_float, require_padding
 from .codes import FeatureCodes, all_dense_codes, by_token, empty_code, empty_rows, keeps_all, topk_codes
 from .kernels import dense, dispatch
 from .kernels import topk as kernels
@@ -210,8 +210,7 @@ def _attend(
             raise ValueError("topk is needed: how many features of each key to keep")
         require_budget(topk, head_dim, dense_dims)
         topk_key = topk
-    require_query_budget(topk_query, topk, head_dim, dense_dims, query_pattern)
-    topk_query = topk if topk_query is None else topk_query
+    topk_query = query_budget(topk_query, topk, head_dim, dense_dims, query_pattern)
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     out, lse, *_ = _attention_op(

@@ -87,12 +87,12 @@ def require_budget(topk: int, head_dim: int, dense_dims: int, pattern: str | Non
     )
 
 
-def require_query_budget(
-    topk_query: int | None, topk: int, head_dim: int, dense_dims: int, pattern: str | None = None
-) -> None:
-    """`topk_query` is a budget of queries: None for `topk`, head_dim for dense ones where there is no pattern."""
-    if topk_query != head_dim or pattern is not None:
-        require_budget(topk if topk_query is None else topk_query, head_dim, dense_dims, pattern)
+def query_budget(topk_query: int | None, topk: int, head_dim: int, dense_dims: int, pattern: str | None = None) -> int:
+    """`topk_query`, checked as a budget of queries: None for `topk`, head_dim for dense ones where there is no pattern."""
+    budget = topk if topk_query is None else topk_query
+    if budget != head_dim or pattern is not None:
+        require_budget(budget, head_dim, dense_dims, pattern)
+    return budget
 
 
 def require_padding(mask: Tensor, batch: int, n_k: int, device: torch.device) -> None:

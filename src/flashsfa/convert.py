@@ -172,7 +172,8 @@ def _attention_times(
 ) -> list[dict[str, float]]:
     """Median milliseconds of one layer's attention with the model's head counts and widths, dense (SDPA) and sparse.
 
-    In float32, where torch's CPU kernels are at their best, but for a cache in 8 bits.
+    In float32, where torch's CPU kernels are at their best; decode over the cache that is asked for, prefill over plain keys
+    and values.
     """
     heads, kv_heads, head_dim = attention_shape(model)
     step = progress("timing attention", len(settings.contexts))

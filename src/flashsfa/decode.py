@@ -13,14 +13,14 @@ from .attention import sparse_feature_attention
 from .checks import (
     checked,
     is_checked,
+    query_budget,
     require,
     require_alike,
     require_float,
     require_padding,
     require_page_size,
-    require_query_budget,
 )
-from .codes import FeatureCodes, code_queries
+from .codes import FeatureCodes, topk_codes
 from .kernels import decode_torch, dispatch
 from .kernels.decode_torch import DecodeRules
 
@@ -78,11 +78,10 @@ def sparse_feature_decode(
     kv_lens = None if kv_lens is None else kv_lens.to(q.device)
     rules = DecodeRules(kv_lens, window, key_padding_mask, page_table)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    head_dim = q.shape[-1]
-    require_query_budget(topk_query, codes.topk, head_dim, codes.dense_dims, query_pattern)
-    topk_query = codes.topk if topk_query is None else topk_query
-    if query_pattern is not None:  # few rows: the kernels take them as they are left
-        q = code_queries(q, codes.topk, topk_query, codes.dense_dims, query_pattern).to_dense()
+    head_dim, dense_dims = q.shape[-1], codes.dense_dims
+    topk_query = query_budget(topk_query, codes.topk, head_dim, dense_dims, query_pattern)
+    if query_pattern is not None:  # the kernels know no pattern: they take the pruned rows as dense queries
+        q = topk_codes(q, topk_query, dense_dims=dense_dims, pattern=query_pattern).to_dense()
         topk_query = head_dim
     eight_bit = {} if v_scale is None else {"v_scale": v_scale}
     run = _backend(q, codes, rules, v_scale)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import GRADIENTS, sparse_feature_attention
-from .checks import require, require_budget, require_query_budget
+from .checks import query_budget, require, require_budget
 from .decode import attend_cached
 from .kv_cache import SparseKVCache
 
@@ -67,7 +67,7 @@ class SparseFeatureAttention(nn.Module):
         )
         require_budget(topk, head_dim, dense_dims)
         require(window is None or window >= 1, f"window must be at least 1 or None, got {window}")
-        require_query_budget(topk_query, topk, head_dim, dense_dims, query_pattern)
+        query_budget(topk_query, topk, head_dim, dense_dims, query_pattern)
         require(gradient in GRADIENTS, f"gradient must be one of {', '.join(GRADIENTS)}; got {gradient!r}")
         require(positions in POSITIONS, f"positions must be one of {', '.join(POSITIONS)}; got {positions!r}")
         self.rotary_dims = {"channel": dense_dims, "full": head_dim, "none": 0}[positions]
@@ -92,7 +92,8 @@ class SparseFeatureAttention(nn.Module):
         return SparseKVCache(self.topk, dense_dims=self.dense_dims, capacity=capacity)
 
     def forward(self, x: Tensor, cache: SparseKVCache | None = None) -> Tensor:
-        """x [B, N, embed_dim] to the same shape. With a cache the N tokens follow those it holds, and join them."""
+        """x [B, N, embed_dim] to the same shape. With a cache, of `make_cache` or an 8-bit one of this module's budgets, the N
+        tokens follow those it holds, and join them."""
         seen = 0 if cache is None else len(cache)
         q = self.q_norm(self.q_proj(x).unflatten(-1, (self.num_heads, -1))).transpose(1, 2)  # [B, Hq, N, D]
         k = self.k_norm(self.k_proj(x).unflatten(-1, (self.num_kv_heads, -1))).transpose(1, 2)  # [B, Hkv, N, D]
@@ -112,7 +113,8 @@ class SparseFeatureAttention(nn.Module):
                 q, k, v, topk=self.topk, dense_dims=self.dense_dims, is_causal=True, gradient=self.gradient, **rules
             )  # fmt: skip
         else:
-            out = attend_cached(q, *cache.append(k, v), **rules)
+            codes, held = cache.append(k, v)
+            out = attend_cached(q, codes, held, v_scale=cache.v_scale, **rules)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def extra_repr(self) -> str:

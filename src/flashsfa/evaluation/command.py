@@ -233,7 +233,8 @@ def _document(options: argparse.Namespace, subject: Subject) -> dict[str, Any]:
 
 
 def _label(switched: dict[str, Any]) -> str:
-    return f"sfa: {switched['dense_dims']} dense dims + top-{switched['topk']}"
+    kept = "" if switched.get("cache_dtype") is None else f", {switched['cache_dtype']}"
+    return f"sfa: {switched['dense_dims']} dense dims + top-{switched['topk']}{kept}"
 
 
 def _with_error(values: dict[str, Any], metric: str) -> str:

@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 
 from ..basis import FeatureBasis
-from ..checks import require, require_budget, require_query_budget
+from ..checks import query_budget, require, require_budget
 from .attention import NAME, LayerCoding, register
 from .cache import SparseCache, StaticSparseCache
 from .positions import move_to_channel, require_channel, restore
@@ -226,7 +226,7 @@ def _check_settings(model: Any, modules: list[nn.Module], settings: SFASettings,
     name = type(model).__name__
     _, kv_heads, head_dim = attention_shape(model)
     require_budget(settings.topk, head_dim, settings.dense_dims)
-    require_query_budget(settings.topk_query, settings.topk, head_dim, settings.dense_dims, settings.query_pattern)
+    query_budget(settings.topk_query, settings.topk, head_dim, settings.dense_dims, settings.query_pattern)
     require(
         0 <= settings.value_tolerance < 1,
         f"value_tolerance must be in [0, 1), got {settings.value_tolerance}",

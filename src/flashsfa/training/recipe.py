@@ -309,7 +309,7 @@ def differences(one: Any, other: Any) -> list[str]:
 
 
 def _parsed(text: str) -> Any:
-    """YAML in which 2:4 is text, as in version 1.2, and not a number to the base of 60."""
+    """YAML in which 2:4 is text, and not a number to the base of 60."""
     import yaml
 
     class Loader(yaml.SafeLoader):

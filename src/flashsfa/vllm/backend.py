@@ -26,7 +26,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, SlidingWind
 
 from ..attention import sparse_feature_attention_varlen
 from ..basis import FeatureBasis
-from ..checks import require
+from ..checks import query_budget, require
 from ..codes import topk_codes
 from ..decode import sparse_feature_decode
 from ..huggingface.positions import channel_first
@@ -203,9 +203,11 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.kv_cache_dtype = kv_cache_dtype
-        self.settings = current_settings()
+        self.settings = settings = current_settings()
+        query_budget(settings.topk_query, settings.topk, head_size, settings.dense_dims, settings.query_pattern)
         self._rules: dict[str, Any] = {
-            "topk_query": self.settings.topk_query, "query_pattern": self.settings.query_pattern, "scale": self.scale, "window": sliding_window,
+            "topk_query": settings.topk_query, "query_pattern": settings.query_pattern, "scale": self.scale,
+            "window": sliding_window,
         }  # fmt: skip
         self._file = BasisFile()
         self._basis: FeatureBasis | None = None
