@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from flashsfa import topk_codes
+from flashsfa import SparseKVCache, topk_codes
 from flashsfa.codes import FeatureCodes
 from flashsfa.kernels import decode_numba, decode_torch
 from flashsfa.kernels.decode_torch import DecodeRules
@@ -52,6 +52,27 @@ def test_shapes(dtype, groups, m, d, dv, topk, dense_dims):
 @pytest.mark.parametrize("n", [1, 3, 127, 1024, 2600])
 def test_lengths_around_the_blocks(dtype, n):
     assert_as_good_as_torch(*draw(dtype, n=n))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tolerance", [0.0, 0.05])
+@pytest.mark.parametrize(("groups", "m", "dense_dims"), [(1, 1, 0), (3, 1, 4), (3, 2, 0), (7, 1, 4)])
+def test_eight_bits(dtype, tolerance, groups, m, dense_dims):
+    """Codes and values of a growing cache, whose buffers hold anything past its tokens."""
+    q, codes, v = draw(dtype, groups=groups, m=m, n=1100, dense_dims=dense_dims)
+    cache = SparseKVCache(4, dense_dims=dense_dims, capacity=1200, dtype=torch.int8)
+    cache.append(torch.zeros(2, 2, 1200, 16, dtype=dtype), torch.zeros(2, 2, 1200, 24, dtype=dtype))
+    cache.codes.scale[:] = cache.v_scale[:] = torch.nan
+    cache.crop(0)
+    small, held = cache.append(codes.to_dense(), v)
+    rules = DecodeRules(torch.tensor([1100, 37]), window=900)
+    out, lse = decode_numba.decode(q, small, held, rules, 0.25, tolerance, v_scale=cache.v_scale)
+    wide = held.double() * cache.v_scale[..., None]
+    expected, expected_lse = truth(q, small, wide, rules, 0.25)
+    assert out.dtype == dtype
+    rounding = (1e-5 if dtype == torch.float32 else 5e-3) * wide.norm(dim=-1).max()
+    assert (out.double() - expected).norm(dim=-1).max() <= 2 * tolerance * wide.norm(dim=-1).max() + rounding
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("m", [1, 4])

@@ -83,10 +83,9 @@ def sparse_feature_decode(
     if query_pattern is not None:  # the kernels know no pattern: they take the pruned rows as dense queries
         q = topk_codes(q, topk_query, dense_dims=dense_dims, pattern=query_pattern).to_dense()
         topk_query = head_dim
-    eight_bit = {} if v_scale is None else {"v_scale": v_scale}
-    run = _backend(q, codes, rules, v_scale)
     kept = None if topk_query == head_dim else topk_query
-    out, lse = run(q, codes, v, rules, scale, value_tolerance, topk_query=kept, **eight_bit)
+    run = _backend(q, rules)
+    out, lse = run(q, codes, v, rules, scale, value_tolerance, topk_query=kept, v_scale=v_scale)
     return (out, lse) if return_lse else out
 
 
@@ -128,17 +127,15 @@ def attend_cached(
     return out
 
 
-def _backend(
-    q: Tensor, codes: FeatureCodes, rules: DecodeRules, v_scale: Tensor | None
-) -> Callable[..., tuple[Tensor, Tensor]]:
+def _backend(q: Tensor, rules: DecodeRules) -> Callable[..., tuple[Tensor, Tensor]]:
     """The `decode` function for these tensors, recorded for `explain()`."""
-    run, name, reason = _fused(q, rules, codes.scale is not None or v_scale is not None)
+    run, name, reason = _fused(q, rules)
     if not torch.compiler.is_compiling():
         dispatch.record("decode", name, reason, fallback=name == "torch")
     return run
 
 
-def _fused(q: Tensor, rules: DecodeRules, eight_bit: bool) -> tuple[Callable[..., tuple[Tensor, Tensor]], str, str]:
+def _fused(q: Tensor, rules: DecodeRules) -> tuple[Callable[..., tuple[Tensor, Tensor]], str, str]:
     """The fastest `decode`, its name and the reason."""
     plain = decode_torch.decode, "torch"
     if q.device.type == "cuda":
@@ -159,8 +156,6 @@ def _fused(q: Tensor, rules: DecodeRules, eight_bit: bool) -> tuple[Callable[...
         return *plain, "the fused CPU code cannot be traced by torch.compile"
     if rules.page_table is not None:
         return *plain, "the fused CPU code reads no pages"
-    if eight_bit:
-        return *plain, "the fused CPU code reads no 8-bit caches"
     if not decode_numba.supports(q.dtype):
         return *plain, f"the fused CPU code takes no {q.dtype}"
     return decode_numba.decode, "numba", "compiled for this CPU"

@@ -173,6 +173,8 @@ def _lm_eval(options: argparse.Namespace, progress: Progress) -> tuple[dict[str,
             num_fewshot=options.num_fewshot,
         )  # fmt: skip
     document["settings"]["sfa"] = subject.switched
+    if subject.switched and subject.switched["cache_dtype"] is not None:
+        document["settings"]["rounded"] = "what is generated; likelihoods use no cache"
     return document, save(document, options.output)
 
 

@@ -1,4 +1,4 @@
-"""Decode on the CPU, compiled by numba: codes and V are read once, in their own dtype, by all cores.
+"""Decode on the CPU, compiled by numba: codes and V are read once, in their own dtype or 8 bits, by all cores.
 
 Three passes over a scratch array [rows, N] of float32, small beside the cache (4 bytes a key and query row):
 
@@ -58,7 +58,7 @@ def is_available() -> bool:
 
 
 def supports(dtype: torch.dtype) -> bool:
-    """Whether `decode` takes tensors of `dtype`: float32 and bfloat16."""
+    """Whether `decode` takes queries of `dtype`: float32 and bfloat16."""
     return dtype in _UNSIGNED
 
 
@@ -71,20 +71,22 @@ def decode(
     value_tolerance: float,
     *,
     topk_query: int | None = None,
+    v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of the last M tokens over key codes.
 
     Args:
         q: [B, Hq, M, D] queries on the CPU, of a supported dtype.
-        codes, v: [B, Hkv, N, ...] and [B, Hkv, N, Dv], in the dtype of q, any strides of B and Hkv. Copied first if
-            the code rows of a head are not adjacent or the entries of a V row are not.
+        codes, v: [B, Hkv, N, ...] and [B, Hkv, N, Dv], in the dtype of q or int8 with a scale, any strides of B and Hkv.
+            Copied first if the code rows of a head are not adjacent or the entries of a V row are not.
         rules: what is visible: `kv_lens`, `window` and `key_padding_mask`, as in `sparse_feature_decode`.
         scale: factor of the scores.
         value_tolerance: share of a query's weight that may be left out; 0 reads every visible row of V.
         topk_query: features of a query to keep beside the dense channel; None for q as it is.
+        v_scale: [B, Hkv, N] float32 factors of the rows of an int8 v.
 
     Returns:
-        out [B, Hq, M, Dv] in the dtype of v, lse [B, Hq, M] float32.
+        out [B, Hq, M, Dv] in the dtype of q, lse [B, Hq, M] float32.
     """
     if topk_query is not None:
         q = topk_codes(q, topk_query, dense_dims=codes.dense_dims).to_dense()
@@ -96,7 +98,8 @@ def decode(
     if rules.key_padding_mask is not None:
         padding = rules.key_padding_mask.contiguous().numpy()
     chunks = _chunks(first.min(1, initial=n), last.max(1, initial=0), kv_heads)
-    parts = [part for x in (codes.values, codes.indices, codes.dense) for part in _flat(x, adjacent=True)]
+    scales = (x[..., None] if x is not None else torch.empty(0, 0, 0, 1) for x in (codes.scale, v_scale))
+    parts = [part for x in (codes.values, codes.indices, codes.dense, *scales) for part in _flat(x, adjacent=True)]
     out = np.empty((batch * kv_heads, rows, value_dim), np.float32)
     lse = np.empty((batch * kv_heads, rows), np.float32)
     with _one_at_a_time:
@@ -110,7 +113,7 @@ def decode(
         finally:
             numba.set_num_threads(before)
     shape = (batch, q.shape[1], m)
-    return torch.from_numpy(out).view(*shape, value_dim).to(v.dtype), torch.from_numpy(lse).view(shape)
+    return torch.from_numpy(out).view(*shape, value_dim).to(q.dtype), torch.from_numpy(lse).view(shape)
 
 
 def _visible(batch: int, m: int, n: int, rules: DecodeRules) -> tuple[np.ndarray, np.ndarray]:
@@ -139,7 +142,7 @@ def _flat(x: Tensor, adjacent: bool = False) -> tuple[np.ndarray, tuple[int, int
     if x.stride(3) != 1 or (adjacent and x.stride(2) != x.shape[3]):
         x = x.contiguous()
     extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
-    bits = x if x.dtype == torch.uint8 else x.view(_UNSIGNED[x.dtype])
+    bits = x if x.dtype in (torch.uint8, torch.int8) else x.view(_UNSIGNED[x.dtype])
     return bits.as_strided((extent,), (1,)).numpy(), x.stride()[:3]
 
 
@@ -154,8 +157,8 @@ def _jit(parallel: bool = False, reorder: bool = False) -> Callable:
 
 @_jit(parallel=True)
 def _decode_kernel(
-    q, values, values_at, indices, indices_at, dense, dense_at, topk, dense_dims, v, v_at,
-    first, last, padding, chunks, kv_heads, n, tolerance, out, lse,
+    q, values, values_at, indices, indices_at, dense, dense_at, scale, scale_at, v_scale, v_scale_at, topk, dense_dims,
+    v, v_at, first, last, padding, chunks, kv_heads, n, tolerance, out, lse,
 ):  # fmt: skip
     """The three passes. q [heads, R, D] with the scale in it, out [heads, R, Dv] and lse [heads, R] of B·Hkv heads;
     `x` and `x_at` as `_flat` returns them."""
@@ -174,6 +177,10 @@ def _decode_kernel(
             _rows_between(dense, b * dense_at[0] + h * dense_at[1], start, end, dense_dims),
             scores[head, :, start:end],
         )
+        if len(scale):
+            _scale_keys(
+                scores[head, :, start:end], _rows_between(scale, b * scale_at[0] + h * scale_at[1], start, end, 1)
+            )
         _hide(scores[head, :, start:end], start, first[b], last[b], padding[b, start:end])
     for line in prange(heads * rows):
         head, row = line // rows, line % rows
@@ -185,7 +192,7 @@ def _decode_kernel(
         b, h = head // kv_heads, head % kv_heads
         _sum_chunk(
             scores[head, :, start:end], cuts[head], padding[b, start:end],
-            v, b * v_at[0] + h * v_at[1] + start * v_at[2], v_at[2], sums[chunk], masses[chunk],
+            v_scale[b * v_scale_at[0] + h * v_scale_at[1] + start :], v, b * v_at[0] + h * v_at[1] + start * v_at[2], v_at[2], sums[chunk], masses[chunk],
         )  # fmt: skip
     _combine(chunks, sums, masses, out)
 
@@ -257,6 +264,14 @@ def _score_lanes(table, dense_table, values, indices, dense, scores):
             scores[2, key] = s2
         if lanes > 3:
             scores[3, key] = s3
+
+
+@_jit()
+def _scale_keys(scores, scale):
+    """Multiply scores [R, n] by the keys' factors [n, 1]."""
+    for row in range(len(scores)):
+        for key in range(len(scale)):
+            scores[row, key] *= _widen(scale[key, 0])
 
 
 @_jit()
@@ -348,9 +363,9 @@ def _needed(weights, cuts, padding):
 
 
 @_jit(reorder=True)
-def _sum_chunk(weights, cuts, padding, v, start, stride, out, mass):
-    """out [R, Dv] = sum over the needed keys of weights [R, n] times the V row at v[start + key * stride], and mass
-    [R], the sum of their weights."""
+def _sum_chunk(weights, cuts, padding, scale, v, start, stride, out, mass):
+    """out [R, Dv] = sum over the needed keys of weights [R, n] times the V row at v[start + key * stride], times scale[key]
+    unless that is empty, and mass [R], the sum of their weights."""
     needed = _needed(weights, cuts, padding)
     count, last, dims = len(needed), len(needed) - 1, out.shape[1]
     out[:] = 0
@@ -369,6 +384,9 @@ def _sum_chunk(weights, cuts, padding, v, start, stride, out, mass):
             w2 = weights[row, k2] if i + 2 < count else np.float32(0)
             w3 = weights[row, k3] if i + 3 < count else np.float32(0)
             mass[row] += (w0 + w1) + (w2 + w3)
+            if len(scale):
+                w0, w1 = w0 * _widen(scale[k0]), w1 * _widen(scale[k1])
+                w2, w3 = w2 * _widen(scale[k2]), w3 * _widen(scale[k3])
             for j in range(np.uint64(dims)):
                 out[row, j] += (w0 * _widen(v[at0 + j]) + w1 * _widen(v[at1 + j])) + (
                     w2 * _widen(v[at2 + j]) + w3 * _widen(v[at3 + j])
@@ -376,9 +394,11 @@ def _sum_chunk(weights, cuts, padding, v, start, stride, out, mass):
 
 
 def _widen_code(typing: Any, bits: Any) -> Any:
-    """The float32 whose upper bits are `bits`: bfloat16 is float32's upper half, uint32 bits are all of it."""
+    """The float32 of an int8, or whose upper bits are `bits`: bfloat16 is float32's upper half, uint32 bits are all of it."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if bits.signed:
+            return builder.sitofp(arguments[0], ir.FloatType())
         word = builder.zext(arguments[0], ir.IntType(32))
         return builder.bitcast(builder.shl(word, ir.IntType(32)(32 - bits.bitwidth)), ir.FloatType())
 
