@@ -81,7 +81,7 @@ class Subject:
         )
         require(
             converted or settings.topk is not None or settings.dense,
-            f"{self.name} is a dense model: give --topk to switch it, --dense to measure it as it is, or both to compare",
+            f"{self.name} is no converted model's directory: give --topk to switch a dense model, --dense to measure it as it is, or both",
         )
         dtype = getattr(torch, settings.dtype)
         self.model, self.tokenizer = (_load_converted if converted else load_model)(settings.model, dtype)
