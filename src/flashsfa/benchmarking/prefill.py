@@ -1,7 +1,8 @@
 """Cases of causal prefill: attention over whole sequences, beside the dense kernels that are installed.
 
 A case runs the operator as a model does, top-k of queries and keys included, over the same random q, k and v that the
-baselines take dense. Where queries run on sparse tensor cores, `kernel_alone` is that kernel over codes made before.
+baselines take dense. On Hopper `kernel_alone` is this package's kernel over codes made before, on sparse tensor cores for
+queries in the 2:4 pattern, and on dense ones for others, which the operator leaves to torch's kernels.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from .. import reference
 from ..attention import sparse_feature_attention
-from ..codes import FeatureCodes, code_queries, topk_codes
+from ..codes import FeatureCodes, all_dense_codes, code_queries, topk_codes
 from ..kernels.dispatch import last_choice
 from ..kernels.hopper import prefill as hopper
 from ..masks import AttentionMask
@@ -28,8 +29,8 @@ _CHECKED_QUERIES = 256  # the last ones, which see most keys: fp64 scores of all
 
 
 def cases(device: torch.device, quick: bool) -> list[PrefillCase]:
-    """Both published codes, and queries in the 2:4 pattern without and with a dense channel, at three lengths; smaller and
-    in float32 on the CPU."""
+    """Both published codes, with queries as sparse as keys, dense, and in the 2:4 pattern without and with a dense channel, at
+    three lengths; smaller and in float32 on the CPU."""
     on_gpu = device.type == "cuda"
     lengths: tuple[int, ...] = (4096, 16384, 65536) if on_gpu else (1024, 4096)
     if quick:
@@ -41,6 +42,7 @@ def cases(device: torch.device, quick: bool) -> list[PrefillCase]:
         for head_dim, topk in ((128, 16), (64, 8))
         for queries in (
             {},
+            {"topk_query": head_dim},
             {"topk_query": head_dim // 2, "query_pattern": "2:4"},
             {"topk_query": (head_dim - 32) // 2, "dense_dims": 32, "query_pattern": "2:4"},
         )
@@ -70,7 +72,8 @@ class PrefillCase:
 
     @property
     def facet(self) -> str:
-        queries = f", {self.query_pattern} queries" if self.query_pattern else ""
+        kind = "dense" if self.topk_query == self.head_dim else self.query_pattern
+        queries = "" if kind is None else f", {kind} queries"
         code = f"{code_label(self.topk, self.dense_dims)}{queries}"
         return f"d={self.head_dim}, {code}, {self.query_heads}/{self.kv_heads} heads"
 
@@ -86,8 +89,7 @@ class PrefillCase:
         tokens = self.batch * self.kv_heads * self.n
         nbytes = 2 * q.nbytes + k.nbytes + v.nbytes  # the output is as large as q
         found = {name: Baseline(run, nbytes) for name, run in baselines(q, k, v).items()}
-        if self.query_pattern is not None:
-            found |= self._kernel_alone(q, k, v, nbytes)
+        found |= self._kernel_alone(q, k, v, nbytes)
         return Workload(
             run=lambda: sparse_feature_attention(
                 q,
@@ -114,6 +116,8 @@ class PrefillCase:
 
     def _kernel_alone(self, q: Tensor, k: Tensor, v: Tensor, nbytes: int) -> dict[str, Baseline]:
         q_codes, k_codes = self._codes(q, k)
+        if self.query_pattern is None:
+            q_codes = all_dense_codes(q_codes.to_dense())
         scale, rows = self.head_dim**-0.5, k_codes.to_dense()
         mask = AttentionMask(is_causal=True)
         if hopper.obstacle(q_codes, rows, v, mask, scale) is not None:
