@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The rows of docs/quality.md, the most telling first, and two of docs/hopper-prefill.md that have not been run; and their comparison. From the repository's root:
+# The rows of docs/quality.md, the most telling first, two of docs/hopper-prefill.md that have not been run, and their
+# comparison. From the repository's root:
 #
 #   recipes/quality.sh runs/quality                       one run at a time
 #   JOBS=5 recipes/quality.sh runs/quality                five side by side: a model this small does not fill an H100

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import is_checked, require, require_budget, require_float
+from .checks import is_checked, query_budget, require, require_budget, require_float
 
 
 @dataclass(frozen=True)
@@ -214,10 +214,10 @@ def code_queries(
     q: Tensor, topk: int, topk_query: int | None, dense_dims: int, pattern: str | None = None
 ) -> FeatureCodes:
     """Code q [..., D] by the rule of `topk_query`: None means `topk`, D means dense queries (without a pattern)."""
-    topk_query = topk if topk_query is None else topk_query
-    if keeps_all(q, topk_query, pattern):
+    budget = query_budget(topk_query, topk, q.shape[-1], dense_dims, pattern)
+    if keeps_all(q, budget, pattern):
         return all_dense_codes(q)
-    return topk_codes(q, topk_query, dense_dims=dense_dims, pattern=pattern)
+    return topk_codes(q, budget, dense_dims=dense_dims, pattern=pattern)
 
 
 def keeps_all(x: Tensor, topk: int, pattern: str | None = None) -> bool:

@@ -235,7 +235,7 @@ def _document(options: argparse.Namespace, subject: Subject) -> dict[str, Any]:
 
 
 def _label(switched: dict[str, Any]) -> str:
-    kept = "" if switched.get("cache_dtype") is None else f", {switched['cache_dtype']}"
+    kept = "" if switched["cache_dtype"] is None else f", {switched['cache_dtype']}"
     return f"sfa: {switched['dense_dims']} dense dims + top-{switched['topk']}{kept}"
 
 

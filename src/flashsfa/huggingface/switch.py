@@ -40,6 +40,10 @@ class SFASettings:
     cache_dtype: str | None = None
     query_pattern: str | None = None
 
+    def arguments(self) -> dict[str, Any]:
+        """What `enable` takes for them, the basis apart."""
+        return {name: value for name, value in asdict(self).items() if name != "has_basis"}
+
 
 def enable(
     model: Any,
@@ -101,8 +105,9 @@ def enable(
         for index in range(len(modules)) if layers is None else layers:
             layer_basis = None if basis is None else basis[index]
             coding = LayerCoding(
-                topk, topk_query, dense_dims, value_tolerance, layer_basis, channel, kept_dtype, query_pattern
-            )
+                topk, topk_query, dense_dims, value_tolerance, layer_basis, channel, cache_dtype=kept_dtype,
+                query_pattern=query_pattern,
+            )  # fmt: skip
             modules[index].sfa = coding.to(next(modules[index].parameters()).device)
         model.set_attn_implementation(NAME)
         model.config.sfa = asdict(settings)
@@ -154,11 +159,7 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> Any:
         )
     basis = FeatureBasis.load(path / BASIS_FILE) if settings.has_basis else None
     model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
-    return enable(
-        model, settings.topk, topk_query=settings.topk_query, dense_dims=settings.dense_dims, basis=basis,
-        layers=settings.layers, value_tolerance=settings.value_tolerance, positions=settings.positions,
-        cache_dtype=settings.cache_dtype, query_pattern=settings.query_pattern,
-    )  # fmt: skip
+    return enable(model, basis=basis, **settings.arguments())
 
 
 def attention_shape(model: Any) -> tuple[int, int, int]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..basis import FeatureBasis
 from ..checks import require
-from ..huggingface import disable, enable, from_pretrained
+from ..huggingface import SFASettings, disable, enable, from_pretrained
 from ..huggingface.switch import BASIS_FILE, attention_layers
 from .attention import Core, DenseCore, DistillCore, TargetCore, TrainedBasis, install, uninstall
 from .data import IGNORED
@@ -182,5 +182,4 @@ def _finish(model: Any, basis: FeatureBasis | None) -> None:
         for index, trained in learned.items():
             with torch.no_grad():
                 basis.query[index], basis.key[index] = (x.cpu() for x in vars(trained()).values())
-        budgets = {name: value for name, value in model.config.sfa.items() if name != "has_basis"}
-        enable(model, basis=basis, **budgets)
+        enable(model, basis=basis, **SFASettings(**model.config.sfa).arguments())

@@ -94,17 +94,14 @@ class Attention:
             (self.width is not None) == wide,
             f"attention.width: {'missing' if wide else 'only for kinds short, low_rank and performer'}",
         )
-        require(sparse or self.topk_query is None, "attention.topk_query: only for kind sfa")
-        require(sparse or self.anneal is None, "attention.anneal: only for kind sfa")
-        require(sparse or self.query_pattern is None, "attention.query_pattern: only for kind sfa")
-        require(sparse or self.layers is None, "attention.layers: only for kind sfa")
         _one_of("attention.gradient", self.gradient, GRADIENTS)
-        require(sparse or self.gradient == "kept", "attention.gradient: only for kind sfa")
+        for name in ("topk_query", "anneal", "query_pattern", "layers", "gradient", "sparse_temperature"):
+            default = getattr(Attention, name)
+            require(sparse or getattr(self, name) == default, f"attention.{name}: only for kind sfa")
         require(
             self.kind in ("dense", "sfa", "short") or not self.equalize,
             "attention.equalize: only for kinds dense, sfa and short",
         )
-        require(sparse or self.sparse_temperature is None, "attention.sparse_temperature: only for kind sfa")
         for name in ("temperature", "sparse_temperature"):
             value = getattr(self, name)
             require(value is None or value > 0, f"attention.{name} must be above 0, got {value}")
