@@ -28,6 +28,7 @@ constexpr int K_BYTES = BOX * (HEAD_DIM / 64);
 constexpr int V_BYTES = BOX * (VALUE_DIM / 64);
 constexpr int Q_BYTES = STEP_BYTES * STEPS;       // of one consumer
 constexpr float LOG2E = 1.4426950408889634f;
+constexpr float FAR = 32768.f;  // a thread's weights of a row and tile may sum to this: float16 holds each of them
 
 template <bool VALUE>
 struct Bool { static constexpr bool value = VALUE; };
@@ -159,15 +160,19 @@ __device__ __forceinline__ uint4 quad_transpose(const u32 (&words)[4], int lane)
 
 // ---- one consumer's 64 queries ---------------------------------------------------------------------------------
 
+struct Pair {
+  float low, high;
+};
+
 // Of a 64 x N accumulator a thread holds rows r and r + 8, r = 16 * warp + lane / 4: entries 4j, 4j + 1 of row r and
 // 4j + 2, 4j + 3 of row r + 8, at columns 8j + 2 * (lane % 4) and the next.
 struct Consumer {
   u64 q;                   // descriptor of the queries' first step
   u32 places[WORDS];       // their metadata
-  float s[BLOCK_N / 2];    // scores, then weights, of one tile
-  uint4 p[BLOCK_N / 16];    // weights of the tile before, as the A operand of P V
+  float s[BLOCK_N / 2];       // scores of one tile
+  uint4 p[2][BLOCK_N / 16];   // weights of even tiles and of odd ones, as the A operand of P V
   float o[VALUE_DIM / 2];
-  float top[2], sum[2];    // row maximum; this thread's share of the row sum
+  float base[2], sum[2];      // what a row's weights are relative to, base 2; this thread's share of their sum
 
   // `codes` to shared memory at `tile`, where this warpgroup's matrix instructions read them.
   __device__ __forceinline__ void stage(const Queries& codes, u32 tile, int thread, int warpgroup) {
@@ -205,7 +210,7 @@ struct Consumer {
     }
   }
 
-  __device__ __forceinline__ void issue_output(u32 v_tile) {
+  __device__ __forceinline__ void issue_output(u32 v_tile, const uint4 (&p)[BLOCK_N / 16]) {
     wgmma_fence();
     pin(o);
 #pragma unroll
@@ -222,35 +227,39 @@ struct Consumer {
     }
   }
 
-  // Weights of the tile's keys against the new row maxima; what older sums and outputs must be multiplied by.
-  template <bool MAY_BE_EMPTY>
-  __device__ __forceinline__ void softmax(float scale_log2, float (&rescale)[2]) {
-    float shift[2], part[4] = {0.f, 0.f, 0.f, 0.f};
+  // Weights of the tile's keys against `base`, as the operand of P V; this thread's shares of their sums.
+  __device__ __forceinline__ Pair weigh(uint4 (&to)[BLOCK_N / 16], float scale_log2, const float (&base)[2]) const {
+    float part[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float top_new = top[h];
+    for (int t = 0; t < BLOCK_N / 16; ++t) {
+      float w[8];
 #pragma unroll
-      for (int j = 0; j < BLOCK_N / 8; ++j) top_new = fmaxf(top_new, fmaxf(s[4 * j + 2 * h], s[4 * j + 2 * h + 1]));
-      top_new = quad_max(top_new);
-      shift[h] = top_new * scale_log2;
-      if (MAY_BE_EMPTY && top_new == minus_infinity()) shift[h] = 0.f;  // no key yet: exp(-inf) = 0 rather than NaN
-      rescale[h] = exp2_fast(fmaf(top[h], scale_log2, -shift[h]));
-      top[h] = top_new;
+      for (int j = 0; j < 8; ++j) {
+        w[j] = exp2_fast(fmaf(s[8 * t + j], scale_log2, -base[j >> 1 & 1]));
+        part[j & 3] += w[j];
+      }
+      to[t] = make_uint4(pack_pair(w[0], w[1]), pack_pair(w[2], w[3]), pack_pair(w[4], w[5]), pack_pair(w[6], w[7]));
     }
-#pragma unroll
-    for (int i = 0; i < BLOCK_N / 2; ++i) {
-      s[i] = exp2_fast(fmaf(s[i], scale_log2, -shift[i >> 1 & 1]));
-      part[i & 3] += s[i];
-    }
-#pragma unroll
-    for (int h = 0; h < 2; ++h) sum[h] = fmaf(sum[h], rescale[h], part[2 * h] + part[2 * h + 1]);
+    return {part[0] + part[1], part[2] + part[3]};
   }
 
-  __device__ __forceinline__ void round_weights() {
+  // Moves the rows' bases up to the maxima of what they have seen with this tile, and weighs the tile again. Outputs of
+  // earlier tiles are to be multiplied by `rescale`.
+  __device__ __forceinline__ void rebase(uint4 (&to)[BLOCK_N / 16], float scale_log2, float (&rescale)[2]) {
+    float from[2];
 #pragma unroll
-    for (int t = 0; t < BLOCK_N / 16; ++t)
-      p[t] = make_uint4(pack_pair(s[8 * t], s[8 * t + 1]), pack_pair(s[8 * t + 2], s[8 * t + 3]),
-                        pack_pair(s[8 * t + 4], s[8 * t + 5]), pack_pair(s[8 * t + 6], s[8 * t + 7]));
+    for (int h = 0; h < 2; ++h) {
+      float top = minus_infinity();
+#pragma unroll
+      for (int j = 0; j < BLOCK_N / 8; ++j) top = fmaxf(top, fmaxf(s[4 * j + 2 * h], s[4 * j + 2 * h + 1]));
+      top = fmaxf(base[h], quad_max(top) * scale_log2);
+      from[h] = top == minus_infinity() ? 0.f : top;  // no key yet: exp(-inf) = 0 rather than NaN
+      rescale[h] = exp2_fast(base[h] - from[h]);
+      base[h] = top;
+    }
+    const Pair now = weigh(to, scale_log2, from);
+    sum[0] = fmaf(sum[0], rescale[0], now.low);
+    sum[1] = fmaf(sum[1], rescale[1], now.high);
   }
 
   __device__ __forceinline__ void rescale_output(const float (&rescale)[2]) {
@@ -343,13 +352,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     c.stage(codes, q_tiles + warpgroup * Q_BYTES, thread, warpgroup);
 #pragma unroll
     for (int i = 0; i < VALUE_DIM / 2; ++i) c.o[i] = 0.f;
-    c.top[0] = c.top[1] = minus_infinity();
+    c.base[0] = c.base[1] = minus_infinity();
     c.sum[0] = c.sum[1] = 0.f;
     float rescale[2];
 
     // Consumers take turns to issue matrix work (barrier 1 + warpgroup), so that one's softmax runs under another's.
     const int turn = 1 + warpgroup, next_turn = 1 + (warpgroup + 1) % CONSUMERS;
-    if (CONSUMERS > 1 && warpgroup == CONSUMERS - 1 && tiles > 1) named_arrive(next_turn, 256);
+    if (TURNS && CONSUMERS > 1 && warpgroup == CONSUMERS - 1 && tiles > 1) named_arrive(next_turn, 256);
 
     if (tiles > 0) {
       barrier_wait(k_full, 0);
@@ -358,43 +367,70 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       pin(c.s);
       if (lane == 0) barrier_arrive(k_empty);
       c.mask((end_tile - 1) * BLOCK_N + column, begin, end);
-      c.softmax<true>(scale_log2, rescale);
-      c.round_weights();
+      c.rebase(c.p[0], scale_log2, rescale);
       if (params.k_bounds && end_tile * BLOCK_N > k_rows.count) {  // the next sequence's values: 0 * NaN is NaN
         barrier_wait(v_full, 0);
         clear_rows(v_tiles, k_rows.count - (end_tile - 1) * BLOCK_N, thread, warpgroup);
       }
     }
     // While P V of tile i - 1 runs, the scores of tile i become weights.
-    auto step = [&](int i, auto masked) {
+    auto step = [&](int i, auto masked, auto odd) {
       constexpr bool MASKED = decltype(masked)::value;
+      constexpr int TO = PARITY ? decltype(odd)::value : 1, FROM = 1 - TO;
       const int stage = i % STAGES, before = (i - 1) % STAGES;
       barrier_wait(k_full + 8 * stage, i / STAGES & 1);
-      if (CONSUMERS > 1) named_sync(turn, 256);
+      if (TURNS && CONSUMERS > 1) named_sync(turn, 256);
+#if !EARLY
       c.issue_scores(k_tiles + stage * K_BYTES);
+#endif
       barrier_wait(v_full + 8 * before, (i - 1) / STAGES & 1);
-      c.issue_output(v_tiles + before * V_BYTES);
-      if (CONSUMERS > 1 && !(warpgroup == CONSUMERS - 1 && i == tiles - 1)) named_arrive(next_turn, 256);
-      wgmma_wait<1>();
+      c.issue_output(v_tiles + before * V_BYTES, c.p[FROM]);
+#if EARLY
+      c.issue_scores(k_tiles + stage * K_BYTES);
+#endif
+      if (TURNS && CONSUMERS > 1 && !(warpgroup == CONSUMERS - 1 && i == tiles - 1)) named_arrive(next_turn, 256);
+      wgmma_wait<EARLY ? 0 : 1>();
       pin(c.s);
       if (lane == 0) barrier_arrive(k_empty + 8 * stage);
+      if (EARLY && lane == 0) barrier_arrive(v_empty + 8 * before);
       if (MASKED) c.mask((end_tile - 1 - i) * BLOCK_N + column, begin, end);
-      c.softmax<MASKED>(scale_log2, rescale);
-      wgmma_wait<0>();
+      const Pair now = c.weigh(c.p[EARLY ? FROM : TO], scale_log2, c.base);
+      const bool near = !__any_sync(~0u, !(now.low <= FAR && now.high <= FAR));
+      if (near) {
+        c.sum[0] += now.low;
+        c.sum[1] += now.high;
+      } else {
+        c.rebase(c.p[EARLY ? FROM : TO], scale_log2, rescale);
+      }
+      if (!EARLY) wgmma_wait<0>();
       pin(c.o);
-      if (lane == 0) barrier_arrive(v_empty + 8 * before);
-      c.round_weights();
-      c.rescale_output(rescale);
+      if (!EARLY && lane == 0) barrier_arrive(v_empty + 8 * before);
+      if (!near) c.rescale_output(rescale);
+      if (!PARITY && !EARLY) {
+#pragma unroll
+        for (int t = 0; t < BLOCK_N / 16; ++t) c.p[0][t] = c.p[1][t];
+      }
     };
     int i = 1;
+    auto steps = [&](auto masked, auto more) {
+      for (; i < tiles && more(); ++i) {
+        if (!PARITY || i & 1)
+          step(i, masked, Bool<true>());
+        else
+          step(i, masked, Bool<false>());
+      }
+    };
     auto tile_end = [&] { return (end_tile - i) * BLOCK_N; };
-    for (; i < tiles && tile_end() > end_all; ++i) step(i, Bool<true>());
-    for (; i < tiles && tile_end() - BLOCK_N >= begin_all; ++i) step(i, Bool<false>());
-    for (; i < tiles; ++i) step(i, Bool<true>());
+    steps(Bool<true>(), [&] { return tile_end() > end_all; });
+    steps(Bool<false>(), [&] { return tile_end() - BLOCK_N >= begin_all; });
+    steps(Bool<true>(), [] { return true; });
     if (tiles > 0) {
       const int last = (tiles - 1) % STAGES;
       barrier_wait(v_full + 8 * last, (tiles - 1) / STAGES & 1);
-      c.issue_output(v_tiles + last * V_BYTES);
+      if (PARITY && !(tiles & 1))
+        c.issue_output(v_tiles + last * V_BYTES, c.p[1]);
+      else
+        c.issue_output(v_tiles + last * V_BYTES, c.p[0]);
       wgmma_wait<0>();
       pin(c.o);
     }
@@ -415,7 +451,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (r < q_rows.count) *(uint4*)(out + 8 * (j + lane % 4)) = columns;
       }
       if (r < q_rows.count && lane % 4 == 0)
-        params.lse[code_row + 8 * h] = sum == 0.f ? minus_infinity() : c.top[h] * params.scale + log2_fast(sum) / LOG2E;
+        params.lse[code_row + 8 * h] = sum == 0.f ? minus_infinity() : (c.base[h] + log2_fast(sum)) / LOG2E;
     }
   }
 }
