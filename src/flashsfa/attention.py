@@ -302,21 +302,45 @@ def _attend_pairs(
     """Attention of queries in the 2:4 pattern to the rows k, on sparse tensor cores where it can be."""
     obstacle = None
     if backend == "auto":
-        obstacle = hopper.obstacle(q, k, v, mask, scale)
-        if obstacle is None:
-            try:
-                out, lse = hopper.forward(q, k, v, mask=mask, scale=scale)
-                dispatch.record("attention", "hopper", "sparse tensor cores, for queries in the 2:4 pattern")
-                return out, lse
-            except CompilationError as error:
-                obstacle = f"the kernel for sparse tensor cores cannot be compiled: {error}"
-    return _attend_rows(kernels.spread(*_parts(q), q.head_dim), k, v, mask, scale, backend, obstacle)
+        found = _on_hopper(q, k, v, mask, scale, "sparse tensor cores, for queries in the 2:4 pattern")
+        if not isinstance(found, str):
+            return found
+        obstacle = f"no sparse tensor cores: {found}"
+    return _attend_dense(kernels.spread(*_parts(q), q.head_dim), k, v, mask, scale, backend, obstacle)
 
 
 def _attend_rows(
+    q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Attention of rows, on a dense kernel: this package's for Hopper or torch's."""
+    obstacle = None
+    if backend == "auto" and hopper.is_faster(q, k, v, mask):
+        found = _on_hopper(all_dense_codes(q), k, v, mask, scale, "the kernel for Hopper, with dense queries")
+        if not isinstance(found, str):
+            return found
+        obstacle = f"not the kernel for Hopper: {found}"
+    return _attend_dense(q, k, v, mask, scale, backend, obstacle)
+
+
+def _on_hopper(
+    q: FeatureCodes, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, reason: str
+) -> tuple[Tensor, Tensor] | str:
+    """out and lse by the kernel for Hopper, or why it cannot take these."""
+    obstacle = hopper.obstacle(q, k, v, mask, scale)
+    if obstacle is not None:
+        return obstacle
+    try:
+        found = hopper.forward(q, k, v, mask=mask, scale=scale)
+    except CompilationError as error:
+        return f"the kernel cannot be compiled: {error}"
+    dispatch.record("attention", "hopper", reason)
+    return found
+
+
+def _attend_dense(
     q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, backend: str, obstacle: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention of rows, on a dense kernel; the `obstacle` kept it from a faster one."""
+    """Attention of rows, on torch's dense kernels; the `obstacle` kept it from a faster one."""
     kernel = _choose("attention", q, v, mask, backend, obstacle)
     if kernel is None:
         out, lse = reference.attention(q, k, v, mask=mask, scale=scale)
@@ -397,7 +421,7 @@ def _choose(
         return None
     kernel, reason = dense.choose_kernel(q, v, mask)
     if obstacle is not None:
-        reason = f"{reason}; no sparse tensor cores: {obstacle}"
+        reason = f"{reason}; {obstacle}"
     if kernel is not None:
         dispatch.record(operation, "dense", reason, fallback=obstacle is not None)
         return kernel

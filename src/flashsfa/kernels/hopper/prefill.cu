@@ -28,7 +28,7 @@ constexpr int K_BYTES = BOX * (HEAD_DIM / 64);
 constexpr int V_BYTES = BOX * (VALUE_DIM / 64);
 constexpr int Q_BYTES = STEP_BYTES * STEPS;       // of one consumer
 constexpr float LOG2E = 1.4426950408889634f;
-constexpr float FAR = 32768.f;  // a thread's weights of a row and tile may sum to this: float16 holds each of them
+constexpr float FAR = 32768.f;                    // a thread's weights of one tile and row may sum to this: float16 holds it
 
 template <bool VALUE>
 struct Bool { static constexpr bool value = VALUE; };
@@ -172,7 +172,7 @@ struct Consumer {
   float s[BLOCK_N / 2];       // scores of one tile
   uint4 p[2][BLOCK_N / 16];   // weights of even tiles and of odd ones, as the A operand of P V
   float o[VALUE_DIM / 2];
-  float base[2], sum[2];      // what a row's weights are relative to, base 2; this thread's share of their sum
+  float base[2], sum[2];      // binary logarithm of what a row's weights are relative to; this thread's share of their sum
 
   // `codes` to shared memory at `tile`, where this warpgroup's matrix instructions read them.
   __device__ __forceinline__ void stage(const Queries& codes, u32 tile, int thread, int warpgroup) {
@@ -227,15 +227,30 @@ struct Consumer {
     }
   }
 
-  // Weights of the tile's keys against `base`, as the operand of P V; this thread's shares of their sums.
-  __device__ __forceinline__ Pair weigh(uint4 (&to)[BLOCK_N / 16], float scale_log2, const float (&base)[2]) const {
+  // The tile's scores become weights, as the operand of P V, and join the sums. A row's weights are relative to its base,
+  // a maximum of some of its scores: which one, softmax does not mind, as long as no weight grows too large to hold. The
+  // sums tell, so that maxima are sought only then. True if bases moved: outputs so far are to be multiplied by `rescale`.
+  __device__ __forceinline__ bool soften(uint4 (&to)[BLOCK_N / 16], float scale_log2, float (&rescale)[2]) {
+    const Pair now = weigh(to, scale_log2, base);
+    const bool moved = __any_sync(~0u, !(now.low <= FAR && now.high <= FAR));  // without a base: infinite or NaN
+    if (moved) {
+      rebase(to, scale_log2, rescale);
+    } else {
+      sum[0] += now.low;
+      sum[1] += now.high;
+    }
+    return moved;
+  }
+
+  // Weights relative to `from`, and this thread's shares of their sums.
+  __device__ __forceinline__ Pair weigh(uint4 (&to)[BLOCK_N / 16], float scale_log2, const float (&from)[2]) const {
     float part[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
     for (int t = 0; t < BLOCK_N / 16; ++t) {
       float w[8];
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        w[j] = exp2_fast(fmaf(s[8 * t + j], scale_log2, -base[j >> 1 & 1]));
+        w[j] = exp2_fast(fmaf(s[8 * t + j], scale_log2, -from[j >> 1 & 1]));
         part[j & 3] += w[j];
       }
       to[t] = make_uint4(pack_pair(w[0], w[1]), pack_pair(w[2], w[3]), pack_pair(w[4], w[5]), pack_pair(w[6], w[7]));
@@ -243,8 +258,7 @@ struct Consumer {
     return {part[0] + part[1], part[2] + part[3]};
   }
 
-  // Moves the rows' bases up to the maxima of what they have seen with this tile, and weighs the tile again. Outputs of
-  // earlier tiles are to be multiplied by `rescale`.
+  // Moves the bases up to the maxima of all scores so far, and weighs the tile relative to them.
   __device__ __forceinline__ void rebase(uint4 (&to)[BLOCK_N / 16], float scale_log2, float (&rescale)[2]) {
     float from[2];
 #pragma unroll
@@ -358,7 +372,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
     // Consumers take turns to issue matrix work (barrier 1 + warpgroup), so that one's softmax runs under another's.
     const int turn = 1 + warpgroup, next_turn = 1 + (warpgroup + 1) % CONSUMERS;
-    if (TURNS && CONSUMERS > 1 && warpgroup == CONSUMERS - 1 && tiles > 1) named_arrive(next_turn, 256);
+    if (CONSUMERS > 1 && warpgroup == CONSUMERS - 1 && tiles > 1) named_arrive(next_turn, 256);
 
     if (tiles > 0) {
       barrier_wait(k_full, 0);
@@ -367,58 +381,40 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       pin(c.s);
       if (lane == 0) barrier_arrive(k_empty);
       c.mask((end_tile - 1) * BLOCK_N + column, begin, end);
-      c.rebase(c.p[0], scale_log2, rescale);
+      c.rebase(c.p[0], scale_log2, rescale);  // there is no output yet
       if (params.k_bounds && end_tile * BLOCK_N > k_rows.count) {  // the next sequence's values: 0 * NaN is NaN
         barrier_wait(v_full, 0);
         clear_rows(v_tiles, k_rows.count - (end_tile - 1) * BLOCK_N, thread, warpgroup);
       }
     }
-    // While P V of tile i - 1 runs, the scores of tile i become weights.
+    // While P V of tile i - 1 runs, the scores of tile i become weights. The branch on them keeps the compiler from moving
+    // exponentials behind the wait for P V.
     auto step = [&](int i, auto masked, auto odd) {
-      constexpr bool MASKED = decltype(masked)::value;
-      constexpr int TO = PARITY ? decltype(odd)::value : 1, FROM = 1 - TO;
+      constexpr int TO = decltype(odd)::value, FROM = 1 - TO;
       const int stage = i % STAGES, before = (i - 1) % STAGES;
       barrier_wait(k_full + 8 * stage, i / STAGES & 1);
-      if (TURNS && CONSUMERS > 1) named_sync(turn, 256);
-#if !EARLY
+      if (CONSUMERS > 1) named_sync(turn, 256);
       c.issue_scores(k_tiles + stage * K_BYTES);
-#endif
       barrier_wait(v_full + 8 * before, (i - 1) / STAGES & 1);
       c.issue_output(v_tiles + before * V_BYTES, c.p[FROM]);
-#if EARLY
-      c.issue_scores(k_tiles + stage * K_BYTES);
-#endif
-      if (TURNS && CONSUMERS > 1 && !(warpgroup == CONSUMERS - 1 && i == tiles - 1)) named_arrive(next_turn, 256);
-      wgmma_wait<EARLY ? 0 : 1>();
+      if (CONSUMERS > 1 && !(warpgroup == CONSUMERS - 1 && i == tiles - 1)) named_arrive(next_turn, 256);
+      wgmma_wait<1>();
       pin(c.s);
       if (lane == 0) barrier_arrive(k_empty + 8 * stage);
-      if (EARLY && lane == 0) barrier_arrive(v_empty + 8 * before);
-      if (MASKED) c.mask((end_tile - 1 - i) * BLOCK_N + column, begin, end);
-      const Pair now = c.weigh(c.p[EARLY ? FROM : TO], scale_log2, c.base);
-      const bool near = !__any_sync(~0u, !(now.low <= FAR && now.high <= FAR));
-      if (near) {
-        c.sum[0] += now.low;
-        c.sum[1] += now.high;
-      } else {
-        c.rebase(c.p[EARLY ? FROM : TO], scale_log2, rescale);
-      }
-      if (!EARLY) wgmma_wait<0>();
+      if (decltype(masked)::value) c.mask((end_tile - 1 - i) * BLOCK_N + column, begin, end);
+      const bool moved = c.soften(c.p[TO], scale_log2, rescale);
+      wgmma_wait<0>();
       pin(c.o);
-      if (!EARLY && lane == 0) barrier_arrive(v_empty + 8 * before);
-      if (!near) c.rescale_output(rescale);
-      if (!PARITY && !EARLY) {
-#pragma unroll
-        for (int t = 0; t < BLOCK_N / 16; ++t) c.p[0][t] = c.p[1][t];
-      }
+      if (lane == 0) barrier_arrive(v_empty + 8 * before);
+      if (moved) c.rescale_output(rescale);
     };
     int i = 1;
     auto steps = [&](auto masked, auto more) {
-      for (; i < tiles && more(); ++i) {
-        if (!PARITY || i & 1)
+      for (; i < tiles && more(); ++i)
+        if (i % 2)
           step(i, masked, Bool<true>());
         else
           step(i, masked, Bool<false>());
-      }
     };
     auto tile_end = [&] { return (end_tile - i) * BLOCK_N; };
     steps(Bool<true>(), [&] { return tile_end() > end_all; });
@@ -427,10 +423,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (tiles > 0) {
       const int last = (tiles - 1) % STAGES;
       barrier_wait(v_full + 8 * last, (tiles - 1) / STAGES & 1);
-      if (PARITY && !(tiles & 1))
-        c.issue_output(v_tiles + last * V_BYTES, c.p[1]);
-      else
+      if (tiles % 2)
         c.issue_output(v_tiles + last * V_BYTES, c.p[0]);
+      else
+        c.issue_output(v_tiles + last * V_BYTES, c.p[1]);
       wgmma_wait<0>();
       pin(c.o);
     }

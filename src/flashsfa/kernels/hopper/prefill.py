@@ -40,10 +40,15 @@ def obstacle(q: FeatureCodes, k: Tensor, v: Tensor, mask: AttentionMask, scale: 
     return None
 
 
+def is_faster(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> bool:
+    """Whether dense queries q are worth trying here rather than on torch's kernels (docs/hopper-prefill.md)."""
+    return q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) == (9, 0)
+
+
 def default_tile(dtype: torch.dtype, head_dim: int, value_dim: int, dense_dims: int = 0) -> Tile:
     """The fastest of the sizes that were measured on an H100 (docs/hopper-prefill.md)."""
     widest = max(head_dim, value_dim)
-    sizes = {64: {"consumers": 3, "stages": 4}, 128: {"stages": 3}, 256: {"block_n": 80}}[widest]
+    sizes = {64: {"block_n": 96, "consumers": 3, "stages": 4}, 128: {"stages": 3}, 256: {"block_n": 80}}[widest]
     return Tile(dtype, head_dim, value_dim, dense_dims, **sizes)
 
 
