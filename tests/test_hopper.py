@@ -33,11 +33,11 @@ struct uint4 { unsigned x, y, z, w; };
 static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 %s
 extern "C" void load(const void* dense, const void* values, const void* indices, int tile, int n, uint4* v, u32* p) {
-  const QueryCodes codes = {(const u32*)dense, (const u32*)values, (const u64*)indices};
+  const QueryCodes codes = {(const u32*)dense, 0, 0, 8 * DENSE_STEPS, (const u32*)values, (const u64*)indices};
   for (int thread = 0; thread < 128; ++thread) {
     const int row = 64 * tile + thread / 32 * 16 + thread %% 32 / 4;
     Queries q;
-    q.load(codes, row, row < n, row + 8 < n, thread %% 32);
+    q.load(codes, codes.dense + row * codes.dense_row, row, row < n, row + 8 < n, thread %% 32);
     for (int i = 0; i < STEPS; ++i) v[i * 128 + thread] = q.values[i];
     for (int i = 0; i < WORDS; ++i) p[i * 128 + thread] = q.places[i];
   }
@@ -473,6 +473,10 @@ def test_forward_over_strides():
     shifted = [torch.empty(x.numel() + 1, dtype=x.dtype, device="cuda")[1:].view(x.shape).copy_(x)
                for x in (q.dense, q.values, q.indices)]  # fmt: skip
     check(FeatureCodes(*shifted, 64), k, v, True)
+    # dense queries as they lie: within packed rows, every second head, rows that start between words
+    queries = normal(2, 200, 3, 4, 64)[:, :, 0].transpose(1, 2)
+    for rows in (queries, queries[:, ::2], queries[:1].expand_as(queries), normal(2, 2, 200, 65)[..., 1:]):
+        check(all_dense_codes(rows), k, v, True)
 
 
 @hopper
@@ -493,6 +497,24 @@ def test_fewer_features_than_the_pattern_holds():
 def test_other_tiles(changes):
     k, v = (normal(1, 2, 2048, 128) for _ in "kv")
     check(coded(3 * normal(1, 2, 1999, 128)), k, v, True, **changes)
+
+
+@hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("sizes", [(60, 0.1), (0.1, 60), (3, 60, 0.1, 8, 8), (2e-3, 60, 2e-3)], ids=str)
+def test_scores_that_grow_and_fall_along_the_keys(sizes, head_dim, dtype):
+    """By hundreds between tiles: weights relative to earlier maxima would be infinite, or all zero."""
+    n = 1000
+    position = torch.linspace(0, len(sizes) - 1, n).long().clamp_(max=len(sizes) - 2)
+    part = torch.linspace(0, len(sizes) - 1, n) - position
+    size = torch.tensor(sizes)[position] * (1 - part) + torch.tensor(sizes)[position + 1] * part
+    k = (torch.randn(1, 2, n, head_dim) * size[:, None]).to("cuda", dtype)
+    q, v = coded(3 * normal(1, 2, n, head_dim, dtype=dtype)), normal(1, 2, n, head_dim, dtype=dtype)
+    for is_causal in (False, True):
+        check(q, k, v, is_causal)
+        check(all_dense_codes(q.to_dense()), k, v, is_causal)
 
 
 @hopper
@@ -526,6 +548,31 @@ def test_public_path_and_gradients(head_dim, topk_query, dense_dims, n_q, n_k, d
     check_public(q, k, v, topk=16, topk_query=topk_query, dense_dims=dense_dims, is_causal=True)
     assert "attention: hopper (" in flashsfa.explain()
     assert "attention_backward: dense (" in flashsfa.explain()
+
+
+@hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize(("head_dim", "window"), [(64, None), (128, None), (128, 900), (256, None)])
+def test_dense_queries_take_the_kernel_where_it_is_faster(head_dim, window):
+    """The error rule against fp64, gradients included; short prompts stay with torch."""
+    options = {"topk": 16, "topk_query": head_dim, "is_causal": True, "window": window}
+
+    def results(dtype, n, backend):
+        torch.manual_seed(1)
+        rows = [torch.randn(1, 1, n, head_dim, device="cuda").to(BF16).to(dtype).requires_grad_() for _ in "qkv"]
+        out, lse = sparse_feature_attention(*rows, return_lse=True, backend=backend, **options)
+        out.backward(slope(out))
+        return out.detach(), lse, *(x.grad for x in rows)
+
+    results(BF16, 100, "auto")
+    assert "attention: dense (" in flashsfa.explain()
+    found = results(BF16, 4100, "auto")
+    assert "attention: hopper (the kernel for Hopper, with dense queries)" in flashsfa.explain()
+    for x, exact, same in zip(
+        found, results(torch.float64, 4100, "reference"), results(BF16, 4100, "dense"), strict=True
+    ):
+        error, allowed = ((y.double() - exact).abs().max() for y in (x, same))
+        assert error <= 2 * allowed + 4 * torch.finfo(BF16).eps * exact.abs().max()
 
 
 @hopper

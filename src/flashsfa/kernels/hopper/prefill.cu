@@ -10,7 +10,7 @@
 struct alignas(64) TensorMap { u64 words[16]; };  // CUtensorMap
 
 struct Params {
-  QueryCodes q;         // rows [B, Hq, Nq]
+  QueryCodes q;         // rows [B, Hq, Nq], the dense channel's at strides of its own
   unsigned short* out;  // rows of VALUE_DIM entries at the strides below, in entries
   float* lse;           // [B, Hq, Nq]
   long long out_batch, out_head, out_row;
@@ -362,7 +362,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     Consumer c;
     const long long code_row = (long long)(batch * params.heads + head) * params.n_q + q_rows.first + row;
     Queries codes;
-    codes.load(params.q, code_row, row < q_rows.count, row + 8 < q_rows.count, lane);
+    const u32* dense_row = params.q.dense + batch * params.q.dense_batch + head * params.q.dense_head +
+                           (q_rows.first + row) * params.q.dense_row;
+    codes.load(params.q, dense_row, code_row, row < q_rows.count, row + 8 < q_rows.count, lane);
     c.stage(codes, q_tiles + warpgroup * Q_BYTES, thread, warpgroup);
 #pragma unroll
     for (int i = 0; i < VALUE_DIM / 2; ++i) c.o[i] = 0.f;

@@ -82,14 +82,16 @@ def forward(
     sequences, longest_q, longest_k = _sequences(q, k, mask)
     with torch.cuda.device(q.device):
         kernel = _load(tile, v.device.index)
-        parts = [_aligned(x) for x in in_pairs(q)]
+        dense, values, indices = in_pairs(q)
+        dense, values, indices = _in_words(dense), _aligned(values), _aligned(indices)
         bounds = [None if x is None else x.contiguous() for x in (mask.cu_seqlens_q, mask.cu_seqlens_k)]
         k, v = _tma_ready(k), _tma_ready(v)
         out = empty_rows(q.values, v.shape[-1])
         lse = v.new_empty((batch, heads, n_q), dtype=torch.float32)
         together = heads_together(heads, k[:, :, :longest_k], v[:, :, :longest_k])
         params = _Params(
-            *(x.data_ptr() for x in parts), out.data_ptr(), lse.data_ptr(),
+            dense.data_ptr(), *(stride // 2 for stride in dense.stride()[:3]),
+            values.data_ptr(), indices.data_ptr(), out.data_ptr(), lse.data_ptr(),
             *out.stride()[:3], *(None if x is None else x.data_ptr() for x in bounds),
             n_q, n_k, heads, heads // k.shape[1], mask.is_causal,
             n_q + n_k if mask.window is None else min(n_q + n_k, mask.window), together, scale,
@@ -126,6 +128,9 @@ class _Params(ctypes.Structure):
 
     _fields_ = (
         ("q_dense", ctypes.c_void_p),
+        ("q_dense_batch", ctypes.c_longlong),
+        ("q_dense_head", ctypes.c_longlong),
+        ("q_dense_row", ctypes.c_longlong),
         ("q_values", ctypes.c_void_p),
         ("q_indices", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
@@ -150,6 +155,12 @@ class _Params(ctypes.Structure):
 def _load(tile: Tile, device: int) -> ctypes.c_void_p:
     """The kernel of one specialisation, ready to launch on `device`."""
     return cuda.load_kernel(compiler.compile_cubin(tile), "prefill_kernel", tile.shared_bytes, device)
+
+
+def _in_words(x: Tensor) -> Tensor:
+    """x [B, H, N, M], copied unless each of its rows is contiguous and starts at a multiple of 4 bytes."""
+    in_words = x.data_ptr() % 4 == 0 and all(stride % 2 == 0 for stride in x.stride()[:3])
+    return x if x.stride(-1) == 1 and in_words else x.clone(memory_format=torch.contiguous_format)
 
 
 def _aligned(x: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ constexpr int WORDS = SPARSE_STEPS > 2 ? (SPARSE_STEPS + 1) / 2 : 1;  // metadat
 constexpr int STEP_BYTES = 64 * 32;                         // of 64 rows for one step in shared memory
 
 struct QueryCodes {
-  const u32* dense;    // [rows, DENSE_STEPS * 8] words: the dense channel
+  const u32* dense;    // the dense channel: DENSE_STEPS * 8 words a row
+  long long dense_batch, dense_head, dense_row;  // its strides, in words
   const u32* values;   // [rows, SPARSE_STEPS * 8] words: two entries of each group
   const u64* indices;  // [rows, SPARSE_STEPS * 2] eight bytes: the two features of four groups
 };
@@ -42,16 +43,16 @@ struct Queries {
   uint4 values[STEPS];
   u32 places[WORDS];
 
-  // `row` of the codes and row + 8, zeros where they are not there.
-  __device__ __forceinline__ void load(const QueryCodes& codes, long long row, bool there, bool there_8, int lane) {
+  // `row` of the codes, whose dense channel is at `dense_row`, and row + 8, zeros where they are not there.
+  __device__ __forceinline__ void load(const QueryCodes& codes, const u32* dense_row, long long row, bool there, bool there_8,
+                                       int lane) {
     const int c = lane % 4;
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) {
       const bool dense = i < DENSE_STEPS;
-      const int width = 8 * (dense ? DENSE_STEPS : SPARSE_STEPS);
-      const u32* words = (dense ? codes.dense : codes.values) + row * width + 8 * (dense ? i : i - DENSE_STEPS) + c;
-      values[i] = make_uint4(there ? words[0] : 0, there_8 ? words[8 * width] : 0, there ? words[4] : 0,
-                             there_8 ? words[8 * width + 4] : 0);
+      const u32* words = dense ? dense_row + 8 * i + c : codes.values + (row * SPARSE_STEPS + i - DENSE_STEPS) * 8 + c;
+      const u32* words_8 = words + 8 * (dense ? codes.dense_row : 8 * SPARSE_STEPS);
+      values[i] = make_uint4(there ? words[0] : 0, there_8 ? words_8[0] : 0, there ? words[4] : 0, there_8 ? words_8[4] : 0);
     }
 #pragma unroll
     for (int i = 0; i < WORDS; ++i) {
