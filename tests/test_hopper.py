@@ -24,34 +24,30 @@ def coded(q, dense_dims=0):
     return topk_codes(q, sparse_dims // 2, dense_dims=dense_dims, pattern="2:4") if sparse_dims else all_dense_codes(q)
 
 
-# ---- the queries' operand, as the PTX ISA (wgmma.mma_async(.sp), m64nNk16 and k32) lays them out over 128 threads
+# ---- the queries' operand, as the PTX ISA (wgmma.mma_async(.sp), m64nNk16 and k32) lays it out
 
 HARNESS = """
+#include <string.h>
 #define __device__
 #define __forceinline__ inline
-struct uint4 { unsigned x, y, z, w; };
-static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 %s
-extern "C" void load(const void* dense, const void* values, const void* indices, int tile, int n, uint4* v, u32* p) {
-  const QueryCodes codes = {(const u32*)dense, 0, 0, 8 * DENSE_STEPS, (const u32*)values, (const u64*)indices};
+extern "C" void operand(const char* dense, const char* values, const u64* indices, int tile, int n, char* to, u32* p) {
+  const int first = 64 * tile, rows = n - first;
   for (int thread = 0; thread < 128; ++thread) {
-    const int row = 64 * tile + thread / 32 * 16 + thread %% 32 / 4;
-    Queries q;
-    q.load(codes, codes.dense + row * codes.dense_row, row, row < n, row + 8 < n, thread %% 32);
-    for (int i = 0; i < STEPS; ++i) v[i * 128 + thread] = q.values[i];
-    for (int i = 0; i < WORDS; ++i) p[i * 128 + thread] = q.places[i];
+    stage_queries(dense + 32 * DENSE_STEPS * first, 32 * DENSE_STEPS, values + 32 * SPARSE_STEPS * first, rows, thread,
+                  [&](int at, const char* from, bool there) { there ? memcpy(to + at, from, 16) : memset(to + at, 0, 16); });
+    const int row = thread / 32 * 16 + thread %% 32 / 4;
+    u32 words[WORDS];
+    load_places(words, indices + 2 * SPARSE_STEPS * (first + row), row < rows, row + 8 < rows, thread %% 32);
+    for (int i = 0; i < WORDS; ++i) p[i * 128 + thread] = words[i];
   }
-}
-extern "C" void places(unsigned* at) {
-  for (int thread = 0; thread < 128; ++thread)
-    for (int part = 0; part < 4; ++part) at[4 * thread + part] = staged_at(thread, part);
 }
 """
 
 
 @pytest.fixture(scope="module")
-def in_registers(tmp_path_factory):
-    """queries.cu, compiled for the host: values [steps, 128, 8] and metadata [words, 128] of a tile of 64 rows."""
+def operand(tmp_path_factory):
+    """queries.cu, compiled for the host: entries [steps, 64, 16] of a tile and metadata [words, 128]."""
     compiler_path = shutil.which("c++")
     if compiler_path is None:
         pytest.skip("needs a C++ compiler")
@@ -66,28 +62,22 @@ def in_registers(tmp_path_factory):
             command = [compiler_path, "-std=c++17", "-w", "-O1", "-shared", "-fPIC", *sizes, folder / "queries.cpp"]
             subprocess.run([*command, "-o", library], check=True)
         steps = codes.dense_dims // 16 + codes.sparse_dims // 32
-        values = torch.empty(steps, 128, 8, dtype=codes.dtype)
+        staged = torch.full((steps, 2, 64, 8), math.nan, dtype=codes.dtype)  # halves of the columns, rows, entries
         places = torch.empty(max(1, -(-codes.sparse_dims // 64)), 128, dtype=torch.int32)
         parts = [ctypes.c_void_p(x.data_ptr()) for x in (codes.dense, codes.values, codes.indices)]
-        outputs = [ctypes.c_void_p(x.data_ptr()) for x in (values, places)]
-        loaded = ctypes.CDLL(str(library))
-        loaded.load(*parts, tile, codes.values.shape[0], *outputs)
-        return values, places, loaded
+        outputs = [ctypes.c_void_p(x.data_ptr()) for x in (staged, places)]
+        ctypes.CDLL(str(library)).operand(*parts, tile, codes.values.shape[0], *outputs)
+        return staged.transpose(1, 2).reshape(steps, 64, 16), places
 
     return load
 
 
-def multiplied(values, metadata, head_dim, dense_dims):
+def multiplied(entries, metadata, head_dim, dense_dims):
     """The rows [64, D] that the instructions would multiply."""
-    thread, entry = torch.arange(128)[:, None], torch.arange(8)[None, :]
-    row = thread // 32 * 16 + thread % 32 // 4 + 8 * (entry // 2 % 2)
-    column = thread % 4 * 2 + entry % 2 + 8 * (entry // 4)  # of a 64 x 16 operand
-    tile = torch.zeros(64, head_dim, dtype=values.dtype)
+    tile = torch.zeros(64, head_dim, dtype=entries.dtype)
     for step in range(dense_dims // 16):
-        tile[row, 16 * step + column] = values[step]
+        tile[:, 16 * step : 16 * step + 16] = entries[step]
     for step in range((head_dim - dense_dims) // 32):
-        kept = torch.empty(64, 16, dtype=values.dtype)
-        kept[row, column] = values[dense_dims // 16 + step]
         places = torch.full((64, 8), -1)  # four bits a group
         for t in range(128):
             lane = t % 32
@@ -101,7 +91,7 @@ def multiplied(values, metadata, head_dim, dense_dims):
         assert (first < second).all()
         begin = dense_dims + 32 * step
         groups = tile[:, begin : begin + 32].unflatten(1, (8, 4))
-        groups.scatter_(2, torch.stack((first, second), 2), kept.unflatten(1, (8, 2)))
+        groups.scatter_(2, torch.stack((first, second), 2), entries[dense_dims // 16 + step].unflatten(1, (8, 2)))
     return tile
 
 
@@ -111,26 +101,14 @@ def multiplied(values, metadata, head_dim, dense_dims):
     [(64, 0), (64, 32), (64, 64), (128, 0), (128, 32), (128, 64), (128, 96), (128, 128), (256, 0), (256, 32)],
 )
 @pytest.mark.parametrize("n", [1, 64, 73])
-def test_instructions_multiply_the_coded_rows(in_registers, head_dim, dense_dims, n):
+def test_instructions_multiply_the_coded_rows(operand, head_dim, dense_dims, n):
     codes = coded(torch.randn(n, head_dim).to(BF16), dense_dims)
     tiles = -(-n // 64)
     expected = torch.zeros(tiles * 64, head_dim, dtype=BF16)
     expected[:n] = codes.to_dense()
     for tile in range(tiles):
-        found = multiplied(*in_registers(codes, tile)[:2], head_dim, dense_dims)
+        found = multiplied(*operand(codes, tile), head_dim, dense_dims)
         assert torch.equal(found, expected[64 * tile : 64 * (tile + 1)])
-
-
-@pytest.mark.cpu
-def test_instructions_find_queries_in_shared_memory(in_registers):
-    """A 64 x 16 operand without a swizzle: core matrices of 8 rows of 16 bytes, groups of rows before halves of the columns."""
-    _, _, library = in_registers(coded(torch.randn(64, 64).to(BF16)), 0)
-    at = torch.empty(128, 4, dtype=torch.int32)
-    library.places(ctypes.c_void_p(at.data_ptr()))
-    thread, part = torch.arange(128)[:, None], torch.arange(4)[None, :]
-    row = thread // 32 * 16 + thread % 32 // 4 + 8 * (part % 2)
-    column = thread % 4 * 2 + 8 * (part // 2)  # entries
-    assert torch.equal(at, (column // 8 * 1024 + row // 8 * 128 + row % 8 * 16 + column % 8 * 2).int())
 
 
 @pytest.mark.parametrize("dense_dims", [0, 32])

@@ -174,19 +174,16 @@ struct Consumer {
   float o[VALUE_DIM / 2];
   float base[2], sum[2];      // binary logarithm of what a row's weights are relative to; this thread's share of their sum
 
-  // `codes` to shared memory at `tile`, where this warpgroup's matrix instructions read them.
-  __device__ __forceinline__ void stage(const Queries& codes, u32 tile, int thread, int warpgroup) {
-#pragma unroll
-    for (int i = 0; i < STEPS; ++i) {
-      const u32 words[4] = {codes.values[i].x, codes.values[i].y, codes.values[i].z, codes.values[i].w};
-#pragma unroll
-      for (int part = 0; part < 4; ++part)
-        asm volatile("st.shared.b32 [%0], %1;" ::"r"(tile + STEP_BYTES * i + staged_at(thread, part)), "r"(words[part]) : "memory");
-    }
-    publish(warpgroup);
+  // This warpgroup's `rows` queries on their way to shared memory at `tile`. The first is row `first` of the codes.
+  __device__ __forceinline__ void fetch(const QueryCodes& codes, const char* dense, long long first, int rows, u32 tile,
+                                        int thread) {
+    const char* values = codes.values + first * (SPARSE_STEPS * 32);
+    stage_queries(dense, codes.dense_row, values, rows, thread, [&](int at, const char* from, bool there) {
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(tile + at), "l"(from), "r"(there ? 16 : 0) : "memory");
+    });
+    const int lane = thread % 32, row = thread / 32 * 16 + lane / 4;
+    load_places(places, codes.indices + (first + row) * (SPARSE_STEPS * 2), row < rows, row + 8 < rows, lane);
     q = (u64)(tile >> 4) | (u64)(1024 >> 4) << 16 | (u64)(128 >> 4) << 32;  // halves 1024 bytes apart, groups of 8 rows 128
-#pragma unroll
-    for (int i = 0; i < WORDS; ++i) places[i] = codes.places[i];
   }
 
   __device__ __forceinline__ void issue_scores(u32 k_tile) {
@@ -319,20 +316,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   const int end_tile = (max(0, end_key(min(block_row + BLOCK_M, q_rows.count) - 1)) + BLOCK_N - 1) / BLOCK_N;
   const int tiles = max(0, end_tile - first_tile);
 
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < STAGES; ++i) {
-      barrier_init(k_full + 8 * i, 1);
-      barrier_init(v_full + 8 * i, 1);
-      barrier_init(k_empty + 8 * i, CONSUMERS * 4);  // one arrival a warp
-      barrier_init(v_empty + 8 * i, CONSUMERS * 4);
-    }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  }
-  __syncthreads();
-
+  // The producer makes the barriers and goes on; consumers fetch their queries before they need them.
   if (warpgroup == CONSUMERS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
-    if (threadIdx.x % 128 == 0) {
+    const bool leads = threadIdx.x % 128 == 0;
+    if (leads) {
+      for (int i = 0; i < STAGES; ++i) {
+        barrier_init(k_full + 8 * i, 1);
+        barrier_init(v_full + 8 * i, 1);
+        barrier_init(k_empty + 8 * i, CONSUMERS * 4);  // one arrival a warp
+        barrier_init(v_empty + 8 * i, CONSUMERS * 4);
+      }
+      asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
+    }
+    __syncwarp();
+    named_arrive(0, THREADS);
+    if (leads) {
       const int kv_head = head / params.group;
       for (int i = 0; i < tiles; ++i) {
         const int stage = i % STAGES, row = k_rows.first + (end_tile - 1 - i) * BLOCK_N;
@@ -360,12 +359,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const int begin_all = first_key(tile_row + 63), end_all = end_key(tile_row);  // what all 64 queries see
 
     Consumer c;
-    const long long code_row = (long long)(batch * params.heads + head) * params.n_q + q_rows.first + row;
-    Queries codes;
-    const u32* dense_row = params.q.dense + batch * params.q.dense_batch + head * params.q.dense_head +
-                           (q_rows.first + row) * params.q.dense_row;
-    codes.load(params.q, dense_row, code_row, row < q_rows.count, row + 8 < q_rows.count, lane);
-    c.stage(codes, q_tiles + warpgroup * Q_BYTES, thread, warpgroup);
+    const long long head_row = (long long)(batch * params.heads + head) * params.n_q + q_rows.first;
+    const char* dense = params.q.dense + batch * params.q.dense_batch + head * params.q.dense_head +
+                        (q_rows.first + tile_row) * params.q.dense_row;
+    c.fetch(params.q, dense, head_row + tile_row, q_rows.count - tile_row, q_tiles + warpgroup * Q_BYTES, thread);
+    named_sync(0, THREADS);  // the barriers are there
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    publish(warpgroup);
 #pragma unroll
     for (int i = 0; i < VALUE_DIM / 2; ++i) c.o[i] = 0.f;
     c.base[0] = c.base[1] = minus_infinity();
@@ -449,7 +449,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (r < q_rows.count) *(uint4*)(out + 8 * (j + lane % 4)) = columns;
       }
       if (r < q_rows.count && lane % 4 == 0)
-        params.lse[code_row + 8 * h] = sum == 0.f ? minus_infinity() : (c.base[h] + log2_fast(sum)) / LOG2E;
+        params.lse[head_row + r] = sum == 0.f ? minus_infinity() : (c.base[h] + log2_fast(sum)) / LOG2E;
     }
   }
 }

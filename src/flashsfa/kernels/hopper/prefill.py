@@ -93,14 +93,14 @@ def forward(
     with torch.cuda.device(q.device):
         kernel = _load(tile, v.device.index)
         dense, values, indices = in_pairs(q)
-        dense, values, indices = _in_words(dense), _aligned(values), _aligned(indices)
+        dense, values, indices = _by_16_bytes(dense), _aligned(values), _aligned(indices)
         bounds = [None if x is None else x.contiguous() for x in (mask.cu_seqlens_q, mask.cu_seqlens_k)]
-        k, v = _tma_ready(k), _tma_ready(v)
+        k, v = _by_16_bytes(k), _by_16_bytes(v)
         out = empty_rows(q.values, v.shape[-1])
         lse = v.new_empty((batch, heads, n_q), dtype=torch.float32)
         together = heads_together(heads, k[:, :, :longest_k], v[:, :, :longest_k])
         params = _Params(
-            dense.data_ptr(), *(stride // 2 for stride in dense.stride()[:3]),
+            dense.data_ptr(), *(2 * stride for stride in dense.stride()[:3]),
             values.data_ptr(), indices.data_ptr(), out.data_ptr(), lse.data_ptr(),
             *out.stride()[:3], *(None if x is None else x.data_ptr() for x in bounds),
             n_q, n_k, heads, heads // k.shape[1], mask.is_causal,
@@ -171,20 +171,14 @@ def _load(tile: Tile, device: int) -> ctypes.c_void_p:
     return cuda.load_kernel(compiler.compile_cubin(tile), "prefill_kernel", tile.shared_bytes, device)
 
 
-def _in_words(x: Tensor) -> Tensor:
-    """x [B, H, N, M], copied unless each of its rows is contiguous and starts at a multiple of 4 bytes."""
-    in_words = x.data_ptr() % 4 == 0 and all(stride % 2 == 0 for stride in x.stride()[:3])
-    return x if x.stride(-1) == 1 and in_words else x.clone(memory_format=torch.contiguous_format)
-
-
 def _aligned(x: Tensor) -> Tensor:
     """x contiguous, at a multiple of 16 bytes."""
     x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
-def _tma_ready(x: Tensor) -> Tensor:
-    """x [B, H, N, D], copied unless the copy engine can walk it: rows in one piece, addresses multiples of 16 bytes."""
+def _by_16_bytes(x: Tensor) -> Tensor:
+    """x [B, H, N, D], copied unless it can be read by 16 bytes: rows in one piece, at addresses that are multiples."""
     strides = [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1 or stride == 1][:-1]
     aligned = all(stride % 8 == 0 and stride > 0 for stride in strides) and x.data_ptr() % 16 == 0
     return x if x.stride(-1) == 1 and aligned else x.clone(memory_format=torch.contiguous_format)
