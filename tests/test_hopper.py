@@ -31,14 +31,17 @@ HARNESS = """
 #define __device__
 #define __forceinline__ inline
 %s
-extern "C" void operand(const char* dense, const char* values, const u64* indices, int tile, int n, char* to, u32* p) {
+extern "C" void operand(const char* dense, const char* values, const char* indices, int tile, int n, char* to, u32* p) {
   const int first = 64 * tile, rows = n - first;
+  auto copy = [&](int at, const char* from, bool there) { there ? memcpy(to + at, from, 16) : memset(to + at, 0, 16); };
+  for (int thread = 0; thread < 128; ++thread)
+    stage_queries(dense + 32 * DENSE_STEPS * first, 32 * DENSE_STEPS, values + 32 * SPARSE_STEPS * first,
+                  indices + 16 * SPARSE_STEPS * first, rows, thread, copy);
   for (int thread = 0; thread < 128; ++thread) {
-    stage_queries(dense + 32 * DENSE_STEPS * first, 32 * DENSE_STEPS, values + 32 * SPARSE_STEPS * first, rows, thread,
-                  [&](int at, const char* from, bool there) { there ? memcpy(to + at, from, 16) : memset(to + at, 0, 16); });
     const int row = thread / 32 * 16 + thread %% 32 / 4;
+    const u64* features = (const u64*)(to + STEP_BYTES * STEPS) + 2 * SPARSE_STEPS * row;
     u32 words[WORDS];
-    load_places(words, indices + 2 * SPARSE_STEPS * (first + row), row < rows, row + 8 < rows, thread %% 32);
+    load_places(words, features, row < rows, row + 8 < rows, thread %% 32);
     for (int i = 0; i < WORDS; ++i) p[i * 128 + thread] = words[i];
   }
 }
@@ -62,12 +65,14 @@ def operand(tmp_path_factory):
             command = [compiler_path, "-std=c++17", "-w", "-O1", "-shared", "-fPIC", *sizes, folder / "queries.cpp"]
             subprocess.run([*command, "-o", library], check=True)
         steps = codes.dense_dims // 16 + codes.sparse_dims // 32
-        staged = torch.full((steps, 2, 64, 8), math.nan, dtype=codes.dtype)  # halves of the columns, rows, entries
+        index_entries = codes.sparse_dims // 4 * 64  # a byte for each of two features of four, in entries of two bytes
+        staged = torch.full((steps * 1024 + index_entries,), math.nan, dtype=codes.dtype)
         places = torch.empty(max(1, -(-codes.sparse_dims // 64)), 128, dtype=torch.int32)
         parts = [ctypes.c_void_p(x.data_ptr()) for x in (codes.dense, codes.values, codes.indices)]
         outputs = [ctypes.c_void_p(x.data_ptr()) for x in (staged, places)]
         ctypes.CDLL(str(library)).operand(*parts, tile, codes.values.shape[0], *outputs)
-        return staged.transpose(1, 2).reshape(steps, 64, 16), places
+        entries = staged[: steps * 1024].view(steps, 2, 64, 8)  # halves of the columns, rows
+        return entries.transpose(1, 2).reshape(steps, 64, 16), places
 
     return load
 

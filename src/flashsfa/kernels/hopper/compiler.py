@@ -56,7 +56,8 @@ class Tile:
     @property
     def shared_bytes(self) -> int:
         tiles = self.stages * self.block_n * 2 * (self.head_dim + self.value_dim)
-        return tiles + self.block_m * (self.head_dim + self.dense_dims) + 32 * self.stages  # and queries, and barriers
+        query = (self.head_dim + self.dense_dims) + (self.head_dim - self.dense_dims) // 2  # entries kept, and their features
+        return tiles + self.block_m * query + 32 * self.stages  # and barriers
 
 
 def source(tile: Tile) -> str:

@@ -1,9 +1,9 @@
 // Attention forward for queries that are 2:4 sparse beside a dense channel: S = Q Kᵀ on Hopper's sparse tensor cores (the
 // dense channel on the dense ones), online softmax in registers, O = P V. docs/hopper-prefill.md tells the design.
 //
-// A block owns BLOCK_M = 64 * CONSUMERS queries of one head and walks the keys in tiles of BLOCK_N, last tile first.
-// One warpgroup produces: it has the copy engine bring tiles of K and V to shared memory. Each of the others consumes
-// for its own 64 queries. The host puts in front of this text (compiler.py): the tile's sizes, one function per shape of
+// A thread block stays on its multiprocessor and works off blocks of BLOCK_M = 64 * CONSUMERS queries of one head. For each it
+// walks the keys in tiles of BLOCK_N, last tile first. One warpgroup produces: it has the copy engine bring tiles of K and V
+// to shared memory, and runs ahead into the next block. Each of the others consumes for its own 64 queries. The host puts in front of this text (compiler.py): the tile's sizes, one function per shape of
 // matrix instruction (`wgmma_qk_dense<accumulate>`, `wgmma_qk_sparse<selector, accumulate>`, `wgmma_pv`), and queries.cu.
 // Queries wait in shared memory, weights in registers.
 
@@ -16,6 +16,7 @@ struct Params {
   long long out_batch, out_head, out_row;
   const int *q_bounds, *k_bounds;  // [sequences + 1] where packed sequences begin and end, B = 1; null: nothing is packed
   int n_q, n_k, heads, group, causal;
+  int width, blocks;  // blocks of one sequence, if it is the longest; of all sequences
   int window;    // keys less than this away are seen; at least n_q + n_k: all
   int together;  // heads whose blocks are mixed, so that the ones with most keys start first; the next heads follow
   float scale;
@@ -26,7 +27,7 @@ constexpr int BLOCK_M = 64 * CONSUMERS;
 constexpr int BOX = BLOCK_N * 128;                // bytes of BLOCK_N rows of 64 entries: one box of the copy engine
 constexpr int K_BYTES = BOX * (HEAD_DIM / 64);
 constexpr int V_BYTES = BOX * (VALUE_DIM / 64);
-constexpr int Q_BYTES = STEP_BYTES * STEPS;       // of one consumer
+constexpr int Q_BYTES = STEP_BYTES * STEPS + INDEX_BYTES;  // of one consumer
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float FAR = 32768.f;                    // a thread's weights of one tile and row may sum to this: float16 holds it
 
@@ -167,23 +168,29 @@ struct Pair {
 // Of a 64 x N accumulator a thread holds rows r and r + 8, r = 16 * warp + lane / 4: entries 4j, 4j + 1 of row r and
 // 4j + 2, 4j + 3 of row r + 8, at columns 8j + 2 * (lane % 4) and the next.
 struct Consumer {
-  u64 q;                   // descriptor of the queries' first step
-  u32 places[WORDS];       // their metadata
+  u64 q;                      // descriptor of the queries' first step
+  u32 places[WORDS];          // their metadata
   float s[BLOCK_N / 2];       // scores of one tile
   uint4 p[2][BLOCK_N / 16];   // weights of even tiles and of odd ones, as the A operand of P V
   float o[VALUE_DIM / 2];
   float base[2], sum[2];      // binary logarithm of what a row's weights are relative to; this thread's share of their sum
 
-  // This warpgroup's `rows` queries on their way to shared memory at `tile`. The first is row `first` of the codes.
+  // `rows` queries, the first being row `first` of the codes and its dense channel at `dense`, on their way to shared memory.
   __device__ __forceinline__ void fetch(const QueryCodes& codes, const char* dense, long long first, int rows, u32 tile,
                                         int thread) {
     const char* values = codes.values + first * (SPARSE_STEPS * 32);
-    stage_queries(dense, codes.dense_row, values, rows, thread, [&](int at, const char* from, bool there) {
+    const char* indices = codes.indices + first * (SPARSE_STEPS * 16);
+    stage_queries(dense, codes.dense_row, values, indices, rows, thread, [&](int at, const char* from, bool there) {
       asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(tile + at), "l"(from), "r"(there ? 16 : 0) : "memory");
     });
-    const int lane = thread % 32, row = thread / 32 * 16 + lane / 4;
-    load_places(places, codes.indices + (first + row) * (SPARSE_STEPS * 2), row < rows, row + 8 < rows, lane);
-    q = (u64)(tile >> 4) | (u64)(1024 >> 4) << 16 | (u64)(128 >> 4) << 32;  // halves 1024 bytes apart, groups of 8 rows 128
+  }
+
+  // Once they are there, the metadata of rows `row` and row + 8 of them.
+  __device__ __forceinline__ void receive(const unsigned char* tile, int rows, int row, int lane, int warpgroup) {
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    publish(warpgroup);
+    const u64* indices = (const u64*)(tile + STEP_BYTES * STEPS) + row * (SPARSE_STEPS * 2);
+    load_places(places, indices, row < rows, row + 8 < rows, lane);
   }
 
   __device__ __forceinline__ void issue_scores(u32 k_tile) {
@@ -279,15 +286,64 @@ struct Consumer {
   }
 };
 
+// ---- blocks of queries ----------------------------------------------------------------------------------------
+
 struct Rows {
   int first, count;
 };
 
-// Of this block's sequence: all `n` of its batch entry, or what packed `bounds` say.
-__device__ __forceinline__ Rows rows_of_block(const int* bounds, int n) {
+// Of a sequence: all `n` of its batch entry, or what packed `bounds` say.
+__device__ __forceinline__ Rows rows_of(int sequence, const int* bounds, int n) {
   if (!bounds) return {0, n};
-  const int first = bounds[blockIdx.y];
-  return {first, bounds[blockIdx.y + 1] - first};
+  const int first = bounds[sequence];
+  return {first, bounds[sequence + 1] - first};
+}
+
+struct Block {
+  bool exists;
+  int batch, head, row;  // the first query's, in its sequence
+  Rows q, k;             // the sequence
+  int shift, seen_before, seen_after;
+  int tiles, end_tile;   // of keys, the last of which precedes end_tile
+
+  // Query i, which stands at key i + shift, sees the keys from first_key(i) to end_key(i). Both grow with i.
+  __device__ __forceinline__ int first_key(int i) const { return max(0, i + shift - seen_before); }
+  __device__ __forceinline__ int end_key(int i) const { return min(k.count, i + shift + seen_after); }
+};
+
+__device__ __forceinline__ Block block_at(const Params& params, int index) {
+  Block b;
+  const int sequence = index / params.width, place = index % params.width;
+  b.q = rows_of(sequence, params.q_bounds, params.n_q);
+  b.k = rows_of(sequence, params.k_bounds, params.n_k);
+  b.batch = params.q_bounds ? 0 : sequence;
+  const int of_head = (b.q.count + BLOCK_M - 1) / BLOCK_M;
+  b.exists = place < of_head * params.heads;  // a shorter sequence has fewer
+  if (!b.exists) return b;
+  const int first_head = place / (of_head * params.together) * params.together;
+  const int heads = min(params.together, params.heads - first_head), among = place - first_head * of_head;
+  b.head = first_head + among % heads;
+  b.row = (of_head - 1 - among / heads) * BLOCK_M;
+  b.shift = b.k.count - b.q.count;
+  b.seen_before = params.window - 1;
+  b.seen_after = params.causal ? 1 : params.window;
+  // One tile at least, and be it of keys that nobody sees.
+  b.end_tile = (max(1, b.end_key(min(b.row + BLOCK_M, b.q.count) - 1)) + BLOCK_N - 1) / BLOCK_N;
+  b.tiles = b.end_tile - b.first_key(b.row) / BLOCK_N;
+  return b;
+}
+
+// This thread block's next block, in rounds over all thread blocks, to and fro: blocks get shorter, so that all get as much.
+__device__ __forceinline__ Block next_block(const Params& params, int& round) {
+  Block b;
+  b.exists = false;
+  while (!b.exists) {
+    const long long index = (long long)round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+    if (index >= params.blocks) break;
+    b = block_at(params, (int)index);
+    ++round;
+  }
+  return b;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -301,20 +357,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   const u32 v_full = k_full + 8 * STAGES, k_empty = v_full + 8 * STAGES, v_empty = k_empty + 8 * STAGES;
 
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
-  const Rows q_rows = rows_of_block(params.q_bounds, params.n_q), k_rows = rows_of_block(params.k_bounds, params.n_k);
-  const int blocks = (q_rows.count + BLOCK_M - 1) / BLOCK_M;  // of a head
-  if (blockIdx.x >= blocks * params.heads) return;            // the grid is made for the longest sequence
-  const int first_head = blockIdx.x / (blocks * params.together) * params.together;
-  const int heads = min(params.together, params.heads - first_head), place = blockIdx.x - first_head * blocks;
-  const int block_row = (blocks - 1 - place / heads) * BLOCK_M;
-  const int head = first_head + place % heads, batch = params.q_bounds ? 0 : blockIdx.y;
-  const int shift = k_rows.count - q_rows.count;  // query i stands at key i + shift
-  // Query i sees the keys from first_key(i) to end_key(i); both grow with i.
-  auto first_key = [&](int i) { return max(0, i + shift - params.window + 1); };
-  auto end_key = [&](int i) { return min(k_rows.count, i + shift + (params.causal ? 1 : params.window)); };
-  const int first_tile = first_key(block_row) / BLOCK_N;
-  const int end_tile = (max(0, end_key(min(block_row + BLOCK_M, q_rows.count) - 1)) + BLOCK_N - 1) / BLOCK_N;
-  const int tiles = max(0, end_tile - first_tile);
+  int round = 0;
+  Block block = next_block(params, round);
 
   // The producer makes the barriers and goes on; consumers fetch their queries before they need them.
   if (warpgroup == CONSUMERS) {
@@ -332,124 +376,139 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     __syncwarp();
     named_arrive(0, THREADS);
     if (leads) {
-      const int kv_head = head / params.group;
-      for (int i = 0; i < tiles; ++i) {
-        const int stage = i % STAGES, row = k_rows.first + (end_tile - 1 - i) * BLOCK_N;
-        const u32 free = (i / STAGES & 1) ^ 1;
-        barrier_wait(k_empty + 8 * stage, free);
-        barrier_expect(k_full + 8 * stage, K_BYTES);
+      for (int done = 0; block.exists; block = next_block(params, round)) {
+        const int kv_head = block.head / params.group;
+        for (int i = 0; i < block.tiles; ++i) {
+          const int stage = (done + i) % STAGES, row = block.k.first + (block.end_tile - 1 - i) * BLOCK_N;
+          const u32 free = ((done + i) / STAGES & 1) ^ 1;
+          barrier_wait(k_empty + 8 * stage, free);
+          barrier_expect(k_full + 8 * stage, K_BYTES);
 #pragma unroll
-        for (int c = 0; c < HEAD_DIM / 64; ++c)
-          copy_box(k_tiles + stage * K_BYTES + c * BOX, &k_map, k_full + 8 * stage, 64 * c, row, kv_head, batch);
-        barrier_wait(v_empty + 8 * stage, free);
-        barrier_expect(v_full + 8 * stage, V_BYTES);
+          for (int c = 0; c < HEAD_DIM / 64; ++c)
+            copy_box(k_tiles + stage * K_BYTES + c * BOX, &k_map, k_full + 8 * stage, 64 * c, row, kv_head, block.batch);
+          barrier_wait(v_empty + 8 * stage, free);
+          barrier_expect(v_full + 8 * stage, V_BYTES);
 #pragma unroll
-        for (int c = 0; c < VALUE_DIM / 64; ++c)
-          copy_box(v_tiles + stage * V_BYTES + c * BOX, &v_map, v_full + 8 * stage, 64 * c, row, kv_head, batch);
+          for (int c = 0; c < VALUE_DIM / 64; ++c)
+            copy_box(v_tiles + stage * V_BYTES + c * BOX, &v_map, v_full + 8 * stage, 64 * c, row, kv_head, block.batch);
+        }
+        done += block.tiles;
       }
     }
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
     const int thread = threadIdx.x % 128, lane = thread % 32;
-    const int tile_row = block_row + 64 * warpgroup;
-    const int row = tile_row + thread / 32 * 16 + lane / 4;  // and row + 8
+    const int row_in_tile = thread / 32 * 16 + lane / 4;  // this thread's of its warpgroup's 64, and 8 more
     const int column = lane % 4 * 2;
     const float scale_log2 = params.scale * LOG2E;
-    const int begin[2] = {first_key(row), first_key(row + 8)}, end[2] = {end_key(row), end_key(row + 8)};
-    const int begin_all = first_key(tile_row + 63), end_all = end_key(tile_row);  // what all 64 queries see
-
-    Consumer c;
-    const long long head_row = (long long)(batch * params.heads + head) * params.n_q + q_rows.first;
-    const char* dense = params.q.dense + batch * params.q.dense_batch + head * params.q.dense_head +
-                        (q_rows.first + tile_row) * params.q.dense_row;
-    c.fetch(params.q, dense, head_row + tile_row, q_rows.count - tile_row, q_tiles + warpgroup * Q_BYTES, thread);
-    named_sync(0, THREADS);  // the barriers are there
-    asm volatile("cp.async.wait_all;" ::: "memory");
-    publish(warpgroup);
-#pragma unroll
-    for (int i = 0; i < VALUE_DIM / 2; ++i) c.o[i] = 0.f;
-    c.base[0] = c.base[1] = minus_infinity();
-    c.sum[0] = c.sum[1] = 0.f;
-    float rescale[2];
-
     // Consumers take turns to issue matrix work (barrier 1 + warpgroup), so that one's softmax runs under another's.
     const int turn = 1 + warpgroup, next_turn = 1 + (warpgroup + 1) % CONSUMERS;
-    if (CONSUMERS > 1 && warpgroup == CONSUMERS - 1 && tiles > 1) named_arrive(next_turn, 256);
 
-    if (tiles > 0) {
-      barrier_wait(k_full, 0);
-      c.issue_scores(k_tiles);
+    Consumer c;
+    const u32 q_tile = q_tiles + warpgroup * Q_BYTES;
+    c.q = (u64)(q_tile >> 4) | (u64)(1024 >> 4) << 16 | (u64)(128 >> 4) << 32;  // halves 1024 bytes apart, groups of 8 rows 128
+    auto fetch = [&] {
+      const int first = block.q.first + block.row + 64 * warpgroup;
+      const char* dense = params.q.dense + block.batch * params.q.dense_batch + block.head * params.q.dense_head +
+                          first * params.q.dense_row;
+      const long long head = block.batch * params.heads + block.head;
+      c.fetch(params.q, dense, head * params.n_q + first, block.q.count - block.row - 64 * warpgroup, q_tile, thread);
+    };
+    if (block.exists) fetch();
+    named_sync(0, THREADS);  // the barriers are there
+    for (int done = 0; block.exists;) {
+      const int tiles = block.tiles, end_tile = block.end_tile, end_row = block.q.count;
+      const int tile_row = block.row + 64 * warpgroup, row = tile_row + row_in_tile;
+      const int begin[2] = {block.first_key(row), block.first_key(row + 8)}, end[2] = {block.end_key(row), block.end_key(row + 8)};
+      const int begin_all = block.first_key(tile_row + 63), end_all = block.end_key(tile_row);  // what all 64 queries see
+      unsigned short* out = params.out + block.batch * params.out_batch + block.head * params.out_head +
+                            (block.q.first + row) * params.out_row;
+      float* lse = params.lse + (long long)(block.batch * params.heads + block.head) * params.n_q + block.q.first + row;
+      c.receive(shared + (q_tile - k_tiles), end_row - tile_row, row_in_tile, lane, warpgroup);
+#pragma unroll
+      for (int i = 0; i < VALUE_DIM / 2; ++i) c.o[i] = 0.f;
+      c.base[0] = c.base[1] = minus_infinity();
+      c.sum[0] = c.sum[1] = 0.f;
+      float rescale[2];
+      if (CONSUMERS > 1 && warpgroup == CONSUMERS - 1 && tiles > 1) named_arrive(next_turn, 256);
+
+      const int first = done % STAGES;
+      barrier_wait(k_full + 8 * first, done / STAGES & 1);
+      c.issue_scores(k_tiles + first * K_BYTES);
       wgmma_wait<0>();
       pin(c.s);
-      if (lane == 0) barrier_arrive(k_empty);
+      if (lane == 0) barrier_arrive(k_empty + 8 * first);
       c.mask((end_tile - 1) * BLOCK_N + column, begin, end);
       c.rebase(c.p[0], scale_log2, rescale);  // there is no output yet
-      if (params.k_bounds && end_tile * BLOCK_N > k_rows.count) {  // the next sequence's values: 0 * NaN is NaN
-        barrier_wait(v_full, 0);
-        clear_rows(v_tiles, k_rows.count - (end_tile - 1) * BLOCK_N, thread, warpgroup);
+      if (params.k_bounds && end_tile * BLOCK_N > block.k.count) {  // the next sequence's values: 0 * NaN is NaN
+        barrier_wait(v_full + 8 * first, done / STAGES & 1);
+        clear_rows(v_tiles + first * V_BYTES, block.k.count - (end_tile - 1) * BLOCK_N, thread, warpgroup);
       }
-    }
-    // While P V of tile i - 1 runs, the scores of tile i become weights. The branch on them keeps the compiler from moving
-    // exponentials behind the wait for P V.
-    auto step = [&](int i, auto masked, auto odd) {
-      constexpr int TO = decltype(odd)::value, FROM = 1 - TO;
-      const int stage = i % STAGES, before = (i - 1) % STAGES;
-      barrier_wait(k_full + 8 * stage, i / STAGES & 1);
-      if (CONSUMERS > 1) named_sync(turn, 256);
-      c.issue_scores(k_tiles + stage * K_BYTES);
-      barrier_wait(v_full + 8 * before, (i - 1) / STAGES & 1);
-      c.issue_output(v_tiles + before * V_BYTES, c.p[FROM]);
-      if (CONSUMERS > 1 && !(warpgroup == CONSUMERS - 1 && i == tiles - 1)) named_arrive(next_turn, 256);
-      wgmma_wait<1>();
-      pin(c.s);
-      if (lane == 0) barrier_arrive(k_empty + 8 * stage);
-      if (decltype(masked)::value) c.mask((end_tile - 1 - i) * BLOCK_N + column, begin, end);
-      const bool moved = c.soften(c.p[TO], scale_log2, rescale);
-      wgmma_wait<0>();
-      pin(c.o);
-      if (lane == 0) barrier_arrive(v_empty + 8 * before);
-      if (moved) c.rescale_output(rescale);
-    };
-    int i = 1;
-    auto steps = [&](auto masked, auto more) {
-      for (; i < tiles && more(); ++i)
-        if (i % 2)
-          step(i, masked, Bool<true>());
-        else
-          step(i, masked, Bool<false>());
-    };
-    auto tile_end = [&] { return (end_tile - i) * BLOCK_N; };
-    steps(Bool<true>(), [&] { return tile_end() > end_all; });
-    steps(Bool<false>(), [&] { return tile_end() - BLOCK_N >= begin_all; });
-    steps(Bool<true>(), [] { return true; });
-    if (tiles > 0) {
-      const int last = (tiles - 1) % STAGES;
-      barrier_wait(v_full + 8 * last, (tiles - 1) / STAGES & 1);
+      // While P V of tile i - 1 runs, the scores of tile i become weights. The branch on them keeps the compiler from moving
+      // exponentials behind the wait for P V.
+      auto step = [&](int i, auto masked, auto odd) {
+        constexpr int TO = decltype(odd)::value, FROM = 1 - TO;
+        const int at = done + i, stage = at % STAGES, before = (at - 1) % STAGES;
+        barrier_wait(k_full + 8 * stage, at / STAGES & 1);
+        if (CONSUMERS > 1) named_sync(turn, 256);
+        c.issue_scores(k_tiles + stage * K_BYTES);
+        barrier_wait(v_full + 8 * before, (at - 1) / STAGES & 1);
+        c.issue_output(v_tiles + before * V_BYTES, c.p[FROM]);
+        if (CONSUMERS > 1 && !(warpgroup == CONSUMERS - 1 && i == tiles - 1)) named_arrive(next_turn, 256);
+        wgmma_wait<1>();
+        pin(c.s);
+        if (lane == 0) barrier_arrive(k_empty + 8 * stage);
+        if (decltype(masked)::value) c.mask((end_tile - 1 - i) * BLOCK_N + column, begin, end);
+        const bool moved = c.soften(c.p[TO], scale_log2, rescale);
+        wgmma_wait<0>();
+        pin(c.o);
+        if (lane == 0) barrier_arrive(v_empty + 8 * before);
+        if (moved) c.rescale_output(rescale);
+      };
+      int i = 1;
+      auto steps = [&](auto masked, auto more) {
+        for (; i < tiles && more(); ++i)
+          if (i % 2)
+            step(i, masked, Bool<true>());
+          else
+            step(i, masked, Bool<false>());
+      };
+      auto tile_end = [&] { return (end_tile - i) * BLOCK_N; };
+      steps(Bool<true>(), [&] { return tile_end() > end_all; });
+      steps(Bool<false>(), [&] { return tile_end() - BLOCK_N >= begin_all; });
+      steps(Bool<true>(), [] { return true; });
+      done += tiles;
+      const int last = (done - 1) % STAGES;
+      barrier_wait(v_full + 8 * last, (done - 1) / STAGES & 1);
       if (tiles % 2)
         c.issue_output(v_tiles + last * V_BYTES, c.p[0]);
       else
         c.issue_output(v_tiles + last * V_BYTES, c.p[1]);
+      block = next_block(params, round);
+      named_sync(8 + warpgroup, 128);  // all four warps have multiplied the queries
+      if (block.exists) fetch();
       wgmma_wait<0>();
       pin(c.o);
-    }
+      if (lane == 0) barrier_arrive(v_empty + 8 * last);
 
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float sum = quad_sum(c.sum[h]);
-      const float inverse = sum == 0.f ? 0.f : 1.f / sum;  // a row that sees no key: output 0
-      const int r = row + 8 * h;
-      unsigned short* out = params.out + batch * params.out_batch + head * params.out_head + (q_rows.first + r) * params.out_row;
+      for (int h = 0; h < 2; ++h) {
+        const float sum = quad_sum(c.sum[h]);
+        const float inverse = 1.f / sum;
+        const bool there = row + 8 * h < end_row, none = sum == 0.f;  // a row that sees no key: output 0
 #pragma unroll
-      for (int j = 0; j < VALUE_DIM / 8; j += 4) {
-        u32 words[4];  // of columns 8j, 8j + 8, 8j + 16 and 8j + 24, plus 2 * (lane % 4)
+        for (int j = 0; j < VALUE_DIM / 8; j += 4) {
+          u32 words[4];  // of columns 8j, 8j + 8, 8j + 16 and 8j + 24, plus 2 * (lane % 4)
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          words[i] = pack_pair(c.o[4 * (j + i) + 2 * h] * inverse, c.o[4 * (j + i) + 2 * h + 1] * inverse);
-        const uint4 columns = quad_transpose(words, lane);
-        if (r < q_rows.count) *(uint4*)(out + 8 * (j + lane % 4)) = columns;
+          for (int i = 0; i < 4; ++i) {
+            const u32 word = pack_pair(c.o[4 * (j + i) + 2 * h] * inverse, c.o[4 * (j + i) + 2 * h + 1] * inverse);
+            words[i] = none ? 0 : word;
+          }
+          const uint4 columns = quad_transpose(words, lane);
+          if (there) *(uint4*)(out + 8 * h * params.out_row + 8 * (j + lane % 4)) = columns;
+        }
+        if (there && lane % 4 == 0) lse[8 * h] = none ? minus_infinity() : (c.base[h] + log2_fast(sum)) / LOG2E;
       }
-      if (r < q_rows.count && lane % 4 == 0)
-        params.lse[head_row + r] = sum == 0.f ? minus_infinity() : (c.base[h] + log2_fast(sum)) / LOG2E;
     }
   }
 }

@@ -33,8 +33,8 @@ def obstacle(q: FeatureCodes, k: Tensor, v: Tensor, mask: AttentionMask, scale: 
     sequences = _sequences(q, k, mask)
     if 0 in (*q.shape, *k.shape, *sequences):
         return "there is nothing to attend"
-    if sequences[0] > 65535:
-        return "the grid holds 65535 sequences"
+    if sequences[0] * q.shape[1] * math.ceil(sequences[1] / 64) >= 1 << 31:
+        return "the kernel counts less than 2^31 blocks of queries, all sequences taken as long as the longest"
     if not scale > 0:
         return f"row maxima are taken before scaling, which needs a positive scale, not {scale}"
     return None
@@ -98,16 +98,18 @@ def forward(
         k, v = _by_16_bytes(k), _by_16_bytes(v)
         out = empty_rows(q.values, v.shape[-1])
         lse = v.new_empty((batch, heads, n_q), dtype=torch.float32)
+        width = math.ceil(longest_q / tile.block_m) * heads
+        blocks = width * sequences
         together = heads_together(heads, k[:, :, :longest_k], v[:, :, :longest_k])
         params = _Params(
             dense.data_ptr(), *(2 * stride for stride in dense.stride()[:3]),
             values.data_ptr(), indices.data_ptr(), out.data_ptr(), lse.data_ptr(),
             *out.stride()[:3], *(None if x is None else x.data_ptr() for x in bounds),
-            n_q, n_k, heads, heads // k.shape[1], mask.is_causal,
+            n_q, n_k, heads, heads // k.shape[1], mask.is_causal, width, blocks,
             n_q + n_k if mask.window is None else min(n_q + n_k, mask.window), together, scale,
         )  # fmt: skip
         maps = [cuda.tensor_map(x, tile.block_n) for x in (k, v)]
-        grid = (math.ceil(longest_q / tile.block_m) * heads, sequences, 1)
+        grid = (min(blocks, torch.cuda.get_device_properties(q.device).multi_processor_count), 1, 1)
         cuda.launch(kernel, grid, tile.threads, tile.shared_bytes, (params, *maps))
     return out, lse
 
@@ -159,6 +161,8 @@ class _Params(ctypes.Structure):
         ("heads", ctypes.c_int),
         ("group", ctypes.c_int),
         ("causal", ctypes.c_int),
+        ("width", ctypes.c_int),
+        ("blocks", ctypes.c_int),
         ("window", ctypes.c_int),
         ("together", ctypes.c_int),
         ("scale", ctypes.c_float),

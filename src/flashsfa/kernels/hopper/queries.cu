@@ -17,19 +17,20 @@ constexpr int SPARSE_STEPS = (HEAD_DIM - DENSE_DIMS) / 32;
 constexpr int STEPS = DENSE_STEPS + SPARSE_STEPS;
 constexpr int WORDS = SPARSE_STEPS > 2 ? (SPARSE_STEPS + 1) / 2 : 1;  // metadata words of a thread: one serves two steps
 constexpr int STEP_BYTES = 64 * 32;                         // of 64 rows for one step in shared memory
+constexpr int INDEX_BYTES = 64 * SPARSE_STEPS * 16;         // of 64 rows: the features of the entries kept
 
 struct QueryCodes {
   const char* dense;                             // the dense channel: DENSE_STEPS * 32 bytes a row
   long long dense_batch, dense_head, dense_row;  // its strides in bytes
   const char* values;                            // [rows, SPARSE_STEPS * 32] bytes: two entries of each group
-  const u64* indices;                            // [rows, SPARSE_STEPS * 2] eight bytes: the two features of four groups
+  const char* indices;                           // [rows, SPARSE_STEPS * 16] bytes: their features
 };
 
 // A thread's share in bringing 64 rows to shared memory: copy(where in the tile, from, whether it is there; else zeros).
-// `dense` and `values` are of the first row.
+// `dense`, `values` and `indices` are of the first row. Indices follow the steps, as they lie.
 template <class Copy>
-__device__ __forceinline__ void stage_queries(const char* dense, long long dense_row, const char* values, int rows, int thread,
-                                              const Copy& copy) {
+__device__ __forceinline__ void stage_queries(const char* dense, long long dense_row, const char* values, const char* indices,
+                                              int rows, int thread, const Copy& copy) {
   const int row = thread / 2, half = 16 * (thread % 2);
 #pragma unroll
   for (int i = 0; i < STEPS; ++i) {
@@ -37,6 +38,8 @@ __device__ __forceinline__ void stage_queries(const char* dense, long long dense
                                        : values + 32 * (row * SPARSE_STEPS + i - DENSE_STEPS);
     copy(STEP_BYTES * i + 64 * half + 16 * row, from + half, row < rows);
   }
+  for (int piece = thread; piece < 64 * SPARSE_STEPS; piece += 128)
+    copy(STEP_BYTES * STEPS + 16 * piece, indices + 16 * piece, piece < rows * SPARSE_STEPS);
 }
 
 // The metadata of four groups, from their features.
@@ -47,7 +50,7 @@ __device__ __forceinline__ u32 places_of(u64 features) {
   return u32(x | x >> 24) & 0xffffu;
 }
 
-// A thread's metadata. `indices` are of its row r.
+// A thread's metadata. `indices` are of its row r, eight bytes for the two features of four groups each.
 __device__ __forceinline__ void load_places(u32 (&places)[WORDS], const u64* indices, bool there, bool there_8, int lane) {
 #pragma unroll
   for (int i = 0; i < WORDS; ++i) {
