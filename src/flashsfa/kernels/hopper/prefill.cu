@@ -1,9 +1,10 @@
 // Attention forward for queries that are 2:4 sparse beside a dense channel: S = Q Kᵀ on Hopper's sparse tensor cores (the
 // dense channel on the dense ones), online softmax in registers, O = P V. docs/hopper-prefill.md tells the design.
 //
-// A thread block stays on its multiprocessor and works off blocks of BLOCK_M = 64 * CONSUMERS queries of one head. For each it
-// walks the keys in tiles of BLOCK_N, last tile first. One warpgroup produces: it has the copy engine bring tiles of K and V
-// to shared memory, and runs ahead into the next block. Each of the others consumes for its own 64 queries. The host puts in front of this text (compiler.py): the tile's sizes, one function per shape of
+// A thread block stays on its multiprocessor and takes blocks of BLOCK_M = 64 * CONSUMERS queries of one head, one after the
+// other. For each it walks the keys in tiles of BLOCK_N, last tile first. One warpgroup produces: it takes the blocks, and has
+// the copy engine bring tiles of K and V to shared memory, on into the next block. Each of the others consumes for its own 64
+// queries. The host puts in front of this text (compiler.py): the tile's sizes, one function per shape of
 // matrix instruction (`wgmma_qk_dense<accumulate>`, `wgmma_qk_sparse<selector, accumulate>`, `wgmma_pv`), and queries.cu.
 // Queries wait in shared memory, weights in registers.
 
@@ -17,6 +18,7 @@ struct Params {
   const int *q_bounds, *k_bounds;  // [sequences + 1] where packed sequences begin and end, B = 1; null: nothing is packed
   int n_q, n_k, heads, group, causal;
   int width, blocks;  // blocks of one sequence, if it is the longest; of all sequences
+  int* taken;         // how many blocks have been, after the first of each thread block
   int window;    // keys less than this away are seen; at least n_q + n_k: all
   int together;  // heads whose blocks are mixed, so that the ones with most keys start first; the next heads follow
   float scale;
@@ -28,6 +30,7 @@ constexpr int BOX = BLOCK_N * 128;                // bytes of BLOCK_N rows of 64
 constexpr int K_BYTES = BOX * (HEAD_DIM / 64);
 constexpr int V_BYTES = BOX * (VALUE_DIM / 64);
 constexpr int Q_BYTES = STEP_BYTES * STEPS + INDEX_BYTES;  // of one consumer
+constexpr int TOLD = STAGES + 1;                  // blocks that consumers can be told of before they began the first
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float FAR = 32768.f;                    // a thread's weights of one tile and row may sum to this: float16 holds it
 
@@ -333,19 +336,6 @@ __device__ __forceinline__ Block block_at(const Params& params, int index) {
   return b;
 }
 
-// This thread block's next block, in rounds over all thread blocks, to and fro: blocks get shorter, so that all get as much.
-__device__ __forceinline__ Block next_block(const Params& params, int& round) {
-  Block b;
-  b.exists = false;
-  while (!b.exists) {
-    const long long index = (long long)round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
-    if (index >= params.blocks) break;
-    b = block_at(params, (int)index);
-    ++round;
-  }
-  return b;
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     prefill_kernel(const __grid_constant__ Params params, const __grid_constant__ TensorMap k_map,
                    const __grid_constant__ TensorMap v_map) {
@@ -355,11 +345,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   const u32 q_tiles = v_tiles + STAGES * V_BYTES;
   const u32 k_full = q_tiles + CONSUMERS * Q_BYTES;
   const u32 v_full = k_full + 8 * STAGES, k_empty = v_full + 8 * STAGES, v_empty = k_empty + 8 * STAGES;
+  const u32 told = v_empty + 8 * STAGES;     // of the n-th block, in turn
+  const u32 told_index = told + 8 * TOLD;    // its index
 
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
-  int round = 0;
-  Block block = next_block(params, round);
-
+  // Block `index`, if there is one of that number.
+  auto block_of = [&](int index) {
+    if (index < params.blocks) return block_at(params, index);
+    Block none;
+    none.exists = false;
+    return none;
+  };
   // The producer makes the barriers and goes on; consumers fetch their queries before they need them.
   if (warpgroup == CONSUMERS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
@@ -371,16 +367,34 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         barrier_init(k_empty + 8 * i, CONSUMERS * 4);  // one arrival a warp
         barrier_init(v_empty + 8 * i, CONSUMERS * 4);
       }
+      for (int i = 0; i < TOLD; ++i) barrier_init(told + 8 * i, 1);
       asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
     }
     __syncwarp();
     named_arrive(0, THREADS);
     if (leads) {
-      for (int done = 0; block.exists; block = next_block(params, round)) {
+      int index = blockIdx.x;
+      // The n-th block of this thread block. Consumers are told: they have begun block n - TOLD, as a tile after its first is
+      // no longer needed.
+      auto take = [&](int n) {
+        Block b;
+        int at;
+        do {
+          at = index;
+          b = block_of(at);
+          asm volatile("atom.global.add.u32 %0, [%1], 1;" : "=r"(index) : "l"(params.taken) : "memory");
+          index += gridDim.x;
+        } while (!b.exists && at < params.blocks);  // a shorter sequence has fewer
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(told_index + 4 * (n % TOLD)), "r"(at) : "memory");
+        barrier_arrive(told + 8 * (n % TOLD));
+        return b;
+      };
+      Block block = take(0), next;
+      for (int n = 1, done = 0; block.exists; ++n, block = next) {
         const int kv_head = block.head / params.group;
-        for (int i = 0; i < block.tiles; ++i) {
-          const int stage = (done + i) % STAGES, row = block.k.first + (block.end_tile - 1 - i) * BLOCK_N;
-          const u32 free = ((done + i) / STAGES & 1) ^ 1;
+        for (int i = 0; i < block.tiles; ++i, ++done) {
+          const int stage = done % STAGES, row = block.k.first + (block.end_tile - 1 - i) * BLOCK_N;
+          const u32 free = (done / STAGES & 1) ^ 1;
           barrier_wait(k_empty + 8 * stage, free);
           barrier_expect(k_full + 8 * stage, K_BYTES);
 #pragma unroll
@@ -391,8 +405,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
           for (int c = 0; c < VALUE_DIM / 64; ++c)
             copy_box(v_tiles + stage * V_BYTES + c * BOX, &v_map, v_full + 8 * stage, 64 * c, row, kv_head, block.batch);
+          if (i == 0) next = take(n);
         }
-        done += block.tiles;
       }
     }
   } else {
@@ -407,16 +421,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     Consumer c;
     const u32 q_tile = q_tiles + warpgroup * Q_BYTES;
     c.q = (u64)(q_tile >> 4) | (u64)(1024 >> 4) << 16 | (u64)(128 >> 4) << 32;  // halves 1024 bytes apart, groups of 8 rows 128
-    auto fetch = [&] {
+    Block block;
+    // The n-th block, and its queries on their way.
+    auto begin_block = [&](int n) {
+      barrier_wait(told + 8 * (n % TOLD), n / TOLD & 1);
+      int index;
+      asm volatile("ld.shared.b32 %0, [%1];" : "=r"(index) : "r"(told_index + 4 * (n % TOLD)) : "memory");
+      block = block_of(index);
+      if (!block.exists) return;
       const int first = block.q.first + block.row + 64 * warpgroup;
       const char* dense = params.q.dense + block.batch * params.q.dense_batch + block.head * params.q.dense_head +
                           first * params.q.dense_row;
       const long long head = block.batch * params.heads + block.head;
       c.fetch(params.q, dense, head * params.n_q + first, block.q.count - block.row - 64 * warpgroup, q_tile, thread);
     };
-    if (block.exists) fetch();
     named_sync(0, THREADS);  // the barriers are there
-    for (int done = 0; block.exists;) {
+    begin_block(0);
+    for (int n = 1, done = 0; block.exists; ++n) {
       const int tiles = block.tiles, end_tile = block.end_tile, end_row = block.q.count;
       const int tile_row = block.row + 64 * warpgroup, row = tile_row + row_in_tile;
       const int begin[2] = {block.first_key(row), block.first_key(row + 8)}, end[2] = {block.end_key(row), block.end_key(row + 8)};
@@ -484,9 +505,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         c.issue_output(v_tiles + last * V_BYTES, c.p[0]);
       else
         c.issue_output(v_tiles + last * V_BYTES, c.p[1]);
-      block = next_block(params, round);
       named_sync(8 + warpgroup, 128);  // all four warps have multiplied the queries
-      if (block.exists) fetch();
+      begin_block(n);
       wgmma_wait<0>();
       pin(c.o);
       if (lane == 0) barrier_arrive(v_empty + 8 * last);
