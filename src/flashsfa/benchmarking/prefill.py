@@ -2,7 +2,7 @@
 
 A case runs the operator as a model does, top-k of queries and keys included, over the same random q, k and v that the
 baselines take dense. On Hopper `kernel_alone` is this package's kernel over codes made before, on sparse tensor cores for
-queries in the 2:4 pattern, and on dense ones for others, which the operator leaves to torch's kernels.
+queries in the 2:4 pattern, and on dense ones for others.
 """
 
 from __future__ import annotations

@@ -56,8 +56,12 @@ class Tile:
     @property
     def shared_bytes(self) -> int:
         tiles = self.stages * self.block_n * 2 * (self.head_dim + self.value_dim)
-        query = (self.head_dim + self.dense_dims) + (self.head_dim - self.dense_dims) // 2  # entries kept, and their features
-        return tiles + self.block_m * query + 32 * self.stages + 12 * (self.stages + 1)  # and barriers, and block numbers
+        query = (self.head_dim + self.dense_dims) + (
+            self.head_dim - self.dense_dims
+        ) // 2  # entries kept, and their features
+        return (
+            tiles + self.block_m * query + 32 * self.stages + 12 * (self.stages + 1)
+        )  # and barriers, and block numbers
 
 
 def source(tile: Tile) -> str:

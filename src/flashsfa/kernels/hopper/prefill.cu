@@ -18,7 +18,7 @@ struct Params {
   const int *q_bounds, *k_bounds;  // [sequences + 1] where packed sequences begin and end, B = 1; null: nothing is packed
   int n_q, n_k, heads, group, causal;
   int width, blocks;  // blocks of one sequence, if it is the longest; of all sequences
-  int* taken;         // how many blocks have been, after the first of each thread block
+  int* taken;         // how many blocks have been, after the first of each thread block; null: there is one more for each at most
   int window;    // keys less than this away are seen; at least n_q + n_k: all
   int together;  // heads whose blocks are mixed, so that the ones with most keys start first; the next heads follow
   float scale;
@@ -30,7 +30,7 @@ constexpr int BOX = BLOCK_N * 128;                // bytes of BLOCK_N rows of 64
 constexpr int K_BYTES = BOX * (HEAD_DIM / 64);
 constexpr int V_BYTES = BOX * (VALUE_DIM / 64);
 constexpr int Q_BYTES = STEP_BYTES * STEPS + INDEX_BYTES;  // of one consumer
-constexpr int TOLD = STAGES + 1;                  // blocks that consumers can be told of before they began the first
+constexpr int TOLD = STAGES + 1;                  // blocks that consumers may have been told of and not begun
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float FAR = 32768.f;                    // a thread's weights of one tile and row may sum to this: float16 holds it
 
@@ -314,14 +314,17 @@ struct Block {
   __device__ __forceinline__ int end_key(int i) const { return min(k.count, i + shift + seen_after); }
 };
 
+// Block `index`. There is none past the last, and a shorter sequence has fewer than its share.
 __device__ __forceinline__ Block block_at(const Params& params, int index) {
   Block b;
+  b.exists = false;
+  if (index >= params.blocks) return b;
   const int sequence = index / params.width, place = index % params.width;
   b.q = rows_of(sequence, params.q_bounds, params.n_q);
   b.k = rows_of(sequence, params.k_bounds, params.n_k);
   b.batch = params.q_bounds ? 0 : sequence;
   const int of_head = (b.q.count + BLOCK_M - 1) / BLOCK_M;
-  b.exists = place < of_head * params.heads;  // a shorter sequence has fewer
+  b.exists = place < of_head * params.heads;
   if (!b.exists) return b;
   const int first_head = place / (of_head * params.together) * params.together;
   const int heads = min(params.together, params.heads - first_head), among = place - first_head * of_head;
@@ -345,18 +348,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   const u32 q_tiles = v_tiles + STAGES * V_BYTES;
   const u32 k_full = q_tiles + CONSUMERS * Q_BYTES;
   const u32 v_full = k_full + 8 * STAGES, k_empty = v_full + 8 * STAGES, v_empty = k_empty + 8 * STAGES;
-  const u32 told = v_empty + 8 * STAGES;     // of the n-th block, in turn
-  const u32 told_index = told + 8 * TOLD;    // its index
+  const u32 told = v_empty + 8 * STAGES, told_index = told + 8 * TOLD;  // [TOLD] in turn: the next block's index is there; it
 
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
-  // Block `index`, if there is one of that number.
-  auto block_of = [&](int index) {
-    if (index < params.blocks) return block_at(params, index);
-    Block none;
-    none.exists = false;
-    return none;
-  };
-  // The producer makes the barriers and goes on; consumers fetch their queries before they need them.
   if (warpgroup == CONSUMERS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
     const bool leads = threadIdx.x % 128 == 0;
@@ -373,19 +367,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     __syncwarp();
     named_arrive(0, THREADS);
     if (leads) {
-      int index = blockIdx.x;
-      // The n-th block of this thread block. Consumers are told: they have begun block n - TOLD, as a tile after its first is
-      // no longer needed.
+      // Blocks get shorter. So a thread block takes the first that is left, and late, when the block before has all of its
+      // tiles; where all get two at most, the second ones are dealt in reverse.
+      int takes = 0;
+      auto another = [&] {
+        int taken = takes++ == 0 ? gridDim.x - 1 - blockIdx.x : params.blocks;
+        if (params.taken) asm volatile("atom.global.add.u32 %0, [%1], 1;" : "=r"(taken) : "l"(params.taken) : "memory");
+        return (int)gridDim.x + taken;
+      };
+      // The n-th block of this thread block, which consumers are told of: of block n - TOLD they have been, since its first
+      // tile had to leave room for one of block n - 1.
       auto take = [&](int n) {
-        Block b;
-        int at;
-        do {
-          at = index;
-          b = block_of(at);
-          asm volatile("atom.global.add.u32 %0, [%1], 1;" : "=r"(index) : "l"(params.taken) : "memory");
-          index += gridDim.x;
-        } while (!b.exists && at < params.blocks);  // a shorter sequence has fewer
-        asm volatile("st.shared.b32 [%0], %1;" ::"r"(told_index + 4 * (n % TOLD)), "r"(at) : "memory");
+        int index = n == 0 ? blockIdx.x : another();
+        Block b = block_at(params, index);
+        while (!b.exists && index < params.blocks) b = block_at(params, index = another());
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(told_index + 4 * (n % TOLD)), "r"(index) : "memory");
         barrier_arrive(told + 8 * (n % TOLD));
         return b;
       };
@@ -405,7 +401,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
           for (int c = 0; c < VALUE_DIM / 64; ++c)
             copy_box(v_tiles + stage * V_BYTES + c * BOX, &v_map, v_full + 8 * stage, 64 * c, row, kv_head, block.batch);
-          if (i == 0) next = take(n);
+          if (i == block.tiles - 1) next = take(n);
         }
       }
     }
@@ -427,7 +423,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       barrier_wait(told + 8 * (n % TOLD), n / TOLD & 1);
       int index;
       asm volatile("ld.shared.b32 %0, [%1];" : "=r"(index) : "r"(told_index + 4 * (n % TOLD)) : "memory");
-      block = block_of(index);
+      block = block_at(params, index);
       if (!block.exists) return;
       const int first = block.q.first + block.row + 64 * warpgroup;
       const char* dense = params.q.dense + block.batch * params.q.dense_batch + block.head * params.q.dense_head +

@@ -100,18 +100,18 @@ def forward(
         lse = v.new_empty((batch, heads, n_q), dtype=torch.float32)
         width = math.ceil(longest_q / tile.block_m) * heads
         blocks = width * sequences
-        taken = torch.zeros(1, dtype=torch.int32, device=q.device)
+        thread_blocks = min(blocks, torch.cuda.get_device_properties(q.device).multi_processor_count)
+        taken = torch.zeros(1, dtype=torch.int32, device=q.device) if blocks > 2 * thread_blocks else None
         together = heads_together(heads, k[:, :, :longest_k], v[:, :, :longest_k])
         params = _Params(
             dense.data_ptr(), *(2 * stride for stride in dense.stride()[:3]),
             values.data_ptr(), indices.data_ptr(), out.data_ptr(), lse.data_ptr(),
             *out.stride()[:3], *(None if x is None else x.data_ptr() for x in bounds),
-            n_q, n_k, heads, heads // k.shape[1], mask.is_causal, width, blocks, taken.data_ptr(),
+            n_q, n_k, heads, heads // k.shape[1], mask.is_causal, width, blocks, None if taken is None else taken.data_ptr(),
             n_q + n_k if mask.window is None else min(n_q + n_k, mask.window), together, scale,
         )  # fmt: skip
         maps = [cuda.tensor_map(x, tile.block_n) for x in (k, v)]
-        grid = (min(blocks, torch.cuda.get_device_properties(q.device).multi_processor_count), 1, 1)
-        cuda.launch(kernel, grid, tile.threads, tile.shared_bytes, (params, *maps))
+        cuda.launch(kernel, (thread_blocks, 1, 1), tile.threads, tile.shared_bytes, (params, *maps))
     return out, lse
 
 
