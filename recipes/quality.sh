@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The rows of docs/quality.md, the most telling first, two of docs/hopper-prefill.md that have not been run, and their
-# comparison. From the repository's root:
+# The rows of docs/quality.md, the most telling first, those of docs/hopper-prefill.md last, and their comparison. From the
+# repository's root:
 #
 #   recipes/quality.sh runs/quality                       one run at a time
 #   JOBS=5 recipes/quality.sh runs/quality                five side by side: a model this small does not fill an H100
@@ -82,6 +82,11 @@ qwen3-int8-warm-2           qwen3-29m $dense $whole attention.kind=int8 training
 qwen3-short36-warm          qwen3-29m $dense $whole $short=36
 gpt2-k8-q24-all             gpt2-27m  $k8 attention.topk_query=32 attention.query_pattern=2:4 attention.gradient=all
 gpt2-k8-q32+24-all          gpt2-27m  $k8 attention.dense_dims=32 attention.topk_query=16 attention.query_pattern=2:4 attention.gradient=all
+gpt2-k8-q24-all-1           gpt2-27m  $k8 attention.topk_query=32 attention.query_pattern=2:4 attention.gradient=all training.seed=1
+gpt2-k8-q24-all-2           gpt2-27m  $k8 attention.topk_query=32 attention.query_pattern=2:4 attention.gradient=all training.seed=2
+gpt2-k8-q32+24-all-1        gpt2-27m  $k8 attention.dense_dims=32 attention.topk_query=16 attention.query_pattern=2:4 attention.gradient=all training.seed=1
+gpt2-k8-q24-all-equal       gpt2-27m  $k8 attention.topk_query=32 attention.query_pattern=2:4 attention.gradient=all attention.equalize=true
+gpt2-k8-m32-denseq-all      gpt2-27m  $k8 attention.dense_dims=32 $best
 END
 }
 

@@ -286,6 +286,36 @@ def test_refused_source_says_why(nvrtc, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("n_q", "n_k", "head_dim", "rules", "faster"),
+    [
+        (2048, 2048, 128, {}, True),
+        (2047, 2047, 128, {}, False),  # cuDNN's
+        (512, 16384, 64, {}, True),
+        (511, 16384, 64, {}, False),
+        (1024, 1024, 256, {}, True),  # torch has no cuDNN for it
+        (4096, 4096, 128, {"window": 256}, True),
+        (4096, 4096, 128, {"window": 255}, False),
+        (4096, 4096, 128, {"window": 128, "is_causal": False}, True),  # on both sides
+        (4096, 4096, 128, {"lengths": [3000, 600, 496]}, True),
+        (4096, 4096, 128, {"lengths": [500] * 8 + [96]}, False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+def test_dense_queries_for_the_kernel(monkeypatch, n_q, n_k, head_dim, rules, faster, dtype):
+    monkeypatch.setattr(prefill, "_is_hopper", lambda _: True)
+    q, k = (torch.empty(1, 2, n, head_dim, dtype=dtype, device="meta") for n in (n_q, n_k))
+    lengths = rules.get("lengths")
+    packed = (
+        {"cu_seqlens_q": torch.empty(len(lengths) + 1), "max_seqlen_q": max(lengths), "max_seqlen_k": max(lengths)}
+        if lengths
+        else {}
+    )
+    mask = AttentionMask(rules.get("is_causal", True), rules.get("window"), **packed)
+    assert prefill.is_faster(q, k, k, mask) == (faster and dtype == BF16)
+
+
+@pytest.mark.parametrize(
     ("heads", "kv_heads", "n", "together"),
     [(16, 16, 4096, 16), (16, 16, 16384, 4), (16, 16, 65536, 1), (32, 8, 65536, 4), (7, 7, 16384, 4)],
 )

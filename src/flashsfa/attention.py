@@ -66,8 +66,8 @@ def sparse_feature_attention(
             gives each feature what it would get had it been kept, which trains better (docs/quality.md). Key codes
             get that of what they hold.
         backend: "auto", "dense" (torch's fused kernels over spread-out codes) or "reference" (plain PyTorch,
-            N x N scores). "auto" takes Hopper's sparse tensor cores for queries in the 2:4 pattern where it can, else
-            "dense"; `flashsfa.explain()` tells what ran, and why.
+            N x N scores). "auto" takes this package's kernel on a Hopper GPU, on sparse tensor cores for queries in the 2:4
+            pattern and for others where it is faster, else "dense"; `flashsfa.explain()` tells what ran, and why.
 
     Returns:
         out [B, Hq, N_q, Dv]; with return_lse also lse [B, Hq, N_q] in float32 (float64 for float64 inputs). A
@@ -312,7 +312,7 @@ def _attend_pairs(
 def _attend_rows(
     q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """Attention of rows, on a dense kernel: this package's for Hopper or torch's."""
+    """Attention of rows: the kernel for Hopper where it is faster than torch's."""
     obstacle = None
     if backend == "auto" and hopper.is_faster(q, k, v, mask):
         found = _on_hopper(all_dense_codes(q), k, v, mask, scale, "the kernel for Hopper, with dense queries")

@@ -1,4 +1,5 @@
-"""Attention forward on Hopper's sparse tensor cores: codes of queries as they are, K and V through the copy engine."""
+"""Attention forward on Hopper's tensor cores, sparse ones for queries in the 2:4 pattern: codes of queries as they are, K
+and V through the copy engine."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from . import compiler, cuda
 from .compiler import Tile
 
 _WIDTHS = (64, 128, 256)
+_DTYPES = (torch.float16, torch.bfloat16)
 _L2_BYTES = 40 << 20  # of 50 MiB
 
 
@@ -22,7 +24,7 @@ def obstacle(q: FeatureCodes, k: Tensor, v: Tensor, mask: AttentionMask, scale: 
     """Why the kernel cannot take these, or None if it can. Looks at shapes and the device alone."""
     if not _is_hopper(q):
         return "the sparse tensor cores of this kernel (wgmma) are Hopper's (sm_90)"
-    if q.dtype not in (torch.float16, torch.bfloat16):
+    if q.dtype not in _DTYPES:
         return f"the kernel takes float16 and bfloat16, not {q.dtype}"
     if q.head_dim not in _WIDTHS or v.shape[-1] not in _WIDTHS:
         return f"the kernel takes heads of width 64, 128 and 256, not {q.head_dim} and {v.shape[-1]}"
@@ -46,7 +48,7 @@ def is_faster(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> bool:
     Torch splits the keys of few queries over more blocks, and a block here takes a while to start: cuDNN, which torch has
     for plain masks and heads up to 128, is the faster one where queries see less than some 2048 keys.
     """
-    if not _is_hopper(q):
+    if not _is_hopper(q) or q.dtype not in _DTYPES:
         return False
     _, longest_q, seen = _sequences(q, k, mask)
     if mask.window is not None:
