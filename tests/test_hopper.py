@@ -5,6 +5,7 @@ import dataclasses
 import math
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 import flashsfa
 from flashsfa import reference, sparse_feature_attention
 from flashsfa.codes import FeatureCodes, all_dense_codes, topk_codes
+from flashsfa.kernels import dense
 from flashsfa.kernels.hopper import compiler, cuda, prefill
 from flashsfa.masks import AttentionMask
 
@@ -285,34 +287,69 @@ def test_refused_source_says_why(nvrtc, monkeypatch):
         compiler.compile_cubin(compiler.Tile(BF16, 64, 64))
 
 
+@pytest.mark.cpu
+def test_what_cannot_be_compiled_is_not_tried_again(monkeypatch):
+    tries = []
+
+    def refuse(tile):
+        tries.append(tile)
+        raise cuda.CompilationError("refused")
+
+    monkeypatch.setattr(compiler, "compile_cubin", refuse)
+    for _ in range(2):
+        with pytest.raises(cuda.CompilationError, match="refused"):
+            prefill._load(compiler.Tile(BF16, 64, 64, stages=7), 0)
+    assert len(tries) == 1
+
+
+@pytest.mark.cpu
+def test_compiles_without_a_place_to_keep_it(monkeypatch):
+    """For a user without a home, and with one that cannot be read."""
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("FLASHSFA_CACHE", raising=False)
+    monkeypatch.setattr(cuda, "nvrtc_version", lambda: (13, 0))
+    monkeypatch.setattr(cuda, "compile_cubin", lambda *_: b"code")
+    tile = compiler.Tile(BF16, 64, 64)
+    monkeypatch.setattr(compiler.Path, "home", homeless)
+    assert compiler.compile_cubin(tile) == b"code"
+    monkeypatch.setenv("FLASHSFA_CACHE", "/dev/null/nowhere")
+    assert compiler.compile_cubin(tile) == b"code"
+
+
+@pytest.mark.cpu
 @pytest.mark.parametrize(
-    ("n_q", "n_k", "head_dim", "rules", "faster"),
+    ("n_q", "n_k", "rival", "rules", "faster"),
     [
-        (2048, 2048, 128, {}, True),
-        (2047, 2047, 128, {}, False),  # cuDNN's
-        (512, 16384, 64, {}, True),
-        (511, 16384, 64, {}, False),
-        (1024, 1024, 256, {}, True),  # torch has no cuDNN for it
-        (4096, 4096, 128, {"window": 256}, True),
-        (4096, 4096, 128, {"window": 255}, False),
-        (4096, 4096, 128, {"window": 128, "is_causal": False}, True),  # on both sides
-        (4096, 4096, 128, {"lengths": [3000, 600, 496]}, True),
-        (4096, 4096, 128, {"lengths": [500] * 8 + [96]}, False),
+        (2048, 2048, dense.CudaCudnn, {}, True),
+        (2047, 2047, dense.CudaCudnn, {}, False),
+        (512, 16384, dense.CudaCudnn, {}, True),
+        (511, 16384, dense.CudaCudnn, {}, False),
+        (1024, 1024, dense.CudaFlash, {}, True),
+        (4096, 4096, dense.CudaFlash, {"window": 256}, True),
+        (4096, 4096, dense.CudaFlash, {"window": 255}, False),
+        (4096, 4096, dense.CudaFlash, {"window": 128, "is_causal": False}, True),  # on both sides
+        (4096, 4096, dense.CudaFlash, {"lengths": [3000, 600, 496]}, True),
+        (4096, 4096, dense.CudaFlash, {"lengths": [500] * 8 + [96]}, False),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("dtype", [BF16, torch.float32])
-def test_dense_queries_for_the_kernel(monkeypatch, n_q, n_k, head_dim, rules, faster, dtype):
+def test_dense_queries_for_the_kernel(monkeypatch, n_q, n_k, rival, rules, faster, dtype):
     monkeypatch.setattr(prefill, "_is_hopper", lambda _: True)
-    q, k = (torch.empty(1, 2, n, head_dim, dtype=dtype, device="meta") for n in (n_q, n_k))
-    lengths = rules.get("lengths")
-    packed = (
-        {"cu_seqlens_q": torch.empty(len(lengths) + 1), "max_seqlen_q": max(lengths), "max_seqlen_k": max(lengths)}
-        if lengths
-        else {}
-    )
+    monkeypatch.setattr(dense, "choose_kernel", lambda *_: (rival(), ""))
+    q, k = (torch.empty(1, 2, n, 128, dtype=dtype, device="meta") for n in (n_q, n_k))
+    packed = {}
+    if lengths := rules.get("lengths"):
+        packed = {
+            "cu_seqlens_q": torch.empty(len(lengths) + 1),
+            "max_seqlen_q": max(lengths),
+            "max_seqlen_k": max(lengths),
+        }
     mask = AttentionMask(rules.get("is_causal", True), rules.get("window"), **packed)
-    assert prefill.is_faster(q, k, k, mask) == (faster and dtype == BF16)
+    assert prefill.is_faster(all_dense_codes(q), k, k, mask, 0.1) == (faster and dtype == BF16)
 
 
 @pytest.mark.parametrize(
@@ -514,6 +551,32 @@ def test_other_tiles(changes):
 
 @hopper
 @pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 63])
+@pytest.mark.parametrize("heads", [5, 15])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_more_blocks_than_multiprocessors(head_dim, heads, window):
+    """Two for each at most, and more: blocks are dealt in reverse, or counted."""
+    q = coded(3 * normal(1, heads, 5000, head_dim))
+    k, v = (normal(1, heads, 5000, head_dim) for _ in "kv")
+    check(q, k, v, True, window)
+
+
+@hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [2, 8])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_more_packed_blocks_than_multiprocessors(head_dim, heads):
+    """Many sequences of a tile or none, which follow one another closely; most have fewer blocks than the longest."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [int(n) for n in torch.randint(0, 150, (60,), generator=generator)] + [600, 0, 1]
+    q = coded(3 * normal(1, heads, sum(lengths), head_dim))
+    k, v = (normal(1, heads, sum(lengths), head_dim) for _ in "kv")
+    for is_causal, window in ((True, None), (False, 63)):
+        check(q, k, v, is_causal, window, (lengths, lengths))
+
+
+@hopper
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("sizes", [(60, 0.1), (0.1, 60), (3, 60, 0.1, 8, 8), (2e-3, 60, 2e-3)], ids=str)
@@ -639,6 +702,19 @@ def test_public_path_compiles():
     q, k, v = (x.clone().requires_grad_() for x in (q, k, v))
     compiled(q, k, v)[0].sum().backward()
     assert all(x.grad.isfinite().all() for x in (q, k, v))
+
+
+@hopper
+@pytest.mark.gpu
+def test_runs_in_a_fresh_thread():
+    """Which has no CUDA context of its own, and allocates nothing anew."""
+    q = all_dense_codes(normal(1, 1, 700, 128))
+    options = {"mask": AttentionMask(True), "scale": 0.1}
+    expected, _ = prefill.forward(q, q.dense, q.dense, **options)
+    del _
+    with ThreadPoolExecutor(1) as pool:
+        found, _ = pool.submit(prefill.forward, q, q.dense, q.dense, **options).result()
+    assert torch.equal(found, expected)
 
 
 @hopper

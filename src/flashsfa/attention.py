@@ -302,7 +302,9 @@ def _attend_pairs(
     """Attention of queries in the 2:4 pattern to the rows k, on sparse tensor cores where it can be."""
     obstacle = None
     if backend == "auto":
-        found = _on_hopper(q, k, v, mask, scale, "sparse tensor cores, for queries in the 2:4 pattern")
+        found = hopper.obstacle(q, k, v, mask, scale) or _on_hopper(
+            q, k, v, mask, scale, "sparse tensor cores, for queries in the 2:4 pattern"
+        )
         if not isinstance(found, str):
             return found
         obstacle = f"no sparse tensor cores: {found}"
@@ -314,8 +316,9 @@ def _attend_rows(
 ) -> tuple[Tensor, Tensor]:
     """Attention of rows: the kernel for Hopper where it is faster than torch's."""
     obstacle = None
-    if backend == "auto" and hopper.is_faster(q, k, v, mask):
-        found = _on_hopper(all_dense_codes(q), k, v, mask, scale, "the kernel for Hopper, with dense queries")
+    codes = all_dense_codes(q)
+    if backend == "auto" and hopper.is_faster(codes, k, v, mask, scale):
+        found = _on_hopper(codes, k, v, mask, scale, "the kernel for Hopper, with dense queries")
         if not isinstance(found, str):
             return found
         obstacle = f"not the kernel for Hopper: {found}"
@@ -325,10 +328,7 @@ def _attend_rows(
 def _on_hopper(
     q: FeatureCodes, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, reason: str
 ) -> tuple[Tensor, Tensor] | str:
-    """out and lse by the kernel for Hopper, or why it cannot take these."""
-    obstacle = hopper.obstacle(q, k, v, mask, scale)
-    if obstacle is not None:
-        return obstacle
+    """out and lse by the kernel for Hopper, or why there is none."""
     try:
         found = hopper.forward(q, k, v, mask=mask, scale=scale)
     except CompilationError as error:

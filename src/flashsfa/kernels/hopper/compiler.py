@@ -6,6 +6,7 @@ compiler, in a cache directory on disk (`FLASHSFA_CACHE`, by default `~/.cache/f
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import tempfile
@@ -127,16 +128,25 @@ def compile_cubin(tile: Tile) -> bytes:
     """
     text = source(tile)
     key = hashlib.sha256(f"{cuda.nvrtc_version()}{_OPTIONS}{text}".encode()).hexdigest()[:32]
-    path = _cache_directory() / f"prefill-sm_90a-{key}.cubin"
-    if path.is_file():
-        return path.read_bytes()
+    directory = _cache_directory()
+    path = directory and directory / f"prefill-sm_90a-{key}.cubin"
+    if path:
+        with contextlib.suppress(OSError):
+            return path.read_bytes()
     cubin = cuda.compile_cubin(text, "prefill.cu", _OPTIONS)
-    _write_whole(path, cubin)
+    if path:
+        _write_whole(path, cubin)
     return cubin
 
 
-def _cache_directory() -> Path:
-    return Path(os.environ.get("FLASHSFA_CACHE", Path.home() / ".cache" / "flashsfa"))
+def _cache_directory() -> Path | None:
+    """None for a user without a home, who named none."""
+    if directory := os.environ.get("FLASHSFA_CACHE"):
+        return Path(directory)
+    try:
+        return Path.home() / ".cache" / "flashsfa"
+    except RuntimeError:
+        return None
 
 
 def _write_whole(path: Path, content: bytes) -> None:

@@ -43,12 +43,18 @@ def compile_cubin(source: str, name: str, options: Sequence[str]) -> bytes:
 
 
 def load_kernel(cubin: bytes, name: str, shared_bytes: int, device: int) -> ctypes.c_void_p:
-    """A kernel of `cubin`, allowed `shared_bytes` of dynamic shared memory on `device`. Lives as long as the process."""
+    """A kernel of `cubin`, allowed `shared_bytes` of dynamic shared memory on `device`. Lives as long as the process.
+
+    Raises `CompilationError` if the driver refuses it, as one that is older than the compiler does.
+    """
     library, kernel = ctypes.c_void_p(), ctypes.c_void_p()
-    _driver("cuLibraryLoadData", ctypes.byref(library), cubin, None, None, 0, None, None, 0)
-    _driver("cuLibraryGetKernel", ctypes.byref(kernel), library, name.encode())
     max_dynamic_shared_bytes = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    _driver("cuKernelSetAttribute", max_dynamic_shared_bytes, shared_bytes, kernel, device)
+    try:
+        _driver("cuLibraryLoadData", ctypes.byref(library), cubin, None, None, 0, None, None, 0)
+        _driver("cuLibraryGetKernel", ctypes.byref(kernel), library, name.encode())
+        _driver("cuKernelSetAttribute", max_dynamic_shared_bytes, shared_bytes, kernel, device)
+    except RuntimeError as error:
+        raise CompilationError(f"{error}, for code of NVRTC {'.'.join(map(str, nvrtc_version()))}") from None
     return kernel
 
 
@@ -60,6 +66,7 @@ def launch(
     parameters: Sequence[ctypes.Structure | ctypes.Array],
 ) -> None:
     """Launch on torch's current device and stream."""
+    _bind_context()
     addresses = (ctypes.c_void_p * len(parameters))(*(ctypes.addressof(p) for p in parameters))
     stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
     _driver("cuLaunchKernel", kernel, *grid, threads, 1, 1, shared_bytes, stream, addresses, None)
@@ -81,6 +88,15 @@ def tensor_map(x: Tensor, rows: int) -> ctypes.Array:
         interleave_none, swizzle_128b, promotion_l2_128b, fill_zeros,
     )  # fmt: skip
     return aligned
+
+
+def _bind_context() -> None:
+    """torch's context for this thread, which a thread lacks until the CUDA runtime has been called in it."""
+    context = ctypes.c_void_p()
+    _driver("cuCtxGetCurrent", ctypes.byref(context))
+    if not context:
+        _driver("cuDevicePrimaryCtxRetain", ctypes.byref(context), torch.cuda.current_device())
+        _driver("cuCtxSetCurrent", context)
 
 
 def _driver(function: str, *arguments: object) -> None:
@@ -117,6 +133,7 @@ def _libnvrtc() -> ctypes.CDLL:
     package = importlib.util.find_spec("nvidia")
     places = [Path(p) for p in (package.submodule_search_locations or ())] if package else []
     found = [path for place in places for path in sorted(place.glob("*/lib/libnvrtc.so.*[0-9]"))]
+    found.sort(key=lambda path: path.suffix != f".{(torch.version.cuda or '').split('.')[0]}")  # torch's own first
     for path in found:
         for builtins in path.parent.glob("libnvrtc-builtins.so.*[0-9]"):
             ctypes.CDLL(str(builtins))  # NVRTC itself looks for it on the loader's path alone

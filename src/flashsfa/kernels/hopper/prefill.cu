@@ -18,7 +18,7 @@ struct Params {
   const int *q_bounds, *k_bounds;  // [sequences + 1] where packed sequences begin and end, B = 1; null: nothing is packed
   int n_q, n_k, heads, group, causal;
   int width, blocks;  // blocks of one sequence, if it is the longest; of all sequences
-  int* taken;         // how many blocks have been, after the first of each thread block; null: there is one more for each at most
+  int* taken;         // how many blocks have been taken, beside the first of each thread block; null: each gets one more at most
   int window;    // keys less than this away are seen; at least n_q + n_k: all
   int together;  // heads whose blocks are mixed, so that the ones with most keys start first; the next heads follow
   float scale;
@@ -348,7 +348,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   const u32 q_tiles = v_tiles + STAGES * V_BYTES;
   const u32 k_full = q_tiles + CONSUMERS * Q_BYTES;
   const u32 v_full = k_full + 8 * STAGES, k_empty = v_full + 8 * STAGES, v_empty = k_empty + 8 * STAGES;
-  const u32 told = v_empty + 8 * STAGES, told_index = told + 8 * TOLD;  // [TOLD] in turn: the next block's index is there; it
+  const u32 told = v_empty + 8 * STAGES, told_index = told + 8 * TOLD;  // [TOLD] in turn: a block has been taken; its index
 
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
   if (warpgroup == CONSUMERS) {
@@ -408,7 +408,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
     const int thread = threadIdx.x % 128, lane = thread % 32;
-    const int row_in_tile = thread / 32 * 16 + lane / 4;  // this thread's of its warpgroup's 64, and 8 more
+    const int row_in_tile = thread / 32 * 16 + lane / 4;  // this thread's of its warpgroup's 64, and row + 8
     const int column = lane % 4 * 2;
     const float scale_log2 = params.scale * LOG2E;
     // Consumers take turns to issue matrix work (barrier 1 + warpgroup), so that one's softmax runs under another's.
@@ -461,7 +461,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         barrier_wait(v_full + 8 * first, done / STAGES & 1);
         clear_rows(v_tiles + first * V_BYTES, block.k.count - (end_tile - 1) * BLOCK_N, thread, warpgroup);
       }
-      // While P V of tile i - 1 runs, the scores of tile i become weights. The branch on them keeps the compiler from moving
+      // While P V of tile i - 1 runs, the scores of tile i become weights. The branch on their sums keeps the compiler from moving
       // exponentials behind the wait for P V.
       auto step = [&](int i, auto masked, auto odd) {
         constexpr int TO = decltype(odd)::value, FROM = 1 - TO;

@@ -12,19 +12,19 @@ from torch import Tensor
 
 from ...codes import FeatureCodes, empty_rows, pair_codes_op
 from ...masks import AttentionMask
+from .. import dense
 from . import compiler, cuda
 from .compiler import Tile
 
 _WIDTHS = (64, 128, 256)
-_DTYPES = (torch.float16, torch.bfloat16)
 _L2_BYTES = 40 << 20  # of 50 MiB
 
 
 def obstacle(q: FeatureCodes, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> str | None:
-    """Why the kernel cannot take these, or None if it can. Looks at shapes and the device alone."""
+    """Why the kernel cannot take these, or None if it can. Looks at no values."""
     if not _is_hopper(q):
         return "the sparse tensor cores of this kernel (wgmma) are Hopper's (sm_90)"
-    if q.dtype not in _DTYPES:
+    if q.dtype not in (torch.float16, torch.bfloat16):
         return f"the kernel takes float16 and bfloat16, not {q.dtype}"
     if q.head_dim not in _WIDTHS or v.shape[-1] not in _WIDTHS:
         return f"the kernel takes heads of width 64, 128 and 256, not {q.head_dim} and {v.shape[-1]}"
@@ -37,24 +37,21 @@ def obstacle(q: FeatureCodes, k: Tensor, v: Tensor, mask: AttentionMask, scale: 
         return "there is nothing to attend"
     if sequences[0] * q.shape[1] * math.ceil(sequences[1] / 64) >= 1 << 31:
         return "the kernel counts less than 2^31 blocks of queries, all sequences taken as long as the longest"
-    if not scale > 0:
-        return f"row maxima are taken before scaling, which needs a positive scale, not {scale}"
+    if not ctypes.c_float(scale).value > 0:
+        return f"row maxima are taken before scaling, which needs a positive scale in float32, not {scale}"
     return None
 
 
-def is_faster(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> bool:
-    """Whether dense queries q run faster here than on torch's kernels: as measured on an H100 (docs/hopper-prefill.md).
-
-    Torch splits the keys of few queries over more blocks, and a block here takes a while to start: cuDNN, which torch has
-    for plain masks and heads up to 128, is the faster one where queries see less than some 2048 keys.
-    """
-    if not _is_hopper(q) or q.dtype not in _DTYPES:
+def is_faster(q: FeatureCodes, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> bool:
+    """Whether all dense queries run here, and faster than on torch's kernels, as measured on an H100 (docs/hopper-prefill.md):
+    FlashAttention-2 splits the keys of few queries over more blocks, and cuDNN begins a block sooner."""
+    if obstacle(q, k, v, mask, scale) is not None:
         return False
     _, longest_q, seen = _sequences(q, k, mask)
     if mask.window is not None:
         seen = min(seen, mask.window if mask.is_causal else 2 * mask.window)
-    cudnn = mask.window is None and mask.cu_seqlens_q is None and max(q.shape[-1], v.shape[-1]) <= 128
-    return longest_q >= 512 and seen >= (2048 if cudnn else 256)
+    rival, _ = dense.choose_kernel(q.dense, v, mask)
+    return longest_q >= 512 and seen >= (2048 if isinstance(rival, dense.CudaCudnn) else 256)
 
 
 def default_tile(dtype: torch.dtype, head_dim: int, value_dim: int, dense_dims: int = 0) -> Tile:
@@ -94,8 +91,8 @@ def forward(
     sequences, longest_q, longest_k = _sequences(q, k, mask)
     with torch.cuda.device(q.device):
         kernel = _load(tile, v.device.index)
-        dense, values, indices = in_pairs(q)
-        dense, values, indices = _by_16_bytes(dense), _aligned(values), _aligned(indices)
+        channel, values, indices = in_pairs(q)
+        channel, values, indices = _by_16_bytes(channel), _aligned(values), _aligned(indices)
         bounds = [None if x is None else x.contiguous() for x in (mask.cu_seqlens_q, mask.cu_seqlens_k)]
         k, v = _by_16_bytes(k), _by_16_bytes(v)
         out = empty_rows(q.values, v.shape[-1])
@@ -106,7 +103,7 @@ def forward(
         taken = torch.zeros(1, dtype=torch.int32, device=q.device) if blocks > 2 * thread_blocks else None
         together = heads_together(heads, k[:, :, :longest_k], v[:, :, :longest_k])
         params = _Params(
-            dense.data_ptr(), *(2 * stride for stride in dense.stride()[:3]),
+            channel.data_ptr(), *(2 * stride for stride in channel.stride()[:3]),
             values.data_ptr(), indices.data_ptr(), out.data_ptr(), lse.data_ptr(),
             *out.stride()[:3], *(None if x is None else x.data_ptr() for x in bounds),
             n_q, n_k, heads, heads // k.shape[1], mask.is_causal, width, blocks, None if taken is None else taken.data_ptr(),
@@ -117,11 +114,11 @@ def forward(
     return out, lse
 
 
-def _is_hopper(q: FeatureCodes | Tensor) -> bool:
+def _is_hopper(q: FeatureCodes) -> bool:
     return q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) == (9, 0)
 
 
-def _sequences(q: FeatureCodes | Tensor, k: Tensor, mask: AttentionMask) -> tuple[int, int, int]:
+def _sequences(q: FeatureCodes, k: Tensor, mask: AttentionMask) -> tuple[int, int, int]:
     """How many there are, and the most queries and keys of one."""
     if mask.cu_seqlens_q is None:
         return q.shape[0], q.shape[2], k.shape[2]
@@ -173,10 +170,20 @@ class _Params(ctypes.Structure):
     )
 
 
-@functools.cache
 def _load(tile: Tile, device: int) -> ctypes.c_void_p:
-    """The kernel of one specialisation, ready to launch on `device`."""
-    return cuda.load_kernel(compiler.compile_cubin(tile), "prefill_kernel", tile.shared_bytes, device)
+    """The kernel of one specialisation, ready to launch on `device`. What failed once is not tried again."""
+    kernel = _load_once(tile, device)
+    if isinstance(kernel, str):
+        raise cuda.CompilationError(kernel)
+    return kernel
+
+
+@functools.cache
+def _load_once(tile: Tile, device: int) -> ctypes.c_void_p | str:
+    try:
+        return cuda.load_kernel(compiler.compile_cubin(tile), "prefill_kernel", tile.shared_bytes, device)
+    except cuda.CompilationError as error:
+        return str(error)
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -187,6 +194,6 @@ def _aligned(x: Tensor) -> Tensor:
 
 def _by_16_bytes(x: Tensor) -> Tensor:
     """x [B, H, N, D], copied unless it can be read by 16 bytes: rows in one piece, at addresses that are multiples."""
-    strides = [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1 or stride == 1][:-1]
+    strides = [stride for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
     aligned = all(stride % 8 == 0 and stride > 0 for stride in strides) and x.data_ptr() % 16 == 0
     return x if x.stride(-1) == 1 and aligned else x.clone(memory_format=torch.contiguous_format)
