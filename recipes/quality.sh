@@ -16,6 +16,8 @@ rows() {
     k8="attention.kind=sfa attention.topk=8"
     best="attention.topk_query=64 attention.gradient=all"
     equal="$k8 $best attention.equalize=true"
+    pairs="$k8 attention.topk_query=32 attention.query_pattern=2:4 attention.gradient=all"
+    half_pairs="$k8 attention.dense_dims=32 attention.topk_query=16 attention.query_pattern=2:4 attention.gradient=all"
     plain="attention.temperature=1 attention.sparse_temperature=null"
     whole="attention.positions=full attention.dense_dims=0"
     dense="attention.kind=dense attention.topk=null attention.topk_query=null attention.gradient=kept attention.sparse_temperature=null"
@@ -80,12 +82,12 @@ qwen3-int8-warm             qwen3-29m $dense $whole attention.kind=int8
 qwen3-int8-warm-1           qwen3-29m $dense $whole attention.kind=int8 training.seed=1
 qwen3-int8-warm-2           qwen3-29m $dense $whole attention.kind=int8 training.seed=2
 qwen3-short36-warm          qwen3-29m $dense $whole $short=36
-gpt2-k8-q24-all             gpt2-27m  $k8 attention.topk_query=32 attention.query_pattern=2:4 attention.gradient=all
-gpt2-k8-q32+24-all          gpt2-27m  $k8 attention.dense_dims=32 attention.topk_query=16 attention.query_pattern=2:4 attention.gradient=all
-gpt2-k8-q24-all-1           gpt2-27m  $k8 attention.topk_query=32 attention.query_pattern=2:4 attention.gradient=all training.seed=1
-gpt2-k8-q24-all-2           gpt2-27m  $k8 attention.topk_query=32 attention.query_pattern=2:4 attention.gradient=all training.seed=2
-gpt2-k8-q32+24-all-1        gpt2-27m  $k8 attention.dense_dims=32 attention.topk_query=16 attention.query_pattern=2:4 attention.gradient=all training.seed=1
-gpt2-k8-q24-all-equal       gpt2-27m  $k8 attention.topk_query=32 attention.query_pattern=2:4 attention.gradient=all attention.equalize=true
+gpt2-k8-q24-all             gpt2-27m  $pairs
+gpt2-k8-q32+24-all          gpt2-27m  $half_pairs
+gpt2-k8-q24-all-1           gpt2-27m  $pairs training.seed=1
+gpt2-k8-q24-all-2           gpt2-27m  $pairs training.seed=2
+gpt2-k8-q32+24-all-1        gpt2-27m  $half_pairs training.seed=1
+gpt2-k8-q24-all-equal       gpt2-27m  $pairs attention.equalize=true
 gpt2-k8-m32-denseq-all      gpt2-27m  $k8 attention.dense_dims=32 $best
 END
 }

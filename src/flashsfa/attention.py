@@ -316,9 +316,8 @@ def _attend_rows(
 ) -> tuple[Tensor, Tensor]:
     """Attention of rows: the kernel for Hopper where it is faster than torch's."""
     obstacle = None
-    codes = all_dense_codes(q)
-    if backend == "auto" and hopper.is_faster(codes, k, v, mask, scale):
-        found = _on_hopper(codes, k, v, mask, scale, "the kernel for Hopper, with dense queries")
+    if backend == "auto" and hopper.is_faster(q, k, v, mask, scale):
+        found = _on_hopper(all_dense_codes(q), k, v, mask, scale, "the kernel for Hopper, with dense queries")
         if not isinstance(found, str):
             return found
         obstacle = f"not the kernel for Hopper: {found}"

@@ -57,12 +57,10 @@ class Tile:
     @property
     def shared_bytes(self) -> int:
         tiles = self.stages * self.block_n * 2 * (self.head_dim + self.value_dim)
-        query = (self.head_dim + self.dense_dims) + (
-            self.head_dim - self.dense_dims
-        ) // 2  # entries kept, and their features
-        return (
-            tiles + self.block_m * query + 32 * self.stages + 12 * (self.stages + 1)
-        )  # and barriers, and block numbers
+        sparse_dims = self.head_dim - self.dense_dims
+        query = 2 * self.dense_dims + sparse_dims + sparse_dims // 2  # entries, and the features of the sparse ones
+        barriers = 32 * self.stages + 12 * (self.stages + 1)  # of tiles; of blocks taken, with their numbers
+        return tiles + self.block_m * query + barriers
 
 
 def source(tile: Tile) -> str:
@@ -128,8 +126,7 @@ def compile_cubin(tile: Tile) -> bytes:
     """
     text = source(tile)
     key = hashlib.sha256(f"{cuda.nvrtc_version()}{_OPTIONS}{text}".encode()).hexdigest()[:32]
-    directory = _cache_directory()
-    path = directory and directory / f"prefill-sm_90a-{key}.cubin"
+    path = _cache_path(f"prefill-sm_90a-{key}.cubin")
     if path:
         with contextlib.suppress(OSError):
             return path.read_bytes()
@@ -139,12 +136,12 @@ def compile_cubin(tile: Tile) -> bytes:
     return cubin
 
 
-def _cache_directory() -> Path | None:
-    """None for a user without a home, who named none."""
+def _cache_path(name: str) -> Path | None:
+    """None for a user without a home, who named no directory."""
     if directory := os.environ.get("FLASHSFA_CACHE"):
-        return Path(directory)
+        return Path(directory, name)
     try:
-        return Path.home() / ".cache" / "flashsfa"
+        return Path.home() / ".cache" / "flashsfa" / name
     except RuntimeError:
         return None
 

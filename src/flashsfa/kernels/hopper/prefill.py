@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from ...codes import FeatureCodes, empty_rows, pair_codes_op
+from ...codes import FeatureCodes, all_dense_codes, empty_rows, pair_codes_op
 from ...masks import AttentionMask
 from .. import dense
 from . import compiler, cuda
@@ -42,16 +42,20 @@ def obstacle(q: FeatureCodes, k: Tensor, v: Tensor, mask: AttentionMask, scale: 
     return None
 
 
-def is_faster(q: FeatureCodes, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> bool:
-    """Whether all dense queries run here, and faster than on torch's kernels, as measured on an H100 (docs/hopper-prefill.md):
+def is_faster(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> bool:
+    """Whether dense queries q run here, and faster than on torch's kernels, as measured on an H100 (docs/hopper-prefill.md):
     FlashAttention-2 splits the keys of few queries over more blocks, and cuDNN begins a block sooner."""
-    if obstacle(q, k, v, mask, scale) is not None:
+    if not _is_hopper(q):
         return False
     _, longest_q, seen = _sequences(q, k, mask)
     if mask.window is not None:
         seen = min(seen, mask.window if mask.is_causal else 2 * mask.window)
-    rival, _ = dense.choose_kernel(q.dense, v, mask)
-    return longest_q >= 512 and seen >= (2048 if isinstance(rival, dense.CudaCudnn) else 256)
+    if longest_q < 512 or seen < 256:
+        return False
+    rival, _ = dense.choose_kernel(q, v, mask)
+    if isinstance(rival, dense.CudaCudnn) and seen < 2048:
+        return False
+    return obstacle(all_dense_codes(q), k, v, mask, scale) is None
 
 
 def default_tile(dtype: torch.dtype, head_dim: int, value_dim: int, dense_dims: int = 0) -> Tile:
@@ -114,11 +118,11 @@ def forward(
     return out, lse
 
 
-def _is_hopper(q: FeatureCodes) -> bool:
+def _is_hopper(q: FeatureCodes | Tensor) -> bool:
     return q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) == (9, 0)
 
 
-def _sequences(q: FeatureCodes, k: Tensor, mask: AttentionMask) -> tuple[int, int, int]:
+def _sequences(q: FeatureCodes | Tensor, k: Tensor, mask: AttentionMask) -> tuple[int, int, int]:
     """How many there are, and the most queries and keys of one."""
     if mask.cu_seqlens_q is None:
         return q.shape[0], q.shape[2], k.shape[2]
