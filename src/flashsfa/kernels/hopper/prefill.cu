@@ -31,6 +31,7 @@ constexpr int K_BYTES = BOX * (HEAD_DIM / 64);
 constexpr int V_BYTES = BOX * (VALUE_DIM / 64);
 constexpr int Q_BYTES = STEP_BYTES * STEPS + INDEX_BYTES;  // of one consumer
 constexpr int TOLD = STAGES + 1;                  // blocks that consumers may have been told of and not begun
+constexpr bool ASKS_EARLY = VALUE_DIM == 64;      // for the next tile of K while scores are computed: measured faster at 64 only
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float FAR = 32768.f;                    // a thread's weights of one tile and row may sum to this: float16 holds it
 
@@ -38,6 +39,16 @@ template <bool VALUE>
 struct Bool { static constexpr bool value = VALUE; };
 
 __device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff800000); }
+
+// Where in a ring of stages a warpgroup is, and the parity of the phase there that ends when a tile has come.
+struct Cursor {
+  int stage = 0;
+  u32 parity = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++stage == STAGES) stage = 0, parity ^= 1;
+  }
+};
 
 // ---- barriers, copies, descriptors -----------------------------------------------------------------------------
 
@@ -79,11 +90,12 @@ __device__ __forceinline__ void copy_box(u32 to, const TensorMap* map, u32 barri
       : "memory");
 }
 
-// A matrix descriptor of a box with 128-byte swizzle: groups of 8 rows lie 1024 bytes apart; `leading` is the distance
-// of boxes, which only an operand read across its rows (V) needs.
-__device__ __forceinline__ u64 descriptor(u32 address, u32 leading) {
-  return (u64)(address >> 4) | (u64)(leading >> 4) << 16 | (u64)(1024 >> 4) << 32 | 1ull << 62;
-}
+// The low word of a matrix descriptor of a box with 128-byte swizzle, to which bytes / 16 may be added; `leading` is the
+// distance of boxes, which only an operand read across its rows (V) needs.
+__device__ __forceinline__ u32 low_word(u32 address, u32 leading) { return address >> 4 | leading >> 4 << 16; }
+
+// The whole: groups of 8 rows lie 1024 bytes apart.
+__device__ __forceinline__ u64 descriptor(u32 low_word) { return (u64)low_word | (u64)(1024 >> 4 | 1 << 30) << 32; }
 
 __device__ __forceinline__ void named_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -178,17 +190,7 @@ struct Consumer {
   float o[VALUE_DIM / 2];
   float base[2], sum[2];      // binary logarithm of what a row's weights are relative to; this thread's share of their sum
 
-  // `rows` queries, the first being row `first` of the codes and its dense channel at `dense`, on their way to shared memory.
-  __device__ __forceinline__ void fetch(const QueryCodes& codes, const char* dense, long long first, int rows, u32 tile,
-                                        int thread) {
-    const char* values = codes.values + first * (SPARSE_STEPS * 32);
-    const char* indices = codes.indices + first * (SPARSE_STEPS * 16);
-    stage_queries(dense, codes.dense_row, values, indices, rows, thread, [&](int at, const char* from, bool there) {
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(tile + at), "l"(from), "r"(there ? 16 : 0) : "memory");
-    });
-  }
-
-  // Once they are there, the metadata of rows `row` and row + 8 of them.
+  // Once queries are there (`rows` of them), the metadata of rows `row` and row + 8.
   __device__ __forceinline__ void receive(const unsigned char* tile, int rows, int row, int lane, int warpgroup) {
     asm volatile("cp.async.wait_all;" ::: "memory");
     publish(warpgroup);
@@ -196,6 +198,7 @@ struct Consumer {
     load_places(places, indices, row < rows, row + 8 < rows, lane);
   }
 
+  // `k_tile` and `v_tile` are low words of descriptors.
   __device__ __forceinline__ void issue_scores(u32 k_tile) {
     wgmma_fence();
     pin(s);
@@ -208,7 +211,7 @@ struct Consumer {
     if constexpr (STEP < STEPS) {
       constexpr int SPARSE = STEP - DENSE_STEPS;  // the sparse step it is, if not negative
       constexpr int BYTE = SPARSE < 0 ? 32 * STEP : 2 * DENSE_DIMS + 64 * SPARSE;  // of the head's row; a box holds 128 of it
-      const u64 b = descriptor(k_tile + BYTE / 128 * BOX + BYTE % 128, 16);
+      const u64 b = descriptor(k_tile + (BYTE / 128 * BOX + BYTE % 128) / 16);
       if constexpr (SPARSE < 0)
         wgmma_qk_dense<(STEP > 0)>(s, q + (STEP_BYTES >> 4) * STEP, b);
       else
@@ -221,7 +224,7 @@ struct Consumer {
     wgmma_fence();
     pin(o);
 #pragma unroll
-    for (int t = 0; t < BLOCK_N / 16; ++t) wgmma_pv(o, p[t], descriptor(v_tile + t * 16 * 128, BOX));
+    for (int t = 0; t < BLOCK_N / 16; ++t) wgmma_pv(o, p[t], descriptor(v_tile + t * 16 * 128 / 16));
     wgmma_commit();
   }
 
@@ -306,6 +309,7 @@ struct Block {
   bool exists;
   int batch, head, row;  // the first query's, in its sequence
   Rows q, k;             // the sequence
+  long long first;       // its first query's row in [B, Hq, Nq]
   int shift, seen_before, seen_after;
   int tiles, end_tile;   // of keys, the last of which precedes end_tile
 
@@ -330,6 +334,7 @@ __device__ __forceinline__ Block block_at(const Params& params, int index) {
   const int heads = min(params.together, params.heads - first_head), among = place - first_head * of_head;
   b.head = first_head + among % heads;
   b.row = (of_head - 1 - among / heads) * BLOCK_M;
+  b.first = (long long)(b.batch * params.heads + b.head) * params.n_q + b.q.first;
   b.shift = b.k.count - b.q.count;
   b.seen_before = params.window - 1;
   b.seen_after = params.causal ? 1 : params.window;
@@ -386,17 +391,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         return b;
       };
       Block block = take(0), next;
-      for (int n = 1, done = 0; block.exists; ++n, block = next) {
+      Cursor at;
+      for (int n = 1; block.exists; ++n, block = next) {
         const int kv_head = block.head / params.group;
-        for (int i = 0; i < block.tiles; ++i, ++done) {
-          const int stage = done % STAGES, row = block.k.first + (block.end_tile - 1 - i) * BLOCK_N;
-          const u32 free = (done / STAGES & 1) ^ 1;
-          barrier_wait(k_empty + 8 * stage, free);
+        for (int i = 0; i < block.tiles; ++i, at.advance()) {
+          const int stage = at.stage, row = block.k.first + (block.end_tile - 1 - i) * BLOCK_N;
+          barrier_wait(k_empty + 8 * stage, at.parity ^ 1);
           barrier_expect(k_full + 8 * stage, K_BYTES);
 #pragma unroll
           for (int c = 0; c < HEAD_DIM / 64; ++c)
             copy_box(k_tiles + stage * K_BYTES + c * BOX, &k_map, k_full + 8 * stage, 64 * c, row, kv_head, block.batch);
-          barrier_wait(v_empty + 8 * stage, free);
+          barrier_wait(v_empty + 8 * stage, at.parity ^ 1);
           barrier_expect(v_full + 8 * stage, V_BYTES);
 #pragma unroll
           for (int c = 0; c < VALUE_DIM / 64; ++c)
@@ -425,22 +430,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       asm volatile("ld.shared.b32 %0, [%1];" : "=r"(index) : "r"(told_index + 4 * (n % TOLD)) : "memory");
       block = block_at(params, index);
       if (!block.exists) return;
-      const int first = block.q.first + block.row + 64 * warpgroup;
-      const char* dense = params.q.dense + block.batch * params.q.dense_batch + block.head * params.q.dense_head +
-                          first * params.q.dense_row;
-      const long long head = block.batch * params.heads + block.head;
-      c.fetch(params.q, dense, head * params.n_q + first, block.q.count - block.row - 64 * warpgroup, q_tile, thread);
+      const int row = block.row + 64 * warpgroup;
+      const long long first = block.first + row;
+      const QueryCodes& q = params.q;
+      const char* dense = q.dense + block.batch * q.dense_batch + block.head * q.dense_head + (block.q.first + row) * q.dense_row;
+      stage_queries(dense, q.dense_row, q.values + first * (SPARSE_STEPS * 32), q.indices + first * (SPARSE_STEPS * 16),
+                    block.q.count - row, thread, [&](int at, const char* from, bool there) {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(q_tile + at), "l"(from), "r"(there ? 16 : 0) : "memory");
+      });
     };
     named_sync(0, THREADS);  // the barriers are there
     begin_block(0);
-    for (int n = 1, done = 0; block.exists; ++n) {
+    Cursor k_at, v_at;
+    auto k_tile = [&] { return low_word(k_tiles, 16) + k_at.stage * (K_BYTES / 16); };
+    auto v_tile = [&] { return low_word(v_tiles, BOX) + v_at.stage * (V_BYTES / 16); };
+    auto await_k = [&] { barrier_wait(k_full + 8 * k_at.stage, k_at.parity); };
+    auto await_v = [&] { barrier_wait(v_full + 8 * v_at.stage, v_at.parity); };
+    auto release = [&](u32 barriers, Cursor at) {
+      if (lane == 0) barrier_arrive(barriers + 8 * at.stage);
+    };
+    for (int n = 1; block.exists; ++n) {
       const int tiles = block.tiles, end_tile = block.end_tile, end_row = block.q.count;
       const int tile_row = block.row + 64 * warpgroup, row = tile_row + row_in_tile;
       const int begin[2] = {block.first_key(row), block.first_key(row + 8)}, end[2] = {block.end_key(row), block.end_key(row + 8)};
       const int begin_all = block.first_key(tile_row + 63), end_all = block.end_key(tile_row);  // what all 64 queries see
       unsigned short* out = params.out + block.batch * params.out_batch + block.head * params.out_head +
                             (block.q.first + row) * params.out_row;
-      float* lse = params.lse + (long long)(block.batch * params.heads + block.head) * params.n_q + block.q.first + row;
+      float* lse = params.lse + block.first + row;
       c.receive(shared + (q_tile - k_tiles), end_row - tile_row, row_in_tile, lane, warpgroup);
 #pragma unroll
       for (int i = 0; i < VALUE_DIM / 2; ++i) c.o[i] = 0.f;
@@ -449,63 +465,71 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       float rescale[2];
       if (CONSUMERS > 1 && warpgroup == CONSUMERS - 1 && tiles > 1) named_arrive(next_turn, 256);
 
-      const int first = done % STAGES;
-      barrier_wait(k_full + 8 * first, done / STAGES & 1);
-      c.issue_scores(k_tiles + first * K_BYTES);
+      await_k();
+      c.issue_scores(k_tile());
+      const Cursor first = k_at;
+      k_at.advance();
+      if (ASKS_EARLY && tiles > 1) await_k();
       wgmma_wait<0>();
       pin(c.s);
-      if (lane == 0) barrier_arrive(k_empty + 8 * first);
+      release(k_empty, first);
       c.mask((end_tile - 1) * BLOCK_N + column, begin, end);
       c.rebase(c.p[0], scale_log2, rescale);  // there is no output yet
       if (params.k_bounds && end_tile * BLOCK_N > block.k.count) {  // the next sequence's values: 0 * NaN is NaN
-        barrier_wait(v_full + 8 * first, done / STAGES & 1);
-        clear_rows(v_tiles + first * V_BYTES, block.k.count - (end_tile - 1) * BLOCK_N, thread, warpgroup);
+        await_v();
+        clear_rows(v_tiles + v_at.stage * V_BYTES, block.k.count - (end_tile - 1) * BLOCK_N, thread, warpgroup);
       }
       // While P V of tile i - 1 runs, the scores of tile i become weights. The branch on their sums keeps the compiler from moving
       // exponentials behind the wait for P V.
       auto step = [&](int i, auto masked, auto odd) {
         constexpr int TO = decltype(odd)::value, FROM = 1 - TO;
-        const int at = done + i, stage = at % STAGES, before = (at - 1) % STAGES;
-        barrier_wait(k_full + 8 * stage, at / STAGES & 1);
+        const Cursor k_now = k_at, v_now = v_at;
+        if (!ASKS_EARLY) await_k();
         if (CONSUMERS > 1) named_sync(turn, 256);
-        c.issue_scores(k_tiles + stage * K_BYTES);
-        barrier_wait(v_full + 8 * before, (at - 1) / STAGES & 1);
-        c.issue_output(v_tiles + before * V_BYTES, c.p[FROM]);
+        c.issue_scores(k_tile());
+        await_v();
+        c.issue_output(v_tile(), c.p[FROM]);
         if (CONSUMERS > 1 && !(warpgroup == CONSUMERS - 1 && i == tiles - 1)) named_arrive(next_turn, 256);
+        k_at.advance();
+        v_at.advance();
+        if (ASKS_EARLY && i < tiles - 1) await_k();
         wgmma_wait<1>();
         pin(c.s);
-        if (lane == 0) barrier_arrive(k_empty + 8 * stage);
+        release(k_empty, k_now);
         if (decltype(masked)::value) c.mask((end_tile - 1 - i) * BLOCK_N + column, begin, end);
         const bool moved = c.soften(c.p[TO], scale_log2, rescale);
         wgmma_wait<0>();
         pin(c.o);
-        if (lane == 0) barrier_arrive(v_empty + 8 * before);
+        release(v_empty, v_now);
         if (moved) c.rescale_output(rescale);
       };
       int i = 1;
-      auto steps = [&](auto masked, auto more) {
-        for (; i < tiles && more(); ++i)
+      auto masked_until = [&](int stop) {
+        for (; i < stop; ++i)
           if (i % 2)
-            step(i, masked, Bool<true>());
+            step(i, Bool<true>(), Bool<true>());
           else
-            step(i, masked, Bool<false>());
+            step(i, Bool<true>(), Bool<false>());
       };
-      auto tile_end = [&] { return (end_tile - i) * BLOCK_N; };
-      steps(Bool<true>(), [&] { return tile_end() > end_all; });
-      steps(Bool<false>(), [&] { return tile_end() - BLOCK_N >= begin_all; });
-      steps(Bool<true>(), [] { return true; });
-      done += tiles;
-      const int last = (done - 1) % STAGES;
-      barrier_wait(v_full + 8 * last, (done - 1) / STAGES & 1);
+      // Tiles that all 64 queries see whole come in pairs, so that no step asks which buffer it has; one may be left.
+      const int clear = max(1, end_tile - end_all / BLOCK_N) | 1, unclear = end_tile - (begin_all + BLOCK_N - 1) / BLOCK_N;
+      masked_until(min(clear, tiles));
+      for (; i + 1 < unclear; i += 2) {
+        step(i, Bool<false>(), Bool<true>());
+        step(i + 1, Bool<false>(), Bool<false>());
+      }
+      masked_until(tiles);
+      await_v();
       if (tiles % 2)
-        c.issue_output(v_tiles + last * V_BYTES, c.p[0]);
+        c.issue_output(v_tile(), c.p[0]);
       else
-        c.issue_output(v_tiles + last * V_BYTES, c.p[1]);
+        c.issue_output(v_tile(), c.p[1]);
       named_sync(8 + warpgroup, 128);  // all four warps have multiplied the queries
       begin_block(n);
       wgmma_wait<0>();
       pin(c.o);
-      if (lane == 0) barrier_arrive(v_empty + 8 * last);
+      release(v_empty, v_at);
+      v_at.advance();
 
 #pragma unroll
       for (int h = 0; h < 2; ++h) {

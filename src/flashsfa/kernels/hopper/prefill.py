@@ -47,9 +47,8 @@ def is_faster(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float
     FlashAttention-2 splits the keys of few queries over more blocks, and cuDNN begins a block sooner."""
     if not _is_hopper(q):
         return False
-    _, longest_q, seen = _sequences(q, k, mask)
-    if mask.window is not None:
-        seen = min(seen, mask.window if mask.is_causal else 2 * mask.window)
+    _, longest_q, longest_k = _sequences(q, k, mask)
+    seen = _most_seen(longest_k, mask)
     if longest_q < 512 or seen < 256:
         return False
     rival, _ = dense.choose_kernel(q, v, mask)
@@ -58,10 +57,20 @@ def is_faster(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float
     return obstacle(all_dense_codes(q), k, v, mask, scale) is None
 
 
-def default_tile(dtype: torch.dtype, head_dim: int, value_dim: int, dense_dims: int = 0) -> Tile:
-    """The fastest of the sizes that were measured on an H100 (docs/hopper-prefill.md)."""
+def default_tile(dtype: torch.dtype, head_dim: int, value_dim: int, dense_dims: int, *, much: bool) -> Tile:
+    """The fastest of the sizes that were measured on an H100 (docs/hopper-prefill.md).
+
+    Args:
+        much: several blocks for each multiprocessor, of thousands of keys each. Three consumers then hide more than their
+            larger blocks cost.
+    """
     widest = max(head_dim, value_dim)
-    sizes = {64: {"block_n": 96, "consumers": 3, "stages": 4}, 128: {"stages": 3}, 256: {"block_n": 80}}[widest]
+    if widest == 256:
+        sizes = {"block_n": 80}
+    elif widest == 64 or much:
+        sizes = {"block_n": 96 if value_dim == 64 else 64, "consumers": 3, "stages": 4}
+    else:
+        sizes = {"stages": 3}
     return Tile(dtype, head_dim, value_dim, dense_dims, **sizes)
 
 
@@ -89,10 +98,14 @@ def forward(
     Raises:
         CompilationError: the kernel cannot be built.
     """
-    tile = default_tile(q.dtype, q.head_dim, v.shape[-1], q.dense_dims) if tile is None else tile
     batch, heads, n_q, _ = q.shape
     n_k = k.shape[2]
     sequences, longest_q, longest_k = _sequences(q, k, mask)
+    multiprocessors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    if tile is None:
+        rows = sequences * heads * longest_q
+        much = _most_seen(longest_k, mask) >= 4096 and rows >= 4 * 192 * multiprocessors
+        tile = default_tile(q.dtype, q.head_dim, v.shape[-1], q.dense_dims, much=much)
     with torch.cuda.device(q.device):
         kernel = _load(tile, v.device.index)
         channel, values, indices = in_pairs(q)
@@ -103,7 +116,7 @@ def forward(
         lse = v.new_empty((batch, heads, n_q), dtype=torch.float32)
         width = math.ceil(longest_q / tile.block_m) * heads
         blocks = width * sequences
-        thread_blocks = min(blocks, torch.cuda.get_device_properties(q.device).multi_processor_count)
+        thread_blocks = min(blocks, multiprocessors)
         taken = torch.zeros(1, dtype=torch.int32, device=q.device) if blocks > 2 * thread_blocks else None
         together = heads_together(heads, k[:, :, :longest_k], v[:, :, :longest_k])
         params = _Params(
@@ -127,6 +140,13 @@ def _sequences(q: FeatureCodes | Tensor, k: Tensor, mask: AttentionMask) -> tupl
     if mask.cu_seqlens_q is None:
         return q.shape[0], q.shape[2], k.shape[2]
     return mask.cu_seqlens_q.numel() - 1, mask.max_seqlen_q, mask.max_seqlen_k
+
+
+def _most_seen(longest_k: int, mask: AttentionMask) -> int:
+    """Keys that a query sees at most."""
+    if mask.window is None:
+        return longest_k
+    return min(longest_k, mask.window if mask.is_causal else 2 * mask.window)
 
 
 def in_pairs(q: FeatureCodes) -> tuple[Tensor, Tensor, Tensor]:
