@@ -118,13 +118,13 @@ def forward(
         blocks = width * sequences
         thread_blocks = min(blocks, multiprocessors)
         taken = torch.zeros(1, dtype=torch.int32, device=q.device) if blocks > 2 * thread_blocks else None
-        together = heads_together(heads, k[:, :, :longest_k], v[:, :, :longest_k])
+        head_bytes = longest_k * (k.shape[3] + v.shape[3]) * k.element_size()
         params = _Params(
             channel.data_ptr(), *(2 * stride for stride in channel.stride()[:3]),
             values.data_ptr(), indices.data_ptr(), out.data_ptr(), lse.data_ptr(),
             *out.stride()[:3], *(None if x is None else x.data_ptr() for x in bounds),
             n_q, n_k, heads, heads // k.shape[1], mask.is_causal, width, blocks, None if taken is None else taken.data_ptr(),
-            n_q + n_k if mask.window is None else min(n_q + n_k, mask.window), together, scale,
+            n_q + n_k if mask.window is None else min(n_q + n_k, mask.window), heads_together(heads, k.shape[1], head_bytes), scale,
         )  # fmt: skip
         maps = [cuda.tensor_map(x, tile.block_n) for x in (k, v)]
         cuda.launch(kernel, (thread_blocks, 1, 1), tile.threads, tile.shared_bytes, (params, *maps))
@@ -156,10 +156,10 @@ def in_pairs(q: FeatureCodes) -> tuple[Tensor, Tensor, Tensor]:
     return pair_codes_op(q.to_dense(), q.dense_dims)
 
 
-def heads_together(heads: int, k: Tensor, v: Tensor) -> int:
-    """Query heads whose blocks are mixed: as many as have keys and values that fit the L2 cache beside one another."""
-    head_bytes = (k[0, 0].numel() + v[0, 0].numel()) * k.element_size()
-    fitting = max(1, _L2_BYTES // head_bytes) * (heads // k.shape[1])
+def heads_together(heads: int, kv_heads: int, head_bytes: int) -> int:
+    """Query heads whose blocks are mixed: as many as have keys and values, `head_bytes` each, that fit the L2 cache beside
+    one another."""
+    fitting = max(1, _L2_BYTES // head_bytes) * (heads // kv_heads)
     return math.ceil(heads / math.ceil(heads / fitting))
 
 
