@@ -356,6 +356,15 @@ def test_dense_queries_for_the_kernel(monkeypatch, n_q, n_k, rival, rules, faste
 
 
 @pytest.mark.parametrize(
+    ("rows", "seen", "much"),
+    [(16 * 8192, 8192, True), (16 * 4096, 4096, False), (16 * 16384, 4095, False), (101376, 4096, True), (101375, 4096, False)],
+)  # fmt: skip
+def test_long_contexts_take_three_consumers(rows, seen, much):
+    assert prefill.is_much(rows, seen, multiprocessors=132) == much
+    assert prefill.default_tile(BF16, 128, 128, 0, much=much).consumers == (3 if much else 2)
+
+
+@pytest.mark.parametrize(
     ("heads", "kv_heads", "n", "together"),
     [(16, 16, 4096, 16), (16, 16, 16384, 4), (16, 16, 65536, 1), (32, 8, 65536, 4), (7, 7, 16384, 4)],
 )
@@ -383,10 +392,8 @@ def check(q, k, v, is_causal, window=None, lengths=None, **changes):
     seen = true_lse.isfinite()
     if seen.any():
         lse_allowed = 2 * (plain_lse.double() - true_lse)[seen].abs().max() + 1e-5 * true_lse[seen].abs().max()
-    for tile in {
-        prefill.default_tile(q.dtype, q.head_dim, v.shape[-1], q.dense_dims, much=much) for much in (False, True)
-    }:
-        tile = dataclasses.replace(tile, spin_limit=1 << 22, **changes)
+    usual = [prefill.default_tile(q.dtype, q.head_dim, v.shape[-1], q.dense_dims, much=much) for much in (False, True)]
+    for tile in dict.fromkeys(dataclasses.replace(tile, spin_limit=1 << 22, **changes) for tile in usual):
         out, lse = prefill.forward(q, k, v, mask=mask, scale=scale, tile=tile)
         assert out.shape == truth.shape
         assert out.dtype == q.dtype
@@ -543,14 +550,10 @@ def test_fewer_features_than_the_pattern_holds():
 
 @hopper
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    "changes",
-    [{"consumers": 1}, {"consumers": 3, "block_n": 64}, {"block_n": 160, "stages": 2}, {"stages": 2}],
-    ids=str,
-)
-def test_other_tiles(changes):
+@pytest.mark.parametrize(("consumers", "block_n", "stages"), [(1, 128, 3), (3, 64, 3), (2, 160, 2), (2, 128, 2)])
+def test_other_tiles(consumers, block_n, stages):
     k, v = (normal(1, 2, 2048, 128) for _ in "kv")
-    check(coded(3 * normal(1, 2, 1999, 128)), k, v, True, **changes)
+    check(coded(3 * normal(1, 2, 1999, 128)), k, v, True, consumers=consumers, block_n=block_n, stages=stages)
 
 
 @hopper

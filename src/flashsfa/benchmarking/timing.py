@@ -13,7 +13,7 @@ import torch
 
 _GIB = 1 << 30
 _FLUSH_BYTES = {"cuda": _GIB, "cpu": _GIB // 8}
-_FLUSH_READS = {"cuda": 3, "cpu": 1}  # on an H100 some 0.35 ms each, and an operator's launches took longer than one
+_FLUSH_READS = {"cuda": 3, "cpu": 1}  # some 0.35 ms each on an H100, no more than an operator's launches may take
 _COPY_BYTES = {"cuda": _GIB, "cpu": _GIB // 4}
 _REPEATS = {"cuda": 50, "cpu": 15}
 _QUICK_REPEATS = 3

@@ -33,7 +33,7 @@ class Tile:
             matrix time.
         block_n: keys a tile, a multiple of 16.
         consumers: warpgroups of 64 queries, 1 to 3.
-        stages: tiles of K and of V in flight.
+        stages: tiles of K and of V in flight, at least 2.
         spin_limit: trap after this many failed waits at a barrier; 0 waits forever.
     """
 

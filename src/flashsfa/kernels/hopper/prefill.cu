@@ -32,6 +32,7 @@ constexpr int V_BYTES = BOX * (VALUE_DIM / 64);
 constexpr int Q_BYTES = STEP_BYTES * STEPS + INDEX_BYTES;  // of one consumer
 constexpr int TOLD = STAGES + 1;                  // blocks that consumers may have been told of and not begun
 constexpr bool ASKS_EARLY = VALUE_DIM == 64;      // for the next tile of K while scores are computed: measured faster at 64 only
+static_assert(STAGES > 1);                        // who asks early still holds a tile
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float FAR = 32768.f;                    // a thread's weights of one tile and row may sum to this: float16 holds it
 
@@ -40,7 +41,8 @@ struct Bool { static constexpr bool value = VALUE; };
 
 __device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff800000); }
 
-// Where in a ring of stages a warpgroup is, and the parity of the phase there that ends when a tile has come.
+// Where in a ring of stages a warpgroup is, and the parity of the phase there that ends when a tile has come. The producer waits
+// for the other one: that the tile before has been released.
 struct Cursor {
   int stage = 0;
   u32 parity = 0;
@@ -198,33 +200,33 @@ struct Consumer {
     load_places(places, indices, row < rows, row + 8 < rows, lane);
   }
 
-  // `k_tile` and `v_tile` are low words of descriptors.
-  __device__ __forceinline__ void issue_scores(u32 k_tile) {
+  // `k_word` and `v_word` are low words of descriptors.
+  __device__ __forceinline__ void issue_scores(u32 k_word) {
     wgmma_fence();
     pin(s);
-    scores_from<0>(k_tile);
+    scores_from<0>(k_word);
     wgmma_commit();
   }
 
   template <int STEP>
-  __device__ __forceinline__ void scores_from(u32 k_tile) {
+  __device__ __forceinline__ void scores_from(u32 k_word) {
     if constexpr (STEP < STEPS) {
       constexpr int SPARSE = STEP - DENSE_STEPS;  // the sparse step it is, if not negative
       constexpr int BYTE = SPARSE < 0 ? 32 * STEP : 2 * DENSE_DIMS + 64 * SPARSE;  // of the head's row; a box holds 128 of it
-      const u64 b = descriptor(k_tile + (BYTE / 128 * BOX + BYTE % 128) / 16);
+      const u64 b = descriptor(k_word + (BYTE / 128 * BOX + BYTE % 128) / 16);
       if constexpr (SPARSE < 0)
         wgmma_qk_dense<(STEP > 0)>(s, q + (STEP_BYTES >> 4) * STEP, b);
       else
         wgmma_qk_sparse<SPARSE % 2, (STEP > 0)>(s, q + (STEP_BYTES >> 4) * STEP, b, places[SPARSE / 2]);
-      scores_from<STEP + 1>(k_tile);
+      scores_from<STEP + 1>(k_word);
     }
   }
 
-  __device__ __forceinline__ void issue_output(u32 v_tile, const uint4 (&p)[BLOCK_N / 16]) {
+  __device__ __forceinline__ void issue_output(u32 v_word, const uint4 (&p)[BLOCK_N / 16]) {
     wgmma_fence();
     pin(o);
 #pragma unroll
-    for (int t = 0; t < BLOCK_N / 16; ++t) wgmma_pv(o, p[t], descriptor(v_tile + t * 16 * 128 / 16));
+    for (int t = 0; t < BLOCK_N / 16; ++t) wgmma_pv(o, p[t], descriptor(v_word + t * 16 * 128 / 16));
     wgmma_commit();
   }
 
@@ -309,7 +311,7 @@ struct Block {
   bool exists;
   int batch, head, row;  // the first query's, in its sequence
   Rows q, k;             // the sequence
-  long long first;       // its first query's row in [B, Hq, Nq]
+  long long first;       // the sequence's first query, as a row of [B, Hq, Nq]
   int shift, seen_before, seen_after;
   int tiles, end_tile;   // of keys, the last of which precedes end_tile
 
@@ -416,7 +418,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const int row_in_tile = thread / 32 * 16 + lane / 4;  // this thread's of its warpgroup's 64, and row + 8
     const int column = lane % 4 * 2;
     const float scale_log2 = params.scale * LOG2E;
-    // Consumers take turns to issue matrix work (barrier 1 + warpgroup), so that one's softmax runs under another's.
+    // Consumers take turns to issue matrix work (barrier 1 + warpgroup), so that one's softmax runs under another's
+    // matrix work.
     const int turn = 1 + warpgroup, next_turn = 1 + (warpgroup + 1) % CONSUMERS;
 
     Consumer c;
@@ -442,8 +445,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     named_sync(0, THREADS);  // the barriers are there
     begin_block(0);
     Cursor k_at, v_at;
-    auto k_tile = [&] { return low_word(k_tiles, 16) + k_at.stage * (K_BYTES / 16); };
-    auto v_tile = [&] { return low_word(v_tiles, BOX) + v_at.stage * (V_BYTES / 16); };
+    auto k_word = [&] { return low_word(k_tiles, 16) + k_at.stage * (K_BYTES / 16); };
+    auto v_word = [&] { return low_word(v_tiles, BOX) + v_at.stage * (V_BYTES / 16); };
     auto await_k = [&] { barrier_wait(k_full + 8 * k_at.stage, k_at.parity); };
     auto await_v = [&] { barrier_wait(v_full + 8 * v_at.stage, v_at.parity); };
     auto release = [&](u32 barriers, Cursor at) {
@@ -466,13 +469,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       if (CONSUMERS > 1 && warpgroup == CONSUMERS - 1 && tiles > 1) named_arrive(next_turn, 256);
 
       await_k();
-      c.issue_scores(k_tile());
-      const Cursor first = k_at;
+      c.issue_scores(k_word());
+      const Cursor k_first = k_at;
       k_at.advance();
       if (ASKS_EARLY && tiles > 1) await_k();
       wgmma_wait<0>();
       pin(c.s);
-      release(k_empty, first);
+      release(k_empty, k_first);
       c.mask((end_tile - 1) * BLOCK_N + column, begin, end);
       c.rebase(c.p[0], scale_log2, rescale);  // there is no output yet
       if (params.k_bounds && end_tile * BLOCK_N > block.k.count) {  // the next sequence's values: 0 * NaN is NaN
@@ -486,9 +489,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         const Cursor k_now = k_at, v_now = v_at;
         if (!ASKS_EARLY) await_k();
         if (CONSUMERS > 1) named_sync(turn, 256);
-        c.issue_scores(k_tile());
+        c.issue_scores(k_word());
         await_v();
-        c.issue_output(v_tile(), c.p[FROM]);
+        c.issue_output(v_word(), c.p[FROM]);
         if (CONSUMERS > 1 && !(warpgroup == CONSUMERS - 1 && i == tiles - 1)) named_arrive(next_turn, 256);
         k_at.advance();
         v_at.advance();
@@ -511,19 +514,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
           else
             step(i, Bool<true>(), Bool<false>());
       };
-      // Tiles that all 64 queries see whole come in pairs, so that no step asks which buffer it has; one may be left.
-      const int clear = max(1, end_tile - end_all / BLOCK_N) | 1, unclear = end_tile - (begin_all + BLOCK_N - 1) / BLOCK_N;
-      masked_until(min(clear, tiles));
-      for (; i + 1 < unclear; i += 2) {
+      // All 64 queries see the whole of tiles [open, closed). They come in pairs, the first of them odd, so that no step asks which
+      // buffer it has; one at either end may be masked in vain. closed <= tiles, as begin_all is no less than what the block's first query sees.
+      const int open = max(1, end_tile - end_all / BLOCK_N) | 1, closed = end_tile - (begin_all + BLOCK_N - 1) / BLOCK_N;
+      masked_until(min(open, tiles));
+      for (; i + 1 < closed; i += 2) {
         step(i, Bool<false>(), Bool<true>());
         step(i + 1, Bool<false>(), Bool<false>());
       }
       masked_until(tiles);
       await_v();
       if (tiles % 2)
-        c.issue_output(v_tile(), c.p[0]);
+        c.issue_output(v_word(), c.p[0]);
       else
-        c.issue_output(v_tile(), c.p[1]);
+        c.issue_output(v_word(), c.p[1]);
       named_sync(8 + warpgroup, 128);  // all four warps have multiplied the queries
       begin_block(n);
       wgmma_wait<0>();

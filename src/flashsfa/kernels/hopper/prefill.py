@@ -18,6 +18,10 @@ from .compiler import Tile
 
 _WIDTHS = (64, 128, 256)
 _L2_BYTES = 40 << 20  # of 50 MiB
+_MUCH_KEYS, _MUCH_BLOCKS = (
+    4096,
+    4,
+)  # from how many on three consumers were measured faster: keys seen, and blocks a multiprocessor
 
 
 def obstacle(q: FeatureCodes, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> str | None:
@@ -61,8 +65,8 @@ def default_tile(dtype: torch.dtype, head_dim: int, value_dim: int, dense_dims: 
     """The fastest of the sizes that were measured on an H100 (docs/hopper-prefill.md).
 
     Args:
-        much: several blocks for each multiprocessor, of thousands of keys each. Three consumers then hide more than their
-            larger blocks cost.
+        much: several blocks for each multiprocessor, of thousands of keys each. At widths of 128 three consumers then hide
+            more than their larger blocks cost.
     """
     widest = max(head_dim, value_dim)
     if widest == 256:
@@ -101,10 +105,10 @@ def forward(
     batch, heads, n_q, _ = q.shape
     n_k = k.shape[2]
     sequences, longest_q, longest_k = _sequences(q, k, mask)
+    longest_k = min(longest_k, n_k)  # who packs may name more
     multiprocessors = torch.cuda.get_device_properties(q.device).multi_processor_count
     if tile is None:
-        rows = sequences * heads * longest_q
-        much = _most_seen(longest_k, mask) >= 4096 and rows >= 4 * 192 * multiprocessors
+        much = is_much(batch * heads * n_q, _most_seen(longest_k, mask), multiprocessors)
         tile = default_tile(q.dtype, q.head_dim, v.shape[-1], q.dense_dims, much=much)
     with torch.cuda.device(q.device):
         kernel = _load(tile, v.device.index)
@@ -140,6 +144,11 @@ def _sequences(q: FeatureCodes | Tensor, k: Tensor, mask: AttentionMask) -> tupl
     if mask.cu_seqlens_q is None:
         return q.shape[0], q.shape[2], k.shape[2]
     return mask.cu_seqlens_q.numel() - 1, mask.max_seqlen_q, mask.max_seqlen_k
+
+
+def is_much(rows: int, seen: int, multiprocessors: int) -> bool:
+    """Whether `rows` queries of all heads that see `seen` keys are worth three consumers."""
+    return seen >= _MUCH_KEYS and rows >= _MUCH_BLOCKS * 3 * 64 * multiprocessors
 
 
 def _most_seen(longest_k: int, mask: AttentionMask) -> int:
