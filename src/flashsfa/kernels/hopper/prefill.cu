@@ -97,7 +97,7 @@ __device__ __forceinline__ void copy_box(u32 to, const TensorMap* map, u32 barri
 __device__ __forceinline__ u32 low_word(u32 address, u32 leading) { return address >> 4 | leading >> 4 << 16; }
 
 // The whole: groups of 8 rows lie 1024 bytes apart.
-__device__ __forceinline__ u64 descriptor(u32 low_word) { return (u64)low_word | (u64)(1024 >> 4 | 1 << 30) << 32; }
+__device__ __forceinline__ u64 descriptor(u32 low) { return (u64)low | (u64)(1024 >> 4 | 1 << 30) << 32; }
 
 __device__ __forceinline__ void named_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -515,7 +515,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             step(i, Bool<true>(), Bool<false>());
       };
       // All 64 queries see the whole of tiles [open, closed). They come in pairs, the first of them odd, so that no step asks which
-      // buffer it has; one at either end may be masked in vain. closed <= tiles, as begin_all is no less than what the block's first query sees.
+      // buffer it has; one at either end may be masked in vain. closed <= tiles, as begin_all is no less than the first key that the
+      // block's first query sees.
       const int open = max(1, end_tile - end_all / BLOCK_N) | 1, closed = end_tile - (begin_all + BLOCK_N - 1) / BLOCK_N;
       masked_until(min(open, tiles));
       for (; i + 1 < closed; i += 2) {
