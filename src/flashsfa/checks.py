@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MOST_TOKENS = 2**30  # no sequence is longer; two such numbers still add up within int32, in which kernels count
 
-_checked = False
+_checked: ContextVar[bool] = ContextVar("flashsfa_checked", default=False)
 
 
 @contextmanager
@@ -18,19 +23,18 @@ def checked(enabled: bool = True) -> Iterator[None]:
     """Inside this context, values are checked too: NaN inputs and out-of-range indices raise `ValueError`.
 
     Shapes, dtypes and devices are always checked. Values cost a device synchronisation on a GPU, so
-    they are looked at only here.
+    they are looked at only here. A context variable: other threads and tasks keep their own mode.
     """
-    global _checked
-    before, _checked = _checked, enabled
+    token = _checked.set(enabled)
     try:
         yield
     finally:
-        _checked = before
+        _checked.reset(token)
 
 
 def is_checked() -> bool:
-    """Whether `checked()` is in force."""
-    return _checked
+    """Whether `checked()` is in force in this thread or task."""
+    return not torch.compiler.is_compiling() and _checked.get()
 
 
 def require(condition: bool, message: str | Callable[[], str]) -> None:
@@ -43,14 +47,72 @@ def require(condition: bool, message: str | Callable[[], str]) -> None:
         raise ValueError(message if isinstance(message, str) else message())
 
 
+def require_int(name: str, value: Any, least: int | None = None, most: int | None = None) -> None:
+    """`value` is a whole number, from `least` to `most` where these are given. A bool and a float are none: `TypeError`."""
+    if not isinstance(value, (Integral, torch.SymInt)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__})")
+    number: Any = value
+    if (least is not None and number < least) or (most is not None and number > most):
+        span = f"at least {least}" if most is None else f"at most {most}" if least is None else f"{least} to {most}"
+        raise ValueError(f"{name} must be {span}, got {value}")
+
+
+def require_number(name: str, value: Any, hint: str = "") -> None:
+    """`value` is a finite int or float. `hint` says what to do where it is a tensor."""
+    if isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat, torch.SymInt)):
+        also = f"; {hint}" if hint and isinstance(value, Tensor) else ""
+        raise TypeError(f"{name} must be a float, got {type(value).__name__}{also}")
+    if not isinstance(value, (torch.SymFloat, torch.SymInt)) and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+def require_bool(name: str, value: Any) -> None:
+    """`value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r} ({type(value).__name__})")
+
+
+def require_choice(name: str, value: Any, choices: tuple[str | None, ...]) -> None:
+    """`value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}")
+
+
+def checked_scale(scale: float | None, head_dim: int) -> float:
+    """`scale` as a float, 1/sqrt(head_dim) for None. Raises for a tensor, which would get no gradient, and NaN or infinity."""
+    if scale is None:
+        return 1 / math.sqrt(head_dim)
+    require_number("scale", scale, "it gets no gradient, so multiply q by a learned scale and pass scale=1.0")
+    return float(scale)
+
+
+def checked_window(window: int | None) -> int | None:
+    """`window`, at least 1, cut to the length that no sequence has: sums with larger ones would wrap around."""
+    if window is None:
+        return None
+    require_int("window", window, 1)
+    return min(window, MOST_TOKENS)
+
+
+def require_tolerance(value_tolerance: float) -> None:
+    """0 <= value_tolerance < 1."""
+    require_number("value_tolerance", value_tolerance)
+    require(0 <= value_tolerance < 1, lambda: f"value_tolerance must be in [0, 1), got {value_tolerance}")
+
+
 def require_float(name: str, x: Tensor) -> None:
     """`x` is a tensor of a supported floating dtype; in checked mode without NaN."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    require_tensor(name, x)
     if x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
-    if _checked and bool(x.isnan().any()):
+    if is_checked() and bool(x.isnan().any()):
         raise ValueError(f"{name} holds NaN; find where it arises, or leave flashsfa.checked() to let it through")
+
+
+def require_tensor(name: str, x: Any) -> None:
+    """`x` is a tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
 
 
 def require_alike(**tensors: Tensor) -> None:
@@ -65,6 +127,8 @@ def require_alike(**tensors: Tensor) -> None:
 
 def require_budget(topk: int, head_dim: int, dense_dims: int, pattern: str | None = None) -> None:
     """`topk` features can be kept of the `head_dim - dense_dims` sparse ones, in `pattern` None or "2:4"."""
+    require_int("topk", topk)
+    require_int("dense_dims", dense_dims)
     require(1 <= head_dim <= 256, lambda: f"head_dim must be 1 to 256 (indices are uint8), got {head_dim}")
     require(
         0 <= dense_dims < head_dim,
@@ -90,6 +154,7 @@ def require_budget(topk: int, head_dim: int, dense_dims: int, pattern: str | Non
 def query_budget(topk_query: int | None, topk: int, head_dim: int, dense_dims: int, pattern: str | None = None) -> int:
     """`topk_query`, checked as a budget of queries: None for `topk`, head_dim for dense ones where there is no pattern."""
     budget = topk if topk_query is None else topk_query
+    require_int("topk_query", budget)
     if budget != head_dim or pattern is not None:
         require_budget(budget, head_dim, dense_dims, pattern)
     return budget
@@ -97,6 +162,7 @@ def query_budget(topk_query: int | None, topk: int, head_dim: int, dense_dims: i
 
 def require_padding(mask: Tensor, batch: int, n_k: int, device: torch.device) -> None:
     """`mask` is a key padding mask [batch, n_k]."""
+    require_tensor("key_padding_mask", mask)
     require(
         mask.dtype == torch.bool and mask.shape == (batch, n_k),
         lambda: (
@@ -122,6 +188,7 @@ def require_keys_and_values(k: Tensor, v: Tensor) -> None:
 
 def require_page_size(page_size: int) -> None:
     """Pages of a size that the kernels know."""
+    require_int("page_size", page_size)
     require(
         16 <= page_size <= 256 and page_size & (page_size - 1) == 0,
         f"page_size must be a power of two from 16 to 256, got {page_size}",
