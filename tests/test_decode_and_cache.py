@@ -222,11 +222,17 @@ def test_write_at_refuses_what_does_not_fit():
 
 
 @pytest.mark.parametrize("m", [1, 17])
-def test_decode_carries_no_gradient(m):
-    q, k, v = (x.requires_grad_() for x in draw(m))
-    out = attend_cached(q, topk_codes(k, 4), v)
-    assert not out.requires_grad
-    with pytest.raises(ValueError, match="value_tolerance"):
+def test_decode_refuses_to_lose_a_gradient(m):
+    """Rather than to return an output without one."""
+    for wanted in range(3):
+        q, k, v = draw(m)
+        (q, k, v)[wanted].requires_grad_()
+        for call in (attend_cached, sparse_feature_decode):
+            with pytest.raises(ValueError, match="no gradient"):
+                call(q, topk_codes(k, 4), v)
+            with torch.no_grad():
+                assert not call(q, topk_codes(k, 4), v).requires_grad
+    with pytest.raises(ValueError, match="value_tolerance"), torch.no_grad():
         attend_cached(q, topk_codes(k, 4), v, value_tolerance=5.0)
 
 

@@ -113,7 +113,10 @@ def test_two_holders_part_in_one_append():
 
 
 def test_errors():
-    for options, message in (({"pages": 0}, "at least 1 page"), ({"pages": 1, "page_size": 24}, "power of two")):
+    for options, message in (
+        ({"pages": 0}, "pages must be at least 1"),
+        ({"pages": 1, "page_size": 24}, "power of two"),
+    ):
         with pytest.raises(ValueError, match=message):
             PagedSparseKVCache(4, **options)
     cache = PagedSparseKVCache(4, pages=4, page_size=PAGE)

@@ -6,15 +6,31 @@ pass, so queries and keys are never kept dense. Without gradients it writes rows
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .checks import query_budget, require, require_alike, require_budget, require_float, require_padding
+from .checks import (
+    checked_scale,
+    checked_window,
+    has_values,
+    may_look,
+    query_budget,
+    refuse_transforms,
+    require,
+    require_alike,
+    require_bool,
+    require_budget,
+    require_choice,
+    require_float,
+    require_int,
+    require_padding,
+    require_tensor,
+)
 from .codes import FeatureCodes, all_dense_codes, by_token, empty_code, empty_rows, keeps_all, topk_codes
+from .contexts import without_autocast
 from .kernels import dense, dispatch
 from .kernels import topk as kernels
 from .kernels.hopper import prefill as hopper
@@ -23,6 +39,7 @@ from .masks import AttentionMask
 
 BACKENDS = ("auto", "dense", "reference")
 GRADIENTS = ("kept", "all")
+_WAY_OUT = "pass backend='reference', which is plain PyTorch and has them"
 
 
 def sparse_feature_attention(
@@ -58,15 +75,15 @@ def sparse_feature_attention(
             group of four, on every backend; sparse tensor cores multiply such queries at twice the dense rate whatever
             their number, so topk_query=(D - dense_dims) / 2, the most, costs no more (docs/hopper-prefill.md).
         is_causal: aligned to the last key (bottom right), as flash-attn does.
-        scale: 1/sqrt(D) by default, with the full D.
+        scale: 1/sqrt(D) by default, with the full D. A number: multiply a learned one into q.
         window: see only keys less than `window` positions away; with is_causal, the `window` most recent.
         key_padding_mask: [B, N_k] bool, True where a key is padding (as in `torch.nn.MultiheadAttention`).
         return_lse: also return the log-sum-exp of each query's scores.
         gradient: of q and k. "kept" reaches the kept features only, and is zero elsewhere (paper, section 3.2); "all"
             gives each feature what it would get had it been kept, which trains better (docs/quality.md). Key codes
             get that of what they hold.
-        backend: "auto", "dense" (torch's fused kernels over spread-out codes) or "reference" (plain PyTorch,
-            N x N scores). "auto" takes this package's kernel on a Hopper GPU, on sparse tensor cores for queries in the 2:4
+        backend: "auto", "dense" (torch's fused kernels over spread-out codes) or "reference" (plain PyTorch, N x N scores,
+            differentiable any number of times, in forward mode and under torch.func). "auto" takes this package's kernel on a Hopper GPU, on sparse tensor cores for queries in the 2:4
             pattern and for others where it is faster, else "dense"; `flashsfa.explain()` tells what ran, and why.
 
     Returns:
@@ -75,9 +92,10 @@ def sparse_feature_attention(
 
     Raises:
         TypeError, ValueError: inputs that do not fit, before anything runs; the message says what to do.
+        NotImplementedError: forward-mode or second derivatives and torch.func transforms, but for backend="reference".
     """
-    _check_attention(q, k, v, window, key_padding_mask, gradient, backend)
-    mask = AttentionMask(is_causal=is_causal, window=window, key_padding_mask=key_padding_mask)
+    _check_attention(q, k, v, is_causal, key_padding_mask, gradient, backend)
+    mask = AttentionMask(is_causal=is_causal, window=checked_window(window), key_padding_mask=key_padding_mask)
     out, lse = _attend(q, k, v, topk, topk_query, dense_dims, query_pattern, mask, scale, gradient, backend)
     return (out, lse) if return_lse else out
 
@@ -114,46 +132,61 @@ def sparse_feature_attention_varlen(
         out [Tq, Hq, Dv]; with return_lse also lse [Hq, Tq].
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
+        require_tensor(name, x)
         require(x.ndim == 3, f"{name} must be packed as [T, H, D], got shape {tuple(x.shape)}")
-    for name, bounds, total in (("cu_seqlens_q", cu_seqlens_q, q), ("cu_seqlens_k", cu_seqlens_k, k)):
-        require(
-            bounds.ndim == 1 and bounds.numel() >= 1 and bounds.dtype == torch.int32 and bounds.device == q.device,
-            f"{name} must be a 1-D int32 tensor on {q.device}, got {bounds.dtype} {tuple(bounds.shape)} on {bounds.device}",
-        )
-        if bounds.device.type == "cpu" and not torch.compiler.is_compiling():
-            steps = bounds.diff()
-            require(
-                int(bounds[0]) == 0 and int(bounds[-1]) == total.shape[0] and bool((steps >= 0).all()),
-                f"{name} must rise from 0 to the {total.shape[0]} packed rows, got {bounds.tolist()[:8]}",
-            )
+    longest_q = _longest("q", cu_seqlens_q, max_seqlen_q, q)
+    longest_k = _longest("k", cu_seqlens_k, max_seqlen_k, k)
     require(
         cu_seqlens_q.shape == cu_seqlens_k.shape,
         f"cu_seqlens_q and cu_seqlens_k count {cu_seqlens_q.numel() - 1} and {cu_seqlens_k.numel() - 1} sequences",
     )
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H, T, D]
-    _check_attention(q, k, v, window, None, gradient, backend)
+    _check_attention(q, k, v, is_causal, None, gradient, backend)
     mask = AttentionMask(
         is_causal=is_causal,
-        window=window,
+        window=checked_window(window),
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=_longest(cu_seqlens_q) if max_seqlen_q is None else max_seqlen_q,
-        max_seqlen_k=_longest(cu_seqlens_k) if max_seqlen_k is None else max_seqlen_k,
+        max_seqlen_q=longest_q,
+        max_seqlen_k=longest_k,
     )
     out, lse = _attend(q, k, v, topk, topk_query, dense_dims, query_pattern, mask, scale, gradient, backend)
     out, lse = out[0].transpose(0, 1), lse[0]
     return (out, lse) if return_lse else out
 
 
-def _longest(bounds: Tensor) -> int:
-    return int(bounds.diff().max()) if bounds.numel() > 1 else 0
+def _longest(side: str, bounds: Tensor, named: int | None, rows: Tensor) -> int:
+    """The longest sequence that `bounds` cut `rows` [T, H, D] into: the `named` one, or read; all checked as far as may be."""
+    require_tensor(f"cu_seqlens_{side}", bounds)
+    require(
+        bounds.ndim == 1 and bounds.numel() >= 1 and bounds.dtype == torch.int32 and bounds.device == rows.device,
+        lambda: (
+            f"cu_seqlens_{side} must be a 1-D int32 tensor on {rows.device}, got {bounds.dtype} {tuple(bounds.shape)} on "
+            f"{bounds.device}"
+        ),
+    )
+    total, looks = rows.shape[0], may_look(bounds)
+    if looks:
+        require(
+            int(bounds[0]) == 0 and int(bounds[-1]) == total and bool((bounds.diff() >= 0).all()),
+            lambda: f"cu_seqlens_{side} must rise from 0 to the {total} packed rows, got {bounds.tolist()[:8]}",
+        )
+    if named is not None:
+        require_int(f"max_seqlen_{side}", named, 0)
+        if looks and bounds.numel() > 1:
+            longest = int(bounds.diff().max())
+            require(named >= longest, f"max_seqlen_{side} is {named}, but a sequence has {longest} tokens")
+        return min(named, total)
+    if bounds.numel() == 1:
+        return 0
+    return int(bounds.diff().max()) if torch.compiler.is_compiling() or has_values(bounds) else total
 
 
 def _check_attention(
     q: Tensor,
     k: Tensor | FeatureCodes,
     v: Tensor,
-    window: int | None,
+    is_causal: bool,
     key_padding_mask: Tensor | None,
     gradient: str,
     backend: str,
@@ -176,9 +209,9 @@ def _check_attention(
         f"query heads must be a multiple of kv heads, got {q.shape[1]} and {key_rows.shape[1]}",
     )
     require(v.shape[-1] >= 1, "v must have at least one feature")
-    require(window is None or window >= 1, f"window must be at least 1 or None, got {window}")
-    require(gradient in GRADIENTS, f"gradient must be one of {', '.join(GRADIENTS)}; got {gradient!r}")
-    require(backend in BACKENDS, f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    require_bool("is_causal", is_causal)
+    require_choice("gradient", gradient, GRADIENTS)
+    require_choice("backend", backend, BACKENDS)
     if key_padding_mask is not None:
         require_padding(key_padding_mask, q.shape[0], key_rows.shape[2], q.device)
 
@@ -204,14 +237,18 @@ def _attend(
         )
         k.check_indices()
         topk, dense_dims = k.topk, k.dense_dims
-        k, topk_key = k.to_dense(), head_dim  # these rows are sparse already
+        k = reference.code_rows(*_parts(k), head_dim) if backend == "reference" else k.to_dense()
+        topk_key = head_dim  # these rows are sparse already
     else:
         if topk is None:
             raise ValueError("topk is needed: how many features of each key to keep")
         require_budget(topk, head_dim, dense_dims)
         topk_key = topk
     topk_query = query_budget(topk_query, topk, head_dim, dense_dims, query_pattern)
-    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    scale = checked_scale(scale, head_dim)
+    if backend == "reference":
+        return _attend_plain(q, k, v, topk_query, topk_key, dense_dims, query_pattern, mask, scale, gradient)
+    refuse_transforms("sparse_feature_attention", _WAY_OUT, q, k, v)
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     out, lse, *_ = _attention_op(
         *(q, k, v, topk_query, topk_key, dense_dims, query_pattern, keep, scale, mask.is_causal, mask.window),
@@ -219,6 +256,27 @@ def _attend(
         *(gradient == "all", backend),
     )
     return out, lse
+
+
+def _attend_plain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    topk_query: int,
+    topk: int,
+    dense_dims: int,
+    query_pattern: str | None,
+    mask: AttentionMask,
+    scale: float,
+    gradient: str,
+) -> tuple[Tensor, Tensor]:
+    """backend="reference": no operator of ours in between, so that every transform of torch sees plain PyTorch."""
+    dispatch.record("attention", "reference", "asked for")
+    with without_autocast(q.device):
+        q = reference.sparse_rows(q, topk_query, dense_dims=dense_dims, pattern=query_pattern, gradient=gradient)
+        k = reference.sparse_rows(k, topk, dense_dims=dense_dims, gradient=gradient)
+        out, lse = reference.attention(q, k, v, mask=mask, scale=scale)
+    return out, lse.detach().to(dense.lse_dtype(v.dtype))
 
 
 # The custom operators speak in flat tensors, as torch.library wants them: a code is its dense channel, values and indices.
@@ -250,14 +308,16 @@ def _attention_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """out, lse, and with `keep` the codes of q and of k; empty tensors for rows that stay as they are."""
     mask = AttentionMask(is_causal, window, key_padding_mask, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    k_rows, k_code = _coded(k, topk, dense_dims, keep)
-    if query_pattern is None:
-        q_rows, q_code = _coded(q, topk_query, dense_dims, keep)
-        out, lse = _attend_rows(q_rows, k_rows, v, mask, scale, backend)
-    else:
-        q_codes = topk_codes(q, topk_query, dense_dims=dense_dims, pattern=query_pattern)
-        q_code = _parts(q_codes) if keep else _no_code(q)
-        out, lse = _attend_pairs(q_codes, k_rows, v, mask, scale, backend)
+    mask = mask.without_idle_window(q.shape[2], k.shape[2])
+    with without_autocast(q.device):
+        k_rows, k_code = _coded(k, topk, dense_dims, keep)
+        if query_pattern is None:
+            q_rows, q_code = _coded(q, topk_query, dense_dims, keep)
+            out, lse = _attend_rows(q_rows, k_rows, v, mask, scale, backend)
+        else:
+            q_codes = topk_codes(q, topk_query, dense_dims=dense_dims, pattern=query_pattern)
+            q_code = _parts(q_codes) if keep else _no_code(q)
+            out, lse = _attend_pairs(q_codes, k_rows, v, mask, scale, backend)
     return out, lse, *q_code, *k_code
 
 
@@ -375,13 +435,15 @@ def _attention_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v. A code whose dense channel is head_dim wide stands for rows as they are."""
     mask = AttentionMask(is_causal, window, key_padding_mask, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    mask = mask.without_idle_window(q_dense.shape[2], v.shape[2])
     q = kernels.spread(q_dense, q_values, q_indices, head_dim)
     k = kernels.spread(k_dense, k_values, k_indices, head_dim)
     kernel = _choose("attention_backward", q, v, mask, backend)
-    if kernel is None:
-        dq, dk, dv = reference.attention_backward(grad_out, q, k, v, mask=mask, scale=scale)
-    else:
-        dq, dk, dv = dense.backward(kernel, grad_out, q, k, v, out, lse, mask, scale)
+    with without_autocast(q.device):
+        if kernel is None:
+            dq, dk, dv = reference.attention_backward(grad_out, q, k, v, mask=mask, scale=scale)
+        else:
+            dq, dk, dv = dense.backward(kernel, grad_out, q, k, v, out, lse, mask, scale)
     if gradient_of_all:
         return by_token(dq), by_token(dk), by_token(dv)
     return _at_code(dq, q_dense, q_indices), _at_code(dk, k_dense, k_indices), by_token(dv)
@@ -415,9 +477,6 @@ def _choose(
     operation: str, q: Tensor, v: Tensor, mask: AttentionMask, backend: str, obstacle: str | None = None
 ) -> dense.Kernel | None:
     """The dense kernel to run, or None for the reference; recorded for `explain()`, with the `obstacle` to a faster one."""
-    if backend == "reference":
-        dispatch.record(operation, "reference", "asked for")
-        return None
     kernel, reason = dense.choose_kernel(q, v, mask)
     if obstacle is not None:
         reason = f"{reason}; {obstacle}"
@@ -448,4 +507,9 @@ def _backward(ctx: Any, grad_out: Tensor, *_: Tensor | None) -> tuple:
     return *grads, *(None,) * 15
 
 
+def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> tuple:
+    raise NotImplementedError(f"sparse_feature_attention has no second derivatives: {_WAY_OUT}")
+
+
 _attention_op.register_autograd(_backward, setup_context=_setup)
+_attention_backward_op.register_autograd(_no_second_derivative)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MOST_TOKENS = 2**30  # no sequence is longer; two such numbers still add up within int32, in which kernels count
@@ -35,6 +36,42 @@ def checked(enabled: bool = True) -> Iterator[None]:
 def is_checked() -> bool:
     """Whether `checked()` is in force in this thread or task."""
     return not torch.compiler.is_compiling() and _checked.get()
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether x holds numbers: not on the meta device, nor while something traces or transforms the call."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in (Tensor, torch.nn.Parameter)  # fake tensors are a class of their own
+        and x.device.type != "meta"
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
+
+
+def may_look(x: Tensor) -> bool:
+    """Whether a check may look at x's values: on a GPU that is a sync, for checked mode alone."""
+    return has_values(x) and (x.device.type == "cpu" or is_checked())
+
+
+def refuse_transforms(operation: str, way_out: str, *tensors: Tensor) -> None:
+    """Raise `NotImplementedError` inside a transform that would get wrong derivatives of an operator, or an error from deep
+    inside it: forward-mode differentiation of `tensors`, torch.func, torch.jit.trace. torch.compile and torch.export pass."""
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise NotImplementedError(f"{operation} runs under no torch.func transform (grad, vmap, jvp ...): {way_out}")
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(f"{operation} has no forward-mode derivative: {way_out}")
+    if torch.jit.is_tracing():
+        raise NotImplementedError(f"{operation} cannot be traced by torch.jit: use torch.export or torch.compile")
+
+
+def require_no_gradient(*tensors: Tensor) -> None:
+    """No tensor asks for a gradient, which caches of codes do not carry."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise ValueError(
+            "caches of codes carry no gradient: call under torch.no_grad(), or without a cache (sparse_feature_attention)"
+        )
 
 
 def require(condition: bool, message: str | Callable[[], str]) -> None:
@@ -100,12 +137,12 @@ def require_tolerance(value_tolerance: float) -> None:
     require(0 <= value_tolerance < 1, lambda: f"value_tolerance must be in [0, 1), got {value_tolerance}")
 
 
-def require_float(name: str, x: Tensor) -> None:
-    """`x` is a tensor of a supported floating dtype; in checked mode without NaN."""
+def require_float(name: str, x: Tensor, *, may_hold_nan: bool = False) -> None:
+    """`x` is a tensor of a supported floating dtype; in checked mode without NaN, unless it `may_hold_nan`."""
     require_tensor(name, x)
     if x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
-    if is_checked() and bool(x.isnan().any()):
+    if is_checked() and not may_hold_nan and has_values(x) and bool(x.isnan().any()):
         raise ValueError(f"{name} holds NaN; find where it arises, or leave flashsfa.checked() to let it through")
 
 

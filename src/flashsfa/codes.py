@@ -8,17 +8,18 @@ operator, the kernels and the cache speak (paper section 3.1; the dense channel 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import EllipsisType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checks import is_checked, query_budget, require, require_budget, require_float
+from .checks import may_look, query_budget, refuse_transforms, require, require_budget, require_float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FeatureCodes:
-    """Codes of rows with any leading shape `...`.
+    """Codes of rows with any leading shape `...`. Two are equal if they are one object: compare their parts.
 
     Attributes:
         dense: [..., M] the dense channel: the first M entries of each row, M >= 0.
@@ -111,7 +112,8 @@ class FeatureCodes:
 
     def to_dense(self) -> Tensor:
         """The coded rows as [..., D], with zeros where nothing was kept; float32 for 8-bit codes. Rows [B, H, N, D] are a
-        transposed view of a contiguous [B, N, H, D]. Differentiable in dense and values."""
+        transposed view of a contiguous [B, N, H, D]. Differentiable in dense and values, by the reverse mode."""
+        refuse_transforms("FeatureCodes.to_dense", "use flashsfa.reference.code_rows", self.dense, self.values)
         if self.scale is not None:
             return self.to(torch.float32).to_dense()
         if not self.topk and not self.sparse_dims:
@@ -122,7 +124,7 @@ class FeatureCodes:
         """Index the leading dimensions, as `x[index]` does for a tensor; the code's own dimension stays whole."""
         index = index if isinstance(index, tuple) else (index,)
         scale = None if self.scale is None else self.scale[index]
-        if Ellipsis not in index:
+        if not any(isinstance(i, EllipsisType) for i in index):  # `in` would bind a compiled graph to one length
             require(
                 len(index) < self.values.ndim,
                 f"{len(index)} indices for {self.values.ndim - 1} leading dimensions",
@@ -155,9 +157,7 @@ class FeatureCodes:
     def check_indices(self) -> None:
         """Raise `ValueError` for an index past the sparse part. Costs a device sync on a GPU, so only on the
         CPU or in checked mode are codes from outside looked at."""
-        if torch.compiler.is_compiling() or self.indices.numel() == 0:
-            return
-        if self.device.type == "cpu" or is_checked():
+        if may_look(self.indices) and self.indices.numel():
             highest = int(self.indices.max())
             require(
                 highest < self.sparse_dims,
@@ -170,7 +170,8 @@ def topk_codes(x: Tensor, topk: int, *, dense_dims: int = 0, pattern: str | None
     """Code the rows of `x`: the first `dense_dims` entries, and the `topk` largest magnitudes of the rest.
 
     Ties go to the lowest index; NaN counts as larger than infinity. Differentiable: the gradient reaches the
-    kept entries and is zero elsewhere (the straight-through rule of the paper, section 3.2; docs/method.md).
+    kept entries and is zero elsewhere (the straight-through rule of the paper, section 3.2; docs/method.md). For forward-mode
+    derivatives and torch.func there is `flashsfa.reference.topk_rows`.
 
     Args:
         x: [..., D] float16, bfloat16, float32 or float64, any strides, D <= 256.
@@ -183,10 +184,12 @@ def topk_codes(x: Tensor, topk: int, *, dense_dims: int = 0, pattern: str | None
     Raises:
         TypeError: x is no floating tensor of a supported dtype.
         ValueError: a budget out of range or that the pattern cannot hold; in checked mode also NaN in x.
+        NotImplementedError: inside a torch.func transform or forward-mode differentiation.
     """
     require_float("x", x)
     require(x.ndim >= 1, "x must have at least one dimension")
     require_budget(topk, x.shape[-1], dense_dims, pattern)
+    refuse_transforms("topk_codes", "use flashsfa.reference.topk_rows", x)
     if pattern is None:
         dense, values, indices = topk_codes_op(x, topk, dense_dims)
     else:

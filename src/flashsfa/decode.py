@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,21 +10,26 @@ from torch import Tensor
 
 from .attention import sparse_feature_attention
 from .checks import (
-    checked,
-    is_checked,
+    checked_scale,
+    checked_window,
+    has_values,
+    may_look,
     query_budget,
+    refuse_transforms,
     require,
     require_alike,
     require_float,
+    require_no_gradient,
     require_padding,
     require_page_size,
+    require_tensor,
+    require_tolerance,
 )
 from .codes import FeatureCodes, topk_codes
 from .kernels import decode_torch, dispatch
 from .kernels.decode_torch import DecodeRules
 
 
-@torch.no_grad()
 def sparse_feature_decode(
     q: Tensor,
     codes: FeatureCodes,
@@ -42,7 +46,7 @@ def sparse_feature_decode(
     value_tolerance: float = 0.0,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Causal attention of the last M tokens over a cache of key codes. No gradients.
+    """Causal attention of the last M tokens over a cache of key codes. No gradients: refused where one is asked for.
 
     Runs on Triton kernels on a GPU, compiled by numba on the CPU where it is installed, and in plain PyTorch
     elsewhere; `flashsfa.explain()` tells which.
@@ -73,11 +77,17 @@ def sparse_feature_decode(
 
     Raises:
         TypeError, ValueError: inputs that do not fit, before anything is computed.
+        NotImplementedError: inside a torch.func transform or forward-mode differentiation.
     """
+    window = checked_window(window)
     _check(q, codes, v, DecodeRules(kv_lens, window, key_padding_mask, page_table), v_scale, value_tolerance)
+    require_no_gradient(q, codes.values, codes.dense, v)
+    refuse_transforms(
+        "sparse_feature_decode", "use sparse_feature_attention with backend='reference'", q, codes.values, v
+    )
     kv_lens = None if kv_lens is None else kv_lens.to(q.device)
     rules = DecodeRules(kv_lens, window, key_padding_mask, page_table)
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    scale = checked_scale(scale, q.shape[-1])
     head_dim, dense_dims = q.shape[-1], codes.dense_dims
     topk_query = query_budget(topk_query, codes.topk, head_dim, dense_dims, query_pattern)
     if query_pattern is not None:  # the kernels know no pattern: they take the pruned rows as dense queries
@@ -92,7 +102,6 @@ def sparse_feature_decode(
 FEW_QUERIES = 16  # up to here codes are read as they are; more queries repay spreading the keys out once
 
 
-@torch.no_grad()
 def attend_cached(
     q: Tensor,
     codes: FeatureCodes,
@@ -108,9 +117,10 @@ def attend_cached(
 ) -> Tensor:
     """The newest tokens' q [B, Hq, M, D] over all cached codes and v: decode for few queries, prefill for many.
 
-    `value_tolerance` is a saving of decode; prefill is exact. No gradients.
+    `value_tolerance` is a saving of decode; prefill is exact. No gradients: refused where one is asked for.
     """
-    require(0 <= value_tolerance < 1, lambda: f"value_tolerance must be in [0, 1), got {value_tolerance}")
+    require_tolerance(value_tolerance)
+    require_no_gradient(q, codes.values, v)
     out: Any
     queries: dict[str, Any] = {"topk_query": topk_query, "query_pattern": query_pattern}
     if q.shape[2] <= FEW_QUERIES:
@@ -138,6 +148,8 @@ def _backend(q: Tensor, rules: DecodeRules) -> Callable[..., tuple[Tensor, Tenso
 def _fused(q: Tensor, rules: DecodeRules) -> tuple[Callable[..., tuple[Tensor, Tensor]], str, str]:
     """The fastest `decode`, its name and the reason."""
     plain = decode_torch.decode, "torch"
+    if not torch.compiler.is_compiling() and not has_values(q):
+        return *plain, "the tensors hold no values"
     if q.device.type == "cuda":
         try:
             from .kernels.triton import decode as decode_triton
@@ -173,8 +185,8 @@ def _check(
     for name, x in tensors.items():
         if scaled[name] is None:
             # past a sequence's length a buffer may hold anything, NaN too
-            with checked(is_checked() and (name == "q" or rules.kv_lens is None)):
-                require_float(name, x)
+            require_float(name, x, may_hold_nan=name != "q" and rules.kv_lens is not None)
+        require_tensor(name, x)
         if x.ndim != 4:
             raise ValueError(f"{name} must be [B, H, N, D], got shape {tuple(x.shape)}")
     require_alike(**{name: x for name, x in tensors.items() if scaled[name] is None})
@@ -183,6 +195,8 @@ def _check(
             raise ValueError(f"{name} is on {x.device} but q is on {q.device}; move them together")
         if scaled[name] is not None and x.dtype != torch.int8:
             raise TypeError(f"{name} with a scale must be int8, got {x.dtype}")
+    if v_scale is not None:
+        require_tensor("v_scale", v_scale)
     require(
         v_scale is None
         or (v_scale.shape == v.shape[:3] and v_scale.dtype == torch.float32 and v_scale.device == q.device),
@@ -197,8 +211,7 @@ def _check(
         v.shape[1] > 0 and q.shape[1] % v.shape[1] == 0,
         lambda: f"query heads must be a multiple of kv heads, got {q.shape[1]} and {v.shape[1]}",
     )
-    require(rules.window is None or rules.window >= 1, lambda: f"window must be at least 1 or None, got {rules.window}")
-    require(0 <= value_tolerance < 1, lambda: f"value_tolerance must be in [0, 1), got {value_tolerance}")
+    require_tolerance(value_tolerance)
     batch, n = q.shape[0], v.shape[2]
     if rules.page_table is None:
         require(v.shape[0] == batch, lambda: f"q has batch {batch}, codes and v {v.shape[0]}; they must agree")
@@ -208,16 +221,17 @@ def _check(
     if padding is not None:
         require_padding(padding, batch, n, q.device)
     if kv_lens is not None:
+        require_tensor("kv_lens", kv_lens)
         require(
             kv_lens.shape == (batch,) and kv_lens.dtype in (torch.int32, torch.int64),
             lambda: f"kv_lens must be [B] = [{batch}] int32 or int64, got {kv_lens.dtype} {tuple(kv_lens.shape)}",
         )
-        if _looks_at_values(kv_lens):
+        if may_look(kv_lens):
             require(
                 bool((kv_lens >= 0).all()) and bool((kv_lens <= n).all()),
                 lambda: f"kv_lens must be 0 to the {n} keys held, got {kv_lens.tolist()}",
             )
-    if not _looks_at_values(v):
+    if not may_look(v):
         return
     if kv_lens is None:
         codes.check_indices()
@@ -232,6 +246,7 @@ def _check_pages(batch: int, v: Tensor, page_table: Tensor, kv_lens: Tensor | No
     """Checks of paged caches; the number of keys that the table has room for."""
     page_size = v.shape[2]
     require_page_size(page_size)
+    require_tensor("page_table", page_table)
     require(
         page_table.ndim == 2 and page_table.shape[0] == batch and page_table.dtype == torch.int32
         and page_table.device == v.device,
@@ -250,8 +265,3 @@ def _check_page_ids(page_table: Tensor, kv_lens: Tensor, v: Tensor) -> None:
         bool((ids >= 0).all()) and bool((ids < pages).all()),
         f"page_table names pages outside of the pool of {pages}",
     )
-
-
-def _looks_at_values(x: Tensor) -> bool:
-    """Whether a check may read x: on a GPU that is a sync, for checked mode alone."""
-    return not torch.compiler.is_compiling() and (x.device.type == "cpu" or is_checked())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,6 +32,12 @@ class AttentionMask:
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0
 
+    def without_idle_window(self, n_q: int, n_k: int) -> AttentionMask:
+        """The same mask; without its window if that is too wide to hide a key."""
+        if self.window is None or self.window < max(n_q, n_k):
+            return self
+        return replace(self, window=None)
+
     def segments(self, n_q: int, n_k: int) -> list[tuple[slice, slice]]:
         """Row and key ranges of the packed sequences; one range over everything when nothing is packed."""
         if self.cu_seqlens_q is None or self.cu_seqlens_k is None:
@@ -47,8 +53,9 @@ class AttentionMask:
         end = position + 1 if self.is_causal else torch.full_like(position, n_k)
         start = torch.zeros_like(position)
         if self.window is not None:
-            start = position - self.window + 1
-            end = torch.minimum(end, position + self.window)
+            window = min(self.window, n_q + n_k)  # as wide as any, and no sum with it wraps around
+            start = position - window + 1
+            end = torch.minimum(end, position + window)
         return start.clamp(0, n_k), end.clamp(0, n_k)
 
     def to_bool(self, n_q: int, n_k: int, device: torch.device) -> Tensor:

@@ -7,8 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import GRADIENTS, sparse_feature_attention
-from .checks import query_budget, require, require_budget
+from .attention import BACKENDS, GRADIENTS, sparse_feature_attention
+from .checks import (
+    checked_window,
+    query_budget,
+    require,
+    require_bool,
+    require_budget,
+    require_choice,
+    require_int,
+    require_no_gradient,
+    require_number,
+)
 from .decode import attend_cached
 from .kv_cache import SparseKVCache
 
@@ -28,11 +38,11 @@ class SparseFeatureAttention(nn.Module):
             top-k; "none" leaves positions to the caller (learned embeddings, say).
         qk_norm: RMS-normalise queries and keys per head.
         window: see only the `window` most recent tokens.
-        gradient: as in `sparse_feature_attention`.
+        gradient, backend: as in `sparse_feature_attention`; a call with a cache has one backend.
         bias: biases in the projections.
         rope_theta: base of the rotary frequencies.
 
-    Raises `ValueError` for sizes that do not fit.
+    Raises `TypeError` or `ValueError` for sizes that do not fit.
     """
 
     def __init__(
@@ -50,11 +60,14 @@ class SparseFeatureAttention(nn.Module):
         qk_norm: bool = False,
         window: int | None = None,
         gradient: str = "kept",
+        backend: str = "auto",
         bias: bool = False,
         rope_theta: float = 10000.0,
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        for name, size in (("embed_dim", embed_dim), ("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+            require_int(name, size, 1)
         if head_dim is None:
             require(
                 embed_dim % num_heads == 0,
@@ -66,10 +79,14 @@ class SparseFeatureAttention(nn.Module):
             f"num_heads {num_heads} must be a multiple of num_kv_heads {num_kv_heads}",
         )
         require_budget(topk, head_dim, dense_dims)
-        require(window is None or window >= 1, f"window must be at least 1 or None, got {window}")
         query_budget(topk_query, topk, head_dim, dense_dims, query_pattern)
-        require(gradient in GRADIENTS, f"gradient must be one of {', '.join(GRADIENTS)}; got {gradient!r}")
-        require(positions in POSITIONS, f"positions must be one of {', '.join(POSITIONS)}; got {positions!r}")
+        require_choice("gradient", gradient, GRADIENTS)
+        require_choice("backend", backend, BACKENDS)
+        require_choice("positions", positions, POSITIONS)
+        require_bool("qk_norm", qk_norm)
+        require_bool("bias", bias)
+        require_number("rope_theta", rope_theta)
+        require(rope_theta > 0, f"rope_theta must be positive, got {rope_theta}")
         self.rotary_dims = {"channel": dense_dims, "full": head_dim, "none": 0}[positions]
         require(
             self.rotary_dims % 2 == 0 and (positions != "channel" or dense_dims >= 2),
@@ -78,8 +95,8 @@ class SparseFeatureAttention(nn.Module):
         )
         self.topk, self.topk_query, self.dense_dims, self.query_pattern = topk, topk_query, dense_dims, query_pattern
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
-        self.positions, self.window, self.rope_theta = positions, window, rope_theta
-        self.gradient = gradient
+        self.positions, self.window, self.rope_theta = positions, checked_window(window), rope_theta
+        self.gradient, self.backend = gradient, backend
         self.q_proj = nn.Linear(embed_dim, num_heads * head_dim, bias=bias)
         self.k_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias)
@@ -93,7 +110,7 @@ class SparseFeatureAttention(nn.Module):
 
     def forward(self, x: Tensor, cache: SparseKVCache | None = None) -> Tensor:
         """x [B, N, embed_dim] to the same shape. With a cache, of `make_cache` or an 8-bit one of this module's budgets, the N
-        tokens follow those it holds, and join them."""
+        tokens follow those it holds, and join them; no gradient then, and a call that asks for one is refused."""
         seen = 0 if cache is None else len(cache)
         q = self.q_norm(self.q_proj(x).unflatten(-1, (self.num_heads, -1))).transpose(1, 2)  # [B, Hq, N, D]
         k = self.k_norm(self.k_proj(x).unflatten(-1, (self.num_kv_heads, -1))).transpose(1, 2)  # [B, Hkv, N, D]
@@ -102,6 +119,7 @@ class SparseFeatureAttention(nn.Module):
             positions = torch.arange(seen, seen + x.shape[1], device=x.device)
             turn = rotation(positions, self.rotary_dims, self.rope_theta)
             q, k = rotate(q, *turn), rotate(k, *turn)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast norms and RoPE are in float32
         out: Any
         rules: dict[str, Any] = {
             "topk_query": self.topk_query,
@@ -110,11 +128,21 @@ class SparseFeatureAttention(nn.Module):
         }
         if cache is None:
             out = sparse_feature_attention(
-                q, k, v, topk=self.topk, dense_dims=self.dense_dims, is_causal=True, gradient=self.gradient, **rules
+                q, k, v, topk=self.topk, dense_dims=self.dense_dims, is_causal=True, gradient=self.gradient,
+                backend=self.backend, **rules,
             )  # fmt: skip
         else:
-            codes, held = cache.append(k, v)
-            out = attend_cached(q, codes, held, v_scale=cache.v_scale, **rules)
+            require_no_gradient(q, k, v)
+            require(
+                (cache.topk, cache.dense_dims) == (self.topk, self.dense_dims),
+                lambda: (
+                    f"the cache keeps topk={cache.topk}, dense_dims={cache.dense_dims}, the module topk={self.topk}, "
+                    f"dense_dims={self.dense_dims}: take one of make_cache()"
+                ),
+            )
+            kept = v.dtype if cache.input_dtype is None else cache.input_dtype  # autocast may have come or gone since
+            codes, held = cache.append(k.to(kept), v.to(kept))
+            out = attend_cached(q.to(kept), codes, held, v_scale=cache.v_scale, **rules).to(v.dtype)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def extra_repr(self) -> str:

@@ -8,16 +8,28 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .checks import require, require_alike, require_budget, require_keys_and_values, require_page_size
+from .checks import (
+    require,
+    require_alike,
+    require_budget,
+    require_int,
+    require_keys_and_values,
+    require_no_gradient,
+    require_page_size,
+)
 from .codes import FeatureCodes, topk_codes
+from .contexts import lasting_tensors
 
 
 class PagedSparseKVCache:
     """A pool of `pages` pages of `page_size` tokens; sequences are named by the integers that `add` and `fork` return.
+
+    A call that raises, for whatever reason, leaves the cache as it was.
 
     Args:
         topk, dense_dims: the key code, as in `topk_codes`.
@@ -32,7 +44,9 @@ class PagedSparseKVCache:
     """
 
     def __init__(self, topk: int, *, dense_dims: int = 0, pages: int, page_size: int = 64) -> None:
-        require(pages >= 1, f"a pool needs at least 1 page, got {pages}")
+        require_int("topk", topk, 1, 256)
+        require_int("dense_dims", dense_dims, 0, 255)
+        require_int("pages", pages, 1)
         require_page_size(page_size)
         self.topk, self.dense_dims, self.page_size = topk, dense_dims, page_size
         self._holders = [0] * pages  # sequences that hold each page
@@ -92,27 +106,30 @@ class PagedSparseKVCache:
         """Code the keys k [B, Hkv, N, D] and store them with v [B, Hkv, N, Dv] as N more tokens of each of B sequences.
 
         Raises:
-            TypeError, ValueError: k and v do not fit each other, the sequences or the pool.
-            RuntimeError: too few free pages. Nothing is stored in either case.
+            TypeError, ValueError: k and v do not fit each other, the sequences or the pool, or ask for a gradient.
+            RuntimeError: too few free pages.
         """
         self._check(sequences, k, v)
-        needed = self._missing_pages(sequences, k.shape[2])
-        if needed > self.free_pages:
-            raise RuntimeError(f"appending needs {needed} pages, {self.free_pages} are free: free a sequence first")
+        if not sequences:
+            return
+        batch, tokens, size = len(sequences), k.shape[2], self.page_size
+        plan = self._plan(sequences, tokens)
         fresh = topk_codes(k.detach(), self.topk, dense_dims=self.dense_dims)
-        if self._codes is None or self._v is None:
-            self._codes, self._v = self._allocate(k, v)
-        for sequence in sequences:  # from here on nothing large is allocated that could fail
-            self._reserve(sequence, k.shape[2])
-        at = [range(self._lengths[s], self._lengths[s] + k.shape[2]) for s in sequences]
-        page = [[self._held[s][i // self.page_size] for i in span] for s, span in zip(sequences, at, strict=True)]
-        pages = torch.tensor(page, device=k.device, dtype=torch.long).reshape(len(sequences), -1)  # [B, N]
-        slots = torch.tensor([list(span) for span in at], device=k.device, dtype=torch.long) % self.page_size  # [B, N]
+        codes, pool_v = self._allocate(k, v) if self._codes is None or self._v is None else (self._codes, self._v)
+        at = [range(self._lengths[s], self._lengths[s] + tokens) for s in sequences]
+        page = [[pages[i // size] for i in span] for pages, span in zip(plan.held, at, strict=True)]
+        pages = torch.tensor(page, device=k.device, dtype=torch.long).reshape(batch, tokens)
+        slots = (
+            torch.tensor([list(span) for span in at], device=k.device, dtype=torch.long).reshape(batch, tokens) % size
+        )
+        # Until the end this writes where no sequence looks: pages that are free, and slots past a sequence's length.
         new = (fresh.dense, fresh.values, fresh.indices, v.detach())
-        for pool, x in zip(self._all_pools(), new, strict=True):
-            pool[pages, :, slots.reshape_as(pages)] = x.transpose(1, 2)  # [B, N, Hkv, C]
-        for sequence in sequences:
-            self._lengths[sequence] += k.shape[2]
+        for pool, x in zip((codes.dense, codes.values, codes.indices, pool_v), new, strict=True):
+            if plan.copies:
+                pool[plan.copies] = pool[plan.shared]
+            pool[pages, :, slots] = x.transpose(1, 2)  # [B, N, Hkv, C]
+        self._codes, self._v = codes, pool_v
+        self._commit(sequences, plan, tokens)
 
     def lookup(self, sequences: Sequence[int]) -> dict[str, Tensor]:
         """`kv_lens` [B] int32 and `page_table` [B, max_pages] int32 of B sequences, for `sparse_feature_decode`."""
@@ -132,50 +149,54 @@ class PagedSparseKVCache:
             raise RuntimeError("the cache is empty: append keys and values first")
         return self._codes, self._v
 
-    def _all_pools(self) -> tuple[Tensor, ...]:
-        codes, v = self._pools()
-        return codes.dense, codes.values, codes.indices, v
-
     def _allocate(self, k: Tensor, v: Tensor) -> tuple[FeatureCodes, Tensor]:
         rows = (len(self._holders), k.shape[1], self.page_size)
-        codes = FeatureCodes(
-            k.new_empty((*rows, self.dense_dims)),
-            k.new_empty((*rows, self.topk)),
-            k.new_empty((*rows, self.topk), dtype=torch.uint8),
-            k.shape[-1],
-        )
-        return codes, v.new_empty((*rows, v.shape[-1]))
+        with lasting_tensors():
+            codes = FeatureCodes(
+                k.new_empty((*rows, self.dense_dims)),
+                k.new_empty((*rows, self.topk)),
+                k.new_empty((*rows, self.topk), dtype=torch.uint8),
+                k.shape[-1],
+            )
+            return codes, v.new_empty((*rows, v.shape[-1]))
 
     def _name(self, pages: list[int], length: int) -> int:
         name, self._next = self._next, self._next + 1
         self._held[name], self._lengths[name] = pages, length
         return name
 
-    def _missing_pages(self, sequences: Sequence[int], tokens: int) -> int:
-        """Pages that `tokens` more tokens of each sequence take from the pool."""
-        filled = sum(-(-(self._lengths[s] + tokens) // self.page_size) - len(self._held[s]) for s in sequences)
-        parting = Counter(self._held[s][-1] for s in sequences if tokens > 0 and self._must_copy(s))
-        # the last holder of a page keeps it
-        return filled + sum(min(count, self._holders[page] - 1) for page, count in parting.items())
+    def _plan(self, sequences: Sequence[int], tokens: int) -> _Plan:
+        """Where `tokens` more tokens of each sequence go. Changes nothing; `_commit` does."""
+        held, shared, parted = [list(self._held[s]) for s in sequences], [], Counter[int]()
+        copies, taken = [], 0
 
-    def _must_copy(self, sequence: int) -> bool:
-        """Whether the sequence's last page has room left but another holder too."""
-        return self._lengths[sequence] % self.page_size > 0 and self._holders[self._held[sequence][-1]] > 1
+        def take() -> int:
+            nonlocal taken
+            taken += 1
+            return self._free[-taken] if taken <= self.free_pages else -1
 
-    def _reserve(self, sequence: int, tokens: int) -> None:
-        held = self._held[sequence]
-        if tokens > 0 and self._must_copy(sequence):
-            shared, held[-1] = held[-1], self._take()
-            for pool in self._all_pools():
-                pool[held[-1]] = pool[shared]
-            self._release(shared)
-        while len(held) * self.page_size < self._lengths[sequence] + tokens:
-            held.append(self._take())
+        for sequence, pages in zip(sequences, held, strict=True):
+            length = self._lengths[sequence]
+            # a page with room left that another holder has, too, is copied; the last holder keeps it
+            if tokens and length % self.page_size and self._holders[pages[-1]] - parted[pages[-1]] > 1:
+                parted[pages[-1]] += 1
+                shared.append(pages[-1])
+                pages[-1] = take()
+                copies.append(pages[-1])
+            while len(pages) * self.page_size < length + tokens:
+                pages.append(take())
+        if taken > self.free_pages:
+            raise RuntimeError(f"appending needs {taken} pages, {self.free_pages} are free: free a sequence first")
+        return _Plan(held, shared, copies, taken)
 
-    def _take(self) -> int:
-        page = self._free.pop()
-        self._holders[page] = 1
-        return page
+    def _commit(self, sequences: Sequence[int], plan: _Plan, tokens: int) -> None:
+        for page in plan.shared:
+            self._holders[page] -= 1
+        for _ in range(plan.taken):
+            self._holders[self._free.pop()] = 1
+        for sequence, pages in zip(sequences, plan.held, strict=True):
+            self._held[sequence] = pages
+            self._lengths[sequence] += tokens
 
     def _release(self, page: int) -> None:
         self._holders[page] -= 1
@@ -190,6 +211,7 @@ class PagedSparseKVCache:
             self._require_known(sequence)
         require(len(set(sequences)) == len(sequences), f"each sequence can be appended to once, got {list(sequences)}")
         require_keys_and_values(k, v)
+        require_no_gradient(k, v)
         require(
             k.shape[0] == len(sequences),
             f"k and v must share [B, Hkv, N] with B = {len(sequences)} sequences, got {tuple(k.shape)} and {tuple(v.shape)}",
@@ -205,3 +227,13 @@ class PagedSparseKVCache:
                     f"{name} {tuple(new.shape)} does not fit a pool of {heads} kv heads and width {width}",
                 )
             require_alike(pool=self._v, k=k)
+
+
+class _Plan(NamedTuple):
+    """Where an append goes: the pages `held` by each sequence after it, which `shared` pages are copied to which free ones
+    (`copies`), and how many free pages are `taken` from the end of the list."""
+
+    held: list[list[int]]
+    shared: list[int]
+    copies: list[int]
+    taken: int

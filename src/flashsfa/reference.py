@@ -20,10 +20,26 @@ def topk_rows(x: Tensor, topk: int, *, dense_dims: int = 0, pattern: str | None 
     rest = x[..., dense_dims:]
     if pattern == "2:4":
         rest = topk_rows(rest.unflatten(-1, (-1, 4)), 2).flatten(-2)
-    magnitude = rest.abs().masked_fill(rest.isnan(), math.nan)  # CUDA's abs and sort keep a NaN's sign
+    magnitude = rest.detach().abs().masked_fill(rest.isnan(), math.nan)  # CUDA's abs and sort keep a NaN's sign
     order = magnitude.sort(dim=-1, descending=True, stable=True).indices[..., :topk]
     kept = torch.zeros_like(rest).scatter(-1, order, rest.gather(-1, order))
     return torch.cat((x[..., :dense_dims], kept), dim=-1)
+
+
+def sparse_rows(
+    x: Tensor, topk: int, *, dense_dims: int = 0, pattern: str | None = None, gradient: str = "kept"
+) -> Tensor:
+    """`topk_rows` by the operator's rules: a `topk` of D keeps all, and a `gradient` of "all" goes straight through."""
+    if topk == x.shape[-1] and pattern is None:
+        return x
+    rows = topk_rows(x, topk, dense_dims=dense_dims, pattern=pattern)
+    return rows if gradient == "kept" else rows.detach() + (x - x.detach())
+
+
+def code_rows(dense: Tensor, values: Tensor, indices: Tensor, head_dim: int) -> Tensor:
+    """The rows [..., D] of a code: its dense channel [..., M], and `values` [..., K] at `indices` of the rest."""
+    rest = values.new_zeros((*values.shape[:-1], head_dim - dense.shape[-1]))
+    return torch.cat((dense, rest.scatter(-1, indices.long(), values)), dim=-1)
 
 
 def attention(
@@ -32,7 +48,8 @@ def attention(
     """Softmax attention over rows that are already sparse: softmax(scale · q kᵀ) v and its log-sum-exp.
 
     A pair of rows without a shared feature has score 0 and keeps its weight exp(0). A query that sees no key
-    gets output 0 and log-sum-exp -inf.
+    gets output 0 and log-sum-exp -inf. What stands in a key or value that no query sees does not matter, NaN included; a NaN
+    that a query sees makes its output NaN. Differentiable any number of times, in both modes and under torch.func.
 
     Args:
         q: [B, Hq, N_q, D]; k: [B, Hkv, N_k, D]; v: [B, Hkv, N_k, Dv]; Hq a multiple of Hkv.
@@ -73,9 +90,13 @@ def _weights(
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    scores = scale * (q @ k.mT)  # [B, Hq, N_q, N_k]
-    if mask is not None:
-        scores = scores.masked_fill(~mask.to_bool(q.shape[-2], k.shape[-2], q.device), -math.inf)
+    if mask is None:
+        scores = scale * (q @ k.mT)  # [B, Hq, N_q, N_k]
+    else:
+        visible = mask.to_bool(q.shape[-2], k.shape[-2], q.device)  # [B or 1, 1, N_q, N_k]
+        unseen = ~visible.any(-2)[..., None]  # [B or 1, 1, N_k, 1]
+        k, v = k.masked_fill(unseen, 0), v.masked_fill(unseen, 0)  # weight 0 times NaN is NaN
+        scores = (scale * (q @ k.mT)).masked_fill(~visible, -math.inf)
     lse = scores.logsumexp(-1)  # [B, Hq, N_q]
     finite = lse.clamp(min=torch.finfo(lse.dtype).min)  # a row that sees no key gets weights exp(-inf) = 0
     return k, v, (scores - finite[..., None]).exp(), lse
@@ -92,9 +113,10 @@ def sparse_feature_attention(
     query_pattern: str | None = None,
     mask: AttentionMask | None = None,
     scale: float | None = None,
+    gradient: str = "kept",
 ) -> tuple[Tensor, Tensor]:
-    """Top-k of both sides, then `attention`. Budgets as in `flashsfa.sparse_feature_attention`."""
+    """Top-k of both sides, then `attention`. Arguments as in `flashsfa.sparse_feature_attention`."""
     topk_query = topk if topk_query is None else topk_query
-    if topk_query < q.shape[-1]:
-        q = topk_rows(q, topk_query, dense_dims=dense_dims, pattern=query_pattern)
-    return attention(q, topk_rows(k, topk, dense_dims=dense_dims), v, mask=mask, scale=scale)
+    q = sparse_rows(q, topk_query, dense_dims=dense_dims, pattern=query_pattern, gradient=gradient)
+    k = sparse_rows(k, topk, dense_dims=dense_dims, gradient=gradient)
+    return attention(q, k, v, mask=mask, scale=scale)

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..checks import has_values
 from ..codes import FeatureCodes, topk_codes
+from ..contexts import without_autocast
 
 _BLOCK_KEYS = 2048  # keys a block: its gathered features stay in the CPU's cache
 
@@ -43,7 +45,7 @@ class DecodeRules:
         key = torch.arange(n, device=device)
         visible = key <= position
         if self.window is not None:
-            visible = visible & (key > position - self.window)
+            visible = visible & (key > position - min(self.window, m + n))  # no wider one hides less
         if self.key_padding_mask is not None:
             visible = visible & ~self.key_padding_mask[:, None]
         return visible
@@ -73,6 +75,20 @@ def decode(
     Returns:
         out [B, Hq, M, Dv] in q's dtype and lse [B, Hq, M] float32 (float64 for float64).
     """
+    with without_autocast(q.device):
+        return _decode(q, codes, v, rules, scale, value_tolerance, topk_query, v_scale)
+
+
+def _decode(
+    q: Tensor,
+    codes: FeatureCodes,
+    v: Tensor,
+    rules: DecodeRules,
+    scale: float,
+    value_tolerance: float,
+    topk_query: int | None,
+    v_scale: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     if topk_query is not None:
         q = topk_codes(q, topk_query, dense_dims=codes.dense_dims).to_dense()
     if rules.page_table is not None:
@@ -81,22 +97,22 @@ def decode(
         codes = codes.to(torch.float32)
     if v_scale is not None:
         v = v.float() * v_scale[..., None]
-    m, n = q.shape[2], v.shape[2]
+    m, n, group = q.shape[2], v.shape[2], q.shape[1] // v.shape[1]
     # the query heads of a kv head and its M tokens are the rows of one small matrix
-    grouped = q.unflatten(1, (v.shape[1], -1)).flatten(2, 3)  # [B, Hkv, G·M, D]
+    grouped = q.unflatten(1, (v.shape[1], group)).flatten(2, 3)  # [B, Hkv, G·M, D]
     scores = scale * _scores(grouped.to(_compute_dtype(q.dtype)), codes)  # [B, Hkv, G·M, N]
     visible = rules.visible(m, n, q.device)  # [B or 1, M, N]
     if visible is not None:
         seen = visible.any(1)[:, None, :, None]  # [B or 1, 1, N, 1]
-        if torch.compiler.is_compiling() or not bool(seen.all()):
+        if not has_values(seen) or not bool(seen.all()):
             v = v.where(seen, 0)  # weight 0 times whatever an unfilled buffer holds must be 0, NaN included
-        visible = visible.repeat(1, scores.shape[2] // m, 1)[:, None]  # rows run over G, then M
+        visible = visible.repeat(1, group, 1)[:, None]  # rows run over G, then M
         scores = scores.masked_fill(~visible, -math.inf)
     lse = scores.logsumexp(-1)  # [B, Hkv, G·M]
     weights = (scores - lse.clamp(min=torch.finfo(lse.dtype).min)[..., None]).exp_()
     out = _weigh_some(weights, v, value_tolerance) if value_tolerance > 0 else _weigh_all(weights, v)
-    out = out.unflatten(2, (-1, m)).flatten(1, 2).to(q.dtype)  # [B, Hq, M, Dv]
-    return out, lse.unflatten(2, (-1, m)).flatten(1, 2)
+    out = out.unflatten(2, (group, m)).flatten(1, 2).to(q.dtype)  # [B, Hq, M, Dv]
+    return out, lse.unflatten(2, (group, m)).flatten(1, 2)
 
 
 def _gather_pages(
@@ -122,8 +138,8 @@ def _scores(q: Tensor, codes: FeatureCodes) -> Tensor:
     split, rows = codes.dense_dims, q.shape[2]
     q_dense, q_sparse = q[..., :split], q[..., split:]
     scores = q.new_empty((*q.shape[:3], codes.values.shape[2]))
-    for start in range(0, scores.shape[-1], _BLOCK_KEYS):
-        block = codes[:, :, start : start + _BLOCK_KEYS]
+    for keys in _blocks(scores.shape[-1]):
+        block = codes[:, :, keys]
         # an unfilled buffer may hold any index; its scores are masked
         where = block.indices.long().clamp(max=codes.sparse_dims - 1)
         where = where.flatten(2)[:, :, None].expand(-1, -1, rows, -1)  # [B, Hkv, R, n·K]
@@ -132,8 +148,15 @@ def _scores(q: Tensor, codes: FeatureCodes) -> Tensor:
         part = (shared.transpose(2, 3) @ values).squeeze(-1).mT  # [B, Hkv, R, n]
         if split:
             part = part + q_dense @ block.dense.to(q.dtype).mT
-        scores[..., start : start + _BLOCK_KEYS] = part
+        scores[..., keys] = part
     return scores
+
+
+def _blocks(n: int) -> list[slice]:
+    """The keys 0 to n in blocks; in one where a graph is compiled, which a loop would bind to one n."""
+    if torch.compiler.is_compiling():
+        return [slice(None)]
+    return [slice(start, start + _BLOCK_KEYS) for start in range(0, n, _BLOCK_KEYS)]
 
 
 def _weigh_all(weights: Tensor, v: Tensor) -> Tensor:
@@ -141,8 +164,7 @@ def _weigh_all(weights: Tensor, v: Tensor) -> Tensor:
     if v.dtype == weights.dtype:
         return weights @ v
     out = weights.new_zeros((*weights.shape[:3], v.shape[-1]))
-    for start in range(0, v.shape[2], _BLOCK_KEYS):  # widen V a block at a time, never whole
-        keys = slice(start, start + _BLOCK_KEYS)
+    for keys in _blocks(v.shape[2]):  # widen V a block at a time, never whole
         out += weights[..., keys] @ v[:, :, keys].to(weights.dtype)
     return out
 

@@ -25,6 +25,8 @@ _CUDNN_SHORTEST = 64  # cuDNN refuses some shorter sequences, and is no faster o
 # cuDNN's causality is square: a chunk of queries after earlier keys is two calls and a merge, FlashAttention-2's is
 # one call. At some 600 and 350 TFLOP/s on an H100 cuDNN saves 1.2 us per GFLOP; two more launches cost about 50 us.
 _CUDNN_CHUNK_FLOPS = 40e9
+_SMALLEST_SCALE = 1e-30  # well within float32, in which kernels scale
+_ROWS_AT_ONCE = 128  # rows computed anew: their scores are kept in full
 
 
 def choose_kernel(q: Tensor, v: Tensor, mask: AttentionMask) -> tuple[Kernel | None, str]:
@@ -66,7 +68,8 @@ def forward(
     """Attention of q [B, Hq, N_q, D], k [B, Hkv, N_k, D], v [B, Hkv, N_k, Dv] under `mask`: out [B, Hq, N_q, Dv]
     and lse [B, Hq, N_q] (float32, or float64 for float64 inputs). Rows that see nothing: 0 and -inf."""
     v_dim = v.shape[-1]
-    q, k, v = kernel.pad(q, k, v)
+    q, scale, _ = _positive(q, scale)
+    q, k, v = kernel.pad(q, *_blank_padding(mask, k, v))
     if isinstance(kernel, CudaFlash) and min(q.shape[-2], k.shape[-2]) > 0:
         out, lse = kernel.forward_masked(q, k, v, mask, scale)
         return out[..., :v_dim], lse
@@ -79,6 +82,8 @@ def forward(
         if piece.empty_rows is not None:
             part_lse = part_lse.masked_fill(piece.empty_rows, -math.inf)
             part = part.masked_fill(piece.empty_rows[..., None], 0)
+        if kernel.loses_nan:
+            _restore_nan(part, part_lse, q[..., rows, :], k[..., keys, :], v[..., keys, :], piece, scale)
         return part, part_lse
 
     pieces = _pieces(mask, q.shape[-2], k.shape[-2], q.device)
@@ -104,6 +109,22 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v for `forward`'s result."""
+    q, scale, factor = _positive(q, scale)
+    dq, dk, dv = _backward(kernel, grad_out, q, *_blank_padding(mask, k, v), out, lse, mask, scale)
+    return dq if factor == 1 else dq * factor, dk, dv
+
+
+def _backward(
+    kernel: Kernel,
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: AttentionMask,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     k_dim, v_dim = k.shape[-1], v.shape[-1]
     q, k, v = kernel.pad(q, k, v)
     if v.shape[-1] > v_dim:  # F.pad copies even where there is nothing to pad
@@ -138,6 +159,52 @@ def backward(
             total[..., where, :] += part
     dq, dk, dv = (total.to(q.dtype) for total in totals)
     return dq[..., :k_dim], dk[..., :k_dim], dv[..., :v_dim]
+
+
+def _positive(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
+    """q, its scale and the factor taken into q, such that the scale is positive: kernels take row maxima before they scale, or
+    scale a mask's -inf, and return NaN for others."""
+    if scale >= _SMALLEST_SCALE:
+        return q, scale, 1.0
+    factor, scale = (-1.0, -scale) if scale <= -_SMALLEST_SCALE else (scale, 1.0)
+    return q * factor, scale, factor
+
+
+def _blank_padding(mask: AttentionMask, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """k and v [B, H, N, D] with zeros where a key is padding: whatever stands there, NaN too, must not reach a sum."""
+    if mask.key_padding_mask is None:
+        return k, v
+    padding = mask.key_padding_mask[:, None, :, None]  # [B, 1, N, 1]
+    return k.masked_fill(padding, 0), v.masked_fill(padding, 0)
+
+
+def _restore_nan(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, piece: _Piece, scale: float) -> None:
+    """Compute anew, in place and in plain PyTorch, the rows of out [B, Hq, R, D] and lse [B, Hq, R] that a kernel may have lost:
+    torch's CPU kernel takes the maximum of a row of NaN for -inf, and returns 0 with a log-sum-exp of 0."""
+    lost = ~lse.isfinite()
+    if piece.empty_rows is not None:
+        lost &= ~piece.empty_rows
+    zero = lse == 0  # of honest rows too, so their output is looked at
+    if bool(zero.any()):
+        lost[zero] = (out[zero] == 0).all(-1)
+    if not bool(lost.any()):
+        return
+    keys, values = (x.to(lse.dtype)[:, :, None] for x in (k, v))  # [B, Hkv, 1, N, D]
+    for rows in lost.flatten(0, 1).any(0).nonzero()[:, 0].split(_ROWS_AT_ONCE):
+        queries = q[:, :, rows].to(lse.dtype).unflatten(1, (k.shape[1], -1))  # [B, Hkv, G, R, D]
+        scores = (scale * (queries @ keys.mT)).flatten(1, 2)  # [B, Hq, R, N]
+        if piece.is_causal:
+            scores = scores.masked_fill(torch.arange(k.shape[2], device=q.device) > rows[:, None], -math.inf)
+        if piece.hidden is not None:
+            hidden = piece.hidden if piece.hidden.shape[-2] == 1 else piece.hidden[..., rows, :]
+            scores = scores.masked_fill(hidden, -math.inf)
+        total = scores.logsumexp(-1)  # [B, Hq, R]
+        finite = total.clamp(min=torch.finfo(total.dtype).min)
+        weights = (scores - finite[..., None]).exp().unflatten(1, (k.shape[1], -1))
+        rebuilt = (weights @ values).flatten(1, 2).to(out.dtype)
+        again = lost[:, :, rows]
+        lse[:, :, rows] = total.where(again, lse[:, :, rows])
+        out[:, :, rows] = rebuilt.where(again[..., None], out[:, :, rows])
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -242,6 +309,7 @@ class Kernel:
     """
 
     multiple = 1  # the head width must be a multiple of this
+    loses_nan = False  # whether NaN and infinity can become finite output
 
     def pad(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Zero columns until q, k and v share one width: they change no score and no kept output column."""
@@ -273,6 +341,8 @@ class Kernel:
 class CpuFlash(Kernel):
     """torch's blocked CPU kernel: all float dtypes, any head ratio, bias together with causality."""
 
+    loses_nan = True
+
     def forward(self, q, k, v, bias, is_causal, scale):  # type: ignore[no-untyped-def]
         return _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, attn_mask=bias, scale=scale)
 
@@ -295,8 +365,10 @@ class CudaFlash(Kernel):
         out, lse, *_ = _aten._flash_attention_forward(
             *rows, **self._mask_arguments(q, k, mask, scale), return_debug_mask=False
         )
-        lse = lse if lse.ndim == 3 else lse[None]
-        return self._heads(out, mask), lse.masked_fill(lse == math.inf, -math.inf)  # FA2 writes +inf for empty rows
+        lse, out = lse if lse.ndim == 3 else lse[None], self._heads(out, mask)
+        # FA2 writes +inf for rows that see nothing, whose output is 0, and for rows with NaN
+        unseen = out[..., 0].to(lse.dtype).where(out[..., 0].isnan(), -math.inf)
+        return out, lse.where(lse != math.inf, unseen)
 
     def backward_masked(
         self,
