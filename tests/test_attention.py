@@ -84,7 +84,7 @@ def assert_error_rule(
     truth = outputs_and_gradients(plain, *(x.double() for x in rows))
     kept = (1, 1, q_kept, k_kept, 1) if gradient == "kept" else (1, 1, 1, 1, 1)
     # dq and dk are differences of terms as large as grad_out · out; where these cancel, their rounding stays.
-    terms = (1 / math.sqrt(q.shape[-1]) if scale is None else scale) * largest((grad_out * truth[0]).abs().sum(-1))
+    terms = (1 / math.sqrt(q.shape[-1]) if scale is None else abs(scale)) * largest((grad_out * truth[0]).abs().sum(-1))
     terms = (0, 0, terms * largest(k_sparse), terms * largest(q_sparse), 0)
     eps = torch.finfo(q.dtype).eps
     names = ("out", "lse", "dq", "dk", "dv")

@@ -122,8 +122,9 @@ class SparseKVCache:
                 more = max(_GROWTH_TOKENS, self.capacity // 4)
                 held = held.moved(0, self._length, max(end, self.capacity + more))
         self._write(held, k, v, start)
+        seen = held.codes[:, :, :end], held.v[:, :, :end]
         self._held, self._length = held, end
-        return self.codes, self.v
+        return seen
 
     def allocate(self, k: Tensor, v: Tensor) -> None:
         """Allocate `capacity` zeroed tokens for the codes of keys such as k [B, Hkv, any, D] and values such as v, and
