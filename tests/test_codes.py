@@ -45,8 +45,9 @@ def test_many_ties(head_dim, topk, dense_dims, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_head_dim(dtype):
-    for head_dim in range(1, 257):
+def test_every_head_dim(dtype, device):
+    sample = (1, 2, 3, 5, 8, 15, 16, 33, 64, 65, 100, 128, 129, 250, 255, 256)  # a kernel is compiled for each
+    for head_dim in range(1, 257) if device.type == "cpu" else sample:
         assert_selects(torch.randn(3, head_dim, dtype=dtype), (head_dim + 3) // 4)
 
 
