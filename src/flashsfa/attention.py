@@ -120,13 +120,12 @@ def sparse_feature_attention_varlen(
     gradient: str = "kept",
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`sparse_feature_attention` over packed sequences, each attending to itself alone.
+    """`sparse_feature_attention` over packed sequences, each attending to itself alone. Arguments that are not listed are as there.
 
     Args:
         q: [Tq, Hq, D]; k: [Tk, Hkv, D]; v: [Tk, Hkv, Dv]: the sequences one after another.
         cu_seqlens_q, cu_seqlens_k: [S + 1] int32 on the device of q: cumulative lengths from 0 to Tq and Tk.
         max_seqlen_q, max_seqlen_k: longest sequence; read from cu_seqlens when None (a device sync on a GPU).
-        The rest as in `sparse_feature_attention`.
 
     Returns:
         out [Tq, Hq, Dv]; with return_lse also lse [Hq, Tq].
