@@ -2,7 +2,7 @@
 
     python benchmarks/results_page.py          # `make results`
 
-Nothing is measured here and no figure is typed in: what no file holds stands as "not measured". A configuration has one name in all
+Nothing is measured here and no figure is typed in: what no file holds stands as –. A configuration has one name in all
 tables: `16+k16-int8` keeps 16 dense features and the 16 largest of the others of each key, in 8 bits.
 """
 
@@ -32,7 +32,7 @@ QWEN3 = ("training-qwen3-2026-11-26-030f89a", "training-qwen3-2026-11-26-f7db930
 TRIALS, STEP = "training-trials-2026-11-26-f7db930", "training-step-2026-11-26-f7db930"
 CONVERTED, CONVERTED_LONGER = "conversion-2026-11-28-COMMIT", "convert-8bit-2026-11-26-f7db930"
 DISTILLED, NEEDLE = "distill-2026-11-26-f7db930", "needle-2026-11-25-d2240b7"
-NOT_MEASURED = "not measured"
+NOT_MEASURED = "–"
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ A configuration has one name in all tables. It says what the cache keeps of each
 | `dense`, `dense-int8` | ordinary attention over 16-bit keys and values, and over an 8-bit cache of them |
 
 Queries are dense where nothing else is said: they are not cached. Speed is against the fastest dense kernel of the same run, over 16-bit keys
-and values. No kernel that reads an 8-bit dense cache has been timed: `dense-int8` has quality and bytes, and no milliseconds yet."""
+and values. – means not measured. No kernel that reads an 8-bit dense cache has been timed: `dense-int8` has quality and bytes, and no milliseconds yet."""
 
 
 # --- tables, one a claim

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -42,18 +43,26 @@ def _sections(parser: argparse.ArgumentParser, level: int = 2) -> Iterator[str]:
         for name, command in action.choices.items():
             sections = _sections(command, level)
             yield next(sections)
-            if helps.get(name):
+            if not any(isinstance(x, argparse._SubParsersAction) for x in command._actions):
                 yield f"{helps[name][0].upper()}{helps[name][1:]}."
             yield from sections
 
 
 def _usage(parser: argparse.ArgumentParser) -> str:
-    return re.sub(r"\s+", " ", parser.format_usage()).removeprefix("usage: ").strip()
+    words = re.sub(r"\s+", " ", parser.format_usage()).removeprefix("usage: ").strip()
+    return textwrap.fill(words, 88, subsequent_indent="    ", break_on_hyphens=False)
 
 
 def _row(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
-    names = ", ".join(f"`{name}`" for name in action.option_strings) or f"`{action.metavar or action.dest}`"
-    values = f" {{{', '.join(map(str, action.choices))}}}" if action.choices else f" {action.metavar}" if action.option_strings and action.metavar else ""
-    default = "required" if action.required and action.option_strings else "" if action.default in (None, False, argparse.SUPPRESS, [], ()) else f"`{action.default}`"
+    if action.choices:
+        value = " {" + ",".join(map(str, action.choices)) + "}"
+    else:
+        value = f" {action.metavar}" if action.option_strings and action.metavar else ""
+    names = (
+        ", ".join(action.option_strings) + value if action.option_strings else f"{action.metavar or action.dest}{value}"
+    )
+    default = "" if action.default in (None, False, argparse.SUPPRESS, [], ()) else f"`{action.default}`"
+    if action.required and action.option_strings:
+        default = "required"
     help = (action.help or "").replace("%(default)s", str(action.default)).replace("%%", "%")
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in (names + values, default, help)) + " |"
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in (f"`{names}`", default, help)) + " |"

@@ -77,7 +77,9 @@ def test_the_blocks_of_the_tutorial_on_converting_run(small_models, tmp_path, mo
 def anchors(page):
     """What a page can be entered at: its headings as they are turned into ids, and ids of its own."""
     headings = re.findall(r"^#+ (.*)$", page, flags=re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", x).strip().lower().replace(" ", "-") for x in headings} | set(re.findall(r'id="([^"]+)"', page))
+    return {re.sub(r"[^\w\- ]", "", x).strip().lower().replace(" ", "-") for x in headings} | set(
+        re.findall(r'id="([^"]+)"', page)
+    )
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/results/README.md"])
