@@ -169,11 +169,11 @@ class SparseCacheLayer(_CodedLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[CachedKeys, Tensor]:
         _require_no_gradient(key_states, value_states)
-        if not self.is_initialized:
+        start, dtype = self._first_seen(), self.dtype if self.is_initialized else value_states.dtype
+        keys = self._coding.keys(key_states.to(dtype))  # autocast leaves keys in float32
+        codes, values = self.store.append(keys, value_states.to(dtype))
+        if not self.is_initialized:  # after all that may fail
             self.lazy_initialization(key_states, value_states)
-        start = self._first_seen()
-        keys = self._coding.keys(key_states.to(self.dtype))  # autocast leaves keys in float32
-        codes, values = self.store.append(keys, value_states.to(self.dtype))
         v_scale = self.store.v_scale
         if start:
             codes, values = codes[:, :, start:], values[:, :, start:]
@@ -202,7 +202,7 @@ class SparseCacheLayer(_CodedLayer):
         """Remove -`tokens_to_remove` tokens from the end, as transformers counts."""
         _require_removal(tokens_to_remove)
         if tokens_to_remove and self.get_seq_length():
-            self.store.crop(tokens_to_remove)
+            self.store.crop(int(tokens_to_remove))  # some versions of transformers pass a tensor
 
 
 class SparseSlidingLayer(SparseCacheLayer):
@@ -244,6 +244,7 @@ class SparseSlidingLayer(SparseCacheLayer):
         _require_removal(tokens_to_remove)
         if not self._seen:
             return
+        tokens_to_remove = int(tokens_to_remove)
         remaining = self._seen + tokens_to_remove
         if len(self.store) + tokens_to_remove < min(remaining, self.sliding_window - 1):
             raise RuntimeError(
