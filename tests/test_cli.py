@@ -70,7 +70,7 @@ def assert_refused(capsys, command, message):
         ("short text", "less than one window"),
         ("texts overlap", "lies inside the other"),
         ("no model", "config.json is missing"),
-        ("no directory", "does not exist: give a model"),
+        ("no directory", "there is no such directory"),
         ("budget", "topk must be"),
         ("query budget", "topk must be"),
         ("window", "--window must be"),

@@ -325,7 +325,7 @@ def test_separate_texts(text, tmp_path, monkeypatch):
         ("needle", ["--dense", "--depths", "0,101"], "percents"),
         ("needle", ["--dense", "--trials", 0], "--trials must be"),
         ("needle", ["--dense", "--lengths", "100"], "too few"),
-        ("needle", ["--dense", "--lengths", "0"], "too few"),
+        ("needle", ["--dense", "--lengths", "0"], "--lengths must be"),
         ("needle", ["--dense", "--lengths", "4096"], "1024 positions"),
         ("needle", ["--dense", "--lengths", "450", "--task", "common-words"], "too few"),
         ("lm-eval", ["--dense", "--tasks", "a", "--limit", 0], "--limit must be"),
