@@ -64,6 +64,7 @@ def bundled_model() -> Path:
                 (shutil.rmtree if target.is_dir() and not target.is_symlink() else os.unlink)(target)
             with whole_folder(target) as folder:
                 _unpack(gguf, folder)
+                (folder / _DIGESTS).write_text(json.dumps(_digests(folder), indent=1) + "\n")
     return target
 
 
@@ -92,17 +93,16 @@ def _bundled_gguf() -> Path:
 
 
 def _unpack(gguf: Path, folder: Path) -> None:
-    """Write the model of a GGUF file and its tokenizer into `folder`, as transformers reads them, with their digests."""
+    """Write the model of a GGUF file and its tokenizer into `folder`, as transformers reads them."""
     from transformers import GgufConfig
 
     source: dict[str, Any] = {"source": gguf.parent, "gguf_file": gguf.name}
     load_weights(**source, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32).save_pretrained(folder)
     load_tokenizer(**source).save_pretrained(folder)
-    (folder / _DIGESTS).write_text(json.dumps(_digests(folder), indent=1) + "\n")
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether `folder` holds what `_unpack` wrote."""
+    """Whether `folder` holds what was written."""
     try:
         return json.loads((folder / _DIGESTS).read_bytes()) == _digests(folder)
     except (OSError, ValueError, RecursionError):
