@@ -44,7 +44,7 @@ def load_weights(source: str | Path, model_class: Any = AutoModelForCausalLM, **
     of another shape, or that the model has no place for. Tied weights may be missing, and a class may ignore tensors.
     """
     what = "a causal language model" if model_class is AutoModelForCausalLM else f"a {model_class.__name__}"
-    with _refusal(f"{source} cannot be loaded as {what}"), _quiet():
+    with refusing(f"{source} cannot be loaded as {what}"), _quiet():
         if not {"config", "gguf_file"} & kwargs.keys():
             _read_config(source, **kwargs)
         model, found = model_class.from_pretrained(
@@ -66,7 +66,7 @@ def load_weights(source: str | Path, model_class: Any = AutoModelForCausalLM, **
 def load_tokenizer(source: str | Path, **kwargs: Any) -> Any:
     """The tokenizer of a checkpoint. Arguments as `load_weights`'. Raises `ValueError` of one line if there is none, or a
     damaged one."""
-    with _refusal(f"{source} has no tokenizer that can be loaded"), _quiet():
+    with refusing(f"{source} has no tokenizer that can be loaded"), _quiet():
         _require_found(source)
         return AutoTokenizer.from_pretrained(source, **{"trust_remote_code": False, **kwargs})
 
@@ -74,7 +74,7 @@ def load_tokenizer(source: str | Path, **kwargs: Any) -> Any:
 def read_config(source: str | Path, **kwargs: Any) -> dict[str, Any]:
     """The config.json of a checkpoint. Arguments as `load_weights`'. Raises `ValueError` of one line if there is none, or
     it has sizes that no model has."""
-    with _refusal(f"{source} holds no model"), _quiet():
+    with refusing(f"{source} holds no model"), _quiet():
         return _read_config(source, **kwargs)
 
 
@@ -91,6 +91,18 @@ def find_file(source: str | Path, name: str, *, is_optional: bool = False, **kwa
     hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if kwargs.get(key) is not None}
     found = cached_file(source, name, _raise_exceptions_for_missing_entries=not is_optional, **hub)
     return None if found is None else Path(found)
+
+
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Whatever goes wrong in the block is a `ValueError` of one line that begins with `what`; memory that does not suffice is
+    no fault of the checkpoint."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{what}: {_reason(error)}") from error
 
 
 def _read_config(source: str | Path, **kwargs: Any) -> dict[str, Any]:
@@ -144,18 +156,6 @@ def _listed(names: Iterable[str]) -> str:
     shown = [first, *rest[: _NAMED_TENSORS - 1]]
     more = len(rest) + 1 - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more else "")
-
-
-@contextmanager
-def _refusal(what: str) -> Iterator[None]:
-    """Whatever goes wrong in the block is a `ValueError` of one line that begins with `what`; memory that does not suffice is
-    no fault of the checkpoint."""
-    try:
-        yield
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise ValueError(f"{what}: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:
