@@ -294,6 +294,14 @@ def test_settings_that_are_none(line, settings, work, capfd):
     assert_refused(capfd, command(line))
 
 
+def test_a_model_of_another_kind(work, capfd):
+    """What was switched and saved as a classifier loads as one."""
+    model = transformers.LlamaForSequenceClassification.from_pretrained("dense", num_labels=3, pad_token_id=1)
+    flashsfa.enable(model, topk=2).save_pretrained("converted")
+    capfd.readouterr()
+    assert_refused(capfd, command("perplexity converted"), "LlamaForSequenceClassification", "no causal language model")
+
+
 def test_a_converted_model_is_not_converted_again(work, capfd):
     assert_refused(capfd, command("convert converted"), "is converted already", "flashsfa eval")
 

@@ -295,17 +295,18 @@ def _info(options: argparse.Namespace) -> None:
             print(f"  {module}: {'installed' if find_spec(module) else f'not installed (extra {extra})'}")
         return
     _need("hf", "transformers")
-    from .huggingface.loading import read_config
+    from .huggingface import SFASettings
+    from .huggingface.loading import read_config, refusing
 
     config = read_config(options.model)
     if "sfa" not in config:
         raise ValueError(f"{options.model} holds a dense model; flashsfa convert makes a sparse one of it")
-    settings, architectures = config["sfa"], config.get("architectures")
-    if not isinstance(settings, dict):
-        raise ValueError(f"{options.model}: sfa in config.json must hold settings by name, got {settings!r}")
+    with refusing(f"{options.model} is no converted model"):
+        settings = SFASettings.from_config(config["sfa"])
+    architectures = config.get("architectures")
     names = map(str, architectures) if isinstance(architectures, list) else ()
     print(f"{', '.join(names) or 'unknown architecture'} with Sparse Feature Attention")
-    for name, value in settings.items():
+    for name, value in vars(settings).items():
         print(f"  {name}: {value}")
 
 

@@ -33,6 +33,7 @@ def load_model(name: str | None, dtype: torch.dtype) -> tuple[Any, Any]:
     """
     source: str | Path = bundled_model() if name is None else name
     model = (from_pretrained if is_converted(name) else load_weights)(source, dtype=dtype)
+    require(model.can_generate(), f"{source} holds a {type(model).__name__}, which is no causal language model")
     tokenizer = load_tokenizer(source)
     _require_rows(model, tokenizer, source)
     return model.eval(), tokenizer
