@@ -280,11 +280,24 @@ def test_damaged_models(line, kind, work, capfd):
     assert_refused(capfd, command(line), message)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("line", ["convert dense", "perplexity dense --topk 2 --dense-dims 2"])
+def test_keys_that_are_not_finite(line, value, work, capfd):
+    weights(lambda w: w["model.layers.1.self_attn.k_proj.weight"][0].fill_(value))(work / "dense")
+    assert_refused(capfd, command(line), "queries or keys hold NaN or infinity")
+
+
 @pytest.mark.parametrize("kind", ["generation_config.json", "config deep", "a tensor less", "foreign tokenizer"])
 def test_damaged_models_among_needles(kind, work, capfd):
     damage, message = DAMAGES.get(kind) or (cut(kind), kind)
     damage(work / "converted")
     assert_refused(capfd, command("needle converted"), message)
+
+
+@pytest.mark.parametrize("names", [[5], 5, "Llama", {"a": 1}])
+def test_architectures_that_are_none(names, work, capfd):
+    config(architectures=names)(work / "converted")
+    assert_refused(capfd, command("info converted"), "architectures in config.json")
 
 
 @pytest.mark.parametrize("settings", [None, [1], "topk", 3, True, False, {}, {"topk": "2"}, {"bogus": 1}])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import logging
 import os
 import signal
@@ -27,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     options = parser.parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text in any encoding
     try:
         with _sigterm_stops():
             return options.run(options) or 0
@@ -303,9 +306,10 @@ def _info(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.model} holds a dense model; flashsfa convert makes a sparse one of it")
     with refusing(f"{options.model} is no converted model"):
         settings = SFASettings.from_config(config["sfa"])
-    architectures = config.get("architectures")
-    names = map(str, architectures) if isinstance(architectures, list) else ()
-    print(f"{', '.join(names) or 'unknown architecture'} with Sparse Feature Attention")
+        names = config.get("architectures") or ["unknown architecture"]
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"architectures in config.json must be a list of names, got {names!r}")
+    print(f"{', '.join(names)} with Sparse Feature Attention")
     for name, value in vars(settings).items():
         print(f"  {name}: {value}")
 
