@@ -237,7 +237,8 @@ def attention_mask(
     require(
         mask_function is causal_mask_function or (local_size is not None and may_skip),
         "sfa runs causal masks, with or without a sliding window and padding; this call asks for another mask (packed "
-        "sequences by position_ids, or a custom mask)",
+        "sequences by position_ids, or a custom mask; a compiled model that is called without a cache cannot tell, and takes an "
+        "attention_mask of ones)",
     )
     if attention_mask is None:
         return None

@@ -71,7 +71,9 @@ class StaticSparseCache(Cache):
             "enable the model with cache_dtype=None",
         )
         for index, dense in enumerate(dense_cache_layers(model)):
-            require(type(dense) in DENSE_LAYERS, f"no static cache of codes beside a {type(dense).__name__}")
+            if not isinstance(dense, CacheLayerMixin):  # the state of a layer without attention, of fixed size as it is
+                layers.append(dense)
+                continue
             window, coding = _window(dense), codings.get(index)
             kind = StaticSparseLayer if window is None or window >= max_cache_len else StaticSparseSlidingLayer
             layers.append(kind(coding, max_cache_len if window is None else min(window, max_cache_len), max_cache_len))

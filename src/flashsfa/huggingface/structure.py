@@ -47,7 +47,7 @@ def attention_shape(model: Any) -> tuple[int, int, int]:
     """Query heads, kv heads and head_dim of a model's attention, from its config."""
     config = text_config(model)
     heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    kv_heads = 1 if getattr(config, "multi_query", False) else getattr(config, "num_key_value_heads", None) or heads
     return heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
 
 
