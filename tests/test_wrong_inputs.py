@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -364,16 +365,22 @@ def test_a_loss_without_perplexity():
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("line", ["convert dense -o new/out", "perplexity converted -o new/out"])
 def test_signals_leave_nothing(line, number, code, work, capfd, monkeypatch):
-    """They come while results are written, and SIGTERM twice."""
+    """They come while results are written, and SIGTERM again while these are removed."""
 
     def ended(*args, **kwargs):
-        for _ in range(2 if number == signal.SIGTERM else 1):
-            os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
         raise AssertionError("still here")
 
+    def remove(*args, **kwargs):
+        if number == signal.SIGTERM:
+            os.kill(os.getpid(), number)
+        rmtree(*args, **kwargs)
+
+    rmtree = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", remove)
     short = lambda **options: CONVERT_SETTINGS(**options, contexts=(64,))  # noqa: E731
     monkeypatch.setattr(flashsfa.convert, "ConvertSettings", short)
-    monkeypatch.setattr(json, "dumps", ended)
+    monkeypatch.setattr(Path, "write_text", ended)
     before = everything()
     handler = signal.getsignal(signal.SIGTERM)
     assert main(command(line)) == code
