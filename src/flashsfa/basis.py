@@ -77,11 +77,15 @@ class FeatureBasis:
                 "identity": no change.
             topk, dense_dims: the key code that a dictionary is fitted to, and the gain; without topk there is none.
 
-        Raises `ValueError` for an unknown kind, a dictionary without `topk`, or moments of no token; a nearly
+        Raises `ValueError` for an unknown kind, a dictionary without `topk`, or moments of no token or with NaN; a nearly
         singular moment matrix is regularised, with a warning.
         """
         require(kind in KINDS, f"basis must be one of {', '.join(KINDS)}; got {kind!r}")
         require(moments.count > 0, "no token was seen: calibrate on some text first")
+        require(
+            bool(moments.key_outer.isfinite().all() and moments.query_outer.isfinite().all()),
+            "the model's queries or keys hold NaN or infinity: its weights are damaged, or overflow in their dtype",
+        )
         heads, head_dim, _ = moments.key_outer.shape
         if kind == "identity":
             return cls.identity(heads, head_dim)
