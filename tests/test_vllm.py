@@ -139,7 +139,7 @@ def test_pages_that_do_not_fit_are_refused():
 # --- vLLM 0.33.0's interfaces, as far as the backend uses them -----------------------------------------------------
 
 
-class AttentionType(str, enum.Enum):
+class AttentionType(enum.StrEnum):
     DECODER = "decoder"
     ENCODER_ONLY = "encoder_only"
 

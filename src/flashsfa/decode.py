@@ -170,7 +170,7 @@ def _fused(q: Tensor, rules: DecodeRules) -> tuple[Callable[..., tuple[Tensor, T
         return *plain, "the fused CPU code reads no pages"
     if not decode_numba.supports(q.dtype):
         return *plain, f"the fused CPU code takes no {q.dtype}"
-    return decode_numba.decode, "numba", "compiled for this CPU"
+    return decode_numba.decode, "numba", decode_numba.manner()
 
 
 def _check(

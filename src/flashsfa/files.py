@@ -38,6 +38,39 @@ def cache_folder() -> Path | None:
         return None
 
 
+def private_folder(name: str) -> Path | None:
+    """The folder `name` in the cache folder, for machine code: both are made with mode 0700 where they are missing. None where
+    they cannot be made, or where another user could put something into them."""
+    if (cache := cache_folder()) is None:
+        return None
+    folder = cache / name
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        for path in (cache, folder):
+            with suppress(FileExistsError):
+                path.mkdir(mode=0o700)
+        private = folder.is_dir() and is_private(folder.lstat()) and _keeps_its_entries(cache.stat())
+    except OSError:
+        return None
+    return folder if private else None
+
+
+def is_private(status: os.stat_result) -> bool:
+    """Whether a file or folder is no link, the user's own, and nobody else may write it."""
+    if stat.S_ISLNK(status.st_mode):
+        return False
+    return not _HAS_USERS or (status.st_uid == os.geteuid() and not status.st_mode & 0o022)
+
+
+def _keeps_its_entries(status: os.stat_result) -> bool:
+    """Whether no other user can put another folder in the place of one of the user's own; in a sticky folder nobody can."""
+    ours = not _HAS_USERS or status.st_uid in (0, os.geteuid())
+    return ours and (not status.st_mode & 0o022 or bool(status.st_mode & stat.S_ISVTX))
+
+
+_HAS_USERS = hasattr(os, "geteuid")  # not on Windows, where a user's folders are the user's own
+
+
 def require_place(folder: Path) -> None:
     """Raise `OSError` if files cannot be written to `folder`, which may not exist yet. Nothing is created."""
     there = folder.absolute()

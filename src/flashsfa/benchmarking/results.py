@@ -8,7 +8,7 @@ import platform
 import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -214,7 +214,7 @@ class Results:
 def environment(device: torch.device) -> dict[str, str | None]:
     """What a figure depends on; None where something is not installed, or no commit is known."""
     return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "flashsfa": __version__,
         "commit": _commit(),

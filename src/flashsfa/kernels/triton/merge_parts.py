@@ -28,7 +28,7 @@ def merge_parts(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> Non
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "n"])
 def merge_parts_kernel(
     OUT, LSE, PART, PART_LSE,
     out_sb, out_sh, out_sn, lse_sb, lse_sh, lse_sn, part_sb, part_sh, part_sn, part_lse_sb, part_lse_sh, part_lse_sn,
