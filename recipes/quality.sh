@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The rows of docs/quality.md, the most telling first, those of docs/hopper-prefill.md last, and their comparison. From the
+# The rows of docs/notes/2026-11-26-quality.md, the most telling first, those of docs/notes/2026-11-27-prefill.md last, and their comparison. From the
 # repository's root:
 #
 #   recipes/quality.sh runs/quality                       one run at a time

@@ -1,4 +1,4 @@
-"""What composes with what: torch's transforms either give the right derivative or are refused in one sentence (docs/composition.md)."""
+"""What composes with what: torch's transforms either give the right derivative or are refused in one sentence (docs/reference/composition.md)."""
 
 import copy
 

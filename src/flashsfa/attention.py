@@ -73,14 +73,14 @@ def sparse_feature_attention(
         dense_dims: leading features that are always kept, on both sides, beside the `topk` of the rest.
         query_pattern: "2:4" keeps the `topk_query` largest features of a query subject to at most two in each aligned
             group of four, on every backend; sparse tensor cores multiply such queries at twice the dense rate whatever
-            their number, so topk_query=(D - dense_dims) / 2, the most, costs no more (docs/hopper-prefill.md).
+            their number, so topk_query=(D - dense_dims) / 2, the most, costs no more (docs/explanation/prefill.md).
         is_causal: aligned to the last key (bottom right), as flash-attn does.
         scale: 1/sqrt(D) by default, with the full D. A number: multiply a learned one into q.
         window: see only keys less than `window` positions away; with is_causal, the `window` most recent.
         key_padding_mask: [B, N_k] bool, True where a key is padding (as in `torch.nn.MultiheadAttention`).
         return_lse: also return the log-sum-exp of each query's scores.
         gradient: of q and k. "kept" reaches the kept features only, and is zero elsewhere (paper, section 3.2); "all"
-            gives each feature what it would get had it been kept, which trains better (docs/quality.md). Key codes
+            gives each feature what it would get had it been kept, which trains better (docs/explanation/quality.md). Key codes
             get that of what they hold.
         backend: "auto", "dense" (torch's fused kernels over spread-out codes) or "reference" (plain PyTorch, N x N scores,
             differentiable any number of times, in forward mode and under torch.func). "auto" takes this package's kernel on a Hopper GPU, on sparse tensor cores for queries in the 2:4
@@ -120,13 +120,12 @@ def sparse_feature_attention_varlen(
     gradient: str = "kept",
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`sparse_feature_attention` over packed sequences, each attending to itself alone.
+    """`sparse_feature_attention` over packed sequences, each attending to itself alone. Arguments that are not listed are as there.
 
     Args:
         q: [Tq, Hq, D]; k: [Tk, Hkv, D]; v: [Tk, Hkv, Dv]: the sequences one after another.
         cu_seqlens_q, cu_seqlens_k: [S + 1] int32 on the device of q: cumulative lengths from 0 to Tq and Tk.
         max_seqlen_q, max_seqlen_k: longest sequence; read from cu_seqlens when None (a device sync on a GPU).
-        The rest as in `sparse_feature_attention`.
 
     Returns:
         out [Tq, Hq, Dv]; with return_lse also lse [Hq, Tq].

@@ -24,7 +24,7 @@ _MAX_CONDITION = 1e8
 _SAMPLE_KEYS = 4096  # keys a head that the dictionary is fitted to
 _DICTIONARY_ROUNDS = 15
 _ROUNDING = 1e-4  # of a product of columns, far above float32's
-_GAIN_POWER = 0.75  # 0.5 keeps the size of scores, 1 their mean for given dense ones; docs/method.md
+_GAIN_POWER = 0.75  # 0.5 keeps the size of scores, 1 their mean for given dense ones; docs/explanation/method.md
 
 
 def default_kind(topk_query: int, head_dim: int) -> str:
@@ -66,7 +66,7 @@ class FeatureBasis:
     def from_moments(
         cls, moments: Moments, kind: str = "dictionary", *, topk: int | None = None, dense_dims: int = 0
     ) -> FeatureBasis:
-        """The basis of one layer from its calibration moments. docs/method.md derives the kinds.
+        """The basis of one layer from its calibration moments. docs/explanation/method.md derives the kinds.
 
         Args:
             moments: what calibration gathered.

@@ -170,7 +170,7 @@ def topk_codes(x: Tensor, topk: int, *, dense_dims: int = 0, pattern: str | None
     """Code the rows of `x`: the first `dense_dims` entries, and the `topk` largest magnitudes of the rest.
 
     Ties go to the lowest index; NaN counts as larger than infinity. Differentiable: the gradient reaches the
-    kept entries and is zero elsewhere (the straight-through rule of the paper, section 3.2; docs/method.md). For forward-mode
+    kept entries and is zero elsewhere (the straight-through rule of the paper, section 3.2; docs/explanation/method.md). For forward-mode
     derivatives and torch.func there is `flashsfa.reference.topk_rows`.
 
     Args:
@@ -178,7 +178,7 @@ def topk_codes(x: Tensor, topk: int, *, dense_dims: int = 0, pattern: str | None
         topk: 1 to D - dense_dims.
         dense_dims: width of the dense channel, 0 to D - 1.
         pattern: "2:4" keeps the largest subject to at most two in each aligned group of four of the sparse part, which
-            is what sparse tensor cores multiply (docs/hopper-prefill.md). topk is then at most half of the sparse part,
+            is what sparse tensor cores multiply (docs/explanation/prefill.md). topk is then at most half of the sparse part,
             a multiple of four wide.
 
     Raises:

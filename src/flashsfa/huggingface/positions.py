@@ -1,5 +1,5 @@
 """Positions in the dense channel alone: RoPE turns the features that are always kept and leaves the sparse ones free of
-position, which costs the least quality (docs/method.md).
+position, which costs the least quality (docs/explanation/cache.md).
 
 This is for models that are trained so. GPT-2 drops its learned positions; Qwen3 turns the first pairs of a head in place of
 all. In both the channel has the frequencies of a head of its own width.

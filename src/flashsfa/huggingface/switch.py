@@ -67,7 +67,7 @@ def enable(
             prompt attends to the rounded ones too; calls without such a cache round nothing, and static caches are refused.
             None keeps them in the dtype that they come in.
         query_pattern: as in `sparse_feature_attention`, for prompts on Hopper's sparse tensor cores; for models that are trained
-            with it, in others it costs quality (docs/hopper-prefill.md).
+            with it, in others it costs quality (docs/explanation/prefill.md).
 
     Returns:
         model.

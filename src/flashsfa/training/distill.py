@@ -2,7 +2,7 @@
 
 The paper's Eq. 8, L = L_LM + λ · mean over heads ‖Õ_h - stopgrad(O_h)‖². O_h is a head's output in the dense model as it was
 before. The paper takes it from the same queries, keys and values as Õ_h; but then it moves with the weights that are to reach
-it, and the distance grows (docs/quality.md).
+it, and the distance grows (docs/notes/2026-11-26-quality.md).
 """
 
 from __future__ import annotations

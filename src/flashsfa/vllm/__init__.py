@@ -1,7 +1,7 @@
 """Experimental: vLLM serves a model from pages of feature codes. Written against vLLM 0.33, never run inside it.
 
 vLLM finds `register` through the entry point group `vllm.general_plugins`; `--attention-backend CUSTOM` then selects
-`backend.SparseFeatureBackend`. docs/serving.md says what is proven.
+`backend.SparseFeatureBackend`. docs/reference/serving.md says what is proven.
 """
 
 from __future__ import annotations

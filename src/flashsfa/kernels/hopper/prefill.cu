@@ -1,5 +1,5 @@
 // Attention forward for queries that are 2:4 sparse beside a dense channel: S = Q Kᵀ on Hopper's sparse tensor cores (the
-// dense channel on the dense ones), online softmax in registers, O = P V. docs/hopper-prefill.md tells the design.
+// dense channel on the dense ones), online softmax in registers, O = P V. docs/notes/2026-11-27-prefill.md tells the design.
 //
 // A thread block stays on its multiprocessor and takes blocks of BLOCK_M = 64 * CONSUMERS queries of one head, one after the
 // other. For each it walks the keys in tiles of BLOCK_N, last tile first. One warpgroup produces: it takes the blocks, and has

@@ -47,7 +47,7 @@ def obstacle(q: FeatureCodes, k: Tensor, v: Tensor, mask: AttentionMask, scale: 
 
 
 def is_faster(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> bool:
-    """Whether dense queries q run here, and faster than on torch's kernels, as measured on an H100 (docs/hopper-prefill.md):
+    """Whether dense queries q run here, and faster than on torch's kernels, as measured on an H100 (docs/notes/2026-11-27-prefill.md):
     FlashAttention-2 splits the keys of few queries over more blocks, and cuDNN begins a block sooner."""
     if not _is_hopper(q):
         return False
@@ -62,7 +62,7 @@ def is_faster(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float
 
 
 def default_tile(dtype: torch.dtype, head_dim: int, value_dim: int, dense_dims: int, *, much: bool) -> Tile:
-    """The fastest of the sizes that were measured on an H100 (docs/hopper-prefill.md).
+    """The fastest of the sizes that were measured on an H100 (docs/notes/2026-11-27-prefill.md).
 
     Args:
         much: several blocks for each multiprocessor, of thousands of keys each. At widths of 128 three consumers then hide

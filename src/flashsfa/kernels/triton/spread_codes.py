@@ -16,7 +16,7 @@ from torch import Tensor
 from .rows import block_of_rows, cdiv, in_units, next_power_of_2
 
 _ENTRIES = 4096  # a program, for `zeros`
-_ROWS = 32  # a program, for `words`: as measured on an H100 (docs/quality.md)
+_ROWS = 32  # a program, for `words`: as measured on an H100 (docs/notes/2026-11-26-quality.md)
 
 
 def spread_codes(dense: Tensor, values: Tensor, indices: Tensor, out: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from .rows import as_batch_head_row, block_of_rows, cdiv, in_units, next_power_o
 
 
 class Launch(NamedTuple):
-    """How the kernel is launched, as measured on an H100 (docs/decode.md)."""
+    """How the kernel is launched, as measured on an H100 (docs/notes/2026-11-24-decode.md)."""
 
     method: str  # "network", "bisect" or "rank"
     rows: int  # rows a program

@@ -1,0 +1,656 @@
+"""The tables of docs/results.md, the index of benchmarks/results and the picture of the README, made from the JSON files.
+
+    python benchmarks/results_page.py          # `make results`
+
+Nothing is measured here and no figure is typed in: what no file holds stands as –. A configuration has one name in all
+tables: `16+k16-int8` keeps 16 dense features and the 16 largest of the others of each key, in 8 bits.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE, INDEX, PICTURE = (
+    ROOT / "docs" / "results.md",
+    RESULTS / "README.md",
+    ROOT / "docs" / "images" / "decode-speed.png",
+)
+
+DECODE, DECODE_CPU = "decode-2026-11-24-253376a", "decode-cpu-2026-11-26-0f7bad1"
+PREFILL, SELECTION = "prefill-2026-11-27-443ef5f", "topk-2026-11-24-be46293"
+WHOLE_MODELS = ("generate-2026-11-24-cc55acc", "generate-2026-11-24-19334e7")
+GPT2 = ("training-gpt2-2026-11-26-030f89a", "training-gpt2-2026-11-26-f7db930", "training-gpt2-2026-11-27-cd8fbd1")
+QWEN3 = ("training-qwen3-2026-11-26-030f89a", "training-qwen3-2026-11-26-f7db930")
+TRIALS, STEP = "training-trials-2026-11-26-f7db930", "training-step-2026-11-26-f7db930"
+CONVERTED, CONVERTED_LONGER = "conversion-2026-11-28-COMMIT", "convert-8bit-2026-11-26-f7db930"
+DISTILLED, NEEDLE = "distill-2026-11-26-f7db930", "needle-2026-11-25-d2240b7"
+NOT_MEASURED = "–"
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What a cache keeps of each token and kv head: `dense_dims` features and the `topk` largest of the others of a key, and the value
+    in full; a topk of None keeps all. `skips` leaves values out (`value_tolerance`)."""
+
+    head_dim: int
+    dense_dims: int = 0
+    topk: int | None = None
+    is_int8: bool = False
+    skips: bool = False
+
+    @property
+    def name(self) -> str:
+        kept = "dense" if self.topk is None else f"{f'{self.dense_dims}+' if self.dense_dims else ''}k{self.topk}"
+        return kept + ("-int8" if self.is_int8 else "") + ("-skip" if self.skips else "")
+
+    @property
+    def key_bytes(self) -> int:
+        """Per token and kv head; 8-bit rows carry a float32 scale, indices take a byte each."""
+        dense, sparse = (self.head_dim, 0) if self.topk is None else (self.dense_dims, self.topk)
+        return dense + 2 * sparse + 4 if self.is_int8 else 2 * dense + 3 * sparse
+
+    @property
+    def bytes(self) -> int:
+        """Of key and value, of equal width."""
+        return self.key_bytes + (self.head_dim + 4 if self.is_int8 else 2 * self.head_dim)
+
+
+CONFIGURATIONS = tuple(
+    Configuration(64, *kept)
+    for kept in ((), (0, None, True), (0, 8), (16, 8), (22, 12), (22, 12, True), (24, 8), (28, 12), (28, 12, True), (32, 8), (32, 8, True))
+) + tuple(
+    Configuration(128, *kept)
+    for kept in ((), (0, None, True), (0, 16), (16, 16), (0, 16, True), (16, 16, False, True))
+)  # fmt: skip
+
+
+def main() -> None:
+    for path, text in pages().items():
+        path.write_text(text)
+    draw(PICTURE)
+
+
+def pages() -> dict[Path, str]:
+    """What is written, by path."""
+    page = "\n\n".join(
+        (
+            _INTRODUCTION, _configurations(), _decode(), _prefill(), _whole_models(), _selection(), _converted(), _distilled(), _trained(),
+            _needle(), _step(),
+        )
+    )  # fmt: skip
+    return {PAGE: page + "\n", INDEX: _index(page)}
+
+
+_INTRODUCTION = """# Results
+
+Made by `make results` from the files in `benchmarks/results`, one table per claim; each says the device, the versions and the commit that it
+ran on, and shows lost cases too. What was tried on the way is in the [notes](notes/index.md).
+
+A configuration has one name in all tables. It says what the cache keeps of each key:
+
+| name | meaning |
+|---|---|
+| `k16` | the 16 largest features |
+| `16+k16` | 16 dense features, which are always kept, and the 16 largest of the others |
+| `…-int8` | key and value in 8 bits, each with a float32 scale |
+| `…-skip` | decode leaves out values that weigh at most 1 % together (`value_tolerance=1e-2`) |
+| `dense`, `dense-int8` | ordinary attention over 16-bit keys and values, and over an 8-bit cache of them |
+
+Queries are dense where nothing else is said: they are not cached. Speed is against the fastest dense kernel of the same run, over 16-bit keys
+and values. – means not measured. No kernel that reads an 8-bit dense cache has been timed: `dense-int8` has quality and bytes, and no milliseconds yet."""
+
+
+# --- tables, one a claim
+
+
+def _configurations() -> str:
+    rows, times = [], _decode_times(DECODE)
+    for configuration in CONFIGURATIONS:
+        width = configuration.head_dim
+        saved = 1 - configuration.bytes / Configuration(width).bytes
+        at = {n: times.get((configuration.name, width, "16/16", n)) for n in ("32k", "128k")}
+        is_baseline = configuration.name == "dense"
+        speed = ["" if is_baseline else _speed(at[n]["ratio"]) if at[n] else NOT_MEASURED for n in at]
+        rows.append(
+            [
+                f'<a id="d{width}-{configuration.name}"></a>`{configuration.name}`', width, configuration.key_bytes, configuration.bytes,
+                f"−{100 * saved:.0f} %" if saved else "", _converted_loss(configuration), _trained_loss(configuration), *speed,
+            ]
+        )  # fmt: skip
+    head = (
+        "configuration", "head size", "key bytes", "key + value bytes", "saved", "loss, converted", "loss, trained so", "decode, 32k",
+        "decode, 128k",
+    )  # fmt: skip
+    return f"""## Configurations
+
+Bytes are per token and kv head. *Converted*: perplexity of SmolLM2-135M against the dense model, without any training ([table](#converted-models)).
+*Trained so*: perplexity of a small model trained with the configuration from the start, by the best recipe found, against the same model with dense
+attention ([table](#trained-from-scratch)). *Decode*: one H100, batch 8, 16 query and 16 kv heads ([table](#decode)).
+
+{_table(head, rows)}
+
+Quality has been measured at head size 64 alone, and most decode times at 128: of a model with heads of 128 nothing is known yet."""
+
+
+def _decode() -> str:
+    parts = []
+    for name, device in ((DECODE, "One H100, batch 8"), (DECODE_CPU, "A CPU, batch 1, float32, cold caches")):
+        run, times = _read(name), _decode_times(name)
+        lengths = list(dict.fromkeys(n for *_, n in times))
+        keys = list(dict.fromkeys(key[:-1] for key in times))
+        rows = []
+        for width, heads in dict.fromkeys((width, heads) for _, width, heads in keys):
+            cases = {n: [times[key] for key in times if key[1:] == (width, heads, n)] for n in lengths}
+            fastest = {
+                n: min(min(b["timing"]["median_ms"] for b in case["baselines"].values()) for case in cases[n])
+                for n in lengths
+            }
+            dense = Configuration(width)
+            rows.append(
+                ["`dense`", width, heads, _stored_bytes(name, dense), *(f"{fastest[n]:.3f} ms" for n in lengths)]
+            )
+            rows.append(
+                ["`dense-int8`", width, heads, Configuration(width, is_int8=True).bytes, *[NOT_MEASURED] * len(lengths)]
+            )
+            for configuration, *_ in (key for key in keys if key[1:] == (width, heads)):
+                cells = [times[(configuration, width, heads, n)] for n in lengths]
+                rows.append(
+                    [
+                        f"`{configuration}`", width, heads, f"{cells[0]['bytes_per_token']:.0f}",
+                        *(f"{cell['timing']['median_ms']:.3f} ms, {_speed(cell['ratio'])}" for cell in cells),
+                    ]
+                )  # fmt: skip
+        head = ("configuration", "head size", "query/kv heads", "key + value bytes", *(f"{n} tokens" for n in lengths))
+        parts.append(f"**{device}.** {_where(run, name)}\n\n{_table(head, rows)}")
+    return "## Decode\n\n" + _DECODE_INTRODUCTION + "\n\n" + "\n\n".join(parts)
+
+
+_DECODE_INTRODUCTION = """Time of one new token's attention over the tokens in the cache. Keys, values and queries are random. In the `-skip` rows queries are shaped so
+that about a fifth of the values carry the weight, as in a trained model; a text that needs more of them gains less."""
+
+
+def _prefill() -> str:
+    run = _read(PREFILL)
+    rows = []
+    for row in run["rows"]:
+        case = _case(r"d=(\d+), (?:(\d+) dense \+ )?k=(\d+), (dense|2:4) queries, 16/16 heads, n=(\w+)", row)
+        width, dense_dims, topk = int(case[1]), int(case[2] or 0), int(case[3])
+        rows.append(
+            [
+                f"`{Configuration(width, dense_dims, topk).name}`", width, case[4], case[5], f"{row['timing']['median_ms']:.3f} ms",
+                *(_speed(row["baselines"][name]["ratio"]) for name in ("fa2", "cudnn", "fa4")),
+            ]
+        )  # fmt: skip
+    head = (
+        "configuration",
+        "head size",
+        "queries",
+        "tokens",
+        "time, top-k included",
+        "than FlashAttention-2",
+        "than cuDNN",
+        "than FlashAttention-4",
+    )
+    return f"""## Prefill
+
+A causal forward pass of one sequence, 16 heads; keys and queries are coded within the time. Keys are codes of random tensors. {_where(run, PREFILL)}
+
+{_table(head, rows)}
+
+At head size 64 and 4k tokens the row with dense queries was disturbed: the same kernel took 0.0969 ms in the run before
+([notes](notes/2026-11-27-prefill.md)). 2:4 queries cost quality in a model that was not trained with them."""
+
+
+def _whole_models() -> str:
+    rows, where = [], []
+    for name in WHOLE_MODELS:
+        run = _read(name)
+        where.append(_where(run, name))
+        for row in run["rows"]:
+            case = _case(r"qwen3-8b, (?:(\d+) dense \+ )?k=(\d+), batch (\d+), n=(\w+)", row)
+            dense = row["baselines"][row["fastest_baseline"]]
+            first, dense_first = (x["generation"]["first_token_ms"] for x in (row, dense))
+            kept, dense_kept = (x["generation"]["kv_allocated"] for x in (row, dense))
+            rows.append(
+                [
+                    f"`{Configuration(128, int(case[1] or 0), int(case[2])).name}`", case[3], case[4], f"{row['timing']['median_ms']:.2f} ms",
+                    f"{dense['timing']['median_ms']:.2f} ms", _speed(row["ratio"]),
+                    "" if first is None else f"{first:.0f} ms", "" if dense_first is None else f"{dense_first:.0f} ms",
+                    f"{kept / 2**30:.1f} GiB", f"−{100 * (1 - kept / dense_kept):.1f} %",
+                ]
+            )  # fmt: skip
+        rows.append(["`dense-int8`", case[3], case[4], *[NOT_MEASURED] * 7])
+    head = (
+        "configuration", "batch", "tokens", "per token", "`dense`", "", "first token", "`dense`", "KV cache, allocated", "against `dense`",
+    )  # fmt: skip
+    return f"""## Whole models
+
+A model of Qwen3-8B's shape with random weights, bfloat16, CUDA graphs on both sides; dense is the fastest of SDPA's kernels over a static cache.
+{" ".join(where)}
+
+{_table(head, rows)}
+
+At batch 1 and 32k tokens nothing is gained: weights and small operations hide it ([notes](notes/2026-11-24-whole-models.md))."""
+
+
+def _selection() -> str:
+    run = _read(SELECTION)
+    rows = []
+    for row in run["rows"]:
+        case = _case(r"d=(\d+), (?:(\d+) dense \+ )?k=(\d+), \[8, 16, (\w+), \d+\]", row)
+        name = Configuration(int(case[1]), int(case[2] or 0), int(case[3])).name
+        times = [row["timing"], *(row["baselines"][x]["timing"] for x in ("torch_topk", "copy"))]
+        rows.append([f"`{name}`", case[1], case[4], *(f"{x['median_ms']:.3f} ms" for x in times)])
+    head = (
+        "configuration",
+        "head size",
+        "tokens",
+        "`topk_codes`",
+        "`torch.topk` of the magnitudes",
+        "a copy of the keys",
+    )
+    return f"""## Selecting features
+
+Coding the keys of 128 heads (batch 8, 16 heads). {_where(run, SELECTION)}
+
+{_table(head, rows)}"""
+
+
+def _converted() -> str:
+    run = _read(CONVERTED)
+    dense = run["results"]["dense"]
+    rows = []
+    for name, row in run["results"].items():
+        configuration = _converted_configuration(name, row)
+        loss = row["perplexity"] / dense["perplexity"] - 1
+        rows.append(
+            [
+                f"`{name}`",
+                configuration.key_bytes,
+                configuration.bytes,
+                f"{row['perplexity']:.2f}",
+                _percent(loss) if name != "dense" else "",
+            ]
+        )
+    longer = _read(CONVERTED_LONGER)
+    more = []
+    for row in longer["results"]:
+        for kept in ("", "_8_bit"):
+            configuration = Configuration(64, row["dense_dims"], row["topk"], is_int8=bool(kept))
+            perplexity = row[f"perplexity{kept}"]
+            more.append(
+                [
+                    f"`{configuration.name}`",
+                    configuration.key_bytes,
+                    f"{perplexity:.2f}",
+                    _percent(perplexity / longer["dense"] - 1),
+                ]
+            )
+    return f"""## Converted models
+
+SmolLM2-135M-Instruct (head size 64, dense queries, dictionary basis), no training: calibrated on one half of Python's help topics, evaluated on the
+other, 10 windows of 768 tokens each, bfloat16. {_where(run, CONVERTED)}
+
+{_table(("configuration", "key bytes", "key + value bytes", "perplexity", "against dense"), rows)}
+
+Another text, longer windows: calibrated on 16 windows of 1024 for positions up to 2048, evaluated on 8 windows of 2048 of held-out documents;
+float32, and in the `int8` rows keys alone are rounded, not values. {_where(longer, CONVERTED_LONGER)} Dense: {longer["dense"]:.2f}.
+
+{_table(("configuration", "key bytes", "perplexity", "against dense"), more)}"""
+
+
+def _distilled() -> str:
+    run = _read(DISTILLED)
+    start = run["perplexity"]["before"]["dense"]
+    rows = []
+    names = {
+        "dense": "`dense`",
+        "28+12": "`28+k12`",
+        "28+12, 8-bit keys": "`28+k12-int8`, keys alone",
+        "16+8": "`16+k8`",
+    }
+    for training, models in run["perplexity"].items():
+        tuned = models.get("dense") if training != "before" else None
+        for name, found in models.items():
+            cells = [f"{found[text]:.2f}, {_percent(found[text] / start[text] - 1)}" for text in start]
+            against = [_percent(found[text] / tuned[text] - 1) if tuned and name != "dense" else "" for text in start]
+            rows.append([training.replace("before", "no training"), names[name], *cells, *against])
+    rows.append(["any", "`dense-int8`", *[NOT_MEASURED] * 4])
+    head = (
+        "training",
+        "configuration",
+        "validation",
+        "novels",
+        "validation, against dense trained alike",
+        "novels, against dense trained alike",
+    )
+    return f"""## Converted and trained on
+
+SmolLM2-135M-Instruct, 48 windows of 2048 tokens of each text, bfloat16. A model that is trained on a text gets better at it, dense or sparse: the
+price of the sparse cache is what it loses against the dense model *trained on the same tokens*, where that was run. {_where(run, DISTILLED)}
+
+{_table(head, rows)}"""
+
+
+def _trained() -> str:
+    parts = []
+    for title, names in (("GPT-2, learned positions", GPT2), ("Qwen3", QWEN3)):
+        rows, seen = [], []
+        for name in names:
+            run = _read(name)
+            baseline = run["results"][0]["runs"][0]
+            for row in run["results"]:
+                if any(
+                    row["runs"][0] == known and row["perplexity"] == found[: len(row["perplexity"])]
+                    for known, found in seen
+                ):
+                    continue  # the baseline of an earlier file, repeated for its sake
+                seen.append((row["runs"][0], row["perplexity"]))
+                attention, change = row["attention"], row["change"]
+                kept, key_bytes = _trained_configuration(attention)
+                spread = (
+                    f"{_percent(min(change))} to {_percent(max(change))}"
+                    if len(change) > 1 and row["runs"][0] != baseline
+                    else ""
+                )
+                rows.append(
+                    [
+                        f"`{row['runs'][0]}`", kept, _queries(attention), _recipe(attention), key_bytes, len(row["seeds"]),
+                        f"{fmean(row['perplexity']):.1f}", "" if row["runs"][0] == baseline else f"{_percent(fmean(change))} of `{baseline}`",
+                        spread, f"`{run['environment']['commit']}`",
+                    ]
+                )  # fmt: skip
+        head = (
+            "row of `recipes/quality.sh`",
+            "configuration",
+            "queries",
+            "recipe",
+            "key bytes",
+            "seeds",
+            "perplexity",
+            "change",
+            "seeds differ",
+            "commit",
+        )
+        where = _where(_read(names[0]), *names)
+        parts.append(f"**{title}.** {where}\n\n{_table(head, rows)}")
+    return """## Trained from scratch
+
+28M parameters, 6 layers of 8 heads of size 64, 19.3M tokens in one pass, perplexity on held-out documents; changes at equal seeds. `dense-int8` has
+its rows here: `gpt2-int8` and `qwen3-int8-warm`, trained with queries and keys in 8 bits. A model this small, on so few tokens, settles no difference of 2 %: the same run again differs by
+that much ([notes](notes/2026-11-26-quality.md)).
+
+""" + "\n\n".join(parts)
+
+
+def _needle() -> str:
+    run = _read(NEEDLE)
+    order = ("dense", "k8", "k2")
+    lengths = list(run["runs"]["dense"]["needle"])
+    rows = [[f"`{name}`", *(f"{100 * run['runs'][name]['needle'][n]:.0f} %" for n in lengths)] for name in order]
+    where = run["runs"]["dense"] | {"note": run.get("note")}
+    return f"""## Needle in a haystack
+
+Small models trained at 8192 tokens on the task; share of 200 needles found; queries keep as many
+features as keys. {_where(where, NEEDLE)}
+
+{_table(("configuration", *(f"{n} tokens" for n in lengths)), rows)}"""
+
+
+def _step() -> str:
+    run = _read(STEP)
+    names = {
+        "dense": "`dense`", "k8": "`k8`, queries sparse as well", "k8-denseq-all": "`k8`, gradient to all features",
+        "k8-denseq-all-equal": "`k8`, that and equal query features",
+    }  # fmt: skip
+    rows = [
+        [names[row["attention"]], row["context"], f"{row['step_ms']['median']:.1f} ms", _percent(row["change"]) if row["attention"] != "dense" else "",
+         f"{row['activation_peak_bytes'] / 2**30:.2f} GiB"]
+        for row in run["results"]
+    ]  # fmt: skip
+    return f"""## A training step
+
+GPT-2 of 124M, 16k tokens, bfloat16, compiled. {_where(run, STEP)}
+
+{_table(("configuration", "tokens", "step", "time against dense", "peak memory but for weights and optimizer"), rows)}"""
+
+
+def _index(page: str) -> str:
+    """What each result file holds and where its figures stand."""
+    rows = []
+    notes = {path: path.read_text() for path in sorted((ROOT / "docs" / "notes").glob("*.md"))}
+    for path in sorted(RESULTS.glob("*.json")):
+        run = _read(path.stem)
+        where = (
+            run.get("environment")
+            or next(iter(run.get("runs", {}).values()), {}).get("environment")
+            or run.get("versions", {})
+        )
+        what = run.get("evaluation") or run.get("operation") or f"flashsfa convert, {run['sfa']['label']}"
+        used = ["[results](../../docs/results.md)"] if path.stem in page else []
+        used += [f"[{note.stem}](../../docs/notes/{note.name})" for note, text in notes.items() if path.stem in text]
+        rows.append(
+            [
+                f"`{path.name}`",
+                what,
+                where.get("device", ""),
+                f"`{where['commit']}`" if "commit" in where else "",
+                ", ".join(used),
+            ]
+        )
+    return f"""# Result files
+
+Made by `make results`. A file that no page uses any more goes; the repository's history keeps it. Files are named by what was run, the day and the
+commit; one that ran on a changed tree says so in its `note` and in `environment.commit`.
+
+{_table(("file", "what", "device", "commit", "figures stand in"), rows)}
+"""
+
+
+# --- the picture
+
+
+def draw(path: Path) -> None:
+    """How much faster decode is than the fastest dense kernel, a bar a configuration, at 32k and 128k tokens."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    times = _decode_times(DECODE)
+    names = [("k8", 64), ("16+k16", 128), ("k16", 128), ("k16-int8", 128), ("16+k16-skip", 128)]
+    figure, axes = plt.subplots(figsize=(9, 4.2), layout="constrained")
+    for n, offset, color in (("32k", 0.2, "#8ecae6"), ("128k", -0.2, "#1d6fb8")):
+        ratios = [times[(name, width, "16/16", n)]["ratio"] for name, width in names]
+        bars = axes.barh(
+            [len(names) - i + offset for i in range(len(names))],
+            ratios,
+            0.38,
+            color=color,
+            label=f"{n} tokens in the cache",
+        )
+        axes.bar_label(bars, [f"{ratio:.2f}x" for ratio in ratios], padding=4)
+    axes.axvline(1, color="#4c566a", lw=1.5)
+    axes.text(1, len(names) + 0.55, "fastest dense kernel", ha="center", va="bottom", color="#4c566a")
+    labels = [f"{name}  (d={width}, {_configuration(name, width).bytes} of {4 * width} bytes)" for name, width in names]
+    axes.set_yticks([len(names) - i for i in range(len(names))], labels)
+    axes.set(
+        xlim=(0, 3.2),
+        ylim=(0.5, len(names) + 0.5),
+        xlabel="decode speed against FlashAttention-2 or cuDNN, whichever is faster (higher is better)",
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="upper right", frameon=False)
+    figure.suptitle("Attention of one new token, NVIDIA H100, bfloat16, batch 8, 16 heads", fontsize=11)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+# --- reading
+
+
+def _read(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def _case(pattern: str, row: dict[str, Any]) -> re.Match[str]:
+    """What the name of a benchmark's row says. Raises `ValueError` for a row that was not timed, or has another name."""
+    found = re.fullmatch(pattern, row["case"])
+    if found is None or row["status"] != "ok":
+        raise ValueError(f"{row['case']} ({row['status']}) is no row of the form {pattern}")
+    return found
+
+
+def _decode_times(name: str) -> dict[tuple[str, int, str, str], dict[str, Any]]:
+    """Rows by (configuration, head size, heads, tokens)."""
+    found = {}
+    for row in _read(name)["rows"]:
+        case = _case(r"d=(\d+), (?:(\d+) dense \+ )?k=(\d+)(, 8-bit)?(, tolerance 0.01)?, ([\d/]+) heads, n=(\w+)", row)
+        configuration = Configuration(int(case[1]), int(case[2] or 0), int(case[3]), bool(case[4]), bool(case[5]))
+        found[(configuration.name, configuration.head_dim, case[6], case[7])] = row
+    return found
+
+
+def _configuration(name: str, head_dim: int) -> Configuration:
+    return next(x for x in CONFIGURATIONS if (x.name, x.head_dim) == (name, head_dim))
+
+
+def _stored_bytes(name: str, dense: Configuration) -> int:
+    """Of a dense token in the dtype of the run: float32 on a CPU."""
+    return 2 * dense.bytes if name == DECODE_CPU else dense.bytes
+
+
+def _converted_configuration(name: str, row: dict[str, Any]) -> Configuration:
+    if name.startswith("dense"):
+        return Configuration(64, is_int8=name == "dense-int8")
+    return Configuration(64, row["dense_dims"], row["topk"], row["cache_dtype"] == "int8")
+
+
+def _converted_loss(configuration: Configuration) -> str:
+    results = _read(CONVERTED)["results"]
+    if configuration.name == "dense" and configuration.head_dim == 64:
+        return ""
+    row = results.get(configuration.name)
+    return (
+        NOT_MEASURED
+        if row is None or configuration.head_dim != 64
+        else _percent(row["perplexity"] / results["dense"]["perplexity"] - 1)
+    )
+
+
+def _trained_loss(configuration: Configuration) -> str:
+    """Mean over seeds of the best recipe, against dense attention; runs of a seed again count with their mean."""
+    rows = {
+        "dense-int8": (
+            ("GPT-2", GPT2, "gpt2-int8", "gpt2-dense"),
+            ("Qwen3", QWEN3, "qwen3-int8-warm", "qwen3-full-warm"),
+        ),
+        "k8": (("GPT-2", GPT2, "gpt2-k8-denseq-all-equal", "gpt2-dense"),),
+        "24+k8": (("Qwen3", QWEN3, "qwen3-24+8-denseq-all-warm", "qwen3-full-warm"),),
+        "32+k8": (("Qwen3", QWEN3, "qwen3-32+8-denseq-all-warm", "qwen3-full-warm"),),
+    }
+    if configuration.name == "dense" and configuration.head_dim == 64:
+        return ""
+    if configuration.head_dim != 64 or configuration.name not in rows:
+        return NOT_MEASURED
+    found = []
+    for family, files, run, baseline in rows[configuration.name]:
+        own, dense = _perplexities(files, run), _perplexities(files, baseline)
+        found.append(f"{family} {_percent(fmean(x / y for x, y in zip(own, dense, strict=False)) - 1)}")
+    return ", ".join(found)
+
+
+def _perplexities(files: Sequence[str], run: str) -> list[float]:
+    """By seed."""
+    for name in files:
+        for row in _read(name)["results"]:
+            if row["runs"][0] == run:
+                again = [
+                    x["perplexity"] for x in _read(TRIALS)["eight_bit"] if x["run"] == f"{run}, the same seed again"
+                ]
+                return [fmean([row["perplexity"][0], *again]), *row["perplexity"][1:]]
+    raise KeyError(run)
+
+
+def _trained_configuration(attention: dict[str, Any]) -> tuple[str, str]:
+    """Name and key bytes."""
+    kind, width = attention["kind"], attention["width"]
+    if kind == "sfa":
+        configuration = Configuration(64, attention["dense_dims"], attention["topk"])
+        return f"`{configuration.name}`", str(configuration.key_bytes)
+    dense = Configuration(64)
+    return {
+        "dense": ("`dense`", str(dense.key_bytes)),
+        "int8": ("`dense-int8`", str(Configuration(64, is_int8=True).key_bytes)),
+        "short": (f"heads of {width}", f"{2 * (width or 0)}"),
+        "low_rank": (f"projections of rank {width}", str(dense.key_bytes)),
+        "performer": (f"Performer, {width} features", "none"),
+    }[kind]
+
+
+def _queries(attention: dict[str, Any]) -> str:
+    if attention["kind"] != "sfa":
+        return ""
+    pattern, budget = attention.get("query_pattern"), attention["topk_query"]
+    return (
+        f"{pattern}, {budget}"
+        if pattern
+        else "sparse, as keys"
+        if budget is None
+        else "dense"
+        if budget == 64
+        else f"top-{budget}"
+    )
+
+
+def _recipe(attention: dict[str, Any]) -> str:
+    temperature = attention.get("temperature", 1.0)
+    parts = {
+        "gradient to all": attention["gradient"] == "all",
+        "equal query features": attention.get("equalize"),
+        f"temperature {temperature:g}": temperature != 1.0,
+        "annealed": attention["anneal"],
+        f"window of {attention['window']}": attention["window"],
+        "first layer dense": attention["layers"],
+        "RoPE on the dense features": attention["positions"] == "channel",
+    }
+    return ", ".join(name for name, is_set in parts.items() if is_set)
+
+
+# --- writing
+
+
+def _where(run: dict[str, Any], *names: str) -> str:
+    environment = run["environment"]
+    versions = [f"{name} {environment[name]}" for name in ("torch", "triton", "transformers") if environment.get(name)]
+    note = f" {run['note']}" if run.get("note") else ""
+    files = ", ".join(f"`{name}.json`" for name in names)
+    return f"{environment['device']}, {', '.join(versions)}, commit `{environment['commit']}` ({files}).{note}"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def _speed(ratio: float) -> str:
+    if abs(ratio - 1) < 0.005:
+        return "level"
+    return f"{ratio:.2f}x faster" if ratio > 1 else f"{1 / ratio:.2f}x slower"
+
+
+def _percent(share: float) -> str:
+    rounded = round(100 * share, 1)
+    return f"{'−' if rounded < 0 else '+'}{abs(rounded):.1f} %"
+
+
+if __name__ == "__main__":
+    main()
