@@ -30,7 +30,7 @@ WHOLE_MODELS = ("generate-2026-11-24-cc55acc", "generate-2026-11-24-19334e7")
 GPT2 = ("training-gpt2-2026-11-26-030f89a", "training-gpt2-2026-11-26-f7db930", "training-gpt2-2026-11-27-cd8fbd1")
 QWEN3 = ("training-qwen3-2026-11-26-030f89a", "training-qwen3-2026-11-26-f7db930")
 TRIALS, STEP = "training-trials-2026-11-26-f7db930", "training-step-2026-11-26-f7db930"
-CONVERTED, CONVERTED_LONGER = "conversion-2026-11-28-COMMIT", "convert-8bit-2026-11-26-f7db930"
+CONVERTED, CONVERTED_LONGER = "conversion-2026-11-28-06f2435", "convert-8bit-2026-11-26-f7db930"
 DISTILLED, NEEDLE = "distill-2026-11-26-f7db930", "needle-2026-11-25-d2240b7"
 NOT_MEASURED = "–"
 
@@ -297,7 +297,7 @@ def _converted() -> str:
     return f"""## Converted models
 
 SmolLM2-135M-Instruct (head size 64, dense queries, dictionary basis), no training: calibrated on one half of Python's help topics, evaluated on the
-other, 10 windows of 768 tokens each, bfloat16. {_where(run, CONVERTED)}
+other, 10 windows of 768 tokens each, float32. {_where(run, CONVERTED)}
 
 {_table(("configuration", "key bytes", "key + value bytes", "perplexity", "against dense"), rows)}
 

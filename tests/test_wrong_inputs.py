@@ -354,6 +354,7 @@ class Certain:
         return SimpleNamespace(logits=torch.tensor([0, self.value]).expand(*input_ids.shape, 2))
 
 
+@pytest.mark.cpu
 def test_a_loss_without_perplexity():
     windows = torch.zeros(1, 4, dtype=torch.long)
     assert perplexity(Certain(3.0), windows) == pytest.approx(1 + math.exp(3))

@@ -103,7 +103,8 @@ def decode(
         q = topk_codes(q, topk_query, dense_dims=codes.dense_dims).to_dense()
     batch, kv_heads, n, value_dim = v.shape
     m, rows = q.shape[2], q.shape[1] // kv_heads * q.shape[2]
-    grouped = (q.detach().float() * (scale * _LOG2_E)).reshape(batch * kv_heads, rows, q.shape[-1]).contiguous()
+    grouped = (q.detach().float() * (scale * _LOG2_E)).reshape(batch * kv_heads, rows, q.shape[-1])
+    grouped = grouped + (grouped * 0).sum(-1, keepdim=True)  # NaN shows in every score, as in a dense product
     first, last = _visible(batch, m, n, rules)
     padding = np.zeros((batch, 0), np.bool_)
     if rules.key_padding_mask is not None:
@@ -136,12 +137,15 @@ def _run(*arguments: Any) -> None:
     if _threads_are_lost:
         _call(False, arguments)
         return
-    before = numba.get_num_threads()
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    # numba's first question starts its OpenMP threads, which sets OpenMP's number of them, torch's too, to all cores
+    threads, before = torch.get_num_threads(), numba.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     try:
         _call(True, arguments)
     finally:
         numba.set_num_threads(before)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
 
 
 def _call(parallel: bool, arguments: tuple) -> None:

@@ -82,7 +82,7 @@ def forward(
         if piece.empty_rows is not None:
             part_lse = part_lse.masked_fill(piece.empty_rows, -math.inf)
             part = part.masked_fill(piece.empty_rows[..., None], 0)
-        if kernel.loses_nan:
+        if kernel.loses_nan or piece.hidden is not None:  # NaN plus a mask's -inf is NaN where nobody sees it
             _restore_nan(part, part_lse, q[..., rows, :], k[..., keys, :], v[..., keys, :], piece, scale)
         return part, part_lse
 
@@ -179,9 +179,10 @@ def _blank_padding(mask: AttentionMask, k: Tensor, v: Tensor) -> tuple[Tensor, T
 
 
 def _restore_nan(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, piece: _Piece, scale: float) -> None:
-    """Compute anew, in place and in plain PyTorch, the rows of out [B, Hq, R, D] and lse [B, Hq, R] that a kernel may have lost:
-    torch's CPU kernel takes the maximum of a row of NaN for -inf, and returns 0 with a log-sum-exp of 0."""
-    lost = ~lse.isfinite()
+    """Compute anew, in place and in plain PyTorch, the rows of out [B, Hq, R, D] and lse [B, Hq, R] in which a kernel may have lost
+    NaN, or found some where it is hidden: torch's CPU kernel takes the maximum of a row of NaN for -inf, and returns 0 with a
+    log-sum-exp of 0."""
+    lost = ~lse.isfinite() | out[..., 0].isnan()
     if piece.empty_rows is not None:
         lost &= ~piece.empty_rows
     zero = lse == 0  # of honest rows too, so their output is looked at
