@@ -68,6 +68,8 @@ def forward(
     """Attention of q [B, Hq, N_q, D], k [B, Hkv, N_k, D], v [B, Hkv, N_k, Dv] under `mask`: out [B, Hq, N_q, Dv]
     and lse [B, Hq, N_q] (float32, or float64 for float64 inputs). Rows that see nothing: 0 and -inf."""
     v_dim = v.shape[-1]
+    if not q.numel():
+        return q.new_zeros((*q.shape[:-1], v_dim)), q.new_full(q.shape[:-1], -math.inf, dtype=lse_dtype(q.dtype))
     q, scale, _ = _positive(q, scale)
     q, k, v = kernel.pad(q, *_blank_padding(mask, k, v))
     if isinstance(kernel, CudaFlash) and min(q.shape[-2], k.shape[-2]) > 0:
@@ -109,6 +111,8 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v for `forward`'s result."""
+    if not q.numel():
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     q, scale, factor = _positive(q, scale)
     dq, dk, dv = _backward(kernel, grad_out, q, *_blank_padding(mask, k, v), out, lse, mask, scale)
     return dq if factor == 1 else dq * factor, dk, dv

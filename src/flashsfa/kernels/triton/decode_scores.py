@@ -161,7 +161,7 @@ def decode_query_kernel(
             before = (other[None, :] > size[:, None]) | ((other[None, :] == size[:, None]) & (e[None, :] < d[:, None]))
             rank += tl.sum(before.to(tl.int32), 1)
         x = tl.where((d < DENSE) | (rank < K), x, 0.0)
-    x += tl.sum(x.to(tl.float32) * 0, 0).to(x.dtype)  # NaN shows in every score, shared feature or not, as in a dense product
+    x += tl.sum(x.to(tl.float32) * 0, 0).to(x.dtype)  # NaN shows in every score, as in a dense product
     tl.store(BY_FEATURE + (head * D + d) * R + row, x, mask=d < D)
 
 
