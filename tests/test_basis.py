@@ -121,17 +121,78 @@ def test_save_and_load(tmp_path):
         assert torch.equal(loaded[i].key, layer.key)
 
 
-@pytest.mark.parametrize("content", ["junk", "other tensors"])
-def test_broken_file(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"no safetensors", "damaged"),
+        (b"", "damaged"),
+        ({"weights": torch.ones(2)}, "but weights"),
+        ({"query": torch.ones(H, D, D)}, "but query"),
+        ({"query": torch.ones(H, D, D), "key": torch.ones(H, D, D), "bias": torch.ones(2)}, "but bias, key, query"),
+        ({"query": torch.ones(H, D, D), "key": torch.ones(H, D, D + 1)}, r"query is \(2, 8, 8\)"),
+        ({"query": torch.ones(D, D), "key": torch.ones(D, D)}, r"\(8, 8\) of torch.float32"),
+        ({"query": torch.eye(D).expand(H, D, D).char(), "key": torch.eye(D).expand(H, D, D)}, "torch.int8"),
+        ({"query": torch.eye(D).expand(H, D, D), "key": torch.eye(D).expand(H, D, D) > 0}, "torch.bool"),
+        ({"query": torch.full((H, D, D), torch.nan), "key": torch.ones(H, D, D)}, "NaN or infinity stands in query"),
+        ({"query": torch.ones(H, D, D), "key": torch.full((H, D, D), torch.inf)}, "NaN or infinity stands in key"),
+    ],
+)
+def test_broken_file(tmp_path, content, words):
     from safetensors.torch import save_file
 
     path = tmp_path / "basis.safetensors"
-    if content == "junk":
-        path.write_bytes(b"no safetensors")
+    if isinstance(content, bytes):
+        path.write_bytes(content)
     else:
-        save_file({"weights": torch.ones(2)}, path)
-    with pytest.raises(ValueError, match="no feature basis"):
+        save_file({name: x.contiguous() for name, x in content.items()}, path)
+    with pytest.raises(ValueError, match=words) as error:
         FeatureBasis.load(path)
+    assert f"{path} holds no feature basis" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("keys", ["usual", "one token", "one feature", "zeros", "long axes"])
+def test_bases_of_all_kinds_are_sound(kind, keys):
+    q, k = draw()
+    rows = {"one token": torch.full((D,), 2.0), "one feature": torch.eye(D)[0], "zeros": torch.zeros(D)}
+    if keys in rows:
+        q, k = (rows[keys].double().expand(1, h, 1, D) for h in (H * G, H))
+    if keys == "long axes":
+        q, k = q * 1e3, k * torch.logspace(-4, 4, D).double()
+    for topk, dense_dims in ((2, 0), (1, 3), (5, 3)):
+        FeatureBasis.from_moments(moments_of((q, k)), kind, topk=topk, dense_dims=dense_dims).check(topk, dense_dims)
+    if kind != "dictionary":
+        FeatureBasis.from_moments(moments_of((q, k)), kind).check(2, 1)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda q, k: (q * 0, k * 0), "undo one another"),
+        (lambda q, k: (q, 2 * k), "undo one another"),
+        (lambda q, k: (-q, k), "undo one another"),
+        (lambda q, k: (q.flip(0), k), "undo one another"),
+        (lambda q, k: (q.roll(1, -1), k), "undo one another"),
+        (lambda q, k: (q, k + 0.01 * k.roll(1, -1)), "undo one another"),
+        (lambda q, k: (q * torch.tensor([1, 1, 1, 1.1, 1, 1, 1, 1]), k), "undo one another"),
+        (lambda q, k: (q * torch.nan, k), "NaN or infinity"),
+        (lambda q, k: (q, k[0]), "must both be"),
+        (lambda q, k: (q.int(), k), "float"),
+    ],
+)
+def test_sides_that_do_not_undo_one_another_are_refused(damage, words):
+    basis = FeatureBasis.from_moments(moments_of(draw()), "whitened", topk=2, dense_dims=2)
+    basis.check(2, 2)
+    with pytest.raises((ValueError, TypeError), match=words):
+        FeatureBasis(*damage(basis.query, basis.key)).check(2, 2)
+
+
+def test_a_gain_of_another_budget_is_refused():
+    basis = FeatureBasis.from_moments(moments_of(draw()), "balanced", topk=2, dense_dims=2)
+    for topk, dense_dims in ((2, 3), (6, 2)):
+        with pytest.raises(ValueError, match="another budget"):
+            basis.check(topk, dense_dims)
 
 
 @pytest.mark.parametrize("kind", ["dictionary", "whitened", "balanced", "pca"])

@@ -46,8 +46,8 @@ def test_many_ties(head_dim, topk, dense_dims, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_head_dim(dtype, device):
-    sample = (1, 2, 3, 5, 8, 15, 16, 33, 64, 65, 100, 128, 129, 250, 255, 256)  # a kernel is compiled for each
-    for head_dim in range(1, 257) if device.type == "cpu" else sample:
+    """On a GPU each compiles its own kernels: some of them."""
+    for head_dim in range(1, 257) if device.type == "cpu" else (1, 2, 3, 17, 33, 64, 100, 129, 192, 255, 256):
         assert_selects(torch.randn(3, head_dim, dtype=dtype), (head_dim + 3) // 4)
 
 

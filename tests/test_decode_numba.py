@@ -1,5 +1,8 @@
 """Decode compiled by numba: equal to the plain path for every shape and rule, and its tolerance holds the bound."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -207,3 +210,13 @@ def test_threads_change_neither_the_result_nor_the_users_setting():
 
 def test_dtypes():
     assert [decode_numba.supports(x) for x in (*DTYPES, torch.float16, torch.float64)] == [True, True, False, False]
+
+
+@pytest.mark.cpu
+def test_a_decode_leaves_torchs_number_of_threads():
+    """In a process of its own: numba starts its threads once."""
+    script = (
+        "import torch, flashsfa; torch.set_num_threads(1); x = torch.randn(1, 2, 9, 16);"
+        "flashsfa.sparse_feature_decode(x, flashsfa.topk_codes(x, 4), x); print(torch.get_num_threads())"
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "1\n"

@@ -205,7 +205,7 @@ def test_changing_the_dtype_does_not_round_the_basis(convert):
     assert coding.query.dtype == coding.key.dtype == torch.float32
     assert torch.equal(coding.query, query)
     assert torch.equal(coding.key, key)
-    assert coding.to("meta").key.is_meta
+    assert torch.equal(coding.to("meta").key, key)  # weights there are elsewhere, a basis would be lost
 
 
 @pytest.mark.parametrize("kind", ["none", "dense", "dynamic", "static", "int8"])
@@ -299,8 +299,8 @@ def softcap(model):
         ({}, None, {"dense_dims": 8}, "dense_dims"),
         ({}, None, {"value_tolerance": 1.0}, "value_tolerance"),
         ({}, None, {"topk_query": 8, "query_pattern": "2:4"}, "at most half"),
-        ({}, None, {"query_pattern": "1:2"}, "the pattern must be '2:4' or None, got '1:2'"),
-        ({}, None, {"cache_dtype": "fp8"}, "cache_dtype must be 'int8' or None, got 'fp8'"),
+        ({}, None, {"query_pattern": "1:2"}, "query_pattern must be one of 2:4, None; got '1:2'"),
+        ({}, None, {"cache_dtype": "fp8"}, "cache_dtype must be one of int8, None; got 'fp8'"),
         ({}, None, {"layers": [0, 2]}, "do not exist"),
         ({}, None, {"layers": []}, "each layer to switch once"),
         ({}, None, {"layers": [1, 1]}, "each layer to switch once"),
@@ -343,7 +343,7 @@ def test_masks_that_are_not_causal_refused(ids):
 def test_failure_on_the_way_leaves_the_model_dense(ids, monkeypatch):
     model = make("llama")
     dense = logits(model, ids)
-    monkeypatch.setattr(switching, "_extend", lambda model, basis: 1 / 0)
+    monkeypatch.setattr(switching, "extend", lambda model, basis: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         flashsfa.enable(model, 3)
     assert not is_enabled(model)

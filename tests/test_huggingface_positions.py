@@ -232,7 +232,7 @@ def stretched():
         (stretched, {}, "rope_parameters"),
         (lambda: make("qwen3"), {"dense_dims": 3}, "dense_dims must be even, 2 to 16, got 3"),
         (lambda: make("gpt2"), {"dense_dims": None}, "dense_dims must be even, 2 to 16, got 0"),
-        (lambda: make("qwen3"), {"positions": "learned"}, "positions must be 'channel' or None, got 'learned'"),
+        (lambda: make("qwen3"), {"positions": "learned"}, "positions must be one of channel, None; got 'learned'"),
         (
             lambda: make("qwen3"),
             {"basis": flashsfa.FeatureBasis(*torch.eye(16).expand(2, 2, 2, 16, 16))},

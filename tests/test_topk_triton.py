@@ -25,10 +25,13 @@ def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+MANY = 1 << 20
+
+
 def launches(dtype, topk):
-    """Every method that applies."""
+    """Every method that applies: to few rows, to many, and to all."""
     bisect = Launch("bisect", rows=8, lanes=4, num_warps=1)
-    return [bisect, launch_for(dtype, topk)] if launch_for(dtype, topk) != bisect else [bisect]
+    return dict.fromkeys((launch_for(dtype, topk, 1), launch_for(dtype, topk, MANY), bisect))
 
 
 def same(got, expected):
@@ -80,7 +83,8 @@ def test_rows_in_one_pass(head_dim, topk, dense_dims, dtype, with_code, device):
     out = torch.full((1, 11, 2, head_dim), 7, dtype=dtype, device=device).transpose(1, 2)
     code = tuple(part.fill_(7) for part in empty_code(x, topk, dense_dims)) if with_code else None
     expected = plain_topk_codes(x, topk, dense_dims)
-    if topk_rows(x, topk, dense_dims, out, code):
+    assert not topk_rows(x, topk, dense_dims, out, code)  # so few rows are coded first
+    if topk_rows(x, topk, dense_dims, out, code, launch_for(dtype, topk, MANY)):
         same(out, plain_spread_codes(*expected, head_dim))
         for got, wanted in zip(code or (), expected, strict=False):
             same(got, wanted)
@@ -90,7 +94,17 @@ def test_rows_in_one_pass(head_dim, topk, dense_dims, dtype, with_code, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_default_launch_and_ragged_rows(dtype, device):
+@pytest.mark.parametrize("rows", [1, 512, 513])
+def test_default_launch(rows, dtype, device):
+    """Few rows, and more, for which other kernels are chosen."""
+    assert launch_for(dtype, 4, rows).method == (
+        "rank" if rows <= 512 else "bisect" if dtype == torch.float32 else "network"
+    )
+    assert_selects(torch.randn(rows, 16, device=device).to(dtype), 4, 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ragged_rows(dtype, device):
     assert_selects(torch.randn(5, 7, 64, device=device).to(dtype), 8, 0)
     assert_selects(torch.randn(37, 64, device=device).to(dtype), 33, 2)
 
@@ -117,7 +131,7 @@ def test_any_strides(view, dtype, device):
         assert_selects(x, 5, 3, launch)
 
 
-@pytest.mark.parametrize("method", ["pairs", "network", "bisect"])
+@pytest.mark.parametrize("method", ["network", "bisect", "rank"])
 @pytest.mark.parametrize(("rows", "lanes", "num_warps"), [(16, 1, 1), (16, 2, 1), (32, 4, 4)])
 def test_any_launch(method, rows, lanes, num_warps, device):
     assert_selects(hostile_rows(80, torch.bfloat16, device), 12, 5, Launch(method, rows, lanes, num_warps))

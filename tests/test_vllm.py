@@ -139,7 +139,7 @@ def test_pages_that_do_not_fit_are_refused():
 # --- vLLM 0.33.0's interfaces, as far as the backend uses them -----------------------------------------------------
 
 
-class AttentionType(str, enum.Enum):
+class AttentionType(enum.StrEnum):
     DECODER = "decoder"
     ENCODER_ONLY = "encoder_only"
 
@@ -389,10 +389,11 @@ def serve(vllm, monkeypatch, tmp_path):
         if basis is not None:
             (tmp_path / settings.BASIS_FILE).parent.mkdir(exist_ok=True)
             basis.save(tmp_path / settings.BASIS_FILE)
+            sfa = {"has_basis": True, **sfa}
         config = SimpleNamespace(
             model_config=SimpleNamespace(
                 hf_config=SimpleNamespace(
-                    model_type=model_type, head_dim=D, rope_parameters=rope, **sfa and {"sfa": sfa}
+                    model_type=model_type, head_dim=D, rope_parameters=rope, num_hidden_layers=3, **sfa and {"sfa": sfa}
                 ),
                 model=str(tmp_path),
             ),
@@ -568,6 +569,22 @@ def test_a_basis_beside_the_checkpoint(vllm, serve, ranks, rank):
         server.assert_attends(server.step(new), basis=mine)
 
 
+@pytest.mark.parametrize(
+    ("layers", "factor", "has_basis", "words"),
+    [
+        (2, 1, True, "for 2 layers"),
+        (3, 9, True, "undo one another"),
+        (3, torch.nan, True, "NaN"),
+        (3, 1, False, "name none"),
+    ],
+)
+def test_a_basis_that_is_not_the_models_is_refused(vllm, serve, layers, factor, has_basis, words):
+    key = torch.randn(layers, HKV, D, D)
+    basis = FeatureBasis(torch.linalg.inv(key).mT.contiguous() * factor, key)
+    with pytest.raises(ValueError, match=words):
+        Server(vllm, serve(basis, **CODING, has_basis=has_basis), hq=2 * HKV, hkv=HKV).step(STEPS[0])
+
+
 @pytest.mark.skipif(not HAS_VLLM, reason="needs vLLM")
 def test_pages_lie_as_vllm_lays_them(vllm, serve):
     from vllm.v1.kv_cache_interface import KVCacheTensor, compute_layout_strides, create_kv_cache_views
@@ -690,7 +707,10 @@ def test_what_cannot_run_is_refused(vllm, serve):
     with pytest.raises(ValueError, match="codes every layer"):
         SparseFeatureImpl(*ordinary)
     serve(**CODING, query_pattern="1:2")
-    with pytest.raises(ValueError, match="the pattern must be"):
+    with pytest.raises(ValueError, match="query_pattern must be one of"):
+        SparseFeatureImpl(*ordinary)
+    serve(**CODING, has_basis=True)
+    with pytest.raises(ValueError, match="no local file"):
         SparseFeatureImpl(*ordinary)
     serve(**CODING, cache_dtype="int8")
     with pytest.raises(ValueError, match="cache_dtype=None"):

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checks import require
+from .checks import FLOAT_DTYPES, require, require_float
 from .codes import topk_codes
+from .files import whole_file
 
 _log = logging.getLogger("flashsfa")
 
@@ -22,6 +23,7 @@ KINDS = ("dictionary", "balanced", "whitened", "pca", "identity")
 _MAX_CONDITION = 1e8
 _SAMPLE_KEYS = 4096  # keys a head that the dictionary is fitted to
 _DICTIONARY_ROUNDS = 15
+_ROUNDING = 1e-4  # of a product of columns, far above float32's
 _GAIN_POWER = 0.75  # 0.5 keeps the size of scores, 1 their mean for given dense ones; docs/explanation/method.md
 
 
@@ -75,11 +77,15 @@ class FeatureBasis:
                 "identity": no change.
             topk, dense_dims: the key code that a dictionary is fitted to, and the gain; without topk there is none.
 
-        Raises `ValueError` for an unknown kind, a dictionary without `topk`, or moments of no token; a nearly
+        Raises `ValueError` for an unknown kind, a dictionary without `topk`, or moments of no token or with NaN; a nearly
         singular moment matrix is regularised, with a warning.
         """
         require(kind in KINDS, f"basis must be one of {', '.join(KINDS)}; got {kind!r}")
         require(moments.count > 0, "no token was seen: calibrate on some text first")
+        require(
+            bool(moments.key_outer.isfinite().all() and moments.query_outer.isfinite().all()),
+            "the model's queries or keys hold NaN or infinity: its weights are damaged, or overflow in their dtype",
+        )
         heads, head_dim, _ = moments.key_outer.shape
         if kind == "identity":
             return cls.identity(heads, head_dim)
@@ -113,28 +119,69 @@ class FeatureBasis:
         layers = [cls.from_moments(layer, kind, topk=topk, dense_dims=dense_dims) for layer in moments]
         return cls(*(torch.stack([getattr(x, name) for x in layers]) for name in ("query", "key")))
 
+    def check(self, topk: int, dense_dims: int) -> None:
+        """Raise `ValueError` unless the two sides undo one another, up to the gain of codes of this budget.
+
+        Their entries may be as large as a condition number of 1e8 makes them, and are rounded to float32.
+        """
+        require_float("the basis", self.query)
+        require_float("the basis", self.key)
+        require(
+            self.query.ndim in (3, 4)
+            and self.query.shape == self.key.shape
+            and self.key.shape[-1] == self.key.shape[-2],
+            f"the sides of a basis must both be [..., H, D, D], got {tuple(self.query.shape)} and {tuple(self.key.shape)}",
+        )
+        query, key = (x.detach().to("cpu", torch.float64) for x in (self.query, self.key))
+        require(bool(query.isfinite().all() and key.isfinite().all()), "the basis holds NaN or infinity")
+        sizes = key.norm(dim=-2)[..., :, None] * query.norm(dim=-2)[..., None, :]  # [..., H, D, D] of the columns
+        product, slack = key.mT @ query, _ROUNDING * sizes
+        gain, room = product.diagonal(dim1=-2, dim2=-1), slack.diagonal(dim1=-2, dim2=-1)  # [..., H, D]
+        sparse, apart = gain[..., dense_dims:], room[..., dense_dims:]
+        largest = (sparse.shape[-1] / topk) ** _GAIN_POWER  # codes keep at least their share of a key's square
+        sound = (
+            ((product - torch.diag_embed(gain)).abs() <= slack).all()
+            and ((gain - 1).abs() <= room)[..., :dense_dims].all()
+            and ((sparse - sparse.mean(-1, keepdim=True)).abs() <= apart.amax(-1, keepdim=True)).all()
+            and (sparse >= 1 - apart).all()
+            and (sparse <= largest + apart).all()
+        )
+        require(
+            bool(sound),
+            f"the two sides of the basis do not undo one another, or its gain is that of another budget than topk={topk}, "
+            f"dense_dims={dense_dims}: calibrate the model again",
+        )
+
     def save(self, path: str | Path) -> None:
         """Write to a safetensors file, whole or not at all."""
         from safetensors.torch import save_file
 
-        path = Path(path)
-        beside = path.with_name(path.name + ".partial")
-        try:
+        with whole_file(path) as beside:
             save_file({name: getattr(self, name).contiguous() for name in ("query", "key")}, beside)
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> FeatureBasis:
-        """Read what `save` wrote. Raises `ValueError` for a file that holds no basis."""
+        """Read what `save` wrote. Raises `ValueError` for a file that holds no basis: other tensors, integers, NaN."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         try:
-            return cls(**load_file(path))
-        except (SafetensorError, TypeError) as error:
-            raise ValueError(f"{path} holds no feature basis: {error}") from error
+            tensors = load_file(path, device="cpu")
+        except SafetensorError as error:
+            raise ValueError(f"{path} holds no feature basis: the file is damaged ({error})") from error
+        require(
+            set(tensors) == {"query", "key"},
+            lambda: (
+                f"{path} holds no feature basis, which is two tensors key and query, but {', '.join(sorted(tensors)) or 'none'}"
+            ),
+        )
+        for name, x in tensors.items():
+            require(
+                x.dtype in FLOAT_DTYPES and x.ndim in (3, 4) and x.shape == tensors["key"].shape,
+                f"{path} holds no feature basis: {name} is {tuple(x.shape)} of {x.dtype}",
+            )
+            require(bool(x.isfinite().all()), f"{path} holds no feature basis: NaN or infinity stands in {name}")
+        return cls(**tensors)
 
 
 class Moments:

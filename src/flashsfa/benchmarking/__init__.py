@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 
 from ..checks import require
+from ..files import require_place, whole_file
 from . import decode, prefill, topk
 from .cases import Case, MeasuredCase, UnavailableError, WrongOutputError
-from .results import BaselineResult, Results, Row, environment, require_place
+from .results import BaselineResult, Results, Row, environment
 from .timing import copy_bandwidth, measure, release
 
 
@@ -71,7 +72,8 @@ def run(
         results = Results(operation, environment(device), bandwidth, tuple(rows))
         paths = results.save(directory)
         picture = paths[0].with_suffix(".png")
-        draw(results, picture)
+        with whole_file(picture) as file:
+            draw(results, file)
         return results, [*paths, picture]
 
     try:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import platform
 import subprocess
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import __version__
+from ..checks import require
+from ..files import beside
 from .timing import Timing
 
 if TYPE_CHECKING:
@@ -162,16 +161,16 @@ class Results:
         }
         records = [_record(row) | dict(self.environment) for row in self.rows]
         columns = list(dict.fromkeys(column for record in records for column in record))
-        directory.mkdir(parents=True, exist_ok=True)
-        target = free_json(directory, "-".join(part for part in parts if part))
-        paths = [target, target.with_suffix(".csv")]
-        with all_or_none(paths):
-            target.write_text(json.dumps(document, indent=1) + "\n")
-            with paths[1].open("w", newline="") as file:
+
+        def write_table(path: Path) -> None:
+            with path.open("w", newline="") as file:
                 writer = csv.DictWriter(file, columns)
                 writer.writeheader()
                 writer.writerows(records)
-        return paths
+
+        stem = "-".join(part for part in parts if part)
+        content = json.dumps(document, indent=1) + "\n"
+        return write_results(directory, stem, {".json": lambda path: path.write_text(content), ".csv": write_table})
 
     def table(self) -> Table:
         """The rows as a rich table, the notes of failed and skipped ones below it."""
@@ -215,7 +214,7 @@ class Results:
 def environment(device: torch.device) -> dict[str, str | None]:
     """What a figure depends on; None where something is not installed, or no commit is known."""
     return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "flashsfa": __version__,
         "commit": _commit(),
@@ -227,30 +226,38 @@ def environment(device: torch.device) -> dict[str, str | None]:
     }
 
 
-def require_place(directory: Path) -> None:
-    """Raise `OSError` if results cannot be written to `directory`, which may not exist yet; makes nothing."""
-    there = directory.absolute()
-    while not os.path.lexists(there):
-        there = there.parent
+def write_results(directory: Path, stem: str, writers: Mapping[str, Callable[[Path], object]]) -> list[Path]:
+    """Write a file a suffix (".json" first), all of one name: `stem`, or with a number where earlier results stand. Returns their
+    paths.
+
+    Raises `OSError`, with none of them there, if one cannot be written, and `ValueError` for a `stem` that is no file's name.
+    """
+    require(Path(stem).name == stem, f"results are named by their date and commit, and {stem!r} is no name of a file")
     try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
+        with beside(directory / stem) as folder:
+            for suffix, write in writers.items():
+                write(folder / f"{stem}{suffix}")
+            return _rename_together([folder / f"{stem}{suffix}" for suffix in writers], _free_json(directory, stem))
     except OSError as error:
-        raise OSError(f"cannot write results to {directory}: {there}: {error.strerror or error}") from error
+        raise OSError(
+            f"could not write results to {directory}: {error.strerror or error}; make room, or choose another place with -o"
+        ) from error
 
 
-@contextmanager
-def all_or_none(paths: Iterable[Path]) -> Iterator[None]:
-    """Removes the files at `paths` if what runs inside, which is to write them, fails."""
+def _rename_together(files: Sequence[Path], target: Path) -> list[Path]:
+    """Give all `files` the name of `target`, with their own suffixes, or none. Returns the new paths."""
+    paths = [target.with_suffix(file.suffix) for file in files]
     try:
-        yield
+        for file, path in zip(files, paths, strict=True):
+            file.replace(path)
     except BaseException:
         for path in paths:
             path.unlink(missing_ok=True)
         raise
+    return paths
 
 
-def free_json(directory: Path, stem: str) -> Path:
+def _free_json(directory: Path, stem: str) -> Path:
     """An empty file of our own: `stem.json`, or with a number where earlier results stand."""
     for number in range(1, 10_000):
         path = directory / f"{stem}{f'-{number}' if number > 1 else ''}.json"

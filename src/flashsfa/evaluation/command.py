@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..basis import KINDS
-from ..checks import require
+from ..checks import MOST_TOKENS, require, require_int
 from .haystack import TASKS
 
 if TYPE_CHECKING:
@@ -32,12 +32,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         return command
 
     perplexity = add("perplexity", "perplexity over long windows of a text", _perplexity)
-    perplexity.add_argument("--text", metavar="TEXT", help="file or folder (default: topics of Python's help)")
+    perplexity.add_argument(
+        "--text", type=some_text, metavar="TEXT", help="file or folder (default: topics of Python's help)"
+    )
     perplexity.add_argument("--window", type=int, default=4096, help="tokens a window")
     perplexity.add_argument("--windows", type=int, default=8, help="windows, spread over the text")
 
     needle = add("needle", "needles in a haystack of real text, and RULER's offline tasks", _needle)
-    needle.add_argument("--text", metavar="TEXT", help="file or folder for the hay (default: topics of Python's help)")
+    needle.add_argument(
+        "--text", type=some_text, metavar="TEXT", help="file or folder for the hay (default: topics of Python's help)"
+    )
     needle.add_argument("--task", choices=TASKS, default="single", help="what to find")
     needle.add_argument("--lengths", type=_integers, default="512,1024,2048,4096", help="contexts in tokens, by commas")
     needle.add_argument(
@@ -51,10 +55,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         context="2048, or the model's positions if fewer",
     )  # fmt: skip
     harness.add_argument("--tasks", type=_names, required=True, help="names of tasks, groups or tags, by commas")
-    harness.add_argument("--include-path", type=Path, metavar="DIR", help="folder with task files (.yaml) of your own")
+    harness.add_argument(
+        "--include-path", type=some_path, metavar="DIR", help="folder with task files (.yaml) of your own"
+    )
     harness.add_argument("--limit", type=int, default=None, help="examples a task (default: all)")
     harness.add_argument("--num-fewshot", type=int, default=None, help="worked examples (default: what the task says)")
     harness.add_argument("--batch-size", type=int, default=1, help="prompts at a time")
+
+
+def require_counts(options: argparse.Namespace, **least: int) -> None:
+    """Each of these options, where it is given, is at least so much, and a number of things that there can be."""
+    for name, low in least.items():
+        value = getattr(options, name)
+        if value is not None:
+            require_int(f"--{name.replace('_', '-')}", value, low, MOST_TOKENS)
+
+
+def some_text(text: str) -> str:
+    """An option's value that is not empty, as that of a shell variable without a value."""
+    if not text.strip() or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} names nothing")
+    return text
+
+
+def some_path(text: str) -> Path:
+    """As `some_text`."""
+    return Path(some_text(text))
 
 
 def run(options: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], list[Path]]:
@@ -64,8 +90,9 @@ def run(options: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any]
     """
     import torch
 
-    from .results import require_place
+    from ..files import require_place
 
+    require_counts(options, topk=1, topk_query=1, dense_dims=0, max_position=2)
     require_place(options.output)
     try:
         return options.measure(options, progress)
@@ -75,11 +102,12 @@ def run(options: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any]
 
 def table(document: dict[str, Any]) -> Table:
     """What was found, a row a variant or figure."""
+    from rich.markup import escape
     from rich.table import Table
 
-    results, settings = document["results"], document["settings"]
+    results, model = document["results"], escape(document["settings"]["model"])
     if document["evaluation"] == "perplexity":
-        out = Table("attention", "perplexity", "against dense", title=f"{settings['model']}: perplexity")
+        out = Table("attention", "perplexity", "against dense", title=f"{model}: perplexity")
         dense = results.get("dense")
         for name, row in results.items():
             change = (
@@ -91,13 +119,13 @@ def table(document: dict[str, Any]) -> Table:
 
         grids = {name: ScoreGrid.of(result["rows"]) for name, result in results.items()}
         lengths = next(iter(grids.values())).lengths
-        title = f"{settings['model']}: {settings['task']}, percent found"
+        title = f"{model}: {document['settings']['task']}, percent found"
         out = Table("attention", "depth", *(f"{n} tokens" for n in lengths), title=title)
         for name, grid in grids.items():
             for depth, scores in zip(grid.depths, grid.scores, strict=True):
                 out.add_row(name, depth, *(f"{100 * score:.0f}" for score in scores))
     else:
-        out = Table("task", "metric", *results, title=f"{settings['model']}: lm-eval")
+        out = Table("task", "metric", *results, title=f"{model}: lm-eval")
         first = next(iter(results.values()))["results"]
         for task, metrics in first.items():
             for metric in (m for m, value in metrics.items() if isinstance(value, float) and "_stderr" not in m):
@@ -107,7 +135,7 @@ def table(document: dict[str, Any]) -> Table:
 
 
 def _perplexity(options: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], list[Path]]:
-    require(options.window >= 2 and options.windows >= 1, "--window must be at least 2 tokens and --windows at least 1")
+    require_counts(options, window=2, windows=1)
     from .perplexity import perplexity
     from .results import save
     from .text import separate_texts, token_windows
@@ -126,7 +154,9 @@ def _perplexity(options: argparse.Namespace, progress: Progress) -> tuple[dict[s
 
 
 def _needle(options: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], list[Path]]:
-    require(options.trials >= 1, f"--trials must be at least 1, got {options.trials}")
+    require_counts(options, trials=1)
+    for length in options.lengths:
+        require_int("each of --lengths", length, 1, MOST_TOKENS)
     require(all(0 <= d <= 100 for d in options.depths), f"--depths are percents from 0 to 100, got {options.depths}")
     from .haystack import Haystack, samples
     from .needle import ScoreGrid, draw, find_needles
@@ -154,9 +184,7 @@ def _needle(options: argparse.Namespace, progress: Progress) -> tuple[dict[str, 
 
 
 def _lm_eval(options: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], list[Path]]:
-    for name, least in {"limit": 1, "num_fewshot": 0, "batch_size": 1, "max_position": 2}.items():
-        value = getattr(options, name)
-        require(value is None or value >= least, f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    require_counts(options, limit=1, num_fewshot=0, batch_size=1)
     from .harness import Harness
     from .results import save
     from .text import read_text
@@ -181,12 +209,12 @@ def _lm_eval(options: argparse.Namespace, progress: Progress) -> tuple[dict[str,
 def _add_subject(parser: argparse.ArgumentParser, context: str) -> None:
     """The options that say which model, how it is switched and where results go; `context` is calibrated for."""
     parser.add_argument(
-        "model", nargs="?", metavar="MODEL",
+        "model", nargs="?", type=some_text, metavar="MODEL",
         help="a converted model's directory, or a dense model: local directory or hub name (default: a small bundled model)",
     )  # fmt: skip
     parser.add_argument("--dense", action="store_true", help="measure the model dense too, on the same prompts")
     parser.add_argument(
-        "-o", "--output", type=Path, default=Path("results"), metavar="DIR", help="earlier results there are kept"
+        "-o", "--output", type=some_path, default=Path("results"), metavar="DIR", help="earlier results there are kept"
     )
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the weights"
@@ -204,7 +232,7 @@ def _add_subject(parser: argparse.ArgumentParser, context: str) -> None:
     )  # fmt: skip
     switch.add_argument("--max-position", type=int, help=f"context in tokens to calibrate for (default: {context})")
     switch.add_argument(
-        "--calibrate", metavar="TEXT",
+        "--calibrate", type=some_text, metavar="TEXT",
         help="file or folder to calibrate on (default: topics of Python's help); a TEXT that is measured on too is split in two",
     )  # fmt: skip
     switch.add_argument(

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..checks import require
+
+_LONGEST_REASON = 400  # characters
 
 
 class Harness:
@@ -21,28 +25,37 @@ class Harness:
         tasks: names of tasks, groups or tags.
         include_path: folder with task files (.yaml) of one's own.
 
-    Raises `ImportError` without lm-eval, `ValueError` for a name that no task has.
+    Raises `ImportError` without lm-eval, `ValueError` for a name that no task has, or a task whose file or data are not there or
+    damaged.
     """
 
     def __init__(self, tasks: Sequence[str], include_path: Path | None = None) -> None:
         try:
+            import datasets
             from lm_eval.tasks import TaskManager
         except ImportError as error:
             raise ImportError(f"{error}: pip install 'flashsfa[eval]'") from error
         logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about how it is called here
+        datasets.disable_progress_bars()
         require(bool(tasks), "no task is named: give --tasks, by commas")
         require(include_path is None or include_path.is_dir(), f"--include-path {include_path} is no folder")
         self._tasks = list(tasks)
         folder = None if include_path is None else str(include_path)
-        self._manager: Any = TaskManager(include_path=folder, include_defaults=False)
+        with _refusal(f"lm-eval cannot read the task files in {folder}"):
+            self._manager: Any = TaskManager(include_path=folder, include_defaults=False)
         if self._unknown():
-            self._manager = TaskManager(include_path=folder)
+            with _refusal("lm-eval cannot read its task files"):
+                self._manager = TaskManager(include_path=folder)
         unknown = self._unknown()
         if unknown:
             near = difflib.get_close_matches(unknown[0], self._manager.all_tasks)
             raise ValueError(
                 f"lm-eval has no task {', '.join(unknown)}" + (f"; did you mean {', '.join(near)}?" if near else "")
             )
+        with _refusal(f"lm-eval cannot load {', '.join(tasks)}"):
+            # With their data: what is missing shows before any model is loaded.
+            load = getattr(self._manager, "load", None) or self._manager.load_task_or_group  # as older versions call it
+            load(self._tasks)
 
     def evaluate(
         self, model: Any, tokenizer: Any, *, batch_size: int, limit: int | None, num_fewshot: int | None
@@ -53,7 +66,7 @@ class Harness:
             limit: examples a task; None for all.
             num_fewshot: worked examples in a prompt; None for what the task says.
 
-        Raises `OSError` or `ValueError` of lm-eval or datasets if a task's data cannot be had.
+        Raises what a task's own code or templates raise.
         """
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
@@ -67,3 +80,13 @@ class Harness:
     def _unknown(self) -> list[str]:
         known = set(self._manager.all_tasks)
         return [name for name in self._tasks if name not in known]
+
+
+@contextmanager
+def _refusal(what: str) -> Iterator[None]:
+    """Whatever goes wrong in the block, where lm-eval reads files that are not ours, is a `ValueError` that begins with `what`."""
+    try:
+        yield
+    except Exception as error:
+        reason = textwrap.shorten(str(error), _LONGEST_REASON, placeholder=" ...")
+        raise ValueError(f"{what}: {type(error).__name__}: {reason}") from error

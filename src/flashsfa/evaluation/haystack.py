@@ -60,11 +60,11 @@ class Haystack:
         sentences = re.split(r"(?<=[.!?])(?=\s)|(?<!\n)(?=\n\n)", self.text)
         lines = (s.splitlines(keepends=True) if len(s) > _LONGEST_SENTENCE else [s] for s in sentences)
         pieces = [piece for piece in itertools.chain(*lines) if piece.strip()]
-        require(bool(pieces), "the text for the haystack is empty")
-        ids = tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"] if pieces else []
         self._pieces = [s[i : i + _LONGEST_PIECE] for s in ids for i in range(0, len(s), _LONGEST_PIECE)]
+        require(bool(self._pieces), "the text for the haystack is empty, or the tokenizer makes no tokens of it")
         one = tokenizer("a")["input_ids"]
-        self._start = [one[0]] if one[0] == tokenizer.bos_token_id else []
+        self._start = one[:1] if one[:1] == [tokenizer.bos_token_id] else []
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text` without special tokens."""

@@ -83,7 +83,7 @@ def draw(title: str, grids: Mapping[str, ScoreGrid], path: Path) -> None:
     figure, panels = plt.subplots(
         1, len(grids), figsize=(max(6.0, width * len(grids)), height), layout="constrained", squeeze=False, sharey=True
     )
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, parse_math=False)
     for (name, grid), axes in zip(grids.items(), panels[0], strict=True):
         image = axes.imshow(grid.scores, vmin=0, vmax=1, cmap="YlGnBu", aspect="auto")
         for y, row in enumerate(grid.scores):

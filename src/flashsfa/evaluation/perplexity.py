@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import require
 from ..huggingface import SparseCache
 from ..huggingface.switch import is_enabled
 
 _ROWS = 1024  # logits turned to float32 at a time: of a long window they would be the largest tensor by far
+_LARGEST_LOSS = math.log(sys.float_info.max)
 
 
 @torch.no_grad()
@@ -26,6 +29,8 @@ def perplexity(model: Any, windows: Tensor, progress: Callable[[], None] = lambd
         model: a causal language model of transformers.
         windows: [S, W] int64 token ids.
         progress: called after each window.
+
+    Raises `ValueError` if the loss is NaN, or so large that its exponential overflows.
     """
     rounds = is_enabled(model) and model.config.sfa["cache_dtype"] is not None
     total = 0.0
@@ -36,4 +41,9 @@ def perplexity(model: Any, windows: Tensor, progress: Callable[[], None] = lambd
         for rows, targets in zip(logits.split(_ROWS), ids[0, 1:].split(_ROWS), strict=True):
             total += F.cross_entropy(rows.float(), targets, reduction="sum").item()
         progress()
-    return math.exp(total / (windows.shape[0] * (windows.shape[1] - 1)))
+    loss = total / (windows.shape[0] * (windows.shape[1] - 1))
+    require(
+        loss < _LARGEST_LOSS,  # NaN is not
+        f"the model's loss is {loss:.3g} nats a token, which no working model has: its weights are damaged, or overflow in {model.dtype}",
+    )
+    return math.exp(loss)

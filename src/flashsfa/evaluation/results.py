@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from ..benchmarking.results import all_or_none, environment, free_json, require_place
+from ..benchmarking.results import environment, write_results
+from ..files import require_place
 
 __all__ = ["document", "require_place", "save"]
 
@@ -28,11 +29,8 @@ def save(content: Mapping[str, Any], directory: Path, draw: Callable[[Path], Non
     """
     where = content["environment"]
     parts = [content["evaluation"], str(where["date"])[:10], where["commit"]]
-    directory.mkdir(parents=True, exist_ok=True)
-    target = free_json(directory, "-".join(part for part in parts if part))
-    paths = [target] if draw is None else [target, target.with_suffix(".png")]
-    with all_or_none(paths):
-        target.write_text(json.dumps(content, indent=1, default=str) + "\n")
-        if draw is not None:
-            draw(paths[-1])
-    return paths
+    text = json.dumps(content, indent=1, default=str) + "\n"
+    writers: dict[str, Callable[[Path], object]] = {".json": lambda path: path.write_text(text)}
+    if draw is not None:
+        writers[".png"] = draw
+    return write_results(directory, "-".join(part for part in parts if part), writers)

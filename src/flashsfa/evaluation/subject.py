@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +11,9 @@ from torch import Tensor
 
 from ..basis import default_kind
 from ..checks import require
-from ..huggingface import calibrate, disable, enable, from_pretrained
+from ..huggingface import calibrate, disable, enable
 from ..huggingface.switch import attention_shape
-from ..models import BUNDLED_NAME, load_model
+from ..models import BUNDLED_NAME, is_converted, load_model
 from .text import token_windows
 
 SWITCH_OPTIONS = ("topk", "topk_query", "dense_dims", "basis", "max_position", "calibrate", "cache_dtype")
@@ -69,7 +67,7 @@ class Subject:
         self._device = _device(settings.device)
         self.name = settings.model or BUNDLED_NAME
         self.switched: dict[str, Any] | None = None
-        converted = _is_converted(settings.model)
+        converted = is_converted(settings.model)
         given = [f"--{name.replace('_', '-')}" for name in SWITCH_OPTIONS if getattr(settings, name) is not None]
         require(
             not (converted and given),
@@ -84,7 +82,7 @@ class Subject:
             f"{self.name} is no converted model's directory: give --topk to switch a dense model, --dense to measure it as it is, or both",
         )
         dtype = getattr(torch, settings.dtype)
-        self.model, self.tokenizer = (_load_converted if converted else load_model)(settings.model, dtype)
+        self.model, self.tokenizer = load_model(settings.model, dtype)
         self.model.to(self._device)
         if converted:
             self.switched = self.model.config.sfa
@@ -168,21 +166,3 @@ def _device(name: str) -> torch.device:
         name != "cuda" or on_gpu, "--device cuda, but torch finds no CUDA device here; leave it out to run on the CPU"
     )
     return torch.device(("cuda" if on_gpu else "cpu") if name == "auto" else name)
-
-
-def _is_converted(model: str | None) -> bool:
-    config = Path(model or "") / "config.json"
-    try:
-        return config.is_file() and "sfa" in json.loads(config.read_text())
-    except ValueError as error:
-        raise ValueError(f"{config} is no JSON: {error}") from error
-
-
-def _load_converted(path: Any, dtype: torch.dtype) -> tuple[Any, Any]:
-    from transformers import AutoTokenizer
-
-    try:
-        return from_pretrained(path, dtype=dtype).eval(), AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        first_line = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{path} cannot be loaded as a converted model: {first_line}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,14 @@ def read_text(source: str | Path | None) -> str:
 
         return "\n\n".join(text for _, text in sorted(topics.items()))
     path = Path(source)
-    require(path.exists(), f"text {path} does not exist; give a text file or a folder of .txt, .md or .rst files")
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in _TEXT_SUFFIXES)
+    require(
+        os.path.lexists(path), f"text {path} does not exist; give a text file or a folder of .txt, .md or .rst files"
+    )
+    files = [path]
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in _TEXT_SUFFIXES and not p.is_dir())
     require(bool(files), f"folder {path} holds no .txt, .md or .rst file")
-    try:
-        text = "\n\n".join(file.read_text(encoding="utf-8") for file in files)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"text {path} is not UTF-8: {error}") from error
-    except OSError as error:
-        raise ValueError(f"text {path} cannot be read: {error}") from error
+    text = "\n\n".join(_read_file(file) for file in files)
     require(bool(text.strip()), f"text {path} is empty")
     return text
 
@@ -42,7 +42,7 @@ def separate_texts(calibrate: str | Path | None, evaluate: str | Path | None) ->
 
     Raises `ValueError` if one source lies inside the other.
     """
-    one, other = (None if source is None else Path(source).resolve() for source in (calibrate, evaluate))
+    one, other = (None if x is None else Path(os.path.realpath(x)) for x in (calibrate, evaluate))
     if one == other:
         return _halves(read_text(evaluate))
     if one is not None and other is not None:
@@ -68,6 +68,18 @@ def token_windows(tokenizer: Any, text: str, *, length: int, count: int, purpose
     windows = ids[: available * length].view(available, length)
     chosen = torch.linspace(0, available - 1, min(count, available), device="cpu").round().long()
     return windows[chosen]
+
+
+def _read_file(path: Path) -> str:
+    try:
+        require(path.is_file(), f"text {path} cannot be read: it is a broken link, or no file")
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"text {path} is not UTF-8: {error}") from error
+    except OSError as error:
+        raise ValueError(f"text {path} cannot be read: {error.strerror or error}") from error
+    require("\0" not in text, f"text {path} holds NUL characters: it is no text")
+    return text
 
 
 def _halves(text: str) -> tuple[str, str]:

@@ -2,7 +2,9 @@
 
 from .cache import SparseCache, StaticSparseCache, cache_nbytes
 from .calibration import calibrate
-from .switch import SFASettings, attention_shape, disable, enable, from_pretrained
+from .settings import SFASettings
+from .structure import attention_shape
+from .switch import disable, enable, from_pretrained
 
 __all__ = [
     "SFASettings",

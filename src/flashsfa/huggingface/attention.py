@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from ..codes import FeatureCodes, code_queries
 from ..decode import FEW_QUERIES, attend_cached, sparse_feature_decode
 from ..kernels.decode_torch import DecodeRules
 from .positions import channel_first
+from .structure import require_no_dropout
 
 NAME = "sfa"
 
@@ -35,6 +36,9 @@ class LayerCoding(nn.Module):
     model's, the basis has its own file.
     """
 
+    query: Tensor
+    key: Tensor
+
     def __init__(
         self,
         topk: int,
@@ -50,7 +54,7 @@ class LayerCoding(nn.Module):
         self.topk, self.topk_query, self.dense_dims = topk, topk_query, dense_dims
         self.value_tolerance, self.channel, self.cache_dtype = value_tolerance, channel, cache_dtype
         self.query_pattern = query_pattern
-        self.has_basis = basis is not None
+        self._basis_digest = None if basis is None else _digest(basis.key)
         if basis is not None:
             for name in ("query", "key"):
                 self.register_buffer(name, getattr(basis, name), persistent=False)
@@ -65,84 +69,126 @@ class LayerCoding(nn.Module):
         """Kept features of a query: `topk_query`, or the keys' where that is None."""
         return self.topk if self.topk_query is None else self.topk_query
 
+    @property
+    def key_code(self) -> tuple[Any, ...]:
+        """What a cached key depends on: two layers of one key code can go on with each other's caches."""
+        return (self.topk, self.dense_dims, self.channel, self._basis_digest)
+
     def queries(self, q: Tensor) -> Tensor:
         """q [B, Hq, N, D] in the layer's coordinates."""
         if self.channel:
             return channel_first(q, self.channel)
-        return self._basis().transform_query(q) if self.has_basis else q
+        return q if self._basis_digest is None else self._basis(q.device).transform_query(q)
 
     def keys(self, k: Tensor) -> Tensor:
         """k [B, Hkv, N, D] in the layer's coordinates."""
         if self.channel:
             return channel_first(k, self.channel)
-        return self._basis().transform_key(k) if self.has_basis else k
+        return k if self._basis_digest is None else self._basis(k.device).transform_key(k)
 
-    def _basis(self) -> FeatureBasis:
-        return FeatureBasis(self.get_buffer("query"), self.get_buffer("key"))
+    def _basis(self, device: torch.device) -> FeatureBasis:
+        """The basis on the device of what it is for: that of an offloaded layer is known when it runs."""
+        if self.query.device != device:
+            self.to(device)
+        return FeatureBasis(self.query, self.key)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LayerCoding:
-        return super()._apply(lambda x: x.to(fn(x).device), recurse)
+        def moved(x: Tensor) -> Tensor:
+            device = fn(x).device
+            return (
+                x if device.type == "meta" else x.to(device)
+            )  # weights on "meta" lie elsewhere; a basis would be lost
+
+        return super()._apply(moved, recurse)
 
 
-@dataclass(frozen=True)
-class StaticCodes:
-    """What a cache of fixed size hands to the attention function in place of keys.
+class CachedKeys:
+    """What a cache of codes hands to the attention function in place of keys.
+
+    Models pass it on as they do keys; a model that does more with them is told so.
 
     Attributes:
         codes: [B, Hkv, N, ...] key codes.
-        kv_lens: [B] int64 slots filled so far, from the first on; None for all.
+        key_code: of the layer that coded them; None for lossless codes.
+        dtype: of the values as they came, and so of the attention's output.
+        values: the values [B, Hkv, N, Dv] that are handed out beside them.
+        v_scale: [B, Hkv, N] float32 factor of each row of values in 8 bits, else None.
+        kv_lens: [B] int64 slots filled so far, from the first on, in a cache of fixed size; None for all.
         positions: [N] int64 position in the sequence of each slot's token, negative for an empty slot; None where
             slot j holds token j. One query sees all tokens held, in any order; several need them in order, up to the
             last query's own.
+        is_static: whether the cache is of fixed size, and may be announced as longer than what it hands out.
     """
 
-    codes: FeatureCodes
-    kv_lens: Tensor | None = None
-    positions: Tensor | None = None
+    def __init__(
+        self,
+        codes: FeatureCodes,
+        values: Tensor,
+        key_code: tuple[Any, ...] | None,
+        dtype: torch.dtype,
+        *,
+        v_scale: Tensor | None = None,
+        kv_lens: Tensor | None = None,
+        positions: Tensor | None = None,
+        is_static: bool = False,
+    ) -> None:
+        self.codes, self.values, self.key_code, self.dtype = codes, values, key_code, dtype
+        self.v_scale, self.kv_lens, self.positions, self.is_static = v_scale, kv_lens, positions, is_static
+
+    @property
+    def shape(self) -> torch.Size:
+        """[B, Hkv, N, D] of the keys that were coded."""
+        return self.codes.shape
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what pickle and copy ask for
+            raise AttributeError(name)
+        raise ValueError(_WORKS_ON_KEYS.format(name))
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise ValueError(_WORKS_ON_KEYS.format(getattr(function, "__name__", function)))
 
 
-@dataclass(frozen=True)
-class EightBitCodes:
-    """What a cache in 8 bits hands to the attention function in place of keys, beside int8 values.
+_WORKS_ON_KEYS = (
+    "this model works on the keys in its cache ({}) before it attends to them, and a cache of codes holds none: call it with "
+    "use_cache=False, or disable it"
+)
 
-    Attributes:
-        codes: [B, Hkv, N, ...] int8 key codes with their scale.
-        v_scale: [B, Hkv, N] float32 factor of each row of the values.
-        dtype: of the values as they came, and so of the attention's output.
-    """
 
-    codes: FeatureCodes
-    v_scale: Tensor
-    dtype: torch.dtype
-
-    def __getitem__(self, index: Any) -> EightBitCodes:
-        """Index the leading dimensions, as `FeatureCodes` does."""
-        return EightBitCodes(self.codes[index], self.v_scale[index], self.dtype)
+# What models and their callers hand to an attention function that changes nothing in it: positions are in queries and keys, and
+# the rest concerns what becomes of the output.
+_WITHOUT_EFFECT = frozenset(
+    (
+        "cache_position", "deterministic", "logits_to_keep", "num_items_in_batch", "output_hidden_states", "output_router_logits",
+        "position_ids", "return_dict", "use_cache",
+    )
+)  # fmt: skip
 
 
 def attention_forward(
     module: nn.Module,
     query: Tensor,
-    key: Tensor | FeatureCodes | StaticCodes | EightBitCodes,
+    key: Tensor | CachedKeys,
     value: Tensor,
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention of one layer, with the signature of transformers' AttentionInterface.
 
-    `key` are the codes of a `SparseCache`, or dense keys where the caller keeps no cache or a dense one;
+    `key` are those of a cache of codes, or dense keys where the caller keeps no cache or a dense one;
     `attention_mask` is what `attention_mask` below returned. A layer left dense by `enable(layers=...)` runs
     with every feature kept.
+
+    Raises `ValueError` for an argument that would change the result of attention in a way unknown here, by its name.
     """
-    if dropout:
-        raise ValueError("sfa does not drop attention weights: set the config's attention dropout to 0")
+    require_no_dropout(module, dropout)
+    _require_known(module, is_causal, kwargs)
     coding: LayerCoding | None = getattr(module, "sfa", None)
-    dtype, v_scale = value.dtype, None
-    if isinstance(key, EightBitCodes):
-        v_scale, dtype, key = key.v_scale, key.dtype, key.codes
     rules: dict[str, Any] = {
         "topk_query": query.shape[-1] if coding is None else coding.topk_query,
         "query_pattern": None if coding is None else coding.query_pattern,
@@ -150,23 +196,23 @@ def attention_forward(
         "window": sliding_window,
         "key_padding_mask": _padding(attention_mask, key),
     }
-    query = query.to(dtype)  # under autocast, norms and RoPE leave queries and keys in float32
-    query = query if coding is None else coding.queries(query)
     out: Any
     if isinstance(key, Tensor):
-        key = key.to(dtype)
+        query = _cast(query, value.dtype)  # under autocast, norms and RoPE leave queries and keys in float32
+        key = _cast(key, value.dtype)
         if coding is None:
             rules["topk"] = key.shape[-1]
         else:
-            key, rules["topk"], rules["dense_dims"] = coding.keys(key), coding.topk, coding.dense_dims
+            query, key = coding.queries(query), coding.keys(key)
+            rules["topk"], rules["dense_dims"] = coding.topk, coding.dense_dims
         out = sparse_feature_attention(query, key, value, is_causal=True, **rules)
     else:
+        _require_own_cache(coding, key, value)
+        query = _cast(query, key.dtype if key.v_scale is not None else value.dtype)
+        query = query if coding is None else coding.queries(query)
         rules["value_tolerance"] = 0.0 if coding is None else coding.value_tolerance
-        if isinstance(key, StaticCodes):
-            out = _attend_static(query, key, value, **rules)
-        else:
-            out = attend_cached(query, key, value, v_scale=v_scale, **rules)
-    return out.transpose(1, 2), None
+        out = _attend_cached(query, key, value, **rules).to(key.dtype)
+    return out.transpose(1, 2).contiguous(), None  # some models look at it by .view
 
 
 def attention_mask(
@@ -191,7 +237,8 @@ def attention_mask(
     require(
         mask_function is causal_mask_function or (local_size is not None and may_skip),
         "sfa runs causal masks, with or without a sliding window and padding; this call asks for another mask (packed "
-        "sequences by position_ids, or a custom mask)",
+        "sequences by position_ids, or a custom mask; a compiled model that is called without a cache cannot tell, and takes an "
+        "attention_mask of ones)",
     )
     if attention_mask is None:
         return None
@@ -201,10 +248,42 @@ def attention_mask(
     return F.pad(visible, (0, kv_length - visible.shape[1]))[:, None, None]
 
 
-def register() -> None:
-    """Make "sfa" known to transformers."""
-    AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, attention_mask)
+# Known to transformers from import on: a pickled model that is switched imports this module, and nothing else of ours.
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, attention_mask)
+
+
+def _require_known(module: nn.Module, is_causal: bool | None, kwargs: dict[str, Any]) -> None:
+    """Raise `ValueError` for an argument that asks for another attention."""
+    require(is_causal in (None, True), "sfa is causal attention, and this call asks for is_causal=False")
+    require(
+        not kwargs.get("output_attentions"),
+        "sfa forms no attention weights that could be returned: leave out output_attentions=True",
+    )
+    unknown = [
+        name for name, value in kwargs.items() if name not in _WITHOUT_EFFECT and (isinstance(value, Tensor) or value)
+    ]
+    require(
+        not unknown,
+        lambda: (
+            f"{type(module).__name__} is given {', '.join(sorted(unknown))}, which may change its attention in a way that sfa does "
+            "not know: leave it out of the call, or disable the model"
+        ),
+    )
+
+
+def _require_own_cache(coding: LayerCoding | None, key: CachedKeys, value: Tensor) -> None:
+    """Raise `ValueError` if a layer is to go on with keys that were coded for another one, or with values that were changed."""
+    due = None if coding is None else coding.key_code
+    require(
+        key.key_code == due,
+        "the cache was made for other settings than the model has now: make a new one after enable",
+    )
+    require(
+        key.v_scale is None or value is key.values,
+        "this model works on the values in its cache before it attends to them, which 8 bits do not allow: enable it with "
+        "cache_dtype=None",
+    )
 
 
 def _may_look(mask: Tensor, q_length: int) -> bool:
@@ -212,15 +291,15 @@ def _may_look(mask: Tensor, q_length: int) -> bool:
     return not torch.compiler.is_compiling() and (mask.device.type == "cpu" or q_length > FEW_QUERIES)
 
 
-def _padding(mask: Tensor | None, key: Tensor | FeatureCodes | StaticCodes) -> Tensor | None:
+def _padding(mask: Tensor | None, key: Tensor | CachedKeys) -> Tensor | None:
     """[B, N] bool, True where a slot of `key` holds padding or nothing."""
-    keys, positions = (key.codes, key.positions) if isinstance(key, StaticCodes) else (key, None)
-    n = keys.shape[2]
+    positions = None if isinstance(key, Tensor) else key.positions
+    n = key.shape[2]
     if mask is None:
-        return None if positions is None else (positions < 0).expand(keys.shape[0], -1)
+        return None if positions is None else (positions < 0).expand(key.shape[0], -1)
     require(
         mask.ndim == 4 and mask.shape[1:3] == (1, 1) and mask.dtype == torch.bool
-        and (mask.shape[3] == n or isinstance(key, StaticCodes)),
+        and (mask.shape[3] == n or (isinstance(key, CachedKeys) and key.is_static)),
         f"sfa takes a 2D attention mask of ones and zeros, one for each of {n} keys, or none; got a mask "
         f"{tuple(mask.shape)} of {mask.dtype}",
     )  # fmt: skip
@@ -230,11 +309,11 @@ def _padding(mask: Tensor | None, key: Tensor | FeatureCodes | StaticCodes) -> T
     return padding[:, positions.clamp(min=0)] | (positions < 0)
 
 
-def _attend_static(q: Tensor, key: StaticCodes, v: Tensor, **rules: Any) -> Tensor:
-    """`attend_cached` over a cache of fixed size, without a host sync."""
+def _attend_cached(q: Tensor, key: CachedKeys, v: Tensor, **rules: Any) -> Tensor:
+    """`attend_cached`, without a host sync over a cache of fixed size."""
     codes, n_q = key.codes, q.shape[2]
     if key.kv_lens is None:
-        return attend_cached(q, codes, v, **rules)
+        return attend_cached(q, codes, v, v_scale=key.v_scale, **rules)
     out: Any
     if n_q <= FEW_QUERIES:
         out = sparse_feature_decode(q, codes, v, kv_lens=key.kv_lens, **rules)
@@ -246,3 +325,11 @@ def _attend_static(q: Tensor, key: StaticCodes, v: Tensor, **rules: Any) -> Tens
         mask = None if visible is None else visible[:, None]  # [B, 1, M, N]
         out = F.scaled_dot_product_attention(q, codes.to_dense(), v, mask, scale=rules["scale"], enable_gqa=True)
     return out
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def _digest(x: Tensor) -> str:
+    return hashlib.sha256(x.detach().to("cpu", torch.float64).contiguous().numpy().tobytes()).hexdigest()

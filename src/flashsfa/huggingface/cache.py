@@ -6,24 +6,27 @@ sliding window keep the codes of the window alone.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, EncoderDecoderCache
 
-from ..checks import require
+from ..checks import require, require_int
 from ..codes import FeatureCodes, topk_codes
 from ..decode import FEW_QUERIES
 from ..kv_cache import SparseKVCache
-from .attention import EightBitCodes, LayerCoding, StaticCodes
+from .attention import CachedKeys, LayerCoding
+from .structure import DENSE_LAYERS, dense_cache_layers, unwrap
 
 
-class SparseCache(Cache):
+class SparseCache(DynamicCache):
     """The cache of a model that `enable` switched; it grows with the tokens, and `generate()` makes one by itself.
 
     Layers that were left dense keep transformers' own layer. With `enable(cache_dtype="int8")` the others keep codes and
-    values in 8 bits.
+    values in 8 bits. A `DynamicCache` to whoever asks, for it does what that does.
 
     Args:
         model: the switched model.
@@ -31,11 +34,15 @@ class SparseCache(Cache):
     """
 
     def __init__(self, model: Any, *, offloading: bool = False) -> None:
-        layers = _dense_layers(model)
+        layers = dense_cache_layers(model)
         for index, coding in _codings(model).items():
-            window = _window(layers[index])
-            layers[index] = SparseCacheLayer(coding) if window is None else SparseSlidingLayer(coding, window)
-        super().__init__(layers=layers, offloading=offloading, offload_only_non_sliding=False)
+            if index < len(layers):  # an assistant that exits early runs the first layers alone
+                window = _window(layers[index])
+                layers[index] = SparseCacheLayer(coding) if window is None else SparseSlidingLayer(coding, window)
+        Cache.__init__(self, layers=layers, offloading=offloading, offload_only_non_sliding=False)
+
+    def __iter__(self) -> Iterator[NoReturn]:
+        raise TypeError("a cache of codes holds no keys that could be handed out layer by layer: pass the cache itself")
 
     @property
     def nbytes(self) -> int:
@@ -56,15 +63,17 @@ class StaticSparseCache(Cache):
     """
 
     def __init__(self, model: Any, max_cache_len: int) -> None:
-        require(max_cache_len >= 1, f"max_cache_len must be at least 1 token, got {max_cache_len}")
+        require_int("max_cache_len", max_cache_len, 1)
         codings, layers = _codings(model), []
         require(
             all(coding.cache_dtype is None for coding in codings.values()),
             "a static cache keeps codes and values as they come, and 8-bit caches are dynamic ones: use a dynamic cache, or "
             "enable the model with cache_dtype=None",
         )
-        for index, dense in enumerate(_dense_layers(model)):
-            require(isinstance(dense, DynamicLayer), f"no static cache of codes beside a {type(dense).__name__}")
+        for index, dense in enumerate(dense_cache_layers(model)):
+            if not isinstance(dense, CacheLayerMixin):  # the state of a layer without attention, of fixed size as it is
+                layers.append(dense)
+                continue
             window, coding = _window(dense), codings.get(index)
             kind = StaticSparseLayer if window is None or window >= max_cache_len else StaticSparseSlidingLayer
             layers.append(kind(coding, max_cache_len if window is None else min(window, max_cache_len), max_cache_len))
@@ -91,11 +100,38 @@ def cache_nbytes(cache: Cache) -> dict[str, int]:
     return {"keys": keys, "values": values, "total": keys + values}
 
 
+def require_readable(cache: Any) -> None:
+    """Raise `ValueError` if a cache that a switched model is called with, of whichever class, has layers that hold keys neither
+    as codes nor all of them as they are: layers of fixed size, in fewer bits, or unknown."""
+    if not isinstance(cache, Cache):
+        return
+    if isinstance(cache, EncoderDecoderCache):
+        require_readable(cache.self_attention_cache)
+        return
+    kinds = {type(layer) for layer in cache.layers}
+    if cache.layer_class_to_replicate is not None:
+        kinds.add(cache.layer_class_to_replicate)
+    for kind in kinds:
+        if not _is_readable(kind):
+            raise ValueError(
+                f"a {type(cache).__name__} of {getattr(kind, '__name__', kind)} holds dense keys in a form that sfa does not read: "
+                "pass flashsfa.huggingface.SparseCache(model) or StaticSparseCache(model, max_cache_len), or no cache"
+            )
+
+
+def _is_readable(kind: Any) -> bool:
+    if not isinstance(kind, type):
+        return False
+    return kind in DENSE_LAYERS or issubclass(kind, _CodedLayer) or not issubclass(kind, CacheLayerMixin)
+
+
 class _CodedLayer(CacheLayerMixin):
     """What the layers share: codes and values in a `SparseKVCache`."""
 
     is_croppable = True
     store: SparseKVCache
+    dtype: torch.dtype  # of the first keys and values, which later ones are brought to
+    device: torch.device
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -128,19 +164,25 @@ class SparseCacheLayer(_CodedLayer):
         self.reset()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.device = key_states.device
+        self.device, self.dtype = value_states.device, value_states.dtype
         self.is_initialized = True
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[FeatureCodes | EightBitCodes, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[CachedKeys, Tensor]:
         _require_no_gradient(key_states, value_states)
-        key_states = key_states.to(value_states.dtype)  # autocast leaves keys in float32
-        self.lazy_initialization(key_states, value_states)
-        codes, values = self.store.append(self._coding.keys(key_states), value_states)
-        if self.store.v_scale is None:
-            return codes, values
-        return EightBitCodes(codes, self.store.v_scale, value_states.dtype), values
+        start, dtype = self._first_seen(), self.dtype if self.is_initialized else value_states.dtype
+        keys = self._coding.keys(key_states.to(dtype))  # autocast leaves keys in float32
+        codes, values = self.store.append(keys, value_states.to(dtype))
+        if not self.is_initialized:  # after all that may fail
+            self.lazy_initialization(key_states, value_states)
+        v_scale = self.store.v_scale
+        if start:
+            codes, values = codes[:, :, start:], values[:, :, start:]
+            v_scale = None if v_scale is None else v_scale[:, :, start:]
+        return CachedKeys(codes, values, self._coding.key_code, value_states.dtype, v_scale=v_scale), values
+
+    def _first_seen(self) -> int:
+        """The first token held that the next query sees."""
+        return 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return len(self.store) + query_length, 0
@@ -160,7 +202,7 @@ class SparseCacheLayer(_CodedLayer):
         """Remove -`tokens_to_remove` tokens from the end, as transformers counts."""
         _require_removal(tokens_to_remove)
         if tokens_to_remove and self.get_seq_length():
-            self.store.crop(tokens_to_remove)
+            self.store.crop(int(tokens_to_remove))  # some versions of transformers pass a tensor
 
 
 class SparseSlidingLayer(SparseCacheLayer):
@@ -177,15 +219,12 @@ class SparseSlidingLayer(SparseCacheLayer):
         """From now on forget in `crop` alone, so that tokens can be taken back."""
         self.record_past = True
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[FeatureCodes | EightBitCodes, Tensor]:
-        start = max(0, len(self.store) - self.sliding_window + 1)
-        codes, values = super().update(key_states, value_states)
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[CachedKeys, Tensor]:
+        keys, values = super().update(key_states, value_states)
         self._seen += key_states.shape[2]
         if not self.record_past:
             self._forget()
-        return codes[:, :, start:], values[:, :, start:]
+        return keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         offset = max(0, self._seen - self.sliding_window + 1)
@@ -205,6 +244,7 @@ class SparseSlidingLayer(SparseCacheLayer):
         _require_removal(tokens_to_remove)
         if not self._seen:
             return
+        tokens_to_remove = int(tokens_to_remove)
         remaining = self._seen + tokens_to_remove
         if len(self.store) + tokens_to_remove < min(remaining, self.sliding_window - 1):
             raise RuntimeError(
@@ -214,6 +254,9 @@ class SparseSlidingLayer(SparseCacheLayer):
         super().crop(tokens_to_remove)
         self._seen = remaining
         self._forget()
+
+    def _first_seen(self) -> int:
+        return max(0, len(self.store) - self.sliding_window + 1)
 
     def _forget(self) -> None:
         window = self.sliding_window
@@ -235,21 +278,24 @@ class StaticSparseLayer(_CodedLayer):
     def __init__(self, coding: LayerCoding | None, slots: int, max_cache_len: int) -> None:
         super().__init__()
         self._coding, self._slots, self.max_cache_len = coding, slots, max_cache_len
+        self._key_code = None if coding is None else coding.key_code
         self._is_empty = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self._coding = LayerCoding.lossless(key_states.shape[-1]) if self._coding is None else self._coding
-        self.device = key_states.device
+        if self._coding is None:
+            self._coding = LayerCoding.lossless(key_states.shape[-1])
+        self.device, self.dtype = value_states.device, value_states.dtype
         self.store = SparseKVCache(self._coding.topk, dense_dims=self._coding.dense_dims, capacity=self._slots)
-        self.store.allocate(key_states, value_states)
-        self._kv_lens = torch.zeros(key_states.shape[0], dtype=torch.int64, device=self.device)  # [B], all the same
+        self.store.allocate(key_states.to(self.dtype), value_states)
+        with _outside_inference_mode():
+            self._kv_lens = torch.zeros(key_states.shape[0], dtype=torch.int64, device=self.device)  # [B], all the same
         codes = self.store.codes
         if not torch.compiler.is_compiling():  # a CUDA graph may rely on their addresses
             for buffer in (codes.dense, codes.values, codes.indices, self.store.v, self._kv_lens):
                 torch._dynamo.mark_static_address(buffer)
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[StaticCodes, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[CachedKeys, Tensor]:
         _require_no_gradient(key_states, value_states)
         count, was_empty = key_states.shape[2], self._is_empty
         # the number held is on the device: looked at where that costs no sync
@@ -259,14 +305,14 @@ class StaticSparseLayer(_CodedLayer):
             held + count <= self.max_cache_len,
             f"{count} tokens do not fit a cache of {self.max_cache_len} that holds {held}",
         )
-        key_states = key_states.to(value_states.dtype)  # autocast leaves keys in float32
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self._coding is not None
-        seen = self._store(self._coding.keys(key_states), value_states, was_empty)
+        keys = self._coding.keys(key_states.to(self.dtype))  # autocast leaves keys in float32
+        seen, values, places = self._store(keys, value_states.to(self.dtype), was_empty)
         self._kv_lens.add_(count)  # in place: `seen` holds this tensor
         self._is_empty = False
-        return seen
+        return CachedKeys(seen, values, self._key_code, value_states.dtype, is_static=True, **places), values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.max_cache_len, 0
@@ -291,17 +337,18 @@ class StaticSparseLayer(_CodedLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
         if self.is_initialized:
-            self._kv_lens = self._kv_lens[indices.to(self.device)]
+            with _outside_inference_mode():
+                self._kv_lens = self._kv_lens[indices.to(self.device)]
 
-    def _store(self, k: Tensor, v: Tensor, was_empty: bool) -> tuple[StaticCodes, Tensor]:
-        """Write the next tokens, keys k [B, Hkv, N, D] and values v; what their queries attend to."""
+    def _store(self, k: Tensor, v: Tensor, was_empty: bool) -> tuple[FeatureCodes, Tensor, dict[str, Tensor]]:
+        """Write the next tokens, keys k [B, Hkv, N, D] and values v; what their queries attend to, and where it stands."""
         count, start = k.shape[2], self._kv_lens[0]
         codes, v = self.store.append_at(k, v, start)
         if count <= FEW_QUERIES or torch.compiler.is_compiling():
-            return StaticCodes(codes, kv_lens=self._kv_lens), v
+            return codes, v, {"kv_lens": self._kv_lens}
         # a prompt pays one sync a chunk, and none for the first, to see only the slots that are filled
         held = count if was_empty else int(start) + count
-        return StaticCodes(codes[:, :, :held]), v[:, :, :held]
+        return codes[:, :, :held], v[:, :, :held], {}
 
 
 class StaticSparseSlidingLayer(StaticSparseLayer):
@@ -314,19 +361,19 @@ class StaticSparseSlidingLayer(StaticSparseLayer):
         _require_removal(tokens_to_remove)
         require(not tokens_to_remove, "a static cache with a sliding window cannot take tokens back")
 
-    def _store(self, k: Tensor, v: Tensor, was_empty: bool) -> tuple[StaticCodes, Tensor]:
+    def _store(self, k: Tensor, v: Tensor, was_empty: bool) -> tuple[FeatureCodes, Tensor, dict[str, Tensor]]:
         assert self._coding is not None
         count, slots, start = k.shape[2], self._slots, self._kv_lens[0]
         slot = torch.arange(slots, device=self.device)
         if count == 1:
             codes, v = self.store.append_at(k, v, start % slots)
-            return StaticCodes(codes, positions=start - (start - slot) % slots), v
+            return codes, v, {"positions": start - (start - slot) % slots}
         codes = topk_codes(k.detach(), self._coding.topk, dense_dims=self._coding.dense_dims)
         position = start + torch.arange(count, device=self.device)  # [N]
         last = (codes[:, :, -slots:], v[:, :, -slots:], position[-slots:] % slots)
         if was_empty:
             self.store.write_at(*last)
-            return StaticCodes(codes), v
+            return codes, v, {}
         # Several tokens overwrite keys that the first of them still see, so these attend to a copy, in order.
         earlier = position[0] - slots + slot[1:]  # [slots - 1] positions
         held, order = self.store.codes, earlier % slots
@@ -339,7 +386,7 @@ class StaticSparseSlidingLayer(StaticSparseLayer):
         dense, values, indices, v = (torch.cat((old[:, :, order], new), dim=2) for old, new in pairs)
         self.store.write_at(*last)
         seen = FeatureCodes(dense, values, indices, codes.head_dim)
-        return StaticCodes(seen, positions=torch.cat((earlier, position))), v
+        return seen, v, {"positions": torch.cat((earlier, position))}
 
 
 def _require_no_gradient(k: Tensor, v: Tensor) -> None:
@@ -354,16 +401,17 @@ def _require_removal(tokens_to_remove: int) -> None:
         raise ValueError(f"crop takes the negative number of tokens to remove, got {tokens_to_remove}")
 
 
+def _outside_inference_mode() -> AbstractContextManager[Any]:
+    """What is made here can be written to later, whatever the mode then: tensors made in inference mode cannot."""
+    return nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False)
+
+
 def _codings(model: Any) -> dict[int, LayerCoding]:
     """The codes of the switched layers by layer index."""
+    model = unwrap(model)
     found = {m.layer_idx: m.sfa for m in model.modules() if isinstance(getattr(m, "sfa", None), LayerCoding)}
     require(bool(found), f"{type(model).__name__} is not switched: call enable first")
     return found
-
-
-def _dense_layers(model: Any) -> list[Any]:
-    """The layers that transformers itself would cache in."""
-    return DynamicCache(config=model.config.get_text_config(decoder=True)).layers
 
 
 def _window(layer: Any) -> int | None:

@@ -12,8 +12,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from ..basis import FeatureBasis, Moments
-from ..checks import require
-from .switch import default_dense_dims
+from ..checks import require, require_tensor
+from .structure import attention_layers, default_dense_dims, require_switchable, tensor_device, text_config, unwrap
 
 _NAME = "sfa_calibration"
 
@@ -31,7 +31,7 @@ def calibrate(
     """The basis [L, Hkv, D, D] of a dense model's attention layers, from text.
 
     Args:
-        model: a causal language model of transformers that `enable` can switch.
+        model: a causal language model of transformers that `enable` can switch, in the wrappers that it takes.
         windows: [S, W] int64 token ids; 8000 tokens suffice, fewer than 4000 cost quality.
         topk, dense_dims: the budget that `enable` will be given, with the same default.
         kind: "dictionary", "balanced" (for sparse queries), "whitened", "pca" or "identity"; see
@@ -56,9 +56,19 @@ def gather_moments(
             positions of the windows.
         progress: called after each window.
     """
+    require_tensor("windows", windows)
     require(windows.ndim == 2 and windows.numel() > 0, f"windows must be [S, W] token ids, got {tuple(windows.shape)}")
     count, length = windows.shape
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    model = unwrap(model)
+    modules: list[Any] = attention_layers(model)
+    require_switchable(model, modules)
+    vocabulary = text_config(model).vocab_size
+    require(
+        not windows.is_floating_point() and int(windows.min()) >= 0 and int(windows.max()) < vocabulary,
+        f"windows must hold token ids below {vocabulary}, the model's vocabulary; got {windows.dtype} from "
+        f"{windows.min()} to {windows.max()}",
+    )
+    limit = getattr(text_config(model), "max_position_embeddings", None)
     furthest = length if max_position is None else max_position
     require(
         length <= furthest and (limit is None or furthest <= limit),
@@ -73,24 +83,24 @@ def gather_moments(
 
     AttentionInterface.register(_NAME, record)
     AttentionMaskInterface.register(_NAME, sdpa_mask)
-    before = model.config._attn_implementation
+    before, device = model.config._attn_implementation, tensor_device(model)
     model.set_attn_implementation(_NAME)
     try:
         for index, window in enumerate(windows):
-            window = window.to(model.device)
+            window = window.to(device)
             positions = torch.arange(length)
             positions[1:] += (furthest - length) * (index + 1 if count == 1 else index) // max(1, count - 1)
             model(
                 input_ids=window[None],
-                position_ids=positions[None].to(model.device),
+                position_ids=positions[None].to(device),
                 attention_mask=torch.ones_like(window)[None],  # without one, the gap would read as packed sequences
                 use_cache=False,
             )
             progress()
     finally:
         model.set_attn_implementation(before)
+    silent = [module.layer_idx for module in modules if module.layer_idx not in moments]
     require(
-        bool(moments),
-        f"{type(model).__name__} called no attention function of transformers: it cannot be switched",
+        not silent, f"layers {silent} of {type(model).__name__} called no attention function: it cannot be switched"
     )
     return [moments[layer] for layer in sorted(moments)]

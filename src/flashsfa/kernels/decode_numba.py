@@ -12,14 +12,22 @@ A pass is parallel over chunks of keys, so that one head uses all cores, and the
 threads, so neither does the result. Exponents are to base 2; log2(e) is folded into the scale.
 
 numba is optional (`pip install flashsfa[cpu]`). The first call with a dtype compiles for about ten seconds, once a machine:
-numba caches the machine code beside this file, or in NUMBA_CACHE_DIR.
+the machine code is kept in NUMBA_CACHE_DIR, else in the folder `numba` of the cache folder (`files.cache_folder`).
+
+numba's threads do not survive a fork: a process that was forked after they had started decodes on one thread, with the same
+kernel compiled so.
 """
 
 from __future__ import annotations
 
+import logging
 import math
+import os
+import pickle
+import shutil
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +35,7 @@ import torch
 from torch import Tensor
 
 from ..codes import FeatureCodes, topk_codes
+from . import dispatch
 from .decode_torch import DecodeRules
 
 try:
@@ -49,7 +58,9 @@ _CUT_OCTAVES, _CUT_STEPS = 40.0, 10  # the cut is sought from 2^-40 of the large
 _CUT_SLACK = 1 - 1e-4  # more than the float32 sums can be off
 _LOG2_E = 1 / math.log(2)
 
-_one_at_a_time = threading.Lock()  # numba's fallback threading layer ends the process on concurrent kernels
+_log = logging.getLogger("flashsfa")
+_one_at_a_time = threading.RLock()  # numba's fallback threading layer ends the process on concurrent kernels
+_threads_are_lost = False  # in a process that was forked after numba had started threads
 
 
 def is_available() -> bool:
@@ -92,28 +103,115 @@ def decode(
         q = topk_codes(q, topk_query, dense_dims=codes.dense_dims).to_dense()
     batch, kv_heads, n, value_dim = v.shape
     m, rows = q.shape[2], q.shape[1] // kv_heads * q.shape[2]
-    grouped = (q.detach().float() * (scale * _LOG2_E)).reshape(batch * kv_heads, rows, q.shape[-1]).contiguous()
+    grouped = (q.detach().float() * (scale * _LOG2_E)).reshape(batch * kv_heads, rows, q.shape[-1])
+    grouped = grouped + (grouped * 0).sum(-1, keepdim=True)  # NaN shows in every score, as in a dense product
     first, last = _visible(batch, m, n, rules)
     padding = np.zeros((batch, 0), np.bool_)
     if rules.key_padding_mask is not None:
         padding = rules.key_padding_mask.contiguous().numpy()
     chunks = _chunks(first.min(1, initial=n), last.max(1, initial=0), kv_heads)
-    scales = (x[..., None] if x is not None else torch.empty(0, 0, 0, 1) for x in (codes.scale, v_scale))
+    no_scale = torch.empty(0, 0, 0, 1, dtype=torch.float32, device="cpu")
+    scales = (no_scale if x is None else x[..., None] for x in (codes.scale, v_scale))
     parts = [part for x in (codes.values, codes.indices, codes.dense, *scales) for part in _flat(x, adjacent=True)]
     out = np.empty((batch * kv_heads, rows, value_dim), np.float32)
     lse = np.empty((batch * kv_heads, rows), np.float32)
     with _one_at_a_time:
-        before = numba.get_num_threads()
-        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-        try:
-            _decode_kernel(
-                grouped.numpy(), *parts, codes.topk, codes.dense_dims, *_flat(v), first, last, padding,
-                chunks, kv_heads, n, float(value_tolerance), out, lse,
-            )  # fmt: skip
-        finally:
-            numba.set_num_threads(before)
+        _run(
+            grouped.numpy(), *parts, codes.topk, codes.dense_dims, *_flat(v), first, last, padding,
+            chunks, kv_heads, n, float(value_tolerance), out, lse,
+        )  # fmt: skip
     shape = (batch, q.shape[1], m)
     return torch.from_numpy(out).view(*shape, value_dim).to(q.dtype), torch.from_numpy(lse).view(shape)
+
+
+def manner() -> str:
+    """How `decode` runs in this process, for `explain()`."""
+    return f"compiled for this CPU{_ONE_THREAD if _threads_are_lost else ''}"
+
+
+_ONE_THREAD = ", on one thread: this process was forked after numba's threads had started"
+
+
+def _run(*arguments: Any) -> None:
+    """Run the kernel on torch's number of threads."""
+    if _threads_are_lost:
+        _call(False, arguments)
+        return
+    # numba's first question starts its OpenMP threads, which sets OpenMP's number of them, torch's too, to all cores
+    threads, before = torch.get_num_threads(), numba.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    try:
+        _call(True, arguments)
+    finally:
+        numba.set_num_threads(before)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+
+
+def _call(parallel: bool, arguments: tuple) -> None:
+    """Run the kernel for all cores or for one; the first time with these dtypes it is compiled, or read from where it is kept."""
+    types = parallel, *(x.dtype for x in arguments if isinstance(x, np.ndarray))
+    if types in _called:
+        _kernels[parallel](*arguments)
+        return
+    if not parallel and parallel not in _kernels:
+        _log.warning("decode runs on the numba backend: %s", manner())
+    folder = _folder(parallel)
+    with dispatch.said_if_slow("decode for the CPU"):
+        try:
+            if parallel not in _kernels:
+                _kernels[parallel] = _compiled(parallel, folder)
+            _kernels[parallel](*arguments)
+        except OSError as error:  # a full disk
+            _log.warning("decode is compiled, but cannot be kept in %s: %s", folder, error)
+            _kernels[parallel](*arguments)
+        except (EOFError, pickle.UnpicklingError) as error:
+            _log.warning("decode is compiled again, as what was kept in %s is damaged: %s", folder, error)
+            shutil.rmtree(folder, ignore_errors=True)
+            _kernels[parallel] = _compiled(parallel, folder)
+            _kernels[parallel](*arguments)
+    _called.add(types)
+
+
+_kernels: dict[bool, Callable] = {}  # `_decode_kernel` compiled for all cores (True) or for one
+_called: set[tuple] = set()  # forms and dtypes that are compiled
+
+
+def _folder(parallel: bool) -> Path | None:
+    """Where the machine code is kept; numba itself does not tell the two forms apart."""
+    folder = numba.config.CACHE_DIR or dispatch.code_folder("numba")
+    return Path(folder, "flashsfa-all-cores" if parallel else "flashsfa-one-core") if folder else None
+
+
+def _compiled(parallel: bool, folder: Path | None) -> Callable:
+    """`_decode_kernel`, to be compiled at its first call or read from `folder`."""
+    named = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = str(folder or "")  # read when the function is decorated
+    try:
+        return numba.njit(**_OPTIONS, parallel=parallel, cache=folder is not None)(_decode_kernel)
+    finally:
+        numba.config.CACHE_DIR = named
+
+
+def _before_fork() -> None:
+    """A child has no other thread that could finish a decode: it is waited for."""
+    _one_at_a_time.acquire()
+
+
+def _after_fork_in_child() -> None:
+    global _threads_are_lost
+    _one_at_a_time.release()
+    try:
+        numba.threading_layer()
+    except ValueError:  # no threads were started
+        return
+    _threads_are_lost = True
+
+
+if numba and hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork, after_in_parent=_one_at_a_time.release, after_in_child=_after_fork_in_child
+    )
 
 
 def _visible(batch: int, m: int, n: int, rules: DecodeRules) -> tuple[np.ndarray, np.ndarray]:
@@ -146,16 +244,17 @@ def _flat(x: Tensor, adjacent: bool = False) -> tuple[np.ndarray, tuple[int, int
     return bits.as_strided((extent,), (1,)).numpy(), x.stride()[:3]
 
 
-def _jit(parallel: bool = False, reorder: bool = False) -> Callable:
+_OPTIONS = {"fastmath": {"contract"}, "nogil": True}
+
+
+def _jit(reorder: bool = False) -> Callable:
     """`numba.njit`, or the function itself where numba is missing. With `reorder` sums may be, so that they
     vectorise; NaN and infinity always keep their meaning."""
     if numba is None:
         return lambda function: function
-    fastmath = {"contract", "reassoc", "nsz"} if reorder else {"contract"}
-    return numba.njit(parallel=parallel, fastmath=fastmath, nogil=True, cache=True)
+    return numba.njit(**_OPTIONS | ({"fastmath": {"contract", "reassoc", "nsz"}} if reorder else {}))
 
 
-@_jit(parallel=True)
 def _decode_kernel(
     q, values, values_at, indices, indices_at, dense, dense_at, scale, scale_at, v_scale, v_scale_at, topk, dense_dims,
     v, v_at, first, last, padding, chunks, kv_heads, n, tolerance, out, lse,

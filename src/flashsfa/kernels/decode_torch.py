@@ -100,7 +100,9 @@ def _decode(
     m, n, group = q.shape[2], v.shape[2], q.shape[1] // v.shape[1]
     # the query heads of a kv head and its M tokens are the rows of one small matrix
     grouped = q.unflatten(1, (v.shape[1], group)).flatten(2, 3)  # [B, Hkv, G·M, D]
-    scores = scale * _scores(grouped.to(_compute_dtype(q.dtype)), codes)  # [B, Hkv, G·M, N]
+    grouped = grouped.to(_compute_dtype(q.dtype))
+    grouped = grouped + (grouped * 0).sum(-1, keepdim=True)  # NaN shows in every score, as in a dense product
+    scores = scale * _scores(grouped, codes)  # [B, Hkv, G·M, N]
     visible = rules.visible(m, n, q.device)  # [B or 1, M, N]
     if visible is not None:
         seen = visible.any(1)[:, None, :, None]  # [B or 1, 1, N, 1]

@@ -68,6 +68,8 @@ def forward(
     """Attention of q [B, Hq, N_q, D], k [B, Hkv, N_k, D], v [B, Hkv, N_k, Dv] under `mask`: out [B, Hq, N_q, Dv]
     and lse [B, Hq, N_q] (float32, or float64 for float64 inputs). Rows that see nothing: 0 and -inf."""
     v_dim = v.shape[-1]
+    if not q.numel():
+        return q.new_zeros((*q.shape[:-1], v_dim)), q.new_full(q.shape[:-1], -math.inf, dtype=lse_dtype(q.dtype))
     q, scale, _ = _positive(q, scale)
     q, k, v = kernel.pad(q, *_blank_padding(mask, k, v))
     if isinstance(kernel, CudaFlash) and min(q.shape[-2], k.shape[-2]) > 0:
@@ -82,7 +84,7 @@ def forward(
         if piece.empty_rows is not None:
             part_lse = part_lse.masked_fill(piece.empty_rows, -math.inf)
             part = part.masked_fill(piece.empty_rows[..., None], 0)
-        if kernel.loses_nan:
+        if kernel.loses_nan or piece.hidden is not None:  # NaN plus a mask's -inf is NaN where nobody sees it
             _restore_nan(part, part_lse, q[..., rows, :], k[..., keys, :], v[..., keys, :], piece, scale)
         return part, part_lse
 
@@ -109,6 +111,8 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v for `forward`'s result."""
+    if not q.numel():
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     q, scale, factor = _positive(q, scale)
     dq, dk, dv = _backward(kernel, grad_out, q, *_blank_padding(mask, k, v), out, lse, mask, scale)
     return dq if factor == 1 else dq * factor, dk, dv
@@ -179,9 +183,10 @@ def _blank_padding(mask: AttentionMask, k: Tensor, v: Tensor) -> tuple[Tensor, T
 
 
 def _restore_nan(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, piece: _Piece, scale: float) -> None:
-    """Compute anew, in place and in plain PyTorch, the rows of out [B, Hq, R, D] and lse [B, Hq, R] that a kernel may have lost:
-    torch's CPU kernel takes the maximum of a row of NaN for -inf, and returns 0 with a log-sum-exp of 0."""
-    lost = ~lse.isfinite()
+    """Compute anew, in place and in plain PyTorch, the rows of out [B, Hq, R, D] and lse [B, Hq, R] in which a kernel may have lost
+    NaN, or found some where it is hidden: torch's CPU kernel takes the maximum of a row of NaN for -inf, and returns 0 with a
+    log-sum-exp of 0."""
+    lost = ~lse.isfinite() | out[..., 0].isnan()
     if piece.empty_rows is not None:
         lost &= ~piece.empty_rows
     zero = lse == 0  # of honest rows too, so their output is looked at

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -88,6 +89,7 @@ def run(options: argparse.Namespace, progress: Callable[[], Any]) -> None:
     except ImportError as error:
         raise ImportError(f"{error}: pip install 'flashsfa[train]'") from error
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     options.train(options, progress)
 
 
@@ -115,25 +117,21 @@ def _train(options: argparse.Namespace, kind: Any, run: Callable[..., dict[str, 
 
 
 def _tokenize(options: argparse.Namespace, progress: Any) -> None:
-    import numpy as np
-
+    from ..evaluation.results import require_place
+    from ..huggingface.loading import load_tokenizer
     from ..models import bundled_model
-    from .data import text_documents, tokenize
-    from .pretrain import load_tokenizer
+    from .data import require_tokenizer_folder, text_documents, tokenize, write_tokens
 
     output: Path = options.output
-    if output.suffix != ".npy" or output.exists():
+    if output.suffix != ".npy" or os.path.lexists(output):
         raise ValueError(f"-o {output}: name a new file that ends in .npy")
-    tokenizer: Any = load_tokenizer(options.tokenizer or str(bundled_model()))
+    require_place(output.parent)
+    tokenizer = load_tokenizer(options.tokenizer or bundled_model())
+    require_tokenizer_folder(output, tokenizer)
     ids = tokenize(text_documents(options.text), tokenizer, tokenizer.eos_token_id)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    beside = output.with_name(f".{output.name}")
-    try:
-        np.save(beside, ids)
-        tokenizer.save_pretrained(output.parent / "tokenizer")
-        beside.rename(output)
-    finally:
-        beside.unlink(missing_ok=True)
+    if not len(ids):
+        raise ValueError(f"{options.text} holds no text, only blank lines")
+    write_tokens(output, ids, tokenizer)
     print(f"{len(ids)} tokens ({ids.dtype}), documents end with token {tokenizer.eos_token_id}; in {output}")
 
 
@@ -144,6 +142,7 @@ def _compare(options: argparse.Namespace, progress: Any) -> None:
     from ..evaluation.results import require_place, save
     from .compare import compare, draw, read_run
 
+    _require_matplotlib()
     require_place(options.output)
     runs = [read_run(path) for path in options.runs]
     rows = compare(runs)
@@ -166,7 +165,7 @@ def _compare(options: argparse.Namespace, progress: Any) -> None:
             *("" if row[key] is None else f"{row[key] * factor:.0f}"
               for key, factor in (("seconds_per_step", 1e3), ("peak_memory_bytes", 2**-20))),
         )  # fmt: skip
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    Console(width=None if sys.stdout.isatty() else 200, markup=False).print(table)
     print("written: " + ", ".join(map(str, paths)))
 
 
@@ -181,9 +180,12 @@ def _support(options: argparse.Namespace, progress: Any) -> None:
     from .support import draw, support_statistics
 
     require(options.window >= 2 and options.windows >= 1, "--window must be at least 2 tokens and --windows at least 1")
+    _require_matplotlib()
     require_place(options.output)
     model = from_pretrained(options.model).eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    windows = _windows(options)
+    limit = getattr(model.config, "max_position_embeddings", None) or options.window
+    require(options.window <= limit, f"--window {options.window}: the model has {limit} positions")
+    windows = _windows(options, model.get_input_embeddings().num_embeddings)
     with progress() as bars:
         statistics = support_statistics(model, windows, bars("supports", len(windows)))
     settings = {"model": options.model, "text": options.text, "windows": list(windows.shape), "sfa": model.config.sfa}
@@ -197,26 +199,36 @@ def _support(options: argparse.Namespace, progress: Any) -> None:
     for layer in range(len(statistics.entropy)):
         parts = (getattr(statistics, n)[layer] for n in ("entropy", "overlap", "effective_topk"))
         table.add_row(str(layer), *(f"{float(x.min()):.2f} to {float(x.max()):.2f}" for x in parts))
-    Console().print(table)
+    Console(markup=False).print(table)
     print("written: " + ", ".join(map(str, paths)))
 
 
-def _windows(options: argparse.Namespace) -> Any:
+def _windows(options: argparse.Namespace, vocab_size: int) -> Any:
     """[S, W] token ids to look at."""
     import torch
 
+    from ..checks import require
     from ..evaluation.text import read_text, token_windows
-    from .data import read_stream
-    from .pretrain import load_tokenizer
+    from ..huggingface.loading import load_tokenizer
+    from .data import check_stream, read_stream
 
     cut = {"length": options.window, "count": options.windows}
     if not (options.text or "").endswith(".npy"):
-        return token_windows(load_tokenizer(options.model), read_text(options.text), purpose="--text", **cut)
-    stream = read_stream(options.text, "--text", None, None)
-    available = len(stream.ids) // options.window
-    if not available:
-        raise ValueError(
-            f"--text {options.text} has {len(stream.ids)} tokens, less than one window of {options.window}"
+        windows = token_windows(load_tokenizer(options.model), read_text(options.text), purpose="--text", **cut)
+        largest = int(windows.max())
+        require(
+            largest < vocab_size, f"the tokenizer gives token {largest}, past the model's vocabulary of {vocab_size}"
         )
-    chosen = torch.linspace(0, available - 1, min(options.windows, available)).round().long().tolist()
+        return windows
+    stream = read_stream(options.text, "--text", None, None)
+    available = check_stream(stream, "--text", options.window, vocab_size, "--window")
+    chosen = torch.linspace(0, available - 1, min(options.windows, available), device="cpu").round().long().tolist()
     return torch.stack([stream.window(index, options.window) for index in chosen])
+
+
+def _require_matplotlib() -> None:
+    """Before any work: what draws the result is imported at the end."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"{error}: pip install 'flashsfa[train]'") from error

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 from ..checks import require
 from .run import RESULT
 
+_LARGEST_GAP = 100.0  # between the logarithms of two perplexities: more is drawn as this
 _SMOOTHED = 7  # logs that a point of a drawn curve is the mean of
 
 
@@ -45,11 +48,61 @@ class Run:
 
 
 def read_run(directory: Path) -> Run:
-    """The finished run in `directory`. Raises `ValueError` if there is none."""
+    """The finished run in `directory`. Raises `ValueError` if there is none, or one whose result is not whole."""
     path = directory / RESULT
     require(path.is_file(), f"{directory} holds no finished run: {RESULT} is missing")
-    result = json.loads(path.read_text())
+    try:
+        result = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged, it is no valid JSON: leave this run out, or run it again") from error
+    try:
+        _check_result(result)
+    except ValueError as error:
+        raise ValueError(f"{path} is no result of a run: {error}; leave this run out, or run it again") from error
     return Run(directory.resolve().name, result.pop("recipe"), result)
+
+
+def _check_result(result: Any) -> None:
+    """Raise `ValueError` that names the key unless `compare` and `draw` find all that they read, of the right kind."""
+
+    def found(key: str) -> Any:
+        value = result
+        for part in key.split("."):
+            require(isinstance(value, dict) and part in value, f"{key} is missing")
+            value = value[part]
+        return value
+
+    for key in ("recipe.data.context", "recipe.training.tokens", "recipe.training.batch", "parameters", "steps"):
+        _check_number(key, found(key), 1, whole=True)
+    _check_number("recipe.training.seed", found("recipe.training.seed"), 0, whole=True)
+    _check_number("perplexity", found("perplexity"), 1e-300)
+    for key in ("seconds_per_step", "peak_memory_bytes"):
+        if found(key) is not None:
+            _check_number(key, found(key), 0)
+    require(isinstance(result["recipe"].get("attention", {}), dict), "recipe.attention is no mapping")
+    date, commit = found("environment.date"), found("environment.commit")
+    require(
+        isinstance(date, str) and bool(re.match(r"\d{4}-\d\d-\d\d", date)), f"environment.date is no date: {date!r}"
+    )
+    require(
+        commit is None or (isinstance(commit, str) and bool(re.fullmatch(r"[\w-]+", commit))),
+        f"environment.commit is no commit: {commit!r}",
+    )
+    curve = found("curve")
+    require(isinstance(curve, list) and all(isinstance(row, dict) for row in curve), "curve is no list of rows")
+    losses = [row for row in curve if "loss" in row]
+    require(bool(losses), "curve holds no loss")
+    for row in losses:
+        _check_number("curve: step", row.get("step"), 0, whole=True)
+        _check_number("curve: loss", row["loss"], -(2**63))
+
+
+def _check_number(key: str, value: Any, least: float, whole: bool = False) -> None:
+    is_number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    require(
+        is_number and least <= value < 2**63,
+        f"{key} is {value!r:.80}, and no {'count' if whole else 'number'} that a run has",
+    )
 
 
 def compare(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -59,6 +112,8 @@ def compare(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """
     for run in runs:
         require(run.sight == runs[0].sight, f"{run.name} saw other data or took other steps than {runs[0].name}")
+    names = Counter(run.name for run in runs)
+    require(max(names.values()) == 1, f"two runs are named {max(names, key=names.__getitem__)}: rename a directory")
     kinds: dict[str, list[Run]] = {}
     for run in sorted(runs, key=lambda run: run.seed):
         kinds.setdefault(run.kind, []).append(run)
@@ -94,14 +149,16 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     colours = plt.get_cmap("tab20").colors
     for run, colour in zip(runs, colours * len(runs), strict=False):
         losses = run.losses()
-        label = f"{run.name}  {run.result['perplexity']:.2f}"
+        label = f"{_plain(run.name)}  {run.result['perplexity']:.2f}"
         left.plot(*_smooth({s * tokens: x for s, x in losses.items()}), color=colour, label=label, lw=1.3)
-        gap = {s * tokens: 100 * math.expm1(x - base[run.seed][s]) for s, x in losses.items() if s in base[run.seed]}
-        right.plot(*_smooth(gap), color=colour, lw=1.3)
+        shared = {s: x - base[run.seed][s] for s, x in losses.items() if s in base[run.seed]}
+        if shared:
+            gap = {s * tokens: 100 * math.expm1(min(x, _LARGEST_GAP)) for s, x in shared.items()}
+            right.plot(*_smooth(gap), color=colour, lw=1.3)
     left.set(
         xlabel="million tokens", ylabel="training loss", title="training loss; validation perplexity beside the name"
     )
-    right.set(xlabel="million tokens", ylabel="%", title=f"perplexity on training text against {runs[0].name}")
+    right.set(xlabel="million tokens", ylabel="%", title=f"perplexity on training text against {_plain(runs[0].name)}")
     lowest = min(_smooth(run.losses())[1][-1] for run in runs)
     left.set_ylim(lowest - 0.1, lowest + 1.5)
     ends = [line.get_ydata()[-1] for line in right.get_lines()]  # early differences may be large, and say nothing
@@ -111,6 +168,11 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _plain(name: str) -> str:
+    """A name as matplotlib writes it, which reads what stands between dollars as mathematics."""
+    return name.replace("$", r"\$")
 
 
 def _smooth(points: dict[float, float]) -> tuple[list[float], list[float]]:

@@ -6,6 +6,7 @@ a run that goes on after a kill sees what it would have seen.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..checks import require
+from ..files import whole_file, whole_folder
+from ..huggingface.loading import load_tokenizer
 
 _TEXT_SUFFIXES = (".txt", ".md", ".rst")
 _SEPARATOR_LINE = re.compile("^\x1e\n?", re.MULTILINE)  # U+001E, the record separator
@@ -114,16 +117,20 @@ def read_stream(source: str, key: str, tokenizer: Any | None, separator: int | N
 
 def tokenize(documents: Iterator[str], tokenizer: Any, separator: int | None) -> np.ndarray:
     """[T] token ids of the documents, each followed by `separator`: uint16 if the vocabulary fits, else uint32."""
-    require(len(tokenizer) <= 1 << 32, f"a vocabulary of {len(tokenizer)} does not fit uint32")
-    dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
     end = [] if separator is None else [separator]
+    size = max(len(tokenizer), *(id + 1 for id in end), 0)
+    require(size <= 1 << 32, f"a vocabulary of {size} does not fit uint32")
+    dtype = np.uint16 if size <= 1 << 16 else np.uint32
     parts: list[np.ndarray] = []
     batch: list[str] = []
 
     def flush() -> None:
         if batch:
             ids = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
-            parts.extend(np.asarray(document + end, dtype=dtype) for document in ids)
+            try:
+                parts.extend(np.asarray(document + end, dtype=dtype) for document in ids)
+            except OverflowError as error:
+                raise ValueError(f"the tokenizer gives ids past its vocabulary of {len(tokenizer)}: {error}") from error
             batch.clear()
 
     for document in documents:
@@ -134,10 +141,47 @@ def tokenize(documents: Iterator[str], tokenizer: Any, separator: int | None) ->
     return np.concatenate(parts) if parts else np.empty(0, dtype)
 
 
-def check_stream(stream: TokenStream, key: str, context: int, vocab_size: int) -> int:
+def write_tokens(path: Path, ids: np.ndarray, tokenizer: Any) -> None:
+    """Write a token file, and its tokenizer into the folder beside it: both, or neither.
+
+    Raises `OSError` if they cannot be written.
+    """
+    folder = tokenizer_folder(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as beside:
+            with beside.open("wb") as file:
+                np.save(file, ids)
+            if _is_free(folder):
+                with whole_folder(folder) as inner:
+                    tokenizer.save_pretrained(inner)
+    except Exception as error:  # a full disk is another error in each of the libraries that write here
+        raise OSError(f"{path} could not be written: {error}") from error
+
+
+def tokenizer_folder(path: Path) -> Path:
+    """Where the tokenizer of a token file, and of others in its folder, lies."""
+    return path.parent / "tokenizer"
+
+
+def require_tokenizer_folder(path: Path, tokenizer: Any) -> None:
+    """Raise `ValueError` if another tokenizer, or something else, stands where that of the token file `path` is to be."""
+    folder = tokenizer_folder(path)
+    if _is_free(folder):
+        return
+    try:
+        is_same = _rules(load_tokenizer(folder)) == _rules(tokenizer)
+    except ValueError:
+        is_same = False
+    require(is_same, f"{folder} exists and is not the tokenizer of these tokens: name a file in another folder")
+
+
+def check_stream(
+    stream: TokenStream, key: str, context: int, vocab_size: int, context_key: str = "data.context"
+) -> int:
     """The windows in `stream`; raises `ValueError` if there is none or a token lies past the vocabulary."""
     windows = len(stream.ids) // context
-    require(windows > 0, f"{key} has {len(stream.ids)} tokens, less than one window of data.context {context}")
+    require(windows > 0, f"{key} has {len(stream.ids)} tokens, less than one window of {context_key} {context}")
     largest = max(int(stream.ids[i : i + (1 << 24)].max()) for i in range(0, len(stream.ids), 1 << 24))
     require(largest < vocab_size, f"{key} holds token {largest}, past the model's vocabulary of {vocab_size}")
     return windows
@@ -148,12 +192,25 @@ def text_documents(path: Path) -> Iterator[str]:
     return _text_files(path, "text")
 
 
+def _is_free(folder: Path) -> bool:
+    return not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir()))
+
+
+def _rules(tokenizer: Any) -> tuple[Any, ...]:
+    """What decides which ids a text becomes."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return tokenizer.get_vocab(), tokenizer.eos_token_id, backend and backend.to_str()
+
+
 def _token_file(path: Path, key: str) -> np.ndarray:
     require(path.is_file(), f"{key}: token file {path} does not exist")
     try:
-        ids = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{key}: {path} is no .npy file: {error}") from error
+        ids = np.lib.format.open_memmap(path, mode="r")
+    except OSError:
+        raise
+    except Exception as error:  # numpy parses the header as Python, which fails in many ways
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{key}: {path} is no token file, or a damaged one: {reason}") from error
     require(
         ids.ndim == 1 and ids.dtype in (np.uint16, np.uint32),
         f"{key}: {path} must hold one row of uint16 or uint32 token ids, got {ids.dtype} {ids.shape}",
@@ -163,8 +220,10 @@ def _token_file(path: Path, key: str) -> np.ndarray:
 
 def _text_files(path: Path, key: str) -> Iterator[str]:
     require(path.exists(), f"{key}: {path} does not exist")
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in _TEXT_SUFFIXES)
+    files = sorted(p for p in path.rglob("*") if p.suffix in _TEXT_SUFFIXES) if path.is_dir() else [path]
     require(bool(files), f"{key}: folder {path} holds no .txt, .md or .rst file")
+    for file in files:
+        require(file.is_file(), f"{key}: {file} is no file that can be read as text")  # a pipe would never end
     require(any(file.stat().st_size for file in files), f"{key}: {path} is empty")
     return _documents(files, key)
 
@@ -185,9 +244,16 @@ def _datasets(source: str, key: str) -> Iterator[str]:
         raise ImportError(f"{error}: pip install 'flashsfa[train]'") from error
     _, name, split = (*source.split(":", 2), "", "")[:3]
     require(bool(name and split), f"{key}: write it as datasets:NAME:SPLIT, got {source}")
+    bars = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
     try:
         rows = datasets.load_dataset(name, split=split)
     except Exception as error:  # many kinds, of many libraries
         raise ValueError(f"{key}: {source} cannot be loaded: {str(error).strip().partition(chr(10))[0]}") from error
+    finally:
+        if bars:
+            datasets.enable_progress_bars()
     require("text" in (rows.column_names or ()), f"{key}: {source} has no column text, only {rows.column_names}")
-    return (row["text"] for row in rows if row["text"].strip())
+    kind = getattr(rows.features["text"], "dtype", None)
+    require(kind in ("string", "large_string"), f"{key}: the column text of {source} holds {kind}, and no text")
+    return (row["text"] for row in rows if row["text"] and row["text"].strip())

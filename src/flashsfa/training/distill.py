@@ -17,7 +17,9 @@ from torch import Tensor
 from ..basis import FeatureBasis
 from ..checks import require
 from ..huggingface import SFASettings, disable, enable, from_pretrained
-from ..huggingface.switch import BASIS_FILE, attention_layers
+from ..huggingface.loading import find_file
+from ..huggingface.settings import BASIS_FILE
+from ..huggingface.switch import attention_layers
 from .attention import Core, DenseCore, DistillCore, TargetCore, TrainedBasis, install, uninstall
 from .data import IGNORED
 from .pretrain import load_corpus, load_tokenizer, save
@@ -32,8 +34,18 @@ def distill(recipe: DistillRecipe, directory: Path) -> dict[str, Any]:
 
     Raises `ValueError`, with nothing written, for a recipe that does not fit.
     """
-    place = RunDirectory(directory, recipe)
+    with RunDirectory(directory, recipe) as place:
+        return _distill(recipe, place)
+
+
+def _distill(recipe: DistillRecipe, place: RunDirectory) -> dict[str, Any]:
     model = _load(recipe.model)
+    lora = recipe.distill.lora
+    widest = getattr(model.config, "hidden_size", None)
+    require(
+        lora is None or widest is None or lora.rank <= widest,
+        f"distill.lora.rank must be at most the model's hidden size of {widest}, got {lora and lora.rank}",
+    )
     tokenizer = load_tokenizer(recipe.data.tokenizer or recipe.model)
     limit = getattr(model.config, "max_position_embeddings", recipe.data.context)
     require(recipe.data.context <= limit, f"data.context: the model has {limit} positions, got {recipe.data.context}")
@@ -112,10 +124,13 @@ def _divergence(target: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
 def _load(path: str) -> Any:
     """The converted model, in float32 to be trained."""
     try:
-        return from_pretrained(path, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        first_line = str(error).strip().partition("\n")[0]
-        raise ValueError(f"model: {path} cannot be loaded as a converted model: {first_line}") from error
+        model = from_pretrained(path, dtype=torch.float32)
+    except ValueError as error:
+        raise ValueError(f"model: {error}") from error
+    require(
+        model.get_output_embeddings() is not None, f"model: {path} holds a {type(model).__name__}: no language model"
+    )
+    return model
 
 
 def _teacher(path: str) -> Any:
@@ -136,8 +151,8 @@ def _targets(model: Any, teacher: Any | None, layers: list[int]) -> list[tuple[D
 
 def _basis(path: str) -> FeatureBasis | None:
     """The basis beside a converted model."""
-    file = Path(path) / BASIS_FILE
-    return FeatureBasis.load(file) if file.is_file() else None
+    file = find_file(path, BASIS_FILE, is_optional=True)
+    return None if file is None else FeatureBasis.load(file)
 
 
 def _install(model: Any, basis: FeatureBasis | None, settings: Distill) -> list[int]:
@@ -182,4 +197,4 @@ def _finish(model: Any, basis: FeatureBasis | None) -> None:
         for index, trained in learned.items():
             with torch.no_grad():
                 basis.query[index], basis.key[index] = (x.cpu() for x in vars(trained()).values())
-        enable(model, basis=basis, **SFASettings(**model.config.sfa).arguments())
+        enable(model, basis=basis, **SFASettings.from_config(model.config.sfa).arguments())

@@ -10,6 +10,7 @@ from typing import Any
 from torch.utils.data import ConcatDataset, Dataset
 
 from ..checks import require
+from ..huggingface import loading
 from . import needle
 from .data import Collator, TokenStream, Windows, check_stream, read_stream
 from .models import build, can_load, finish
@@ -34,12 +35,15 @@ def pretrain(recipe: PretrainRecipe, directory: Path) -> dict[str, Any]:
 
     Raises `ValueError`, with nothing written, for a recipe that does not fit.
     """
-    place = RunDirectory(directory, recipe)
+    with RunDirectory(directory, recipe) as place:
+        return _pretrain(recipe, place)
+
+
+def _pretrain(recipe: PretrainRecipe, place: RunDirectory) -> dict[str, Any]:
     tokenizer = load_tokenizer(recipe.data.tokenizer)
-    given = recipe.model.config.get("vocab_size")
     is_needle = recipe.data.train == "needle"
-    default = needle.VOCABULARY if is_needle else None if tokenizer is None else len(tokenizer)
-    model = build(recipe.model, recipe.attention, recipe.data.context, given or default, recipe.training.seed)
+    vocab_size = needle.VOCABULARY if is_needle else None if tokenizer is None else len(tokenizer)
+    model = build(recipe.model, recipe.attention, recipe.data.context, vocab_size, recipe.training.seed)
     corpus = load_corpus(recipe.data, recipe.training, tokenizer, model.config.vocab_size)
     callbacks = Annealing.of(model, recipe.attention.anneal, total_steps(recipe.training, recipe.data.context))
     trainer = prepare(
@@ -72,33 +76,31 @@ def save(
 
     Raises `OSError` that names the last checkpoint, which is kept, if something cannot be written.
     """
-    target = place.path / MODEL
     trainer.model.config.use_cache = True  # which the Trainer turned off
+    model = place.partial / MODEL
     try:
         if finish is not None and trainer.is_fsdp_enabled:
-            trainer.save_model(str(target))  # gathers the shards; attention is no part of what is saved
+            trainer.save_model(str(model))  # gathers the shards; attention is no part of what is saved
         elif finish is not None and trainer.args.should_save:
             finish()
-            trainer.model.save_pretrained(target)
+            trainer.model.save_pretrained(model)
         if trainer.args.should_save:
             if tokenizer is not None:
-                tokenizer.save_pretrained(target)
+                tokenizer.save_pretrained(model)
             place.close(result | {"model": None if finish is None else MODEL})
     except Exception as error:  # a full disk is another error in each of the libraries that write here
+        place.sweep()
         raise OSError(f"the result could not be written: {error}; {trainer.last_good()}") from error
 
 
 def load_tokenizer(name: str | None) -> Any | None:
-    """transformers' tokenizer of a directory or hub name."""
+    """transformers' tokenizer of a directory or hub name. Raises `ValueError` that names the key of the recipe."""
     if name is None:
         return None
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        first_line = str(error).strip().partition("\n")[0]
-        raise ValueError(f"data.tokenizer: {name} cannot be loaded: {first_line}") from error
+        return loading.load_tokenizer(name)
+    except ValueError as error:
+        raise ValueError(f"data.tokenizer: {error}") from error
 
 
 def load_corpus(
@@ -106,6 +108,10 @@ def load_corpus(
 ) -> Corpus:
     """The data of a run. `before`: a text, and tokens of it, to train on first."""
     count = training.batch * total_steps(training, data.context)
+    require(
+        data.separator is None or data.separator < vocab_size,
+        f"data.separator: {data.separator} lies past the model's vocabulary of {vocab_size}",
+    )
     if data.train == "needle":
         require(vocab_size >= needle.VOCABULARY, f"model.config.vocab_size: needle takes {needle.VOCABULARY} tokens")
         require(data.context >= needle.SHORTEST, f"data.context: needle takes at least {needle.SHORTEST} tokens")

@@ -5,17 +5,23 @@ from __future__ import annotations
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..attention import GRADIENTS
-from ..checks import require
+from ..checks import MOST_TOKENS, require, require_int
+from ..files import write_whole
 
 ARCHITECTURES = ("gpt2", "qwen3")
 KINDS = ("dense", "sfa", "short", "low_rank", "int8", "performer")
 POSITIONS = ("learned", "full", "channel")
+_LONGEST_RUN = 10**15  # tokens, far more than anyone has trained on
+_LARGEST_BATCH, _LARGEST_COUNT, _LARGEST_SEED = 2**24, 2**20, 2**32 - 1
+_TEMPERATURES = (1e-3, 1e3)
+_SHOWN = 80  # characters of a wrong value in a message
 T = TypeVar("T")
 
 
@@ -105,11 +111,16 @@ class Attention:
         for name in ("temperature", "sparse_temperature"):
             value = getattr(self, name)
             require(value is None or value > 0, f"attention.{name} must be above 0, got {value}")
+            least, most = _TEMPERATURES
+            require(value is None or least <= value <= most, f"attention.{name} must be {least} to {most}, got {value}")
         require(
             sparse or self.dense_dims == 0 or self.positions == "channel",
             "attention.dense_dims: only for kind sfa or positions channel",
         )
-        require(self.window is None or self.window >= 1, f"attention.window must be at least 1, got {self.window}")
+        for name in ("topk", "topk_query", "window", "width"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"attention.{name} must be at least 1, got {value}")
+        require(self.dense_dims >= 0, f"attention.dense_dims must not be negative, got {self.dense_dims}")
         require(self.kind != "performer" or self.window is None, "attention.window: not with kind performer")
 
 
@@ -137,8 +148,12 @@ class Data:
     validation_windows: int = 512
 
     def __post_init__(self) -> None:
-        require(self.context >= 2, f"data.context must be at least 2 tokens, got {self.context}")
-        require(self.validation_windows >= 1, "data.validation_windows must be at least 1")
+        require(2 <= self.context <= MOST_TOKENS, f"data.context must be 2 to {MOST_TOKENS} tokens, got {self.context}")
+        require_int("data.validation_windows", self.validation_windows, 1, _LARGEST_COUNT)
+        require(
+            self.separator is None or self.separator >= 0,
+            f"data.separator must be a token id, which is not negative; got {self.separator}",
+        )
 
 
 @dataclass(frozen=True)
@@ -149,7 +164,10 @@ class Training:
         tokens: of the whole run, passes over the data as needed.
         batch: windows a step, over all processes.
         micro_batch: windows a process holds at a time; None for all of its share.
+        learning_rate: at most 1.
+        weight_decay: AdamW's; a step takes learning_rate · weight_decay of each weight away.
         warmup: steps until the full learning rate.
+        clip: gradients whose norm is larger are scaled down to it; 0 for none.
         precision: "bf16" (mixed, float32 weights) or "fp32".
         compile: torch.compile.
         checkpointing: recompute activations in the backward pass.
@@ -174,10 +192,22 @@ class Training:
     log_every: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "batch", "save_every", "evaluate_every", "log_every"):
-            require(getattr(self, name) >= 1, f"training.{name} must be at least 1, got {getattr(self, name)}")
+        require_int("training.tokens", self.tokens, 1, _LONGEST_RUN)
+        require_int("training.batch", self.batch, 1, _LARGEST_BATCH)
+        for name in ("save_every", "evaluate_every", "log_every"):
+            require_int(f"training.{name}", getattr(self, name), 1)
         require(self.micro_batch is None or self.micro_batch >= 1, "training.micro_batch must be at least 1")
-        require(self.learning_rate > 0, f"training.learning_rate must be above 0, got {self.learning_rate}")
+        require(
+            0 < self.learning_rate <= 1,
+            f"training.learning_rate must be above 0 and at most 1, got {self.learning_rate}",
+        )
+        require(
+            self.weight_decay >= 0 and self.learning_rate * self.weight_decay < 1,
+            f"training.weight_decay must be at least 0 and less than 1 / training.learning_rate, got {self.weight_decay}",
+        )
+        require_int("training.warmup", self.warmup, 0)
+        require(self.clip >= 0, f"training.clip must be above 0, or 0 for none; got {self.clip}")
+        require_int("training.seed", self.seed, 0, _LARGEST_SEED)
         _one_of("training.precision", self.precision, ("bf16", "fp32"))
 
 
@@ -191,6 +221,10 @@ class PretrainRecipe:
     attention: Attention = field(default_factory=Attention)
 
     def __post_init__(self) -> None:
+        require(
+            not (self.data.packed and self.attention.kind == "performer"),
+            "data.packed: not with attention.kind performer, which mixes all that comes before",
+        )
         require(
             not (self.training.fsdp and self.attention.kind == "low_rank"),
             "training.fsdp: not with attention.kind low_rank, whose products are not sharded",
@@ -210,7 +244,7 @@ class Warmup:
     tokens: int
 
     def __post_init__(self) -> None:
-        require(self.tokens >= 1, f"distill.warmup.tokens must be at least 1, got {self.tokens}")
+        require_int("distill.warmup.tokens", self.tokens, 1, _LONGEST_RUN)
 
 
 @dataclass(frozen=True)
@@ -222,6 +256,7 @@ class Lora:
 
     def __post_init__(self) -> None:
         require(self.rank >= 1, f"distill.lora.rank must be at least 1, got {self.rank}")
+        require(self.alpha is None or self.alpha > 0, f"distill.lora.alpha must be above 0, got {self.alpha}")
 
 
 @dataclass(frozen=True)
@@ -249,6 +284,10 @@ class Distill:
     def __post_init__(self) -> None:
         for name in ("weight", "logits"):
             require(getattr(self, name) >= 0, f"distill.{name} must not be negative, got {getattr(self, name)}")
+        require(
+            self.layers is None or 0 < len(self.layers) == len(set(self.layers)),
+            f"distill.layers: name each layer once, got {self.layers}; leave it out for all that are sparse",
+        )
         require(not (self.lora and self.train_basis), "distill.train_basis: not together with distill.lora")
 
 
@@ -275,28 +314,27 @@ class DistillRecipe:
 def read(kind: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
     """The recipe in a YAML file, with `key.key=value` overrides put in.
 
-    Raises `ValueError` that names the key for one that is missing, unknown or of another type.
+    Raises `ValueError` that names the key for one that is missing, unknown or of another type, or the file if it is no YAML.
     """
-    import yaml
-
     require(path.is_file(), f"recipe {path} does not exist")
     try:
-        content = _parsed(path.read_text(encoding="utf-8"))
-        require(isinstance(content, dict), f"{path} holds no mapping of keys to values")
-        for override in overrides:
-            key, equals, value = override.partition("=")
-            require(bool(equals), f"--set {override}: write it as key=value")
-            _put(content, key.strip().split("."), _parsed(value))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
+    content = _parsed(text, str(path))
+    require(isinstance(content, dict), f"{path} holds no mapping of keys to values")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        require(bool(equals), f"--set {override}: write it as key=value")
+        _put(content, key.strip().split("."), _parsed(value, f"--set {override}"))
     return _build(kind, content, "")
 
 
 def write(recipe: Any, path: Path) -> None:
-    """Write a recipe with all its values, defaults too, so that `read` gives it back."""
+    """Write a recipe with all its values, defaults too, so that `read` gives it back. The file is whole or not there."""
     import yaml
 
-    path.write_text(yaml.safe_dump(asdict(recipe), sort_keys=False), encoding="utf-8")
+    write_whole(path, yaml.safe_dump(asdict(recipe), sort_keys=False))
 
 
 def differences(one: Any, other: Any) -> list[str]:
@@ -305,16 +343,45 @@ def differences(one: Any, other: Any) -> list[str]:
     return sorted(k for k in flat_one.keys() | flat_other.keys() if flat_one.get(k) != flat_other.get(k))
 
 
-def _parsed(text: str) -> Any:
-    """YAML in which 2:4 is text, and not a number to the base of 60."""
+def _parsed(text: str, where: str) -> Any:
+    """YAML, more strictly: 1e-3 is a number, as in YAML 1.2; 2:4 and 1:20:30 are text, and not numbers to the base of 60; no key
+    comes twice, and there are no aliases.
+
+    Raises `ValueError` that begins with `where` for what is none.
+    """
     import yaml
+    from yaml.composer import ComposerError
 
     class Loader(yaml.SafeLoader):
         def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
-            is_text = kind is yaml.ScalarNode and implicit[0] and re.fullmatch(r"\d+:\d+", value)
-            return self.DEFAULT_SCALAR_TAG if is_text else super().resolve(kind, value, implicit)
+            tag = super().resolve(kind, value, implicit)
+            if kind is yaml.ScalarNode and ":" in value and tag in ("tag:yaml.org,2002:int", _FLOAT_TAG):
+                return self.DEFAULT_SCALAR_TAG
+            return _FLOAT_TAG if kind is yaml.ScalarNode and implicit[0] and _EXPONENTIAL.fullmatch(value) else tag
 
-    return yaml.load(text, Loader)
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise ComposerError(None, None, "a recipe has no aliases", self.peek_event().start_mark)
+            return super().compose_node(parent, index)
+
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node = super().compose_mapping_node(anchor)
+            keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            twice = [key for key, count in keys.items() if count > 1]
+            if twice:
+                raise ComposerError(None, None, f"the key {twice[0]} comes twice", node.start_mark)
+            return node
+
+    try:
+        return yaml.load(text, Loader)
+    except RecursionError as error:
+        raise ValueError(f"{where} is nested too deeply to be a recipe") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: the thirteenth month, a number of ten thousand digits
+        raise ValueError(f"{where} is no YAML: {' '.join(str(error).split())}") from error
+
+
+_FLOAT_TAG = "tag:yaml.org,2002:float"
+_EXPONENTIAL = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
 def _put(content: dict[str, Any], keys: list[str], value: Any) -> None:
@@ -334,10 +401,12 @@ def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
 
 def _build(kind: type[T], content: Any, prefix: str) -> T:
     """A dataclass from a mapping, recursively."""
-    require(isinstance(content, Mapping), f"{prefix.rstrip('.') or 'the recipe'}: must be a mapping, got {content!r}")
+    require(
+        isinstance(content, Mapping), f"{prefix.rstrip('.') or 'the recipe'}: must be a mapping, got {_shown(content)}"
+    )
     known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
     for key in content:
-        require(key in known, f"{prefix}{key}: unknown key; there are {', '.join(known)}")
+        require(key in known, f"{prefix}{_shown(key, str)}: unknown key; there are {', '.join(known)}")
     for name, f in known.items():
         needed = f.default is MISSING and f.default_factory is MISSING
         require(not needed or name in content, f"{prefix}{name}: missing")
@@ -352,27 +421,31 @@ def _value(hint: Any, value: Any, key: str) -> Any:
     if is_dataclass(hint):
         return _build(hint, value, f"{key}.")  # type: ignore[arg-type]
     if typing.get_origin(hint) is list:
-        require(isinstance(value, list), f"{key}: must be a list, got {value!r}")
+        require(isinstance(value, list), f"{key}: must be a list, got {_shown(value)}")
         return [_value(typing.get_args(hint)[0], item, key) for item in value]
     if typing.get_origin(hint) is dict:
-        require(isinstance(value, dict), f"{key}: must be a mapping, got {value!r}")
+        require(isinstance(value, dict), f"{key}: must be a mapping, got {_shown(value)}")
         return dict(value)
-    if hint in (int, float) and isinstance(value, str):  # YAML reads 1e-3 as a string
-        try:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    require(hint not in (int, float) or is_number, f"{key}: must be a number, got {_shown(value)}")
+    if is_number:
+        require(abs(value) < 2**63, f"{key}: must be a finite number below 2^63, got {_shown(value)}")  # not NaN either
+        if hint is float:
             value = float(value)
-        except ValueError:
-            raise ValueError(f"{key}: must be a number, got {value!r}") from None
-    if hint is int and isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    require(isinstance(value, hint) and not (hint is int and isinstance(value, bool)),
-            f"{key}: must be {_NAMES[hint]}, got {value!r}")  # fmt: skip
+        elif hint is int and value == int(value):  # 1e6 is a whole number
+            value = int(value)
+    require(type(value) is hint, f"{key}: must be {_NAMES[hint]}, got {_shown(value)}")
     return value
 
 
 _NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
+def _shown(value: Any, text: Callable[[Any], str] = repr) -> str:
+    """A wrong value as it stands in a message: on one line, and not at full length."""
+    found = " ".join(text(value).split())
+    return found if len(found) <= _SHOWN else found[:_SHOWN] + " ..."
+
+
 def _one_of(key: str, value: str, choices: Sequence[str]) -> None:
-    require(value in choices, f"{key}: must be one of {', '.join(choices)}; got {value!r}")
+    require(value in choices, f"{key}: must be one of {', '.join(choices)}; got {_shown(value)}")

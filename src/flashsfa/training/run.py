@@ -1,11 +1,13 @@
 """One run: its directory, its Trainer and its result.
 
 The directory holds `recipe.yaml`, checkpoints while the run lasts, and at the end `result.json` and, if the model can be
-loaded again, `model/`. The same command goes on where the run was stopped.
+loaded again, `model/`. The same command goes on where the run was stopped. Each of them is whole: it is written under another
+name, and gets its own last. Modes are those of the umask.
 """
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import math
@@ -13,7 +15,8 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +28,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..benchmarking.results import environment
 from ..checks import require
+from ..evaluation.results import require_place
+from ..files import follow_umask, write_whole
 from ..huggingface.attention import LayerCoding
 from ..huggingface.switch import attention_layers, attention_shape
 from .data import IGNORED
@@ -32,56 +37,100 @@ from .recipe import Anneal, Training, differences, read, write
 
 RECIPE, RESULT, MODEL = "recipe.yaml", "result.json", "model"
 _CHECKPOINT, _PARTIAL = "checkpoint-", ".partial"
+_LARGEST_EXPONENT = 709  # of a float
+_STATE = "trainer_state.json"
+_ADVICE = "remove it to start anew, or name a new directory with -o"
+_CHECKPOINT_PARTS = (_STATE, "scheduler.pt", "optimizer*", "rng_state*.pth")
 
 
 class RunDirectory:
     """Where a run lives.
 
-    Raises `ValueError`, with nothing written, if the run there is finished or is of another recipe, or if something else
-    is there.
+    Raises `ValueError`, with nothing written, if the run there is finished or is of another recipe, if its newest checkpoint
+    lacks a part, or if something else is there; `OSError` if nothing can be written there.
     """
 
     def __init__(self, path: Path, recipe: Any) -> None:
         self.path, self._recipe = path, recipe
+        self._missing = [folder for folder in (path, *path.parents) if not folder.exists()]
         require(not path.exists() or path.is_dir(), f"{path} is a file: name a directory with -o")
-        if path.is_dir() and any(path.iterdir()):
+        require_place(path)
+        if path.is_dir() and any(not p.name.startswith(f".{RECIPE}-") for p in path.iterdir()):
             require((path / RECIPE).is_file(), f"{path} exists and holds no run: name a new directory with -o")
             require(not (path / RESULT).exists(), f"{path} holds a finished run: name a new directory with -o")
-            changed = differences(read(type(recipe), path / RECIPE), recipe)
+            try:
+                before = read(type(recipe), path / RECIPE)
+            except ValueError as error:
+                raise ValueError(
+                    f"{path} holds a run that cannot go on: {error}; name a new directory with -o"
+                ) from error
+            changed = differences(before, recipe)
             require(
                 not changed,
                 f"{path} holds a run of another recipe ({', '.join(changed)} differ): name a new directory with -o",
             )
+        if (checkpoint := self.checkpoint) is not None:
+            missing = [part for part in _CHECKPOINT_PARTS if not any(checkpoint.glob(part))]
+            require(not missing, f"{checkpoint} is damaged ({', '.join(missing)} missing): {_ADVICE}")
+            with _reading(checkpoint):
+                state = json.loads((checkpoint / _STATE).read_bytes())
+                require(
+                    isinstance(state, dict) and f"{_CHECKPOINT}{state.get('global_step')}" == checkpoint.name,
+                    f"{_STATE} is of another step",
+                )
 
     @property
     def checkpoint(self) -> Path | None:
         """The newest checkpoint; each is whole, as it got its name last."""
-        found = self.path.glob(f"{_CHECKPOINT}*")
-        return max(found, key=lambda p: int(p.name.removeprefix(_CHECKPOINT)), default=None)
+        found = {p: p.name.removeprefix(_CHECKPOINT) for p in self.path.glob(f"{_CHECKPOINT}*")}
+        foreign = [p for p, step in found.items() if not step.isdecimal()]
+        require(not foreign, f"{', '.join(map(str, foreign))}: no checkpoint of this run, move it away")
+        return max(found, key=lambda p: int(found[p]), default=None)
 
     @property
     def partial(self) -> Path:
-        """Where a checkpoint is written before it gets its name."""
+        """Where a checkpoint, and the model at the end, is written before it gets its name."""
         return self.path / _PARTIAL
 
     def open(self) -> None:
-        """Make the directory, with its recipe."""
+        """Make the directory, with its recipe. A recipe that is there stays: it is the same."""
         self.path.mkdir(parents=True, exist_ok=True)
-        write(self._recipe, self.path / RECIPE)
+        self.sweep()
+        if not (self.path / RECIPE).exists():
+            write(self._recipe, self.path / RECIPE)
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        """Folders that were made for a run that never began go again."""
+        for folder in self._missing if kind is not None else []:
+            with suppress(OSError):  # not empty, or not there
+                folder.rmdir()
+
+    def sweep(self) -> None:
+        """Remove what a kill, or a full disk, left half-written."""
+        for path in (self.partial, *self.path.glob(f".{RECIPE}-*"), *self.path.glob(f".{RESULT}-*")):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
     def keep(self, step: int) -> None:
         """The checkpoint of `step` is whole: give it its name and remove the one before."""
         before = self.checkpoint
+        follow_umask(self.partial)
         (self.partial / f"{_CHECKPOINT}{step}").rename(self.path / f"{_CHECKPOINT}{step}")
         if before is not None and before.name != f"{_CHECKPOINT}{step}":
             shutil.rmtree(before)
 
     def close(self, result: dict[str, Any]) -> None:
-        """Write the result, after everything else, and remove the checkpoints."""
-        beside = self.path / f".{RESULT}"
-        beside.write_text(json.dumps({"recipe": asdict(self._recipe), **result}, indent=1, default=str) + "\n")
-        beside.rename(self.path / RESULT)
-        for path in (*self.path.glob(f"{_CHECKPOINT}*"), self.partial):
+        """The model, if there is one, is whole: give it its name, write the result, and remove the checkpoints."""
+        if (model := self.partial / MODEL).exists():
+            follow_umask(self.partial)
+            shutil.rmtree(self.path / MODEL, ignore_errors=True)  # of an end that was cut off before it had a result
+            model.rename(self.path / MODEL)
+        content = {"recipe": asdict(self._recipe), **result}
+        write_whole(self.path / RESULT, json.dumps(content, indent=1, default=str) + "\n")
+        self.sweep()
+        for path in self.path.glob(f"{_CHECKPOINT}*"):
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -172,7 +221,7 @@ class RunTrainer(Trainer):
             logs |= {name: float(torch.stack(values).mean()) for name, values in self._terms.items()}
             self._terms.clear()
         super().log(logs, *args, **kwargs)
-        for name in ("loss", "grad_norm"):
+        for name in ("loss", "grad_norm", "eval_loss"):
             if not math.isfinite(logs.get(name, 0.0)):
                 raise ValueError(
                     f"training stopped: {name} is {logs[name]} at step {self.state.global_step}; {self.last_good()}. A lower "
@@ -195,8 +244,45 @@ class RunTrainer(Trainer):
             if self.args.should_save:
                 shutil.rmtree(self._place.partial, ignore_errors=True)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with _reading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Weights that a checkpoint lacks would stay as they were drawn."""
+        tied = getattr(self.model, "all_tied_weights_keys", {})
+        missing = sorted(set(load_result.missing_keys) - {*tied, *tied.values()})
+        require(not missing, f"it lacks {', '.join(missing[:4])}")
+        require(
+            not load_result.unexpected_keys, f"it has {', '.join(load_result.unexpected_keys[:4])} of another model"
+        )
+        super()._issue_warnings_after_load(load_result)
+
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._place.partial) if self._saves else super()._get_output_dir(trial)
+
+
+@contextmanager
+def _reading(checkpoint: Any) -> Iterator[None]:
+    """What the block cannot make of a checkpoint is a `ValueError` of one line. A disk or a memory that fails stays what it is."""
+    try:
+        yield
+    except Exception as error:
+        is_cut = (
+            getattr(error, "errno", None) == errno.EINVAL
+        )  # torch's reader seeks before the start of a file that was cut
+        if isinstance(error, (OSError, MemoryError, torch.OutOfMemoryError)) and not is_cut:
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{checkpoint} is damaged ({reason}): {_ADVICE}") from error
 
 
 class _LogBeforeSaving(TrainerCallback):
@@ -210,6 +296,11 @@ class _LogBeforeSaving(TrainerCallback):
 def arguments(training: Training, context: int, directory: Path) -> TrainingArguments:
     """transformers' arguments for a recipe, for the number of processes that torchrun started."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
+    require(
+        training.tokens >= training.batch * context,
+        f"training.tokens {training.tokens} are less than one step of training.batch {training.batch} windows of data.context "
+        f"{context}",
+    )
     share, rest = divmod(training.batch, processes)
     require(rest == 0, f"training.batch {training.batch} must be a multiple of the {processes} processes")
     micro = training.micro_batch or share
@@ -250,16 +341,16 @@ def fit(trainer: RunTrainer, place: RunDirectory) -> dict[str, Any]:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         # transformers evaluates after the last step, and a checkpoint of it has that in its history
         validation = next(row["eval_loss"] for row in reversed(trainer.state.log_history) if "eval_loss" in row)
-    except torch.OutOfMemoryError as error:
-        raise ValueError(
-            "the GPU is out of memory: lower training.micro_batch, or set training.checkpointing"
-        ) from error
+    except Exception as error:
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+            raise ValueError("out of memory: lower training.micro_batch, or set training.checkpointing") from error
+        raise
     return {
         "environment": environment(trainer.args.device),
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "steps": trainer.state.max_steps,
         "validation_loss": validation,
-        "perplexity": math.exp(validation),
+        "perplexity": math.exp(validation) if validation < _LARGEST_EXPONENT else math.inf,
         "seconds_per_step": trainer.seconds_per_step,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         "curve": trainer.state.log_history,

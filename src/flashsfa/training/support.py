@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from ..checks import require
+from ..checks import checked, require
 from ..codes import topk_codes
 from ..huggingface.attention import attention_forward, attention_mask
 from ..huggingface.switch import NAME, is_enabled
@@ -54,7 +54,7 @@ def support_statistics(model: Any, windows: Tensor, progress: Callable[[], None]
     Args:
         progress: called after each window.
 
-    Raises `ValueError` for a model that is not switched.
+    Raises `ValueError` for a model that is not switched, or whose queries or keys hold NaN.
     """
     require(is_enabled(model), f"{type(model).__name__} is dense: flashsfa convert or flashsfa.enable makes it sparse")
     found: dict[int, _Sums] = {}
@@ -71,9 +71,10 @@ def support_statistics(model: Any, windows: Tensor, progress: Callable[[], None]
     AttentionMaskInterface.register(_NAME, attention_mask)
     model.set_attn_implementation(_NAME)
     try:
-        for window in windows:
-            model(input_ids=window[None].to(model.device), use_cache=False)
-            progress()
+        with checked():
+            for window in windows:
+                model(input_ids=window[None].to(model.device), use_cache=False)
+                progress()
     finally:
         model.set_attn_implementation(NAME)
     heads = next(iter(found.values())).counts.shape[0]

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import logging
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from vllm.config import get_current_vllm_config, get_current_vllm_config_or_none
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
@@ -15,9 +13,8 @@ from ..basis import FeatureBasis
 from ..checks import require
 from ..huggingface import SFASettings
 from ..huggingface.positions import is_channel
-from ..huggingface.switch import BASIS_FILE
+from ..huggingface.settings import BASIS_FILE
 
-_log = logging.getLogger("flashsfa")
 _seen: SFASettings | None = None
 
 
@@ -41,29 +38,48 @@ class BasisFile:
     """The basis beside the checkpoint, if there is one, as the kv heads of this tensor-parallel rank see it.
 
     Made where vLLM's config is set; `load` works anywhere. `path` is None where there is no basis.
+
+    Raises `ValueError` unless the settings say whether there is one.
     """
 
     def __init__(self) -> None:
-        model = Path(get_current_vllm_config().model_config.model)
+        config = get_current_vllm_config().model_config
+        self.settings, self.layers = current_settings(), config.hf_config.num_hidden_layers
+        model = Path(config.model)
         self.path = model / BASIS_FILE if (model / BASIS_FILE).is_file() else None
         self.share = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-        if not model.is_dir():
-            _warn_remote(model)
+        require(
+            self.settings.has_basis == (self.path is not None),
+            f"the settings name a basis, but {model / BASIS_FILE} is no local file: serve the whole folder that flashsfa saved"
+            if self.settings.has_basis
+            else f"{model / BASIS_FILE} is a basis, but the settings name none: give them has_basis, or remove the file",
+        )
 
     def load(self, layer_name: str, num_kv_heads: int) -> FeatureBasis:
-        """The basis [Hkv, D, D] of a layer that vLLM calls `layer_name` and that holds `num_kv_heads` heads here."""
+        """The basis [Hkv, D, D] of a layer that vLLM calls `layer_name` and that holds `num_kv_heads` heads here.
+
+        Raises `ValueError` for a file that holds no basis of this model.
+        """
         index = next(int(part) for part in layer_name.split(".") if part.isdecimal())
         rank, ranks = self.share
-        with safe_open(self.path, "pt") as file:
-            heads = file.get_slice("key").get_shape()[1]
-            first = rank * heads // ranks  # ranks beyond the number of heads share them, as vLLM's projections do
-            query, key = (file.get_slice(name)[index, first : first + num_kv_heads] for name in ("query", "key"))
-        return FeatureBasis(query, key)
+        assert self.path is not None
+        basis = _read_basis(self.path)
+        layers, heads = basis.key.shape[:2]
+        require(
+            layers == self.layers,
+            f"{self.path} is for {layers} layers of attention, and the model has {self.layers} layers",
+        )
+        first = rank * heads // ranks  # ranks beyond the number of heads share them, as vLLM's projections do
+        own = slice(first, first + num_kv_heads)
+        basis = FeatureBasis(basis.query[index, own].clone(), basis.key[index, own].clone())
+        basis.check(self.settings.topk, self.settings.dense_dims)
+        return basis
 
 
-@functools.cache
-def _warn_remote(model: Path) -> None:
-    _log.warning("%s is no local folder, so a feature basis beside its weights is not seen", model)
+@functools.lru_cache(maxsize=1)
+def _read_basis(path: Path) -> FeatureBasis:
+    """All layers' basis: one file is read once, not once a layer."""
+    return FeatureBasis.load(path)
 
 
 def _read(hf_config: Any) -> SFASettings:
@@ -73,7 +89,7 @@ def _read(hf_config: Any) -> SFASettings:
             'the model\'s config.json has no settings "sfa": serve a model that was saved after flashsfa.enable, or pass '
             """--hf-overrides '{"sfa": {"topk": 16, "dense_dims": 32, "topk_query": 128}}'"""
         )
-    settings = SFASettings(**stored)
+    settings = SFASettings.from_config(stored)
     require(settings.layers is None, "vLLM's backend codes every layer: enable the model with layers=None")
     require(
         settings.cache_dtype is None,

@@ -1,7 +1,8 @@
 """Run-time compilation of the prefill kernel with NVRTC: no nvcc, nothing at install time.
 
 One `Tile` is one specialisation. Its compiled code is kept in memory and, named by a hash of its source, options and
-compiler, in a cache directory on disk (`FLASHSFA_CACHE`, by default `~/.cache/flashsfa`).
+compiler, in the folder `kernels` of the cache folder (`files.cache_folder`). What lies there runs on the GPU, so that it is
+believed only if it is whole and the user's own; anything else is compiled again and replaced.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from ...files import is_private, write_whole
+from .. import dispatch
 from . import cuda
 
 SOURCES = Path(__file__).parent
@@ -119,39 +121,40 @@ def _matrix_functions(tile: Tile) -> str:
     )
 
 
-def compile_cubin(tile: Tile) -> bytes:
-    """Machine code of one specialisation for sm_90a, from the disk cache where it is there. Needs no GPU.
+def compile_cubin(tile: Tile, *, afresh: bool = False) -> bytes:
+    """Machine code of one specialisation for sm_90a, from the disk cache where it is there and not `afresh`. Needs no GPU.
 
     Raises `CompilationError` if there is no NVRTC or it refuses.
     """
     text = source(tile)
     key = hashlib.sha256(f"{cuda.nvrtc_version()}{_OPTIONS}{text}".encode()).hexdigest()[:32]
-    path = _cache_path(f"prefill-sm_90a-{key}.cubin")
+    folder = dispatch.code_folder("kernels")
+    path = folder and folder / f"prefill-sm_90a-{key}.cubin"
+    if path and not afresh and (kept := _read_kept(path)):
+        return kept
+    with dispatch.said_if_slow("the prefill kernel"):
+        cubin = cuda.compile_cubin(text, "prefill.cu", _OPTIONS)
     if path:
-        with contextlib.suppress(OSError):
-            return path.read_bytes()
-    cubin = cuda.compile_cubin(text, "prefill.cu", _OPTIONS)
-    if path:
-        _write_whole(path, cubin)
+        with contextlib.suppress(OSError):  # a full disk costs only the next start
+            write_whole(path, _digest(path, cubin) + cubin)
+            path.chmod(0o600)  # whatever the umask: what others may write is not believed
     return cubin
 
 
-def _cache_path(name: str) -> Path | None:
-    """None for a user without a home, who named no directory."""
-    if directory := os.environ.get("FLASHSFA_CACHE"):
-        return Path(directory, name)
+def _read_kept(path: Path) -> bytes | None:
+    """The code at `path`, if it is whole and nobody else can have written it."""
     try:
-        return Path.home() / ".cache" / "flashsfa" / name
-    except RuntimeError:
-        return None
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Another process sees the whole file or none; a directory that cannot be written costs only the next start."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as beside:
-            (Path(beside) / path.name).write_bytes(content)
-            (Path(beside) / path.name).replace(path)
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+            content = file.read() if is_private(os.fstat(file.fileno())) else b""
     except OSError:
-        pass
+        return None
+    digest, cubin = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+    return cubin if cubin and digest == _digest(path, cubin) else None
+
+
+_DIGEST_BYTES = 32
+
+
+def _digest(path: Path, cubin: bytes) -> bytes:
+    """Of the code and its name: one that was kept under another name is another."""
+    return hashlib.sha256(path.name.encode() + cubin).digest()

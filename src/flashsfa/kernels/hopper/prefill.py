@@ -213,8 +213,17 @@ def _load(tile: Tile, device: int) -> ctypes.c_void_p:
 
 @functools.cache
 def _load_once(tile: Tile, device: int) -> ctypes.c_void_p | str:
+    def load(afresh: bool) -> ctypes.c_void_p:
+        cubin = compiler.compile_cubin(tile, afresh=afresh)
+        try:
+            return cuda.load_kernel(cubin, "prefill_kernel", tile.shared_bytes, device)
+        except cuda.CompilationError:
+            if afresh:
+                raise
+        return load(afresh=True)  # what was kept may not be what the compiler makes
+
     try:
-        return cuda.load_kernel(compiler.compile_cubin(tile), "prefill_kernel", tile.shared_bytes, device)
+        return load(afresh=False)
     except cuda.CompilationError as error:
         return str(error)
 

@@ -1,1 +1,5 @@
 """Triton kernels; imported only where they run, so that `import flashsfa` needs no Triton."""
+
+from . import first_use
+
+first_use.announce()

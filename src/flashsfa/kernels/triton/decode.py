@@ -16,8 +16,9 @@ from ...checks import require
 from ...codes import FeatureCodes
 from ..decode_torch import DecodeRules
 from .decode_combine import combine
-from .decode_scores import Problem, block_keys, block_scores, chunk, live_keys, locate, split_range
+from .decode_scores import Problem, block_keys, block_scores, channel_words, chunk, live_keys, locate, split_range
 from .decode_skip import decode_skipping
+from .rows import next_power_of_2
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -105,15 +106,32 @@ def _launch(problem: Problem) -> tuple[dict[str, Any], int]:
     gains); more rows want fewer programs, whose results must be combined.
     """
     rows, row_bytes = problem.tile, problem.row_bytes
-    keys, warps, waves = block_keys(row_bytes), 4, 16 if rows == 1 else 8
+    keys, warps, waves = block_keys(problem), 4, 16 if rows == 1 else 8
     if row_bytes <= 128:
-        keys, warps, waves = (32, 1, 16) if problem.width <= 64 and 1 < rows <= 4 else (128, 2, 16)
-    elif problem.dense_dims:
+        keys, warps, waves = (32, 1, 16) if problem.width <= 64 and 1 < rows <= 4 else (keys, 2, 16)
+    elif problem.dense_dims and problem.dtype != torch.float32:
         warps = 2
-    return {"BN": keys, "KC": chunk(problem.topk), "num_warps": warps, "num_stages": 1}, waves
+    # What was not measured: more query rows, features or width. A block that does not fit the registers is slow.
+    most = (
+        128 if problem.dtype == torch.float32 else 250
+    )  # of 255 a thread, and the operands of products without matrix units
+    while _words(problem, keys) > most * 32 * warps and warps < 8:
+        warps *= 2
+    while _words(problem, keys) > most * 32 * warps and keys > 16:
+        keys //= 2
+    return {"BN": keys, "KC": chunk(problem.topk, rows), "num_warps": warps, "num_stages": 1}, waves
 
 
-@triton.jit
+def _words(problem: Problem, keys: int) -> int:
+    """Registers that a block of keys takes: products and what they are added to, the dense channel, V as it is read and as it is
+    multiplied; and the output."""
+    width = next_power_of_2(problem.width)
+    products = 2 * chunk(problem.topk, problem.tile) * problem.tile
+    value = width * (problem.dtype.itemsize + problem.is_8_bit) // 4
+    return keys * (products + channel_words(problem.dense_dims, problem.dtype) + value) + 16 * width
+
+
+@triton.jit(do_not_specialize=["n"])  # a cache grows at each step
 def decode_partial_kernel(
     Q, DENSE_K, VALUES, INDICES, CODE_SCALE, V, V_SCALE, LENS, PADDING, PAGES,
     PARTIAL, PEAK, TOTAL,

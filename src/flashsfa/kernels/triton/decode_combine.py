@@ -24,7 +24,7 @@ def combine(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def decode_combine_kernel(
     PARTIAL, PEAK, TOTAL, OUT, LSE, splits, rows, R: tl.constexpr, DV: tl.constexpr, BS: tl.constexpr
 ):  # fmt: skip

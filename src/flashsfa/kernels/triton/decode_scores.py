@@ -53,7 +53,9 @@ class Problem:
         (batch, q_heads, m, d), kv_heads = q.shape, v.shape[1]
         self.device, self.dtype, self.topk, self.width = q.device, q.dtype, values.shape[-1], v.shape[-1]
         self.dense_dims = dense.shape[-1]
-        self.row_bytes = next_power_of_2(self.width) * v.itemsize
+        self.is_8_bit = v.dtype == torch.int8
+        # of a V row in a block; float32 is multiplied without matrix units, from wide rows in shared memory
+        self.row_bytes = next_power_of_2(self.width) * (4 if q.itemsize == 4 else v.itemsize)
         self.keys = v.shape[2] if page_table is None else page_table.shape[1] * v.shape[2]
         self.heads, self.rows = batch * kv_heads, q_heads // kv_heads * m
         self.padded_rows = next_power_of_2(self.rows)
@@ -104,14 +106,22 @@ class Problem:
         return by_feature
 
 
-def block_keys(row_bytes: int) -> int:
-    """Keys a block: 128 where their V rows of `row_bytes` fit in 32 KB."""
-    return max(16, min(128, 32768 // row_bytes))
+def block_keys(problem: Problem) -> int:
+    """Keys a block: 128 where their V rows fit in 32 KB. Without matrix units a thread holds the weights of all keys of a block
+    for some of the rows: fewer for more rows then."""
+    keys = max(16, min(128, 32768 // problem.row_bytes))
+    return min(keys, 512 // problem.tile) if problem.dtype == torch.float32 else keys
 
 
-def chunk(topk: int) -> int:
-    """Sparse features that a block reads at a time: a power of two, with at most 8 steps over a code."""
-    return min(next_power_of_2(topk), max(4, next_power_of_2(cdiv(topk, 8))))
+def chunk(topk: int, rows: int) -> int:
+    """Sparse features that a block reads at a time for `rows` query rows: a power of two, with at most 8 steps over a code where
+    the products fit the registers."""
+    return min(next_power_of_2(topk), max(4, min(next_power_of_2(cdiv(topk, 8)), 64 // rows)))
+
+
+def channel_words(dense_dims: int, dtype: torch.dtype) -> int:
+    """Registers that the dense channel of a key takes."""
+    return next_power_of_2(dense_dims) * dtype.itemsize // 4 if dense_dims else 0
 
 
 _TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -120,8 +130,8 @@ _TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.
 def _strided(name: str, x: Tensor | None) -> dict[str, Any]:
     """A cache tensor [B, Hkv, N, ...] and its strides as kernel arguments."""
     lower = name.lower()
-    if x is None:
-        return {name: None, f"{lower}_sb": 0, f"{lower}_sh": 0, f"{lower}_sn": 0}
+    if x is None or x.shape[-1] == 0:  # not read; its strides would ask for variants of the kernel
+        return {name: x, f"{lower}_sb": 0, f"{lower}_sh": 0, f"{lower}_sn": 0}
     return {name: x, f"{lower}_sb": x.stride(0), f"{lower}_sh": x.stride(1), f"{lower}_sn": x.stride(2)}
 
 
@@ -151,6 +161,7 @@ def decode_query_kernel(
             before = (other[None, :] > size[:, None]) | ((other[None, :] == size[:, None]) & (e[None, :] < d[:, None]))
             rank += tl.sum(before.to(tl.int32), 1)
         x = tl.where((d < DENSE) | (rank < K), x, 0.0)
+    x += tl.sum(x.to(tl.float32) * 0, 0).to(x.dtype)  # NaN shows in every score, as in a dense product
     tl.store(BY_FEATURE + (head * D + d) * R + row, x, mask=d < D)
 
 
@@ -203,24 +214,25 @@ def block_scores(
 ):  # fmt: skip
     """Scores [BN, RT] in log2 units of the keys at the row pointers [BN], -inf where a query does not see a key."""
     products = tl.zeros([BN, KC, RT], tl.float32)
-    for first in tl.static_range(0, K, KC):
-        k = first + tl.arange(0, KC)
-        kept = live[:, None] & (k < K)[None, :]  # [BN, KC]
-        index = tl.load(indices_row[:, None] + k[None, :], mask=kept, other=0).to(tl.int32)
-        value = tl.load(values_row[:, None] + k[None, :], mask=kept, other=0.0).to(tl.float32)
-        feature = DENSE + tl.minimum(index, D - DENSE - 1)  # a corrupt index must not read outside of q
-        shared = tl.load(q[None, None, :] + feature[:, :, None] * R).to(tl.float32)  # [BN, KC, RT]
-        products += shared * value[:, :, None]
+    if K <= 8 * KC:
+        for first in tl.static_range(0, K, KC):
+            products += _products(q, values_row, indices_row, live, first, D, DENSE, K, R, KC)
+    else:  # unrolled, more steps would not fit the registers
+        for first in range(0, K, KC):
+            products += _products(q, values_row, indices_row, live, first, D, DENSE, K, R, KC)
     score = tl.sum(products, 1)  # [BN, RT]
     if DENSE > 0:
-        DP: tl.constexpr = max(16, triton.next_power_of_2(DENSE))
-        d = tl.arange(0, DP)
-        channel = tl.load(dense_row[:, None] + d[None, :], mask=live[:, None] & (d < DENSE)[None, :], other=0.0)
-        query = tl.load(q[None, :] + d[:, None] * R, mask=(d < DENSE)[:, None], other=0.0)  # [DP, RT]
-        if RT == 1:
-            score += tl.sum(channel.to(tl.float32) * tl.trans(query).to(tl.float32), 1)[:, None]
-        else:
-            score += tl.dot(channel.to(query.dtype), query, input_precision="ieee")
+        WHOLE: tl.constexpr = max(16, triton.next_power_of_2(DENSE))
+        # without matrix units, a thread holds all the dims that are multiplied at a time
+        DP: tl.constexpr = WHOLE if q.dtype.element_ty.primitive_bitwidth == 16 else 16
+        for first in tl.static_range(0, DENSE, DP):
+            d = first + tl.arange(0, DP)
+            channel = tl.load(dense_row[:, None] + d[None, :], mask=live[:, None] & (d < DENSE)[None, :], other=0.0)
+            query = tl.load(q[None, :] + d[:, None] * R, mask=(d < DENSE)[:, None], other=0.0)  # [DP, RT]
+            if RT == 1:
+                score += tl.sum(channel.to(tl.float32) * tl.trans(query).to(tl.float32), 1)[:, None]
+            else:
+                score += tl.dot(channel.to(query.dtype), query, input_precision="ieee")
     if scale_row is not None:
         score *= tl.load(scale_row, mask=live, other=0.0)[:, None]
     score *= scale
@@ -231,3 +243,15 @@ def block_scores(
             seen &= key[:, None] > position[None, :] - window
         return tl.where(seen, score, float("-inf"))
     return tl.where(live[:, None], score, float("-inf"))
+
+
+@triton.jit
+def _products(q, values_row, indices_row, live, first, D: tl.constexpr, DENSE: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
+              KC: tl.constexpr):  # fmt: skip
+    """Products [BN, KC, RT] of the sparse features `first` to first + KC of the code rows [BN] and of the query rows at q [RT]."""
+    k = first + tl.arange(0, KC)
+    kept = live[:, None] & (k < K)[None, :]  # [BN, KC]
+    index = tl.load(indices_row[:, None] + k[None, :], mask=kept, other=0).to(tl.int32)
+    value = tl.load(values_row[:, None] + k[None, :], mask=kept, other=0.0).to(tl.float32)
+    feature = DENSE + tl.minimum(index, D - DENSE - 1)  # a corrupt index must not read outside of q
+    return tl.load(q[None, None, :] + feature[:, :, None] * R).to(tl.float32) * value[:, :, None]

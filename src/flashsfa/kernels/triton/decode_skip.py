@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .decode_combine import combine
-from .decode_scores import Problem, block_keys, block_scores, chunk, live_keys, locate, split_range
+from .decode_scores import Problem, block_keys, block_scores, channel_words, chunk, live_keys, locate, split_range
 from .rows import cdiv
 
 _BLOCK = 128  # keys that share a maximum
@@ -47,25 +47,31 @@ def decode_skipping(problem: Problem, value_tolerance: float, out: Tensor, lse: 
         "COUNTS": torch.empty(problem.heads, tiles, _BINS, dtype=torch.int32, **on),
     }
     depths = torch.empty(problem.heads, tiles, keys, dtype=torch.uint8, **on)
+    kept = chunk(problem.topk, problem.tile)
     decode_score_kernel[grid](
-        **scored, **sizes, **problem.visibility, **problem.places, **problem.coded, KC=chunk(problem.topk),
-        num_warps=2, num_stages=1,
+        **scored, **sizes, **problem.visibility, **problem.places, **problem.coded, KC=kept, num_warps=_warps(problem, kept), num_stages=1,
     )  # fmt: skip
     decode_count_kernel[grid](
         **scored, DEPTHS=depths, LSE=lse, **sizes, **problem.visibility,
         SCAN=max(_BLOCK, _SCAN // max(1, problem.tile // 4)), num_warps=4, num_stages=1,
     )  # fmt: skip
-    partial, kept = problem.scratch(splits, rows, problem.width), problem.scratch(splits, rows)
+    partial, mass = problem.scratch(splits, rows, problem.width), problem.scratch(splits, rows)
     needed = torch.empty(problem.heads, tiles, keys, dtype=torch.int32, **on)
     decode_value_kernel[grid](
-        **scored, DEPTHS=depths, NEEDED=needed, PARTIAL=partial, KEPT=kept, tolerance=value_tolerance * _CERTAIN,
+        **scored, DEPTHS=depths, NEEDED=needed, PARTIAL=partial, KEPT=mass, tolerance=value_tolerance * _CERTAIN,
         **sizes, **problem.visibility, **problem.places, **problem.valued, SCAN=_SCAN,
-        BN=max(16, block_keys(problem.row_bytes) // 2), num_warps=2, num_stages=1,
+        BN=max(16, block_keys(problem) // 2), num_warps=2 if problem.tile < 8 else 4, num_stages=1,
     )  # fmt: skip
-    combine(problem, partial, None, kept, out, None)
+    combine(problem, partial, None, mass, out, None)
 
 
-@triton.jit
+def _warps(problem: Problem, kept: int) -> int:
+    """Warps of the score kernel: 2, as measured, more for more query rows and features, whose block would not fit the registers."""
+    words = 2 * _BLOCK * (kept * problem.tile + channel_words(problem.dense_dims, problem.dtype))
+    return 2 if words <= 6144 else 4 if words <= 12288 else 8
+
+
+@triton.jit(do_not_specialize=["n"])
 def decode_score_kernel(
     Q, DENSE_K, VALUES, INDICES, CODE_SCALE, LENS, PADDING, PAGES,
     WEIGHTS, BLOCK_PEAK, PEAK, TOTAL, COUNTS,
@@ -113,7 +119,7 @@ def decode_score_kernel(
     tl.store(TOTAL + at, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def decode_count_kernel(
     LENS, WEIGHTS, BLOCK_PEAK, PEAK, TOTAL, COUNTS, DEPTHS, LSE,
     keys, kv_heads, n, m, window,
@@ -151,7 +157,7 @@ def decode_count_kernel(
     tl.atomic_add(COUNTS + tl.program_id(0) * BINS + tl.arange(0, BINS), counts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def decode_value_kernel(
     V, V_SCALE, LENS, PAGES, WEIGHTS, BLOCK_PEAK, PEAK, TOTAL, COUNTS, DEPTHS, NEEDED, PARTIAL, KEPT,
     keys, kv_heads, n, m, window, tolerance, v_sb, v_sh, v_scale_sb, v_scale_sh, pages_sb,

@@ -28,7 +28,7 @@ def merge_parts(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> Non
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "n"])
 def merge_parts_kernel(
     OUT, LSE, PART, PART_LSE,
     out_sb, out_sh, out_sn, lse_sb, lse_sh, lse_sn, part_sb, part_sh, part_sn, part_lse_sb, part_lse_sh, part_lse_sn,
@@ -48,8 +48,9 @@ def merge_parts_kernel(
     part = tl.load(values_at, mask=inside, other=0.0).to(tl.float32)
     peak = tl.maximum(lse, part_lse)
     base = tl.where(peak == float("-inf"), 0.0, peak)
+    base = tl.where((lse != lse) | (part_lse != part_lse), float("nan"), base)  # which maximum() passes over
     keep, add = tl.exp(lse - base), tl.exp(part_lse - base)
     total = tl.where(peak == float("-inf"), 1.0, keep + add)  # no key on either side: output 0, log-sum-exp -inf
     merged = (out * keep[:, None] + part * add[:, None]) / total[:, None]
     tl.store(out_at, merged.to(OUT.dtype.element_ty), mask=inside)
-    tl.store(at, peak + tl.log(total), mask=there)
+    tl.store(at, tl.where(base != base, base, peak + tl.log(total)), mask=there)

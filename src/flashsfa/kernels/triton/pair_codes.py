@@ -37,7 +37,7 @@ def pair_codes(x: Tensor, dense_dims: int) -> tuple[Tensor, Tensor, Tensor]:
     return dense, values, indices
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "n"])
 def pair_codes_kernel(
     X, DENSE, VALUES, INDICES, x_sb, x_sh, x_sn, x_sd, heads, n,
     M: tl.constexpr, M_PAD: tl.constexpr, S: tl.constexpr, S_PAD: tl.constexpr, R: tl.constexpr,

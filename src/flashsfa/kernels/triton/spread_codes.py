@@ -16,7 +16,7 @@ from torch import Tensor
 from .rows import block_of_rows, cdiv, in_units, next_power_of_2
 
 _ENTRIES = 4096  # a program, for `zeros`
-_ROWS, _WARPS = 32, 2  # a program, for `words`: as measured on an H100 (docs/notes/2026-11-26-quality.md)
+_ROWS = 32  # a program, for `words`: as measured on an H100 (docs/notes/2026-11-26-quality.md)
 
 
 def spread_codes(dense: Tensor, values: Tensor, indices: Tensor, out: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def spread_codes(dense: Tensor, values: Tensor, indices: Tensor, out: Tensor) ->
             dense.view(torch.int32) if dense_dims else None, values, indices, rows.view(torch.int32),
             *(s // 2 for s in dense.stride()[:3]), *values.stride()[:3], *indices.stride()[:3],
             *(s // 2 for s in rows.stride()[:3]), heads, n,
-            D=head_dim, M=dense_dims, K=topk, PIECES=next_power_of_2(cdiv(head_dim, 8)), R=_ROWS, num_warps=_WARPS,
+            D=head_dim, M=dense_dims, K=topk, R=_ROWS, **_pieces(head_dim),
         )  # fmt: skip
         return out
     width = next_power_of_2(head_dim)
@@ -74,9 +74,15 @@ def keep_support(rows: Tensor, dense_dims: int, indices: Tensor, out: Tensor) ->
         keep_kernel[(cdiv(n, _ROWS) * batch * heads,)](
             rows.view(torch.int32), indices, out.view(torch.int32),
             *(s // 2 for s in rows.stride()[:3]), *indices.stride()[:3], *(s // 2 for s in out.stride()[:3]), heads, n,
-            D=head_dim, M=dense_dims, K=topk, PIECES=next_power_of_2(cdiv(head_dim, 8)), R=_ROWS, num_warps=_WARPS,
+            D=head_dim, M=dense_dims, K=topk, R=_ROWS, **_pieces(head_dim),
         )  # fmt: skip
     return True
+
+
+def _pieces(head_dim: int) -> dict[str, int]:
+    """Pieces a row of `words`, and warps, so that each thread has four: more would not fit its registers."""
+    pieces = next_power_of_2(cdiv(head_dim, 8))
+    return {"PIECES": pieces, "num_warps": max(1, _ROWS * pieces // 128)}
 
 
 def _takes_words(topk: int, *tensors: Tensor) -> bool:
@@ -84,7 +90,7 @@ def _takes_words(topk: int, *tensors: Tensor) -> bool:
     return topk <= 16 and all(x.itemsize == 2 and in_units(x, 2) for x in tensors)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "n"])
 def words_kernel(
     DENSE, VALUES, INDICES, OUT,
     dense_sb, dense_sh, dense_sn, values_sb, values_sh, values_sn, indices_sb, indices_sh, indices_sn,
@@ -104,7 +110,7 @@ def words_kernel(
     tl.store(out_row[:, None] + column, words, mask=there[:, None] & (column < D // 2))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "n"])
 def keep_kernel(
     ROWS, INDICES, OUT,
     rows_sb, rows_sh, rows_sn, indices_sb, indices_sh, indices_sn, out_sb, out_sh, out_sn, heads, n,
@@ -157,7 +163,7 @@ def _words(
     return tl.join(tl.join(first, third), tl.join(second, fourth)).reshape(R, 4 * PIECES)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "n"])
 def zeros_kernel(
     DENSE, VALUES, INDICES, OUT,
     dense_sb, dense_sh, dense_sn, values_sb, values_sh, values_sn, indices_sb, indices_sh, indices_sn,

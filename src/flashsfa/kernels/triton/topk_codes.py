@@ -11,6 +11,9 @@ winners' partners must still be looked at. The indices left over are sorted, and
 
 `bisect` (any dtype and K): the row's threshold is found by bisection on the integer magnitude with a count a round,
 then one prefix sum over the row gives every kept entry its slot.
+
+`rank` (any dtype and K, few rows): four warps a row compare each entry with all others. More work for each row, but all rows
+run at once, as a decode step's do; and the code is short: it compiles in a second, where a network takes up to ten.
 """
 
 from __future__ import annotations
@@ -30,14 +33,19 @@ from .rows import as_batch_head_row, block_of_rows, cdiv, in_units, next_power_o
 class Launch(NamedTuple):
     """How the kernel is launched, as measured on an H100 (docs/notes/2026-11-24-decode.md)."""
 
-    method: str  # "network" or "bisect"
+    method: str  # "network", "bisect" or "rank"
     rows: int  # rows a program
     lanes: int  # neighbouring threads that share a row
     num_warps: int
 
 
-def launch_for(dtype: torch.dtype, topk: int) -> Launch:
-    """The launch parameters, all in one place."""
+_FEW_ROWS = 512  # of all heads: a few programs of `rank` a multiprocessor
+
+
+def launch_for(dtype: torch.dtype, topk: int, rows: int) -> Launch:
+    """The launch parameters for `rows` rows of all heads, all in one place."""
+    if rows <= _FEW_ROWS:
+        return Launch("rank", rows=1, lanes=32, num_warps=4)
     if dtype.itemsize == 2 and topk <= 16:  # the network of a larger K takes 10 s to compile
         return Launch("network", rows=32, lanes=1, num_warps=1)
     return Launch("bisect", rows=8, lanes=4, num_warps=1)
@@ -59,7 +67,12 @@ def topk_codes(x: Tensor, topk: int, dense_dims: int, launch: Launch | None = No
 
 
 def topk_rows(
-    x: Tensor, topk: int, dense_dims: int, out: Tensor, code: tuple[Tensor, Tensor, Tensor] | None = None
+    x: Tensor,
+    topk: int,
+    dense_dims: int,
+    out: Tensor,
+    code: tuple[Tensor, Tensor, Tensor] | None = None,
+    launch: Launch | None = None,
 ) -> bool:
     """Write x [..., D] to `out`, zero but for its dense channel and what `topk_codes` keeps, in one pass; and the code.
 
@@ -68,14 +81,15 @@ def topk_rows(
         out: [B, H, N, D] if x is, else contiguous as x; last dimension contiguous, other strides multiples of 8.
         code: contiguous dense channel [..., M], values [..., K] and uint8 indices [..., K], to be written beside; None for
             rows alone.
+        launch: launch parameters to measure; `launch_for` by default.
 
     Returns:
-        False, with nothing written, where the pass over codes is needed: other dtypes and budgets than `network` takes,
-        a dense channel of no multiple of 8, rows that are not whole words.
+        False, with nothing written, where the pass over codes is needed: fewer rows, other dtypes and budgets than `network`
+        takes, a dense channel of no multiple of 8, rows that are not whole words.
     """
     rows, target = (x, out) if x.ndim == 4 else (as_batch_head_row(x), as_batch_head_row(out))
     batch, heads, n, head_dim = rows.shape
-    method, block, lanes, num_warps = launch_for(x.dtype, topk)
+    method, block, lanes, num_warps = launch or launch_for(x.dtype, topk, batch * heads * n)
     if method != "network" or not in_units(rows, 8) or dense_dims % 8 or target.shape != rows.shape:
         return False
     if x.numel():
@@ -153,7 +167,7 @@ def _launch(
     if x.numel() == 0:
         return
     topk, dense_dims = values.shape[-1], dense.shape[-1]
-    method, rows, lanes, num_warps = launch_for(x.dtype, topk) if launch is None else launch
+    method, rows, lanes, num_warps = launch or launch_for(x.dtype, topk, batch * heads * n)
     halves = 2 if x.itemsize == 2 else 1
     whole_words = in_units(x, halves)
     word = 4 * halves  # entries of one 16-byte load
@@ -192,7 +206,7 @@ def _launch(
     )
 
 
-@triton.jit(do_not_specialize=["start"])
+@triton.jit(do_not_specialize=["start", "heads", "n", "capacity"])  # each variant compiles for seconds
 def topk_codes_kernel(
     X, WORDS, V, DENSE, VALUES, INDICES, V_OUT, START, start,
     x_sb, x_sh, x_sn, x_sd, v_sb, v_sh, v_sn, v_sd, start_sb, heads, n, capacity,
@@ -207,23 +221,26 @@ def topk_codes_kernel(
     x_row = X + batch * x_sb + head * x_sh + row * x_sn  # [R] pointers
     out_row = batch_head * capacity + start + row  # [R]
 
-    word_row = x_row
-    if WORDS is not None:  # x as int32
-        word_row = WORDS + batch * (x_sb // HALVES) + head * (x_sh // HALVES) + row * (x_sn // HALVES)
-    words = _load_words(
-        x_row, word_row, x_sd, there, FIRST, M, D, CHUNKS, W, HALVES, WORDS is not None
-    )  # CHUNKS times [R, W]
-    if METHOD != "bisect":
-        index = _select_by_network(
-            x_row, x_sd, there, words, FIRST, M, D, CHUNKS, W, K, K_PAD, R
-        )  # [R, K_PAD]  # fmt: skip
-        _store_kept(index, x_row, x_sd, VALUES, INDICES, out_row[:, None], there, M, K, K_PAD)
+    if METHOD == "rank":
+        _store_by_rank(x_row, x_sd, VALUES + out_row * K, INDICES + out_row * K, there, M, D, K)
     else:
-        threshold = _threshold(words, D - M, CHUNKS, W, HALVES, K, R)  # [R]
-        _store_by_scan(
-            words, threshold, VALUES + out_row * K, INDICES + out_row * K, there,
-            M, FIRST, D, CHUNKS, W, HALVES, K, R, X.dtype.element_ty,
-        )  # fmt: skip
+        word_row = x_row
+        if WORDS is not None:  # x as int32
+            word_row = WORDS + batch * (x_sb // HALVES) + head * (x_sh // HALVES) + row * (x_sn // HALVES)
+        words = _load_words(
+            x_row, word_row, x_sd, there, FIRST, M, D, CHUNKS, W, HALVES, WORDS is not None
+        )  # CHUNKS times [R, W]
+        if METHOD == "network":
+            index = _select_by_network(
+                x_row, x_sd, there, words, FIRST, M, D, CHUNKS, W, K, K_PAD, R
+            )  # [R, K_PAD]  # fmt: skip
+            _store_kept(index, x_row, x_sd, VALUES, INDICES, out_row[:, None], there, M, K, K_PAD)
+        else:
+            threshold = _threshold(words, D - M, CHUNKS, W, HALVES, K, R)  # [R]
+            _store_by_scan(
+                words, threshold, VALUES + out_row * K, INDICES + out_row * K, there,
+                M, FIRST, D, CHUNKS, W, HALVES, K, R, X.dtype.element_ty,
+            )  # fmt: skip
     if M > 0:
         column = tl.arange(0, M_PAD)[None, :]  # [1, M_PAD]
         inside = there[:, None] & (column < M)
@@ -237,7 +254,7 @@ def topk_codes_kernel(
         tl.store(V_OUT + out_row[:, None] * DV + column, v, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "n"])
 def topk_rows_kernel(
     X, WORDS, OUT, DENSE, VALUES, INDICES, x_sb, x_sh, x_sn, x_sd, out_sb, out_sh, out_sn, heads, n,
     D: tl.constexpr, M: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, CHUNKS: tl.constexpr, W: tl.constexpr,
@@ -278,6 +295,34 @@ def _store_kept(
     value = tl.load(x_row[:, None] + (index + M).to(tl.int64) * x_sd, mask=kept)  # [R, K_PAD]
     tl.store(VALUES + out_row * K + slot, value, mask=kept)
     tl.store(INDICES + out_row * K + slot, index.to(tl.uint8), mask=kept)
+
+
+@triton.jit
+def _store_by_rank(x_row, x_sd, VALUES, INDICES, there, M: tl.constexpr, D: tl.constexpr, K: tl.constexpr):
+    """Store the entries that fewer than K others go before, in order; VALUES, INDICES [R]."""
+    CHUNK: tl.constexpr = 32  # others at a time
+    index = tl.arange(0, triton.next_power_of_2(D - M))  # [N], the row's sparse part
+    x, key = _entries_and_keys(x_row, x_sd, there, index, M, D)  # [R, N]
+    rank = tl.zeros(key.shape, tl.int32)
+    for first in tl.static_range(0, D - M, CHUNK):
+        _, other = _entries_and_keys(x_row, x_sd, there, first + tl.arange(0, CHUNK), M, D)  # [R, CHUNK]
+        rank += tl.sum((other[:, None, :] > key[:, :, None]).to(tl.int32), 2)
+    kept = there[:, None] & (index < D - M)[None, :] & (rank < K)
+    slot = tl.cumsum(kept.to(tl.int32), 1) - 1
+    tl.store(VALUES[:, None] + slot, x, mask=kept)
+    tl.store(INDICES[:, None] + slot, index[None, :].to(tl.uint8), mask=kept)
+
+
+@triton.jit
+def _entries_and_keys(x_row, x_sd, there, index, M: tl.constexpr, D: tl.constexpr):
+    """Entries of x at `index` [N] of its sparse part and keys `magnitude << 8 | 255 - index`, [R, N]; 0 past the end."""
+    inside = there[:, None] & (index < D - M)[None, :]
+    x = tl.load(x_row[:, None] + (M + index)[None, :].to(tl.int64) * x_sd, mask=inside, other=0)
+    if x.dtype.primitive_bitwidth == 16:
+        key = (x.to(tl.uint16, bitcast=True).to(tl.uint32) & 0x7FFF) << 8
+    else:
+        key = (x.to(tl.uint32, bitcast=True).to(tl.uint64) & 0x7FFFFFFF) << 8
+    return x, tl.where(inside, key | (255 - index)[None, :].to(key.dtype), 0)
 
 
 @triton.jit

@@ -1,0 +1,144 @@
+"""What `enable` changes on one instance of a model beside its attention: how it generates, how it is saved, what it may be
+called with. All of it can be pickled and copied with the model."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..basis import FeatureBasis
+from ..checks import require
+from .attention import NAME
+from .cache import SparseCache, StaticSparseCache, require_readable
+from .settings import BASIS_FILE
+from .structure import attention_shape
+
+_METHODS = ("_prepare_cache_for_generation", "generate", "save_pretrained", "_get_files_timestamps")
+
+
+def extend(model: Any, basis: FeatureBasis | None) -> None:
+    """On this instance: generate() makes a cache of codes, save_pretrained() writes the basis too, calls are checked."""
+    functions: tuple[Any, ...] = (
+        _prepare_cache,
+        _generate,
+        functools.partial(_save_with_basis, basis=basis),
+        _files_before_saving,
+    )
+    for name, function in zip(_METHODS, functions, strict=True):
+        setattr(model, name, functools.partial(function, model))
+    model._sfa_hook = model.base_model.register_forward_pre_hook(_CallCheck(), with_kwargs=True)
+
+
+def retract(model: Any) -> None:
+    """Undo `extend`; a model that it did not change stays as it is."""
+    hook = vars(model).pop("_sfa_hook", None)
+    if hook is not None:
+        hook.remove()
+    for name in _METHODS:
+        vars(model).pop(name, None)
+
+
+def _prepare_cache(
+    model: Any,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    generation_mode: Any,
+    batch_size: int,
+    max_cache_length: int,
+) -> None:
+    """`_prepare_cache_for_generation` of transformers, with caches of codes."""
+    given = model_kwargs.get("past_key_values") is not None
+    if given or generation_config.use_cache is False or model.config._attn_implementation != NAME:
+        arguments = (generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+        type(model)._prepare_cache_for_generation(model, *arguments)
+        return
+    implementation = generation_config.cache_implementation or "dynamic"
+    require(
+        implementation in ("dynamic", "offloaded", "static"),
+        f"cache_implementation={implementation!r} holds dense keys; caches of codes are 'dynamic' (the default), "
+        "'offloaded' and 'static'",
+    )
+    if implementation == "static":
+        longest = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
+        cache: Any = StaticSparseCache(model, longest)
+        if generation_config.prefill_chunk_size is not None and not hasattr(model, "hf_device_map"):
+            # the first chunk may run compiled, and what is allocated there has no fixed address
+            _, kv_heads, head_dim = attention_shape(model)
+            rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+            device = model.device.type
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+            cache.early_initialization(rows, kv_heads, head_dim, dtype, model.device)
+    else:
+        cache = SparseCache(model, offloading=implementation == "offloaded")
+    if generation_config.is_assistant:
+        cache.activate_past_recording()
+    model_kwargs["past_key_values"] = cache
+
+
+def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """`generate` of transformers, which leaves the number of layers of an early exit in the config where that fails."""
+    layers = model.config.num_hidden_layers
+    try:
+        return type(model).generate(model, *args, **kwargs)
+    finally:
+        if model.config.num_hidden_layers != layers:
+            model.config.num_hidden_layers = layers
+
+
+def _save_with_basis(
+    model: Any,
+    save_directory: str | Path,
+    is_main_process: bool = True,
+    *args: Any,
+    basis: FeatureBasis | None,
+    **kwargs: Any,
+) -> None:
+    """`save_pretrained` of transformers, and the basis beside it."""
+    file = Path(save_directory) / BASIS_FILE
+    if is_main_process:
+        if basis is None:
+            file.unlink(missing_ok=True)  # an earlier model's
+        else:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            basis.save(file)
+    type(model).save_pretrained(model, save_directory, is_main_process, *args, **kwargs)  # uploads too, if asked to
+
+
+def _files_before_saving(model: Any, directory: str | Path) -> dict[str, float]:
+    """`_get_files_timestamps` of transformers: save_pretrained(push_to_hub=True) uploads what changed since this call, which
+    comes after the basis was written."""
+    found: dict[str, float] = type(model)._get_files_timestamps(model, directory)
+    found.pop(Path(BASIS_FILE).parts[0], None)
+    return found
+
+
+class _CallCheck:
+    """Looks at each call of the model: refuses caches that sfa does not read, and warns of padding that shifts positions, once."""
+
+    def __init__(self) -> None:
+        self.warned = False
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        for argument in (*args, *kwargs.values()):
+            require_readable(argument)
+        mask = kwargs.get("attention_mask")
+        if (
+            self.warned
+            or torch.compiler.is_compiling()
+            or kwargs.get("position_ids") is not None
+            or not isinstance(mask, torch.Tensor)
+            or mask.ndim != 2
+            or bool((mask[:, 0] != 0).all())
+        ):
+            return
+        self.warned = True
+        warnings.warn(
+            "left-padded input without position_ids: its tokens stand at shifted positions, and top-k features depend on "
+            "them. Pass position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0), as generate() does",
+            stacklevel=2,
+        )

@@ -1,0 +1,73 @@
+"""`SFASettings`: how a model was switched, as it stands in its config.json."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any
+
+from ..checks import require, require_bool, require_choice, require_int, require_tolerance
+
+# In a folder, for some programs load every *.safetensors file beside config.json as weights.
+BASIS_FILE = "sfa/basis.safetensors"
+
+
+@dataclass(frozen=True)
+class SFASettings:
+    """What `enable` was told; stored as `config.sfa` and so in config.json. Fields as `enable`'s arguments, and whether
+    a basis belongs to them, which a saved model keeps in `BASIS_FILE`.
+
+    Raises `TypeError` or `ValueError` for a field that is none; whether the budgets fit a model is for `enable` to say.
+    """
+
+    topk: int
+    topk_query: int | None = None
+    dense_dims: int = 0
+    layers: list[int] | None = None
+    value_tolerance: float = 0.0
+    has_basis: bool = False
+    positions: str | None = None
+    cache_dtype: str | None = None
+    query_pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        require_int("topk", self.topk, 1)
+        if self.topk_query is not None:
+            require_int("topk_query", self.topk_query, 1)
+        require_int("dense_dims", self.dense_dims, 0)
+        if self.layers is not None:
+            if not isinstance(self.layers, list):
+                raise TypeError(f"layers must be a list of layer indices or None for all, got {self.layers!r}")
+            for index in self.layers:
+                require_int("layers must hold indices: each", index, 0)
+            require(
+                0 < len(self.layers) == len(set(self.layers)),
+                f"layers must name each layer to switch once, got {self.layers}; leave it None for all",
+            )
+        require_tolerance(self.value_tolerance)
+        require_bool("has_basis", self.has_basis)
+        require_choice("positions", self.positions, ("channel", None))
+        require_choice("cache_dtype", self.cache_dtype, ("int8", None))
+        require_choice("query_pattern", self.query_pattern, ("2:4", None))
+
+    @classmethod
+    def from_config(cls, stored: Any) -> SFASettings:
+        """The settings that stand under "sfa" in a config.json. Raises `ValueError` if they are none."""
+        try:
+            require(isinstance(stored, dict), f"they must be an object with a topk, got {_shown(stored)}")
+            unknown = sorted(set(stored) - {field.name for field in fields(cls)})
+            require(not unknown, f"this version knows no {', '.join(map(str, unknown))}")
+            missing = [field.name for field in fields(cls) if field.default is MISSING and field.name not in stored]
+            require(not missing, f"{', '.join(missing)} is missing")
+            return cls(**stored)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f'the settings "sfa" in config.json are not those of a switched model: {error}') from error
+
+    def arguments(self) -> dict[str, Any]:
+        """What `enable` takes for them, the basis apart."""
+        return {name: value for name, value in asdict(self).items() if name != "has_basis"}
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=repr)
+    return text if len(text) <= 40 else f"a {type(value).__name__}"

@@ -1,0 +1,179 @@
+"""What a model of transformers is made of, and whether Sparse Feature Attention can take the place of its attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+from ..checks import require
+
+# Where torch.compile, PEFT, DistributedDataParallel, FSDP and TRL keep the model that they wrap.
+_WRAPPED = ("_orig_mod", "base_model", "model", "module", "_fsdp_wrapped_module", "pretrained_model")
+_ATTENTION_DROPOUT = ("attention_dropout", "attn_dropout", "dropout", "dropout_p", "dropout_prob", "attn_drop")
+# Cache layers of transformers that hold the keys and values of one attention and nothing else. Others, also those that derive
+# from them, hold more (a state, an index) or less (the keys of another layer).
+DENSE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+def unwrap(model: Any) -> Any:
+    """The model of transformers inside the wrappers of torch.compile, PEFT and distributed training: the one that generates."""
+    while isinstance(model, nn.Module) and not isinstance(model, PreTrainedModel):
+        inner = [model._modules[name] for name in _WRAPPED if model._modules.get(name) is not None]
+        if not inner:
+            break
+        model = inner[0]
+    return model
+
+
+def attention_layers(model: Any) -> list[nn.Module]:
+    """The self-attention modules, in the order of their layers. `layer_idx` of each is the layer of the model that it is in:
+    some models have attention in a few of their layers."""
+    model = unwrap(model)
+    require(isinstance(model, nn.Module), f"enable switches a transformers model, got {type(model).__name__}")
+    found = [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "scaling")]
+    indices = [module.layer_idx for module in found]
+    require(
+        all(isinstance(index, int) and index >= 0 for index in indices) and len(set(indices)) == len(indices),
+        f"{type(model).__name__} has attention modules whose layer_idx is not their own layer's: {indices}",
+    )
+    return sorted(found, key=lambda module: module.layer_idx)
+
+
+def attention_shape(model: Any) -> tuple[int, int, int]:
+    """Query heads, kv heads and head_dim of a model's attention, from its config."""
+    config = text_config(model)
+    heads = config.num_attention_heads
+    kv_heads = 1 if getattr(config, "multi_query", False) else getattr(config, "num_key_value_heads", None) or heads
+    return heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
+
+
+def default_dense_dims(model: Any) -> int:
+    """Rotary dimensions of a model that rotates the first part of each head only; 0 if it rotates all or nothing."""
+    _, _, head_dim = attention_shape(model)
+    rope = getattr(text_config(model), "rope_parameters", None) or {}
+    if rope.get("rope_type") == "proportional":  # its rotated features are not the first ones
+        return 0
+    factor = rope.get("partial_rotary_factor") or 1.0
+    rotary_dims = int(head_dim * factor)
+    return rotary_dims if rotary_dims < head_dim else 0
+
+
+def text_config(model: Any) -> Any:
+    """The config of the part of a model that generates."""
+    return unwrap(model).config.get_text_config(decoder=True)
+
+
+def dense_cache_layers(model: Any) -> list[Any]:
+    """The layers that transformers itself would cache in."""
+    return DynamicCache(config=text_config(model)).layers
+
+
+def tensor_device(module: nn.Module) -> torch.device:
+    """Where a module computes: the device of its tensors, which for quantised layers are all buffers. The CPU for tensors that
+    are offloaded."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if not tensor.is_meta:
+            return tensor.device
+    return torch.device("cpu")
+
+
+def attention_dropout(module: nn.Module) -> tuple[str, float]:
+    """The share of attention weights that a module drops in training, and the name under which it holds that share: modules
+    copy it from the config when they are made."""
+    for name in _ATTENTION_DROPOUT:
+        held = getattr(module, name, None)
+        if isinstance(held, nn.Dropout):
+            return f"{name}.p", held.p
+        if isinstance(held, (int, float)):
+            return name, float(held)
+    return "", 0.0
+
+
+def require_no_dropout(module: nn.Module, share: float) -> None:
+    """Raise `ValueError`, with the way out, if `module` drops a share of its attention weights."""
+    if not share:
+        return
+    kind, (name, _) = type(module).__name__, attention_dropout(module)
+    raise ValueError(
+        f"sfa does not drop attention weights, and in training mode this model drops {share:g} of them: call model.eval(), or set "
+        + (f"{name} = 0.0 on each {kind}" if name else f"the attention dropout of each {kind} to 0")
+        + ", for a model that is made no longer looks at its config"
+    )
+
+
+def require_switchable(model: Any, modules: list[nn.Module]) -> None:
+    """Raise `ValueError` with the reason if the attention of a model of this kind cannot be replaced."""
+    name = type(model).__name__
+    require(
+        isinstance(model, PreTrainedModel) and hasattr(model, "config"),
+        f"{name} is no transformers model: it has no config",
+    )
+    require(
+        model.base_model is not model or model.can_generate(),
+        f"{name} is the inside of a model: enable the whole one, whose forward or generate you call",
+    )
+    config = model.config.get_text_config(decoder=True)
+    require(config is model.config, f"{name} has more than one part (text beside images, say): not yet supported")
+    require(
+        not getattr(config, "kv_lora_rank", None),
+        f"{name} uses latent attention (MLA), which sfa does not replace",
+    )
+    require(
+        bool(modules) and model._can_set_attn_implementation(),
+        f"{name} does not route its attention through transformers' AttentionInterface, so it cannot be switched",
+    )
+    require(
+        not getattr(config, "is_encoder_decoder", False) and not getattr(config, "add_cross_attention", False),
+        f"{name} has cross-attention, which sfa does not replace",
+    )
+    require(not getattr(config, "attention_chunk_size", None), f"{name} has chunked attention: not yet supported")
+    require(not getattr(config, "num_kv_shared_layers", None), f"{name} shares keys between layers: not yet supported")
+    try:
+        heads, kv_heads, head_dim = attention_shape(model)
+    except (AttributeError, RuntimeError) as error:  # transformers' answer for what differs from layer to layer
+        raise ValueError(f"{name} has no single head size for all layers: not yet supported") from error
+    require(head_dim <= 256, f"{name} has head_dim {head_dim}; indices are uint8, so at most 256")
+    _require_plain_cache(name, model, modules)
+    for module in modules:
+        _require_plain_attention(name, module, heads // kv_heads)
+
+
+def _require_plain_attention(name: str, module: Any, group: int) -> None:
+    """A module's attention is causal, and a softmax over scores that nothing else shapes."""
+    require(
+        getattr(module, "is_causal", None) is True,
+        f"{name} has attention that is not causal, or masks keys in a way of its own, which sfa does not replace",
+    )
+    require(not getattr(module, "attn_logit_softcapping", None), f"{name} caps its scores (softcap): not yet supported")
+    require(getattr(module, "sinks", None) is None, f"{name} has attention sinks: not yet supported")
+    require(
+        getattr(module, "indexer", None) is None, f"{name} chooses its keys by an index, which sfa does not replace"
+    )
+    require(
+        getattr(module, "num_key_value_groups", group) == group,
+        f"{name} shares key heads between query heads in a way of its own, which sfa does not replace",
+    )
+    if module.training:
+        require_no_dropout(module, attention_dropout(module)[1])
+
+
+def _require_plain_cache(name: str, model: Any, modules: list[nn.Module]) -> None:
+    """The attention layers of a model cache keys and values and nothing else, each in a cache layer of its own."""
+    require(
+        not model.can_generate() or model._supports_default_dynamic_cache(),
+        f"{name} keeps a cache of its own, which sfa does not replace",
+    )
+    caching: dict[int, Any] = {
+        index: layer for index, layer in enumerate(dense_cache_layers(model)) if isinstance(layer, CacheLayerMixin)
+    }
+    odd = sorted({type(layer).__name__ for layer in caching.values() if type(layer) not in DENSE_LAYERS})
+    require(not odd, f"{name} has layers that cache more than the keys and values of attention ({', '.join(odd)})")
+    own = [module.layer_idx for module in modules]
+    require(
+        own == list(caching),
+        f"{name} has attention in layers {own}, and caches keys and values in layers {list(caching)}: one of each is needed",
+    )

@@ -1,0 +1,70 @@
+"""Tiny models, recipes and runs that the tests of training share."""
+
+import json
+
+import pytest
+import torch
+
+from flashsfa.cli import main
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+pytest.importorskip("rich")
+yaml = pytest.importorskip("yaml")
+from flashsfa.training import recipe  # noqa: E402
+from flashsfa.training.models import build  # noqa: E402
+
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 2}
+QWEN3 = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+QWEN3 |= {"num_key_value_heads": 2, "head_dim": 16}
+MODELS = {"gpt2": GPT2, "qwen3": QWEN3}
+CONTEXT, VOCABULARY = 16, 40
+
+
+def write(path, content):
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def run(tmp_path, content, *more, name="run", command="pretrain"):
+    return main(["train", command, str(write(tmp_path / f"{name}.yaml", content)), "-o", str(tmp_path / name), *more])
+
+
+def refused(capsys, code, *parts):
+    """The command that just ended with `code` was refused in one line that holds `parts`."""
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert code == 2
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("flashsfa: error:")
+    assert all(part in lines[0] for part in parts), lines[0]
+
+
+def result(tmp_path, name="run"):
+    return json.loads((tmp_path / name / "result.json").read_text())
+
+
+def losses(tmp_path, name="run"):
+    return [row["loss"] for row in result(tmp_path, name)["curve"] if "loss" in row]
+
+
+def make(architecture, seed=0, context=CONTEXT, config=None, **attention):
+    model = recipe.Model(architecture, {**MODELS[architecture], **(config or {})})
+    return build(model, recipe.Attention(**attention), context, VOCABULARY, seed)
+
+
+def logits(model, ids, **options):
+    with torch.no_grad():
+        return model(ids, use_cache=False, **options).logits
+
+
+class Coding(torch.nn.Module):
+    topk, topk_query, query_budget, dense_dims, query_pattern = 3, None, 3, 2, None
+
+    def queries(self, q):
+        return q
+
+    keys = queries
+
+
+def distill_content(content, converted, **settings):
+    return {k: content[k] for k in ("data", "training")} | {"model": str(converted), "distill": settings}
