@@ -104,7 +104,8 @@ A configuration has one name in all tables. It says what the cache keeps of each
 | `…-skip` | decode leaves out values that weigh at most 1 % together (`value_tolerance=1e-2`) |
 | `dense`, `dense-int8` | ordinary attention over 16-bit keys and values, and over an 8-bit cache of them |
 
-Queries are dense where nothing else is said: they are not cached. Speed is against the fastest dense kernel of the same run, over 16-bit keys
+Queries are not cached, so the name does not speak of them. **Quality is measured with dense queries, decode was timed with queries as sparse as the
+keys**: the bytes that decode reads are the same, but no run has both. Speed is against the fastest dense kernel of the same run, over 16-bit keys
 and values. – means not measured. No kernel that reads an 8-bit dense cache has been timed: `dense-int8` has quality and bytes, and no milliseconds yet."""
 
 
@@ -173,7 +174,8 @@ def _decode() -> str:
     return "## Decode\n\n" + _DECODE_INTRODUCTION + "\n\n" + "\n\n".join(parts)
 
 
-_DECODE_INTRODUCTION = """Time of one new token's attention over the tokens in the cache. Keys, values and queries are random. In the `-skip` rows queries are shaped so
+_DECODE_INTRODUCTION = """Time of one new token's attention over the tokens in the cache. Keys, values and queries are random, and queries keep as many
+features as keys. In the `-skip` rows queries are shaped so
 that about a fifth of the values carry the weight, as in a trained model; a text that needs more of them gains less."""
 
 
@@ -233,7 +235,7 @@ def _whole_models() -> str:
     )  # fmt: skip
     return f"""## Whole models
 
-A model of Qwen3-8B's shape with random weights, bfloat16, CUDA graphs on both sides; dense is the fastest of SDPA's kernels over a static cache.
+A model of Qwen3-8B's shape with random weights, bfloat16, CUDA graphs on both sides, queries as sparse as the keys; dense is the fastest of SDPA's kernels over a static cache.
 {" ".join(where)}
 
 {_table(head, rows)}
@@ -296,8 +298,9 @@ def _converted() -> str:
             )
     return f"""## Converted models
 
-SmolLM2-135M-Instruct (head size 64, dense queries, dictionary basis), no training: calibrated on one half of Python's help topics, evaluated on the
-other, 10 windows of 768 tokens each, float32. {_where(run, CONVERTED)}
+SmolLM2-135M-Instruct (head size 64, dense queries, dictionary basis), no training: calibrated on one half of Python's help topics and evaluated on the
+other, 10 windows of 768 tokens each, at the positions of the calibration. In float32; bytes are those of a 16-bit cache where the name does not say
+int8. {_where(run, CONVERTED)}
 
 {_table(("configuration", "key bytes", "key + value bytes", "perplexity", "against dense"), rows)}
 
