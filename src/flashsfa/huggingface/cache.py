@@ -7,7 +7,6 @@ sliding window keep the codes of the window alone.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -16,6 +15,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Encod
 
 from ..checks import require, require_int
 from ..codes import FeatureCodes, topk_codes
+from ..contexts import lasting_tensors
 from ..decode import FEW_QUERIES
 from ..kv_cache import SparseKVCache
 from .attention import CachedKeys, LayerCoding
@@ -287,7 +287,7 @@ class StaticSparseLayer(_CodedLayer):
         self.device, self.dtype = value_states.device, value_states.dtype
         self.store = SparseKVCache(self._coding.topk, dense_dims=self._coding.dense_dims, capacity=self._slots)
         self.store.allocate(key_states.to(self.dtype), value_states)
-        with _outside_inference_mode():
+        with lasting_tensors():
             self._kv_lens = torch.zeros(key_states.shape[0], dtype=torch.int64, device=self.device)  # [B], all the same
         codes = self.store.codes
         if not torch.compiler.is_compiling():  # a CUDA graph may rely on their addresses
@@ -337,7 +337,7 @@ class StaticSparseLayer(_CodedLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
         if self.is_initialized:
-            with _outside_inference_mode():
+            with lasting_tensors():
                 self._kv_lens = self._kv_lens[indices.to(self.device)]
 
     def _store(self, k: Tensor, v: Tensor, was_empty: bool) -> tuple[FeatureCodes, Tensor, dict[str, Tensor]]:
@@ -399,11 +399,6 @@ def _require_no_gradient(k: Tensor, v: Tensor) -> None:
 def _require_removal(tokens_to_remove: int) -> None:
     if tokens_to_remove > 0:
         raise ValueError(f"crop takes the negative number of tokens to remove, got {tokens_to_remove}")
-
-
-def _outside_inference_mode() -> AbstractContextManager[Any]:
-    """What is made here can be written to later, whatever the mode then: tensors made in inference mode cannot."""
-    return nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False)
 
 
 def _codings(model: Any) -> dict[int, LayerCoding]:
