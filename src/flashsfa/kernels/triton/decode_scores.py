@@ -101,7 +101,7 @@ class Problem:
         decode_query_kernel[self.heads, self.rows](
             q, by_feature, *q.stride(), kv_heads, self.rows // m, m,
             D=d, DENSE=self.dense_dims, K=topk_query or d, R=self.padded_rows,
-            INTEGER=tl.int32 if q.itemsize == 4 else tl.int16, CHUNK=min(64, next_power_of_2(d)), num_warps=4,
+            INTEGER=tl.int32 if q.itemsize == 4 else tl.int16, CHUNK=min(next_power_of_2(d), 64 if d <= 128 else 32), num_warps=4,
         )  # fmt: skip
         return by_feature
 
