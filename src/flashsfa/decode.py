@@ -27,6 +27,7 @@ from .checks import (
     require_tolerance,
 )
 from .codes import FeatureCodes, topk_codes
+from .contexts import without_autocast
 from .kernels import decode_torch, dispatch
 from .kernels.decode_torch import DecodeRules
 from .kernels.dense import lse_dtype
@@ -101,7 +102,8 @@ def sparse_feature_decode(
         return (out, lse) if return_lse else out
     kept = None if topk_query == head_dim else topk_query
     run = _backend(q, rules)
-    out, lse = run(q, codes, v, rules, scale, value_tolerance, topk_query=kept, v_scale=v_scale)
+    with without_autocast(q.device):
+        out, lse = run(q, codes, v, rules, scale, value_tolerance, topk_query=kept, v_scale=v_scale)
     return (out, lse) if return_lse else out
 
 
@@ -125,8 +127,6 @@ def attend_cached(
 
     `value_tolerance` is a saving of decode; prefill is exact. No gradients: refused where one is asked for.
     """
-    require_tolerance(value_tolerance)
-    require_no_gradient(q, codes.values, v)
     out: Any
     queries: dict[str, Any] = {"topk_query": topk_query, "query_pattern": query_pattern}
     if q.shape[2] <= FEW_QUERIES:
@@ -135,6 +135,8 @@ def attend_cached(
             value_tolerance=value_tolerance,
         )  # fmt: skip
     else:
+        require_tolerance(value_tolerance)
+        require_no_gradient(q, codes.values, v)
         codes = codes if codes.scale is None else codes.to(q.dtype)
         v = v if v_scale is None else (v.float() * v_scale[..., None]).to(q.dtype)
         out = sparse_feature_attention(

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ..checks import has_values
 from ..codes import FeatureCodes, topk_codes
-from ..contexts import without_autocast
 
 _BLOCK_KEYS = 2048  # keys a block: its gathered features stay in the CPU's cache
 
@@ -75,20 +74,6 @@ def decode(
     Returns:
         out [B, Hq, M, Dv] in q's dtype and lse [B, Hq, M] float32 (float64 for float64).
     """
-    with without_autocast(q.device):
-        return _decode(q, codes, v, rules, scale, value_tolerance, topk_query, v_scale)
-
-
-def _decode(
-    q: Tensor,
-    codes: FeatureCodes,
-    v: Tensor,
-    rules: DecodeRules,
-    scale: float,
-    value_tolerance: float,
-    topk_query: int | None,
-    v_scale: Tensor | None,
-) -> tuple[Tensor, Tensor]:
     if topk_query is not None:
         q = topk_codes(q, topk_query, dense_dims=codes.dense_dims).to_dense()
     if rules.page_table is not None:
