@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 import flashsfa
 from flashsfa import reference
-from flashsfa.masks import AttentionMask
+from flashsfa.mask import AttentionMask
 
 HEADS, LAYERS = 8, 8
 

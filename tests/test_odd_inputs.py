@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import flashsfa
+from attention_cases import assert_error_rule, inputs
 from flashsfa import FeatureCodes, PagedSparseKVCache, SparseFeatureAttention, SparseKVCache, reference, topk_codes
 from flashsfa import sparse_feature_attention as attention
 from flashsfa import sparse_feature_attention_varlen as attention_varlen
 from flashsfa import sparse_feature_decode as decode
-from flashsfa.masks import AttentionMask
-from test_attention import assert_error_rule, inputs
+from flashsfa.mask import AttentionMask
 
 HUGE = [sys.maxsize, 2**63, 2**31 - 1, 2**31]
 PADDING = torch.tensor([[True, False, False, True, False, False, False, True, True]] * 2, device="cpu")

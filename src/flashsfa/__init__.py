@@ -9,13 +9,13 @@ from typing import Any
 
 from .attention import sparse_feature_attention, sparse_feature_attention_varlen
 from .basis import FeatureBasis
+from .cache.contiguous import SparseKVCache
+from .cache.paged import PagedSparseKVCache
 from .checks import checked
 from .codes import FeatureCodes, topk_codes
 from .decode import sparse_feature_decode
-from .kernels.dispatch import explain
-from .kv_cache import SparseKVCache
 from .nn import SparseFeatureAttention
-from .paged_cache import PagedSparseKVCache
+from .ops.plan import explain
 
 __version__ = "0.1.0"
 

@@ -29,13 +29,15 @@ from .checks import (
     require_padding,
     require_tensor,
 )
-from .codes import FeatureCodes, all_dense_codes, by_token, empty_code, empty_rows, keeps_all, topk_codes
+from .codes import FeatureCodes, all_dense_codes, keeps_all, topk_codes
 from .contexts import without_autocast
-from .kernels import dense, dispatch
-from .kernels import topk as kernels
-from .kernels.hopper import prefill as hopper
-from .kernels.hopper.cuda import CompilationError
-from .masks import AttentionMask
+from .mask import AttentionMask
+from .ops import plan
+from .ops.prefill import fused as dense
+from .ops.prefill.hopper import prefill as hopper
+from .ops.prefill.hopper.cuda import CompilationError
+from .ops.select import operators as select
+from .ops.select.plain import by_token, empty_code, empty_rows
 
 BACKENDS = ("auto", "dense", "reference")
 GRADIENTS = ("kept", "all")
@@ -270,7 +272,7 @@ def _attend_plain(
     gradient: str,
 ) -> tuple[Tensor, Tensor]:
     """backend="reference": no operator of ours in between, so that every transform of torch sees plain PyTorch."""
-    dispatch.record("attention", "reference", "asked for")
+    plan.record("attention", "reference", "asked for")
     with without_autocast(q.device):
         q = reference.sparse_rows(q, topk_query, dense_dims=dense_dims, pattern=query_pattern, gradient=gradient)
         k = reference.sparse_rows(k, topk, dense_dims=dense_dims, gradient=gradient)
@@ -343,7 +345,7 @@ def _coded(x: Tensor, topk: int, dense_dims: int, keep: bool) -> tuple[Tensor, _
     """The rows of x's code, and with `keep` the code."""
     if keeps_all(x, topk):
         return x, _no_code(x)
-    rows, code = kernels.coded_rows(x, topk, dense_dims, keep)
+    rows, code = select.coded_rows(x, topk, dense_dims, keep)
     return rows, code or _no_code(x)
 
 
@@ -367,7 +369,7 @@ def _attend_pairs(
         if not isinstance(found, str):
             return found
         obstacle = f"no sparse tensor cores: {found}"
-    return _attend_dense(kernels.spread(*_parts(q), q.head_dim), k, v, mask, scale, backend, obstacle)
+    return _attend_dense(select.scatter(*_parts(q), q.head_dim), k, v, mask, scale, backend, obstacle)
 
 
 def _attend_rows(
@@ -391,7 +393,7 @@ def _on_hopper(
         found = hopper.forward(q, k, v, mask=mask, scale=scale)
     except CompilationError as error:
         return f"the kernel cannot be compiled: {error}"
-    dispatch.record("attention", "hopper", reason)
+    plan.record("attention", "hopper", reason)
     return found
 
 
@@ -435,8 +437,8 @@ def _attention_backward_op(
     """Gradients of q, k and v. A code whose dense channel is head_dim wide stands for rows as they are."""
     mask = AttentionMask(is_causal, window, key_padding_mask, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     mask = mask.without_idle_window(q_dense.shape[2], v.shape[2])
-    q = kernels.spread(q_dense, q_values, q_indices, head_dim)
-    k = kernels.spread(k_dense, k_values, k_indices, head_dim)
+    q = select.scatter(q_dense, q_values, q_indices, head_dim)
+    k = select.scatter(k_dense, k_values, k_indices, head_dim)
     kernel = _choose("attention_backward", q, v, mask, backend)
     with without_autocast(q.device):
         if kernel is None:
@@ -469,7 +471,7 @@ def _(
 def _at_code(grad: Tensor, code_dense: Tensor, indices: Tensor) -> Tensor:
     """The gradient of a code's rows as that of the rows it was made of: it reaches what the code keeps."""
     dense_dims = code_dense.shape[-1]
-    return by_token(grad) if dense_dims == grad.shape[-1] else kernels.keep_support(grad, dense_dims, indices)
+    return by_token(grad) if dense_dims == grad.shape[-1] else select.keep_support(grad, dense_dims, indices)
 
 
 def _choose(
@@ -480,11 +482,11 @@ def _choose(
     if obstacle is not None:
         reason = f"{reason}; {obstacle}"
     if kernel is not None:
-        dispatch.record(operation, "dense", reason, fallback=obstacle is not None)
+        plan.record(operation, "dense", reason, fallback=obstacle is not None)
         return kernel
     if backend == "dense":
         raise ValueError(f"backend='dense' cannot run: {reason}; use backend='auto'")
-    dispatch.record(operation, "reference", f"{reason}; scores are built in full", fallback=True)
+    plan.record(operation, "reference", f"{reason}; scores are built in full", fallback=True)
     return None
 
 

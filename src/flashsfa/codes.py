@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .checks import may_look, query_budget, refuse_transforms, require, require_budget, require_float
+from .ops.select.operators import prune_24_op, scatter_op, topk_op
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +119,7 @@ class FeatureCodes:
             return self.to(torch.float32).to_dense()
         if not self.topk and not self.sparse_dims:
             return self.dense
-        return spread_codes_op(self.dense, self.values, self.indices, self.head_dim)
+        return scatter_op(self.dense, self.values, self.indices, self.head_dim)
 
     def __getitem__(self, index: Any) -> FeatureCodes:
         """Index the leading dimensions, as `x[index]` does for a tensor; the code's own dimension stays whole."""
@@ -191,11 +192,11 @@ def topk_codes(x: Tensor, topk: int, *, dense_dims: int = 0, pattern: str | None
     require_budget(topk, x.shape[-1], dense_dims, pattern)
     refuse_transforms("topk_codes", "use flashsfa.reference.topk_rows", x)
     if pattern is None:
-        dense, values, indices = topk_codes_op(x, topk, dense_dims)
+        dense, values, indices = topk_op(x, topk, dense_dims)
     else:
-        dense, values, indices = pair_codes_op(x, dense_dims)
+        dense, values, indices = prune_24_op(x, dense_dims)
         if topk < values.shape[-1]:  # the largest of these: in each group a row's largest two come before its others
-            _, values, slots = topk_codes_op(values, topk, 0)
+            _, values, slots = topk_op(values, topk, 0)
             indices = indices.gather(-1, slots.long())
     return FeatureCodes(dense, values, indices, x.shape[-1])
 
@@ -226,141 +227,3 @@ def code_queries(
 def keeps_all(x: Tensor, topk: int, pattern: str | None = None) -> bool:
     """Whether a budget leaves x [..., D] as it is: D without a pattern, whatever the dense channel."""
     return topk == x.shape[-1] and pattern is None
-
-
-# An integer view orders magnitudes as floats do, ranks NaN above infinity and makes ties exact.
-_INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def select_topk(x: Tensor, topk: int) -> Tensor:
-    """Positions [..., K] (int64, ascending) of the `topk` largest magnitudes of x [..., D], ties to the lowest."""
-    magnitude = x.detach().view(integer := _INTEGER_OF_SIZE[x.itemsize]) & torch.iinfo(integer).max  # [..., D], no sign
-    if x.device.type != "cpu":  # without a host sync, so that a CUDA graph can hold it
-        return magnitude.sort(dim=-1, descending=True, stable=True).indices[..., :topk].sort(-1).values
-    largest = magnitude.topk(topk, dim=-1, sorted=False)  # [..., K]
-    threshold = largest.values.amin(-1, keepdim=True)  # [..., 1]
-    keep = magnitude >= threshold
-    if int(keep.count_nonzero()) == largest.values.numel():
-        return largest.indices.sort(-1).values
-    # Some row has more entries at its threshold than room for them: keep the first ones.
-    above = magnitude > threshold
-    room = topk - above.sum(-1, keepdim=True)
-    tied = keep & ~above
-    keep = above | (tied & (tied.cumsum(-1) <= room))
-    # Every row now keeps exactly K entries, and nonzero() walks rows in order: its last column is the sorted indices.
-    return keep.nonzero()[:, -1].view(*x.shape[:-1], topk)
-
-
-def plain_topk_codes(x: Tensor, topk: int, dense_dims: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Dense channel, values and indices of x in plain PyTorch, on any device."""
-    # The code is allocated before the work space of the selection: what lives longest must not lie above it on the
-    # heap. And it is a contiguous copy: a view of x would keep all of x alive for as long as the code.
-    values, indices = x.new_empty((*x.shape[:-1], topk)), x.new_empty((*x.shape[:-1], topk), dtype=torch.uint8)
-    dense = x[..., :dense_dims].clone(memory_format=torch.contiguous_format)
-    rest = x[..., dense_dims:]  # [..., D - M]
-    selected = select_topk(rest, topk)  # [..., K]
-    torch.gather(rest, -1, selected, out=values)
-    return dense, values, indices.copy_(selected)
-
-
-def plain_pair_codes(x: Tensor, dense_dims: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The code [..., (D - M) / 2] of the two largest of each aligned group of four, in plain PyTorch, on any device."""
-    groups = x[..., dense_dims:].unflatten(-1, (-1, 4))  # [..., G, 4]
-    _, values, places = plain_topk_codes(groups, 2, 0)  # [..., G, 2]
-    first = torch.arange(0, 4 * groups.shape[-2], 4, dtype=torch.uint8, device=x.device)[:, None]  # [G, 1]
-    dense = x[..., :dense_dims].clone(memory_format=torch.contiguous_format)
-    return dense, values.flatten(-2), (places + first).flatten(-2)
-
-
-def plain_spread_codes(dense: Tensor, values: Tensor, indices: Tensor, head_dim: int) -> Tensor:
-    """The rows [..., D] of a code in plain PyTorch, on any device, in the memory order of `empty_rows`."""
-    rows, dense_dims = empty_rows(values, head_dim).zero_(), dense.shape[-1]
-    if dense_dims:
-        rows[..., :dense_dims] = dense
-    rows[..., dense_dims:].scatter_(-1, indices.long(), values)
-    return rows
-
-
-def empty_code(x: Tensor, topk: int, dense_dims: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialised dense channel [..., M], values [..., K] and indices [..., K] for the rows of x [..., D]."""
-    rows = x.shape[:-1]
-    return (
-        x.new_empty((*rows, dense_dims)),
-        x.new_empty((*rows, topk)),
-        x.new_empty((*rows, topk), dtype=torch.uint8),
-    )
-
-
-def empty_rows(like: Tensor, width: int) -> Tensor:
-    """Uninitialised [..., width] beside `like` [..., K]. Of [B, H, N, K] it lies in memory as [B, N, H, width]: so models hold
-    their queries, keys and values, attention kernels follow them, and gradients need no copy on their way back."""
-    if like.ndim != 4:
-        return like.new_empty((*like.shape[:-1], width))
-    batch, heads, n, _ = like.shape
-    return like.new_empty((batch, n, heads, width)).transpose(1, 2)
-
-
-def by_token(x: Tensor) -> Tensor:
-    """x [B, H, N, D] in the memory order of `empty_rows`, copied if it lies in another."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-# On a GPU `kernels.topk` replaces the plain forms.
-topk_codes_op = torch.library.custom_op("flashsfa::topk_codes", plain_topk_codes, mutates_args=())
-
-
-@topk_codes_op.register_fake
-def _(x: Tensor, topk: int, dense_dims: int) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_code(x, topk, dense_dims)
-
-
-pair_codes_op = torch.library.custom_op("flashsfa::pair_codes", plain_pair_codes, mutates_args=())
-
-
-@pair_codes_op.register_fake
-def _(x: Tensor, dense_dims: int) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_code(x, (x.shape[-1] - dense_dims) // 2, dense_dims)
-
-
-spread_codes_op = torch.library.custom_op("flashsfa::spread_codes", plain_spread_codes, mutates_args=())
-
-
-@spread_codes_op.register_fake
-def _(dense: Tensor, values: Tensor, indices: Tensor, head_dim: int) -> Tensor:
-    return empty_rows(values, head_dim)
-
-
-def _topk_codes_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, *budgets = inputs
-    ctx.head_dim, ctx.budgets = x.shape[-1], len(budgets)
-    ctx.save_for_backward(output[2])
-    ctx.mark_non_differentiable(output[2])
-
-
-def _topk_codes_backward(ctx: Any, grad_dense: Tensor, grad_values: Tensor, _: Tensor | None) -> tuple:
-    (indices,) = ctx.saved_tensors
-    return FeatureCodes(grad_dense, grad_values, indices, ctx.head_dim).to_dense(), *(None,) * ctx.budgets
-
-
-topk_codes_op.register_autograd(_topk_codes_backward, setup_context=_topk_codes_setup)
-pair_codes_op.register_autograd(_topk_codes_backward, setup_context=_topk_codes_setup)
-
-
-def at_support(grad: Tensor, dense_dims: int, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient [..., D] of a code's rows as gradients of its dense channel [..., M] and its values [..., K]."""
-    at_values = grad[..., dense_dims:].gather(-1, indices.long())
-    return grad[..., :dense_dims].clone(memory_format=torch.contiguous_format), at_values
-
-
-def _spread_codes_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    dense, _, indices, _ = inputs
-    ctx.dense_dims = dense.shape[-1]
-    ctx.save_for_backward(indices)
-
-
-def _spread_codes_backward(ctx: Any, grad: Tensor) -> tuple:
-    (indices,) = ctx.saved_tensors
-    return *at_support(grad, ctx.dense_dims, indices), None, None
-
-
-spread_codes_op.register_autograd(_spread_codes_backward, setup_context=_spread_codes_setup)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from . import __version__
 from .attention import sparse_feature_attention
 from .basis import FeatureBasis, default_kind
+from .cache.contiguous import SparseKVCache
 from .checks import require
 from .decode import sparse_feature_decode
 from .evaluation.perplexity import perplexity
@@ -28,7 +29,6 @@ from .huggingface import disable, enable
 from .huggingface.cache import cache_nbytes
 from .huggingface.calibration import gather_moments
 from .huggingface.switch import attention_shape
-from .kv_cache import SparseKVCache
 from .models import BUNDLED_NAME, is_converted, load_model
 
 Progress = Callable[[str, int], Callable[[], None]]  # (description, steps) -> call once a step

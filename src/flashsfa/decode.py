@@ -28,9 +28,10 @@ from .checks import (
 )
 from .codes import FeatureCodes, topk_codes
 from .contexts import without_autocast
-from .kernels import decode_torch, dispatch
-from .kernels.decode_torch import DecodeRules
-from .kernels.dense import lse_dtype
+from .ops import plan
+from .ops.decode import plain as decode_torch
+from .ops.decode.plain import DecodeRules
+from .ops.prefill.fused import lse_dtype
 
 
 def sparse_feature_decode(
@@ -149,7 +150,7 @@ def _backend(q: Tensor, rules: DecodeRules) -> Callable[..., tuple[Tensor, Tenso
     """The `decode` function for these tensors, recorded for `explain()`."""
     run, name, reason = _fused(q, rules)
     if not torch.compiler.is_compiling():
-        dispatch.record("decode", name, reason, fallback=name == "torch")
+        plan.record("decode", name, reason, fallback=name == "torch")
     return run
 
 
@@ -160,7 +161,7 @@ def _fused(q: Tensor, rules: DecodeRules) -> tuple[Callable[..., tuple[Tensor, T
         return *plain, "the tensors hold no values"
     if q.device.type == "cuda":
         try:
-            from .kernels.triton import decode as decode_triton
+            from .ops.decode.triton import decode as decode_triton
         except ImportError:
             return *plain, "the fused kernels need Triton"
         if q.dtype in decode_triton.DTYPES:
@@ -168,7 +169,7 @@ def _fused(q: Tensor, rules: DecodeRules) -> tuple[Callable[..., tuple[Tensor, T
         return *plain, f"the fused kernels take no {q.dtype}"
     if q.device.type != "cpu":
         return *plain, f"no fused kernels on {q.device.type}"
-    from .kernels import decode_numba
+    from .ops.decode import cpu as decode_numba
 
     if not decode_numba.is_available():
         return *plain, "the fused CPU code needs numba: pip install 'flashsfa[cpu]'"

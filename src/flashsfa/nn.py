@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import BACKENDS, GRADIENTS, sparse_feature_attention
+from .cache.contiguous import SparseKVCache
 from .checks import (
     checked_window,
     query_budget,
@@ -20,7 +21,6 @@ from .checks import (
     require_number,
 )
 from .decode import attend_cached
-from .kv_cache import SparseKVCache
 
 POSITIONS = ("channel", "full", "none")
 

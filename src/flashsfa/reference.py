@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from .masks import AttentionMask
+from .mask import AttentionMask
 
 
 def topk_rows(x: Tensor, topk: int, *, dense_dims: int = 0, pattern: str | None = None) -> Tensor:

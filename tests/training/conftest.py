@@ -42,10 +42,10 @@ def content(tokens):
 @pytest.fixture(scope="session")
 def converted_model(tmp_path_factory):
     """The directory of a converted model with a basis, to be read."""
-    from tiny import QWEN3, VOCABULARY, transformers
     from tokenizers import Tokenizer, models
 
     import flashsfa
+    from tiny import QWEN3, VOCABULARY, transformers
 
     path = tmp_path_factory.mktemp("models") / "converted"
     torch.manual_seed(0)

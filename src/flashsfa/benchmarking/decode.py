@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
+from ..cache.contiguous import SparseKVCache
 from ..codes import FeatureCodes, topk_codes
 from ..decode import sparse_feature_decode
-from ..kernels.dispatch import last_choice
-from ..kv_cache import SparseKVCache
+from ..ops.plan import last_choice
 from .cases import Baseline, UnavailableError, Verdict, Workload, code_label, sdpa_backends, tokens_label
 
 _APPEND_TOKENS = 8192  # coding a long context at once would need several times its memory

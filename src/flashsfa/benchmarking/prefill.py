@@ -20,9 +20,9 @@ from torch import Tensor
 from .. import reference
 from ..attention import sparse_feature_attention
 from ..codes import FeatureCodes, all_dense_codes, code_queries, topk_codes
-from ..kernels.dispatch import last_choice
-from ..kernels.hopper import prefill as hopper
-from ..masks import AttentionMask
+from ..mask import AttentionMask
+from ..ops.plan import last_choice
+from ..ops.prefill.hopper import prefill as hopper
 from .cases import Baseline, Verdict, Workload, code_label, sdpa_backends, tokens_label
 
 _CHECKED_QUERIES = 256  # the last ones, which see most keys: fp64 scores of all would not fit

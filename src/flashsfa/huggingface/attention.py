@@ -17,7 +17,7 @@ from ..basis import FeatureBasis
 from ..checks import require
 from ..codes import FeatureCodes, code_queries
 from ..decode import FEW_QUERIES, attend_cached, sparse_feature_decode
-from ..kernels.decode_torch import DecodeRules
+from ..ops.decode.plain import DecodeRules
 from .positions import channel_first
 from .structure import require_no_dropout
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, EncoderDecoderCache
 
+from ..cache.contiguous import SparseKVCache
 from ..checks import require, require_int
 from ..codes import FeatureCodes, topk_codes
 from ..contexts import lasting_tensors
 from ..decode import FEW_QUERIES
-from ..kv_cache import SparseKVCache
 from .attention import CachedKeys, LayerCoding
 from .structure import DENSE_LAYERS, dense_cache_layers, unwrap
 

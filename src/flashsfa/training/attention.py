@@ -18,9 +18,10 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from ..attention import sparse_feature_attention, sparse_feature_attention_varlen
 from ..basis import FeatureBasis
-from ..codes import by_token, keeps_all
+from ..codes import keeps_all
 from ..huggingface.attention import LayerCoding
 from ..huggingface.switch import attention_layers
+from ..ops.select.plain import by_token
 
 NAME = "sfa_training"
 

@@ -1,0 +1,239 @@
+"""`PagedSparseKVCache`: key codes and values of many sequences in one pool of pages, with shared prefixes.
+
+A sequence holds whole pages, so memory is lost in its last page alone, and a fork holds the pages of its prefix
+together with the original: a page is copied when a holder appends to it, and returns to the pool with its last holder.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checks import (
+    require,
+    require_alike,
+    require_budget,
+    require_int,
+    require_keys_and_values,
+    require_no_gradient,
+    require_page_size,
+)
+from ..codes import FeatureCodes, topk_codes
+from ..contexts import lasting_tensors
+
+
+class PagedSparseKVCache:
+    """A pool of `pages` pages of `page_size` tokens; sequences are named by the integers that `add` and `fork` return.
+
+    A call that raises, for whatever reason, leaves the cache as it was.
+
+    Args:
+        topk, dense_dims: the key code, as in `topk_codes`.
+        pages: size of the pool, allocated on the first `append`, which also fixes heads, widths, dtype and device.
+        page_size: tokens a page, a power of two from 16 to 256.
+
+    Example:
+        >>> prompt = cache.add()
+        >>> cache.append([prompt], k, v)
+        >>> branches = [prompt, cache.fork(prompt)]
+        >>> out = sparse_feature_decode(q, cache.codes, cache.v, **cache.lookup(branches))
+    """
+
+    def __init__(self, topk: int, *, dense_dims: int = 0, pages: int, page_size: int = 64) -> None:
+        require_int("topk", topk, 1, 256)
+        require_int("dense_dims", dense_dims, 0, 255)
+        require_int("pages", pages, 1)
+        require_page_size(page_size)
+        self.topk, self.dense_dims, self.page_size = topk, dense_dims, page_size
+        self._holders = [0] * pages  # sequences that hold each page
+        self._free = list(range(pages - 1, -1, -1))
+        self._held: dict[int, list[int]] = {}  # pages of each sequence, in order
+        self._lengths: dict[int, int] = {}
+        self._next = 0
+        self._codes: FeatureCodes | None = None  # pools [P, Hkv, page_size, ...]
+        self._v: Tensor | None = None  # [P, Hkv, page_size, Dv]
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that no sequence holds."""
+        return len(self._free)
+
+    @property
+    def codes(self) -> FeatureCodes:
+        """The pool of codes, [P, Hkv, page_size, ...]."""
+        return self._pools()[0]
+
+    @property
+    def v(self) -> Tensor:
+        """The pool of values, [P, Hkv, page_size, Dv]."""
+        return self._pools()[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pages held; a shared page counts once."""
+        if self._codes is None or self._v is None:
+            return 0
+        return (self._codes.nbytes + self._v.nbytes) * (len(self._holders) - self.free_pages) // len(self._holders)
+
+    def length(self, sequence: int) -> int:
+        """Tokens of a sequence."""
+        self._require_known(sequence)
+        return self._lengths[sequence]
+
+    def add(self) -> int:
+        """A new, empty sequence."""
+        return self._name([], 0)
+
+    def fork(self, sequence: int) -> int:
+        """A new sequence that starts as `sequence` stands now. Copies nothing."""
+        self._require_known(sequence)
+        for page in self._held[sequence]:
+            self._holders[page] += 1
+        return self._name(list(self._held[sequence]), self._lengths[sequence])
+
+    def free(self, sequence: int) -> None:
+        """Forget a sequence; pages that nobody else holds return to the pool."""
+        self._require_known(sequence)
+        del self._lengths[sequence]
+        for page in self._held.pop(sequence):
+            self._release(page)
+
+    def append(self, sequences: Sequence[int], k: Tensor, v: Tensor) -> None:
+        """Code the keys k [B, Hkv, N, D] and store them with v [B, Hkv, N, Dv] as N more tokens of each of B sequences.
+
+        Raises:
+            TypeError, ValueError: k and v do not fit each other, the sequences or the pool, or ask for a gradient.
+            RuntimeError: too few free pages.
+        """
+        self._check(sequences, k, v)
+        if not sequences:
+            return
+        batch, tokens, size = len(sequences), k.shape[2], self.page_size
+        plan = self._plan(sequences, tokens)
+        fresh = topk_codes(k.detach(), self.topk, dense_dims=self.dense_dims)
+        codes, pool_v = self._allocate(k, v) if self._codes is None or self._v is None else (self._codes, self._v)
+        at = [range(self._lengths[s], self._lengths[s] + tokens) for s in sequences]
+        page = [[pages[i // size] for i in span] for pages, span in zip(plan.held, at, strict=True)]
+        pages = torch.tensor(page, device=k.device, dtype=torch.long).reshape(batch, tokens)
+        slots = (
+            torch.tensor([list(span) for span in at], device=k.device, dtype=torch.long).reshape(batch, tokens) % size
+        )
+        # Until the end this writes where no sequence looks: pages that are free, and slots past a sequence's length.
+        new = (fresh.dense, fresh.values, fresh.indices, v.detach())
+        for pool, x in zip((codes.dense, codes.values, codes.indices, pool_v), new, strict=True):
+            if plan.copies:
+                pool[plan.copies] = pool[plan.shared]
+            pool[pages, :, slots] = x.transpose(1, 2)  # [B, N, Hkv, C]
+        self._codes, self._v = codes, pool_v
+        self._commit(sequences, plan, tokens)
+
+    def lookup(self, sequences: Sequence[int]) -> dict[str, Tensor]:
+        """`kv_lens` [B] int32 and `page_table` [B, max_pages] int32 of B sequences, for `sparse_feature_decode`."""
+        for sequence in sequences:
+            self._require_known(sequence)
+        device = self.v.device
+        held = [self._held[s] for s in sequences]
+        width = max((len(pages) for pages in held), default=0)
+        table = [pages + [0] * (width - len(pages)) for pages in held]
+        return {
+            "kv_lens": torch.tensor([self._lengths[s] for s in sequences], dtype=torch.int32, device=device),
+            "page_table": torch.tensor(table, dtype=torch.int32, device=device).reshape(len(held), width),
+        }
+
+    def _pools(self) -> tuple[FeatureCodes, Tensor]:
+        if self._codes is None or self._v is None:
+            raise RuntimeError("the cache is empty: append keys and values first")
+        return self._codes, self._v
+
+    def _allocate(self, k: Tensor, v: Tensor) -> tuple[FeatureCodes, Tensor]:
+        rows = (len(self._holders), k.shape[1], self.page_size)
+        with lasting_tensors():
+            codes = FeatureCodes(
+                k.new_empty((*rows, self.dense_dims)),
+                k.new_empty((*rows, self.topk)),
+                k.new_empty((*rows, self.topk), dtype=torch.uint8),
+                k.shape[-1],
+            )
+            return codes, v.new_empty((*rows, v.shape[-1]))
+
+    def _name(self, pages: list[int], length: int) -> int:
+        name, self._next = self._next, self._next + 1
+        self._held[name], self._lengths[name] = pages, length
+        return name
+
+    def _plan(self, sequences: Sequence[int], tokens: int) -> _Plan:
+        """Where `tokens` more tokens of each sequence go. Changes nothing; `_commit` does."""
+        held, shared, parted = [list(self._held[s]) for s in sequences], [], Counter[int]()
+        copies, taken = [], 0
+
+        def take() -> int:
+            nonlocal taken
+            taken += 1
+            return self._free[-taken] if taken <= self.free_pages else -1
+
+        for sequence, pages in zip(sequences, held, strict=True):
+            length = self._lengths[sequence]
+            # a page with room left that another holder has, too, is copied; the last holder keeps it
+            if tokens and length % self.page_size and self._holders[pages[-1]] - parted[pages[-1]] > 1:
+                parted[pages[-1]] += 1
+                shared.append(pages[-1])
+                pages[-1] = take()
+                copies.append(pages[-1])
+            while len(pages) * self.page_size < length + tokens:
+                pages.append(take())
+        if taken > self.free_pages:
+            raise RuntimeError(f"appending needs {taken} pages, {self.free_pages} are free: free a sequence first")
+        return _Plan(held, shared, copies, taken)
+
+    def _commit(self, sequences: Sequence[int], plan: _Plan, tokens: int) -> None:
+        for page in plan.shared:
+            self._holders[page] -= 1
+        for _ in range(plan.taken):
+            self._holders[self._free.pop()] = 1
+        for sequence, pages in zip(sequences, plan.held, strict=True):
+            self._held[sequence] = pages
+            self._lengths[sequence] += tokens
+
+    def _release(self, page: int) -> None:
+        self._holders[page] -= 1
+        if self._holders[page] == 0:
+            self._free.append(page)
+
+    def _require_known(self, sequence: int) -> None:
+        require(sequence in self._held, f"no sequence {sequence} in this cache; it holds {sorted(self._held)}")
+
+    def _check(self, sequences: Sequence[int], k: Tensor, v: Tensor) -> None:
+        for sequence in sequences:
+            self._require_known(sequence)
+        require(len(set(sequences)) == len(sequences), f"each sequence can be appended to once, got {list(sequences)}")
+        require_keys_and_values(k, v)
+        require_no_gradient(k, v)
+        require(
+            k.shape[0] == len(sequences),
+            f"k and v must share [B, Hkv, N] with B = {len(sequences)} sequences, got {tuple(k.shape)} and {tuple(v.shape)}",
+        )
+        require_budget(self.topk, k.shape[-1], self.dense_dims)
+        if self._codes is not None and self._v is not None:
+            for name, new, heads, width in (
+                ("k", k, self._v.shape[1], self._codes.head_dim),
+                ("v", v, self._v.shape[1], self._v.shape[-1]),
+            ):
+                require(
+                    new.shape[1] == heads and new.shape[-1] == width,
+                    f"{name} {tuple(new.shape)} does not fit a pool of {heads} kv heads and width {width}",
+                )
+            require_alike(pool=self._v, k=k)
+
+
+class _Plan(NamedTuple):
+    """Where an append goes: the pages `held` by each sequence after it, which `shared` pages are copied to which free ones
+    (`copies`), and how many free pages are `taken` from the end of the list."""
+
+    held: list[list[int]]
+    shared: list[int]
+    copies: list[int]
+    taken: int

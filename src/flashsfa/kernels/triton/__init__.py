@@ -1,5 +1,0 @@
-"""Triton kernels; imported only where they run, so that `import flashsfa` needs no Triton."""
-
-from . import first_use
-
-first_use.announce()

@@ -1,0 +1,3 @@
+"""Decode on a GPU; the functions that launch are in `decode`."""
+
+from ...triton import first_use as first_use

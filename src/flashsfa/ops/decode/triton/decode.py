@@ -1,0 +1,186 @@
+"""Decode over feature codes, split over keys and combined: every byte of the cache is read once a tile of query rows.
+
+No host sync and no shape that depends on data: the launches can be captured in a CUDA graph. Deterministic.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ....checks import require
+from ....codes import FeatureCodes
+from ...triton.rows import next_power_of_2
+from ..plain import DecodeRules
+from .combine import combine
+from .scores import Problem, block_keys, block_scores, channel_words, chunk, live_keys, locate, split_range
+from .skip import decode_skipping
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def decode(
+    q: Tensor,
+    codes: FeatureCodes,
+    v: Tensor,
+    rules: DecodeRules,
+    scale: float,
+    value_tolerance: float,
+    *,
+    topk_query: int | None = None,
+    v_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `decode_torch.decode`, for float16, bfloat16 and float32. No host sync, deterministic, no gradients.
+
+    Raises `ValueError` if a cache tensor's last dimension is not contiguous: copying a cache a step would cost more
+    than decoding it.
+    """
+    for name, x in (("dense", codes.dense), ("values", codes.values), ("indices", codes.indices), ("v", v)):
+        require(
+            x.shape[-1] <= 1 or x.stride(-1) == 1,
+            f"the last dimension of {name} must be contiguous, got strides {tuple(x.stride())}",
+        )
+    return _decode_op(
+        q, codes.dense, codes.values, codes.indices, v, codes.scale, v_scale, rules.kv_lens, rules.key_padding_mask,
+        rules.page_table, rules.window, scale, value_tolerance, topk_query,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("flashsfa::decode", mutates_args=())
+def _decode_op(
+    q: Tensor,
+    dense: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    v: Tensor,
+    code_scale: Tensor | None,
+    v_scale: Tensor | None,
+    kv_lens: Tensor | None,
+    key_padding_mask: Tensor | None,
+    page_table: Tensor | None,
+    window: int | None,
+    scale: float,
+    value_tolerance: float,
+    topk_query: int | None,
+) -> tuple[Tensor, Tensor]:
+    out = q.new_empty((*q.shape[:3], v.shape[-1]))
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    if out.numel():
+        with torch.cuda.device_of(q):
+            problem = Problem(
+                q, dense, values, indices, v, code_scale, v_scale, kv_lens, key_padding_mask, page_table, window, scale,
+                topk_query,
+            )  # fmt: skip
+            if value_tolerance > 0:
+                decode_skipping(problem, value_tolerance, out, lse)
+            else:
+                _decode_exact(problem, out, lse)
+    return out, lse
+
+
+@_decode_op.register_fake
+def _(q: Tensor, dense: Tensor, values: Tensor, indices: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty((*q.shape[:3], v.shape[-1])), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _decode_exact(problem: Problem, out: Tensor, lse: Tensor) -> None:
+    launch, waves = _launch(problem)
+    splits = problem.splits(launch["BN"], waves)
+    partial = problem.scratch(splits, problem.padded_rows, problem.width)
+    peak, total = (problem.scratch(splits, problem.padded_rows) for _ in range(2))
+    decode_partial_kernel[problem.heads * problem.tiles, splits](
+        PARTIAL=partial, PEAK=peak, TOTAL=total,
+        **problem.visibility, **problem.places, **problem.coded, **problem.valued, **launch,
+    )  # fmt: skip
+    combine(problem, partial, peak, total, out, lse)
+
+
+def _launch(problem: Problem) -> tuple[dict[str, Any], int]:
+    """Keys a block and warps of the partial kernel, and programs a processor: a table measured on an H100.
+
+    A warp is to have about 8 KB of V in flight, held in registers (software pipelining costs more registers than it
+    gains); more rows want fewer programs, whose results must be combined.
+    """
+    rows, row_bytes = problem.tile, problem.row_bytes
+    keys, warps, waves = block_keys(problem), 4, 16 if rows == 1 else 8
+    if row_bytes <= 128:
+        keys, warps, waves = (32, 1, 16) if problem.width <= 64 and 1 < rows <= 4 else (keys, 2, 16)
+    elif problem.dense_dims and problem.dtype != torch.float32:
+        warps = 2
+    # What was not measured: more query rows, features or width. A block that does not fit the registers is slow.
+    most = (
+        128 if problem.dtype == torch.float32 else 250
+    )  # of 255 a thread, and the operands of products without matrix units
+    while _words(problem, keys) > most * 32 * warps and warps < 8:
+        warps *= 2
+    while _words(problem, keys) > most * 32 * warps and keys > 16:
+        keys //= 2
+    return {"BN": keys, "KC": chunk(problem.topk, rows), "num_warps": warps, "num_stages": 1}, waves
+
+
+def _words(problem: Problem, keys: int) -> int:
+    """Registers that a block of keys takes: products and what they are added to, the dense channel, V as it is read and as it is
+    multiplied; and the output."""
+    width = next_power_of_2(problem.width)
+    products = 2 * chunk(problem.topk, problem.tile) * problem.tile
+    value = width * (problem.dtype.itemsize + problem.is_8_bit) // 4
+    return keys * (products + channel_words(problem.dense_dims, problem.dtype) + value) + 16 * width
+
+
+@triton.jit(do_not_specialize=["n"])  # a cache grows at each step
+def decode_partial_kernel(
+    Q, DENSE_K, VALUES, INDICES, CODE_SCALE, V, V_SCALE, LENS, PADDING, PAGES,
+    PARTIAL, PEAK, TOTAL,
+    kv_heads, n, m, window, scale,
+    dense_k_sb, dense_k_sh, values_sb, values_sh, indices_sb, indices_sh, code_scale_sb, code_scale_sh, v_sb, v_sh,
+    v_scale_sb, v_scale_sh, padding_sb, pages_sb,
+    dense_k_sn: tl.constexpr, values_sn: tl.constexpr, indices_sn: tl.constexpr, code_scale_sn: tl.constexpr,
+    v_sn: tl.constexpr, v_scale_sn: tl.constexpr, DTYPE: tl.constexpr,
+    D: tl.constexpr, DENSE: tl.constexpr, K: tl.constexpr, DV: tl.constexpr, R: tl.constexpr, RT: tl.constexpr,
+    PAGE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    BN: tl.constexpr, KC: tl.constexpr,
+):  # fmt: skip
+    """Unnormalised output [RT, DV], maximum and sum of one split for one tile of rows. Scores in log2 units."""
+    head, tile = tl.program_id(0) // (R // RT), tl.program_id(0) % (R // RT)
+    b, h = (head // kv_heads).to(tl.int64), (head % kv_heads).to(tl.int64)
+    first_row = tile * RT
+    length, begin, end = split_range(LENS, b, n, m, window, WINDOW, BN)
+    DVP: tl.constexpr = triton.next_power_of_2(DV)
+    c = tl.arange(0, DVP)  # [DVP]
+    q = Q + head.to(tl.int64) * D * R + first_row + tl.arange(0, RT)  # [RT]
+    peak = tl.full([RT], float("-inf"), tl.float32)
+    total = tl.zeros([RT], tl.float32)
+    acc = tl.zeros([RT, DVP], tl.float32)
+    for start in range(begin, end, BN):
+        key = start + tl.arange(0, BN)  # [BN]
+        live = live_keys(PADDING + b * padding_sb if PADDING is not None else None, key, length, m, window, WINDOW)
+        outer, slot = locate(PAGES + b * pages_sb if PAGES is not None else None, b, key, live, PAGE)
+        score = block_scores(
+            q,
+            DENSE_K + outer * dense_k_sb + h * dense_k_sh + slot * dense_k_sn,
+            VALUES + outer * values_sb + h * values_sh + slot * values_sn,
+            INDICES + outer * indices_sb + h * indices_sh + slot * indices_sn,
+            CODE_SCALE + outer * code_scale_sb + h * code_scale_sh + slot * code_scale_sn if CODE_SCALE is not None else None,
+            key, live, first_row, length, m, window, scale, D, DENSE, K, R, RT, CAUSAL, WINDOW, BN, KC,
+        )  # fmt: skip
+        # weight 0 times an unfilled buffer's NaN would be NaN, so rows that nobody sees are not loaded
+        v_row = V + outer * v_sb + h * v_sh + slot * v_sn  # [BN]
+        v = tl.load(v_row[:, None] + c[None, :], mask=live[:, None] & (c < DV)[None, :], other=0.0)  # [BN, DVP]
+        new_peak = tl.maximum(peak, tl.max(score, 0))  # [RT]
+        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        shrink = tl.exp2(peak - base)  # [RT]
+        p = tl.exp2(score - base[None, :])  # [BN, RT]
+        total = total * shrink + tl.sum(p, 0)
+        if V_SCALE is not None:
+            v_scale = V_SCALE + outer * v_scale_sb + h * v_scale_sh + slot * v_scale_sn  # [BN]
+            p *= tl.load(v_scale, mask=live, other=0.0)[:, None]
+        acc = tl.dot(tl.trans(p).to(DTYPE), v.to(DTYPE), acc * shrink[:, None], input_precision="ieee")  # [RT, DVP]
+        peak = new_peak
+    row = (head.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * R + first_row + tl.arange(0, RT)  # [RT]
+    tl.store(PEAK + row, peak)
+    tl.store(TOTAL + row, total)
+    tl.store(PARTIAL + row[:, None] * DV + c[None, :], acc, mask=(c < DV)[None, :])

@@ -1,0 +1,1 @@
+"""Attention of many queries over rows that are sparse or dense."""

@@ -1,0 +1,160 @@
+"""Run-time compilation of the prefill kernel with NVRTC: no nvcc, nothing at install time.
+
+One `Tile` is one specialisation. Its compiled code is kept in memory and, named by a hash of its source, options and
+compiler, in the folder `kernels` of the cache folder (`files.cache_folder`). What lies there runs on the GPU, so that it is
+believed only if it is whole and the user's own; anything else is compiled again and replaced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ....files import is_private, write_whole
+from ... import compiled
+from . import cuda
+
+SOURCES = Path(__file__).parent
+_OPTIONS = ("--gpu-architecture=sm_90a", "--std=c++17", "--device-as-default-execution-space")
+_REGISTERS = {1: (24, 240), 2: (24, 240), 3: (32, 160)}  # of a producer's and a consumer's thread, by consumers
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Sizes that the kernel is compiled for.
+
+    Attributes:
+        dtype: float16 or bfloat16.
+        head_dim: width of queries and keys, 64, 128 or 256; value_dim: width of values, likewise.
+        dense_dims: leading features of a query that are dense, a multiple of 32; the rest is 2:4 sparse and takes half the
+            matrix time.
+        block_n: keys a tile, a multiple of 16.
+        consumers: warpgroups of 64 queries, 1 to 3.
+        stages: tiles of K and of V in flight, at least 2.
+        spin_limit: trap after this many failed waits at a barrier; 0 waits forever.
+    """
+
+    dtype: torch.dtype
+    head_dim: int
+    value_dim: int
+    dense_dims: int = 0
+    block_n: int = 128
+    consumers: int = 2
+    stages: int = 2
+    spin_limit: int = 0
+
+    @property
+    def block_m(self) -> int:
+        return 64 * self.consumers
+
+    @property
+    def threads(self) -> int:
+        return 128 * (self.consumers + 1)
+
+    @property
+    def shared_bytes(self) -> int:
+        tiles = self.stages * self.block_n * 2 * (self.head_dim + self.value_dim)
+        sparse_dims = self.head_dim - self.dense_dims
+        query = 2 * self.dense_dims + sparse_dims + sparse_dims // 2  # entries, and the features of the sparse ones
+        barriers = 32 * self.stages + 12 * (self.stages + 1)  # of tiles; of blocks taken, with their numbers
+        return tiles + self.block_m * query + barriers
+
+
+def source(tile: Tile) -> str:
+    """The CUDA source of one specialisation."""
+    producer, consumer = _REGISTERS[tile.consumers]
+    constants = {
+        "HEAD_DIM": tile.head_dim,
+        "VALUE_DIM": tile.value_dim,
+        "DENSE_DIMS": tile.dense_dims,
+        "BLOCK_N": tile.block_n,
+        "CONSUMERS": tile.consumers,
+        "STAGES": tile.stages,
+        "SPIN_LIMIT": tile.spin_limit,
+        "PRODUCER_REGISTERS": producer,
+        "CONSUMER_REGISTERS": consumer,
+        "PACK_PAIR": f'"cvt.rn.{_ptx_type(tile.dtype)}x2.f32"',
+    }
+    defines = "".join(f"#define {name} {value}\n" for name, value in constants.items())
+    texts = [(SOURCES / name).read_text() for name in ("queries.cu", "prefill.cu")]
+    return defines + _matrix_functions(tile) + "".join(texts)
+
+
+def _ptx_type(dtype: torch.dtype) -> str:
+    return {torch.float16: "f16", torch.bfloat16: "bf16"}[dtype]
+
+
+def _matrix_functions(tile: Tile) -> str:
+    """One function a shape of instruction, which lists its accumulators one by one, so that its text depends on the sizes."""
+    element = _ptx_type(tile.dtype)
+
+    def function(name: str, template: str, n: int, depth: int, a_type: str, transposed: str, accumulate: str) -> str:
+        count = n // 2  # accumulators of a thread
+        accumulators = ", ".join(f"%{i}" for i in range(count))
+        operands = ", ".join(f'"+f"(d[{i}])' for i in range(count))
+        in_registers, sparse = a_type == "const uint4&", depth == 32
+        a_operands = '"r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w)' if in_registers else '"l"(a)'
+        after_a = count + (4 if in_registers else 1)
+        a = "{" + ", ".join(f"%{i}" for i in range(count, after_a)) + "}" if in_registers else f"%{count}"
+        metadata = f"%{after_a + 2}, %{after_a + 3}, " if sparse else ""
+        metadata_operands = ', "r"(places), "n"(SELECTOR)' if sparse else ""
+        return (
+            f"{template}__device__ __forceinline__ void {name}(float (&d)[{count}], {a_type} a, unsigned long long b"
+            f"{', unsigned places' if sparse else ''}) {{\n"
+            f'  asm volatile("wgmma.mma_async{".sp" if sparse else ""}.sync.aligned.m64n{n}k{depth}.f32.{element}.{element} "\n'
+            f'               "{{{accumulators}}}, {a}, %{after_a}, "\n'
+            f'               "{metadata}%{after_a + 1}, 1, 1, {transposed};"\n'
+            f"               : {operands}\n"
+            f'               : {a_operands}, "l"(b), "n"({accumulate}){metadata_operands});\n}}\n'
+        )
+
+    from_shared = ("unsigned long long", "0, 0", "int(ACCUMULATE)")  # A by descriptor; neither operand transposed
+    return (
+        function("wgmma_qk_dense", "template <bool ACCUMULATE>\n", tile.block_n, 16, *from_shared)
+        + function("wgmma_qk_sparse", "template <int SELECTOR, bool ACCUMULATE>\n", tile.block_n, 32, *from_shared)
+        + function("wgmma_pv", "", tile.value_dim, 16, "const uint4&", "1", "1")  # V is read across its rows
+    )
+
+
+def compile_cubin(tile: Tile, *, afresh: bool = False) -> bytes:
+    """Machine code of one specialisation for sm_90a, from the disk cache where it is there and not `afresh`. Needs no GPU.
+
+    Raises `CompilationError` if there is no NVRTC or it refuses.
+    """
+    text = source(tile)
+    key = hashlib.sha256(f"{cuda.nvrtc_version()}{_OPTIONS}{text}".encode()).hexdigest()[:32]
+    folder = compiled.code_folder("kernels")
+    path = folder and folder / f"prefill-sm_90a-{key}.cubin"
+    if path and not afresh and (kept := _read_kept(path)):
+        return kept
+    with compiled.said_if_slow("the prefill kernel"):
+        cubin = cuda.compile_cubin(text, "prefill.cu", _OPTIONS)
+    if path:
+        with contextlib.suppress(OSError):  # a full disk costs only the next start
+            write_whole(path, _digest(path, cubin) + cubin)
+            path.chmod(0o600)  # whatever the umask: what others may write is not believed
+    return cubin
+
+
+def _read_kept(path: Path) -> bytes | None:
+    """The code at `path`, if it is whole and nobody else can have written it."""
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+            content = file.read() if is_private(os.fstat(file.fileno())) else b""
+    except OSError:
+        return None
+    digest, cubin = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+    return cubin if cubin and digest == _digest(path, cubin) else None
+
+
+_DIGEST_BYTES = 32
+
+
+def _digest(path: Path, cubin: bytes) -> bytes:
+    """Of the code and its name: one that was kept under another name is another."""
+    return hashlib.sha256(path.name.encode() + cubin).digest()

@@ -1,0 +1,196 @@
+"""Which form codes rows and scatters codes: Triton on a GPU, plain PyTorch everywhere else; and both as operators of torch."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import plan
+from .plain import at_support, empty_code, empty_rows, plain_prune_24, plain_scatter, plain_topk
+
+# ---- the operators, which carry gradients
+
+topk_op = torch.library.custom_op("flashsfa::topk", plain_topk, mutates_args=())
+
+
+@topk_op.register_fake
+def _(x: Tensor, topk: int, dense_dims: int) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_code(x, topk, dense_dims)
+
+
+prune_24_op = torch.library.custom_op("flashsfa::prune_24", plain_prune_24, mutates_args=())
+
+
+@prune_24_op.register_fake
+def _(x: Tensor, dense_dims: int) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_code(x, (x.shape[-1] - dense_dims) // 2, dense_dims)
+
+
+scatter_op = torch.library.custom_op("flashsfa::scatter", plain_scatter, mutates_args=())
+
+
+@scatter_op.register_fake
+def _(dense: Tensor, values: Tensor, indices: Tensor, head_dim: int) -> Tensor:
+    return empty_rows(values, head_dim)
+
+
+def _topk_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, *budgets = inputs
+    ctx.head_dim, ctx.budgets = x.shape[-1], len(budgets)
+    ctx.save_for_backward(output[2])
+    ctx.mark_non_differentiable(output[2])
+
+
+def _topk_backward(ctx: Any, grad_dense: Tensor, grad_values: Tensor, _: Tensor | None) -> tuple:
+    (indices,) = ctx.saved_tensors
+    return scatter_op(grad_dense, grad_values, indices, ctx.head_dim), *(None,) * ctx.budgets
+
+
+topk_op.register_autograd(_topk_backward, setup_context=_topk_setup)
+prune_24_op.register_autograd(_topk_backward, setup_context=_topk_setup)
+
+
+def _scatter_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    dense, _, indices, _ = inputs
+    ctx.dense_dims = dense.shape[-1]
+    ctx.save_for_backward(indices)
+
+
+def _scatter_backward(ctx: Any, grad: Tensor) -> tuple:
+    (indices,) = ctx.saved_tensors
+    return *at_support(grad, ctx.dense_dims, indices), None, None
+
+
+scatter_op.register_autograd(_scatter_backward, setup_context=_scatter_setup)
+
+
+# ---- their insides, which carry none
+
+
+def encode(x: Tensor, topk: int, dense_dims: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Dense channel, values and indices of x [..., D]. This and the functions below are the insides of operators: they
+    carry no gradients."""
+    if not has_fused(x):
+        return plain_topk(x, topk, dense_dims)
+    from .triton import topk as kernels
+
+    with torch.cuda.device_of(x):
+        return kernels.encode(x, topk, dense_dims)
+
+
+def coded_rows(
+    x: Tensor, topk: int, dense_dims: int, keep: bool
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
+    """The rows [..., D] of x's code, zero but for what it keeps, and with `keep` the code; in one pass where one can."""
+    if not has_fused(x):
+        code = plain_topk(x, topk, dense_dims)
+        return plain_scatter(*code, x.shape[-1]), code if keep else None
+    from .triton import scatter as scatter_kernels
+    from .triton import topk as kernels
+
+    with torch.cuda.device_of(x):
+        out, kept = empty_rows(x, x.shape[-1]), empty_code(x, topk, dense_dims) if keep else None
+        if kernels.topk_rows(x, topk, dense_dims, out, kept):
+            return out, kept
+        code = kernels.encode(x, topk, dense_dims)
+        return scatter_kernels.scatter(*code, out), code if keep else None
+
+
+def prune_24(x: Tensor, dense_dims: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The code of the two largest of each aligned group of four of x [..., D], and its dense channel."""
+    if not has_fused(x):
+        return plain_prune_24(x, dense_dims)
+    from .triton import prune_24 as kernels
+
+    with torch.cuda.device_of(x):
+        return kernels.prune_24(x, dense_dims)
+
+
+def scatter(dense: Tensor, values: Tensor, indices: Tensor, head_dim: int) -> Tensor:
+    """The rows [..., D] of a code, as `FeatureCodes.to_dense`."""
+    if dense.shape[-1] == head_dim:
+        return dense
+    if not has_fused(values):
+        return plain_scatter(dense, values, indices, head_dim)
+    from .triton import scatter as kernels
+
+    with torch.cuda.device_of(values):
+        return kernels.scatter(dense, values, indices, empty_rows(values, head_dim))
+
+
+def keep_support(rows: Tensor, dense_dims: int, indices: Tensor) -> Tensor:
+    """rows [..., D], zero but for the first `dense_dims` entries and those at `indices` [..., K] of the rest."""
+    if not has_fused(rows):
+        return plain_scatter(*at_support(rows, dense_dims, indices), indices, rows.shape[-1])
+    from .triton import scatter as kernels
+
+    with torch.cuda.device_of(rows):
+        out = empty_rows(rows, rows.shape[-1])
+        if kernels.keep_support(rows, dense_dims, indices, out):
+            return out
+        return kernels.scatter(*at_support(rows, dense_dims, indices), indices, out)
+
+
+topk_op.register_kernel("cuda")(encode)
+prune_24_op.register_kernel("cuda")(prune_24)
+scatter_op.register_kernel("cuda")(scatter)
+
+
+def has_fused(x: Tensor) -> bool:
+    """Whether the fused kernel codes the rows of x; recorded for `explain()`."""
+    if not x.is_cuda:
+        return False
+    installed = triton_is_installed()
+    if installed and x.dtype != torch.float64:
+        plan.record("topk", "triton", "one pass over the rows")
+        return True
+    reason = (
+        f"the Triton kernel takes no {x.dtype}" if installed else "the fused kernel needs Triton: pip install triton"
+    )
+    plan.record("topk", "torch", reason, fallback=True)
+    return False
+
+
+@functools.cache
+def triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def append(
+    k: Tensor, v: Tensor, dense: Tensor, values: Tensor, indices: Tensor, v_buffer: Tensor, start: int | Tensor
+) -> None:
+    """Code k [B, H, N, D] and write the code and v [B, H, N, Dv] at token `start` of a cache's contiguous buffers [B, H, C, ...], in
+    one launch. Only where `has_fused(k)`."""
+    from .triton import topk as kernels
+
+    with torch.cuda.device_of(k):
+        kernels.append(k, v, dense, values, indices, v_buffer, start)
+
+
+def _append_plain(
+    k: Tensor, v: Tensor, dense: Tensor, values: Tensor, indices: Tensor, v_buffer: Tensor, start: Tensor
+) -> None:
+    parts = (*plain_topk(k, values.shape[-1], dense.shape[-1]), v)
+    slots = start + torch.arange(k.shape[2], device=k.device)
+    for buffer, new in zip((dense, values, indices, v_buffer), parts, strict=True):
+        buffer.index_copy_(2, slots, new)
+
+
+# `append` with `start` [] on the device, for CUDA graphs and torch.compile.
+append_op = torch.library.custom_op(
+    "flashsfa::append", _append_plain, mutates_args=("dense", "values", "indices", "v_buffer")
+)
+
+
+@append_op.register_kernel("cuda")
+def _(k: Tensor, v: Tensor, dense: Tensor, values: Tensor, indices: Tensor, v_buffer: Tensor, start: Tensor) -> None:
+    (append if has_fused(k) else _append_plain)(k, v, dense, values, indices, v_buffer, start)
+
+
+@append_op.register_fake
+def _(*_: Tensor) -> None:
+    """Nothing is returned."""

@@ -1,0 +1,72 @@
+"""Every Triton kernel compiles for every part it is meant for, and fits it: without a GPU, at the sizes that launchers choose."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.cpu
+
+# Bytes of shared memory that a program may have, by compute capability (CUDA C++ Programming Guide, table of technical
+# specifications).
+SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+SPILLED = 16  # bytes a thread: four registers, which the assembler gives up now and then so that one more program fits
+HERE = Path(__file__).parents[1] / "support"
+
+KERNELS = {
+    "topk_kernel", "topk_rows_kernel", "words_kernel", "zeros_kernel", "keep_kernel", "prune_24_kernel",
+    "merge_parts_kernel", "decode_query_kernel", "decode_partial_kernel", "decode_combine_kernel", "decode_score_kernel",
+    "decode_count_kernel", "decode_value_kernel",
+}  # fmt: skip
+
+
+LENGTHS = """
+import json
+import triton_offline as offline
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+driver.set_active(offline.Part(90))
+run, found = JITFunction.run, {}
+def compile_only(kernel, *arguments, grid, warmup, **options):
+    found.setdefault(kernel.fn.__name__, set()).add(run(kernel, *arguments, grid=grid, warmup=True, **options).hash)
+JITFunction.run = compile_only
+for n in (1, 7, 16, 100):
+    x = offline.rows(offline.FP32, n, 64)
+    offline.selection.encode(x, 16, 0)
+for n in (8000, 8001, 8192):
+    offline.decode_case(offline.BF16, 1, 1, 64, 16, 0, "lengths", 0.01, n)
+print(json.dumps({name: len(hashes) for name, hashes in found.items()}))
+"""
+
+
+def run(*command, folder):
+    """What Python prints and logs, with Triton as it is on a GPU and a cache of its own."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(folder)}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *command], cwd=HERE, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("parts", [(80, 86, 89), (90,), (100,), (120,)], ids=str)
+def test_kernels_fit(parts, tmp_path):
+    printed, log = run("triton_offline.py", *map(str, parts), folder=tmp_path)
+    kernels = [json.loads(line) for line in printed.splitlines()]
+    assert {(found["part"], found["kernel"]) for found in kernels} == {
+        (part, name) for part in parts for name in KERNELS
+    }
+    assert not [found for found in kernels if found["shared"] > SHARED[found["part"]] or found["stack"] > SPILLED]
+    assert log.count("compiling the GPU kernels") == 1  # the first of those that take long
+
+
+def test_lengths_share_their_kernels(tmp_path):
+    """A prompt or a cache of another length compiles nothing."""
+    printed, _ = run("-c", LENGTHS, folder=tmp_path)
+    assert set(json.loads(printed).values()) == {1}, printed

@@ -1,0 +1,167 @@
+"""Eq. 8, and distillation runs of tiny models."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import flashsfa
+from flashsfa import reference
+from flashsfa.huggingface.switch import BASIS_FILE
+from flashsfa.training.attention import DistillCore, TargetCore, TrainedBasis, Visible, install
+from flashsfa.training.distill import DistillTrainer
+from flashsfa.training.run import RunTrainer
+from tiny import CONTEXT, QWEN3, VOCABULARY, Coding, distill_content, result, run, transformers
+
+ONCE = {"save_every": 1000, "evaluate_every": 1000}  # at the end
+
+
+def test_eq8_is_the_distance_to_its_target():
+    q, k, v = (torch.randn(2, h, 6, 8, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2))
+    core = DistillCore(Coding())
+    core.target = target = torch.randn(2, 4, 6, 8, dtype=torch.float64)
+    out, loss = core(q, k, v, Visible(0.3)), core.distance
+    repeated = [x.repeat_interleave(2, 1) for x in (k, v)]
+    keep = [reference.topk_rows(x, 3, dense_dims=2).detach() != 0 for x in (q, repeated[0])]
+    sparse = F.scaled_dot_product_attention(q * keep[0], repeated[0] * keep[1], repeated[1], is_causal=True, scale=0.3)
+    torch.testing.assert_close(out, sparse)
+    expected = (sparse - target).square().sum(-1).mean((0, 2))  # [Hq]
+    torch.testing.assert_close(loss, expected.float(), check_dtype=False)
+    grads = torch.autograd.grad(loss.mean(), (q, k, v))
+    torch.testing.assert_close(grads, torch.autograd.grad(expected.mean(), (q, k, v)), rtol=1e-5, atol=1e-7)
+    silent = DistillCore(Coding())
+    silent(q, k, v, Visible(0.3))
+    assert silent.distance is None
+    silent.target = target
+    silent.eval()(q, k, v, Visible(0.3))
+    assert silent.distance is None
+
+
+def test_the_target_of_eq8_is_dense_attention():
+    q, k, v = (torch.randn(2, h, 6, 8, dtype=torch.float64) for h in (4, 2, 2))
+    core = TargetCore()
+    out = core(q, k, v, Visible(0.3))
+    repeated = [x.repeat_interleave(2, 1) for x in (k, v)]
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, *repeated, is_causal=True, scale=0.3))
+    assert core.out is out
+
+
+def test_a_trained_basis_changes_no_score_before_topk():
+    start = flashsfa.FeatureBasis.identity(2, 8)
+    trained = TrainedBasis(start)
+    with torch.no_grad():
+        trained.key += 0.1 * torch.randn_like(trained.key)
+    q, k = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)
+    basis = trained()
+    scores = basis.transform_query(q) @ basis.transform_key(k).repeat_interleave(2, 1).mT
+    torch.testing.assert_close(scores, q @ k.repeat_interleave(2, 1).mT, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_each_layer_reports_its_distance_once(checkpointing):
+    model = flashsfa.enable(transformers.Qwen3ForCausalLM(transformers.Qwen3Config(vocab_size=VOCABULARY, **QWEN3)), 4)
+    install(model, lambda index, module: DistillCore(module.sfa))
+    model.model.layers[1].self_attn.sfa_core.target = torch.zeros(2, 4, 8, 16)
+    if checkpointing:
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    model.train()(torch.randint(0, VOCABULARY, (2, 8)), use_cache=False)
+    first, second = (layer.self_attn for layer in model.model.layers)
+    assert first.sfa_core.distance is None
+    assert second.sfa_core.distance.shape == (4,)
+    second.sfa_core.distance.sum().backward()
+    assert first.v_proj.weight.grad.abs().sum() > 0  # through the hidden states
+    assert second.q_proj.weight.grad.abs().sum() > 0
+    assert second.o_proj.weight.grad is None
+
+
+def test_distillation_brings_sparse_outputs_to_dense_ones(tmp_path, content, converted, tokens):
+    content["training"] |= {"tokens": 20 * 4 * CONTEXT, "learning_rate": 3e-3, **ONCE}
+    settings = {"weight": 10.0, "logits": 1.0, "train_basis": True, "anneal": {"share": 0.1}}
+    settings["warmup"] = {"text": str(tokens), "tokens": 64}
+    assert run(tmp_path, distill_content(content, converted, **settings), command="distill") == 0
+    rows = [row for row in result(tmp_path)["curve"] if "loss" in row]
+    for name in ("attention_distance", "divergence", "lm_loss"):
+        assert all(np.isfinite(row[name]) for row in rows)
+    for row in rows:
+        total = row["lm_loss"] + 10 * row["attention_distance"] + row["divergence"]
+        assert row["loss"] == pytest.approx(total, rel=1e-4)
+    assert rows[-1]["loss"] < rows[3]["loss"]
+    before, after = (flashsfa.FeatureBasis.load(d / BASIS_FILE) for d in (converted, tmp_path / "run" / "model"))
+    assert not torch.equal(before.key, after.key)
+    torch.testing.assert_close(after.key.mT @ after.query, before.key.mT @ before.query, rtol=1e-4, atol=1e-4)
+    model = flashsfa.from_pretrained(tmp_path / "run" / "model")
+    assert model.config.sfa["topk"] == 3
+    assert model.config.use_cache
+    ids = torch.from_numpy(np.load(tokens)[: 8 * CONTEXT].astype(np.int64)).view(8, CONTEXT).to(model.device)
+    loss = model.eval()(ids, labels=ids, use_cache=False).loss
+    assert float(loss.detach()) == pytest.approx(result(tmp_path)["validation_loss"], rel=1e-4)
+
+
+def head_outputs(model, ids):
+    """What each layer's heads give to the output projection, [layers, B, N, Hq · Dv]."""
+    seen = []
+    modules = [layer.self_attn.o_proj for layer in model.model.layers]
+    hooks = [module.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for module in modules]
+    with torch.no_grad():
+        model.eval()(ids.to(model.device), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(seen)
+
+
+def test_distillation_brings_heads_to_the_dense_model_as_it_was(tmp_path, content, converted, tokens):
+    """Dense attention of the weights that are being trained is another target, and runs away from them."""
+    sparse = flashsfa.from_pretrained(converted)
+    with torch.no_grad():
+        for layer in sparse.model.layers:
+            layer.self_attn.q_norm.weight *= 3  # attention that is not flat
+    sparse.save_pretrained(converted)
+    content["training"] |= {"tokens": 100 * 4 * CONTEXT, "learning_rate": 3e-3, "warmup": 5, "micro_batch": 4, **ONCE}
+    assert run(tmp_path, distill_content(content, converted, weight=1e4), command="distill") == 0
+    ids = torch.from_numpy(np.load(tokens)[: 8 * CONTEXT].astype(np.int64)).view(8, CONTEXT)
+    before = head_outputs(sparse, ids)
+    dense = head_outputs(flashsfa.disable(sparse), ids)
+    after = head_outputs(flashsfa.from_pretrained(tmp_path / "run" / "model"), ids)
+    assert (after - dense).norm() < 0.8 * (before - dense).norm()
+
+
+def test_distillation_without_a_loss_term_is_plain_fine_tuning(tmp_path, content, converted):
+    assert run(tmp_path, distill_content(content, converted, weight=0.0, layers=[1]), command="distill") == 0
+    rows = [row for row in result(tmp_path)["curve"] if "loss" in row]
+    assert all(row["loss"] == pytest.approx(row["lm_loss"]) for row in rows)
+
+
+def test_distillation_with_adapters(tmp_path, content, converted):
+    pytest.importorskip("peft")
+    assert run(tmp_path, distill_content(content, converted, lora={"rank": 2}), command="distill") == 0
+    model = flashsfa.from_pretrained(tmp_path / "run" / "model")
+    before = flashsfa.from_pretrained(converted)
+    changed = {
+        n for (n, a), b in zip(model.named_parameters(), before.parameters(), strict=True) if not torch.equal(a, b)
+    }
+    assert changed
+    assert all("proj" in name for name in changed)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layers": [7]}, "distill.layers: layers [7] are not sparse"),
+        ({"weight": -1}, "distill.weight must not be negative"),
+        ({"lora": {"rank": 2}, "train_basis": True}, "distill.train_basis: not together with distill.lora"),
+        (
+            {"warmup": {"text": "/nowhere.npy", "tokens": 5}},
+            "distill.warmup.text: token file /nowhere.npy does not exist",
+        ),
+    ],
+)
+def test_a_wrong_distillation_is_refused(tmp_path, content, converted, capsys, settings, message):
+    assert run(tmp_path, distill_content(content, converted, **settings), command="distill") == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_distillation_starts_from_a_converted_model(tmp_path, content, capsys):
+    assert run(tmp_path, distill_content(content, tmp_path / "nothing"), command="distill") == 2
+    assert "model: " in capsys.readouterr().err
+    assert DistillTrainer.compute_loss is not RunTrainer.compute_loss

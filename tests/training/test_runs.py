@@ -1,0 +1,153 @@
+"""Whole runs of tiny models: killed, stopped, full disks, and what they learn."""
+
+import numpy as np
+import pytest
+import torch
+
+import flashsfa
+from flashsfa.training import needle, recipe
+from flashsfa.training.run import Annealing, RunDirectory, RunTrainer
+from tiny import GPT2, Coding, losses, result, run
+
+
+def test_a_run_that_was_killed_goes_on_with_the_same_losses(tmp_path, content, monkeypatch):
+    content["attention"] |= {"anneal": {"share": 0.8}, "topk_query": 16, "equalize": True}
+    content["model"]["config"]["resid_pdrop"] = 0.1  # random numbers go on too
+    assert run(tmp_path, content, name="whole") == 0
+    step = RunTrainer.training_step
+
+    def killed(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(RunTrainer, "training_step", killed)
+    assert run(tmp_path, content) == 130
+    assert sorted(p.name for p in (tmp_path / "run").iterdir() if "runs" not in p.name) == [
+        "checkpoint-2",
+        "recipe.yaml",
+    ]
+    monkeypatch.undo()
+    (tmp_path / "run" / ".partial" / "checkpoint-3").mkdir(parents=True)  # what a kill in the middle of saving leaves
+    assert run(tmp_path, content) == 0
+    assert losses(tmp_path) == losses(tmp_path, "whole")
+    assert result(tmp_path)["seconds_per_step"] > 0
+    assert len(losses(tmp_path)) == 5
+    assert result(tmp_path)["perplexity"] == result(tmp_path, "whole")["perplexity"]
+    weights = [flashsfa.from_pretrained(tmp_path / name / "model").state_dict() for name in ("whole", "run")]
+    assert all(torch.equal(a, b) for a, b in zip(*(w.values() for w in weights), strict=True))
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_a_run_killed_after_its_last_step_is_finished(tmp_path, content, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flashsfa.training.pretrain.save", killed)
+    assert run(tmp_path, content) == 130
+    assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-5"]
+    monkeypatch.undo()
+    assert run(tmp_path, content) == 0
+    assert len(losses(tmp_path)) == 5
+
+
+def test_a_directory_holds_one_run(tmp_path, content, capsys):
+    assert run(tmp_path, content) == 0
+    before = sorted((p.name, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*"))
+    assert run(tmp_path, content) == 2
+    assert "holds a finished run" in capsys.readouterr().err
+    (tmp_path / "run" / "result.json").rename(tmp_path / "result.json")
+    assert run(tmp_path, content, "--set", "training.seed=1") == 2
+    assert "another recipe (training.seed differ)" in capsys.readouterr().err
+    (tmp_path / "result.json").rename(tmp_path / "run" / "result.json")
+    assert sorted((p.name, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*")) == before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    assert run(tmp_path, content, name="other") == 2
+    assert "holds no run" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved(tmp_path, content, capsys, monkeypatch):
+    step = RunTrainer.training_step
+
+    def poisoned(self, *args, **kwargs):
+        loss = step(self, *args, **kwargs)
+        return loss * torch.nan if self.state.global_step == 3 else loss
+
+    monkeypatch.setattr(RunTrainer, "training_step", poisoned)
+    content["training"]["log_every"] = 100
+    assert run(tmp_path, content) == 2
+    assert (
+        f"loss is nan at step 4; the last good checkpoint is {tmp_path / 'run' / 'checkpoint-2'}"
+        in capsys.readouterr().err
+    )
+    assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_a_full_disk_loses_no_checkpoint(tmp_path, content, capsys, monkeypatch):
+    save = RunTrainer._save_optimizer_and_scheduler
+
+    def full(self, directory):
+        if self.state.global_step == 4:
+            raise OSError(28, "No space left on device")
+        return save(self, directory)
+
+    monkeypatch.setattr(RunTrainer, "_save_optimizer_and_scheduler", full)
+    assert run(tmp_path, content) == 2
+    assert "checkpoint of step 4 could not be written" in capsys.readouterr().err
+    assert sorted(p.name for p in (tmp_path / "run").glob("*check*")) == ["checkpoint-2"]
+    assert not (tmp_path / "run" / ".partial").exists()
+    monkeypatch.undo()
+    assert run(tmp_path, content) == 0
+
+
+def test_a_result_that_cannot_be_written_loses_no_checkpoint(tmp_path, content, capsys, monkeypatch):
+    def full(self, result):
+        raise RuntimeError("No space left on device")  # safetensors' error is no OSError
+
+    monkeypatch.setattr(RunDirectory, "close", full)
+    assert run(tmp_path, content) == 2
+    assert (
+        f"result could not be written: No space left on device; the last good checkpoint is {tmp_path / 'run' / 'checkpoint-5'}"
+        in capsys.readouterr().err
+    )
+    monkeypatch.undo()
+    assert run(tmp_path, content) == 0
+    assert run(tmp_path, content, name="whole") == 0
+    assert result(tmp_path)["validation_loss"] == result(tmp_path, "whole")["validation_loss"]
+
+
+def test_tensorboard_shows_the_losses(tmp_path, content):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert run(tmp_path, content) == 0
+    shown = events.EventAccumulator(str(next((tmp_path / "run").rglob("events.out.*")).parent)).Reload()
+    np.testing.assert_allclose([x.value for x in shown.Scalars("train/loss")], losses(tmp_path), rtol=1e-3)
+
+
+def test_gradient_checkpointing_and_micro_batches_change_no_loss(tmp_path, content):
+    assert run(tmp_path, content, name="plain") == 0
+    assert run(tmp_path, content, "--set", "training.checkpointing=true", "--set", "training.micro_batch=4") == 0
+    np.testing.assert_allclose(losses(tmp_path), losses(tmp_path, "plain"), rtol=1e-5)
+
+
+@pytest.mark.parametrize("attention", [{"kind": "dense"}, {"kind": "sfa", "topk": 4}], ids=["dense", "sfa"])
+def test_needles_are_learned_with_and_without_sparse_features(tmp_path, content, attention):
+    content["attention"] = attention
+    content["data"] = {"train": "needle", "validation": "needle", "context": 8, "validation_windows": 4}
+    content["model"]["config"] = GPT2
+    content["training"] |= {"tokens": 120 * 32 * 8, "batch": 32, "micro_batch": 32, "warmup": 10, "learning_rate": 2e-2}
+    content["training"] |= {"log_every": 40, "evaluate_every": 1000, "save_every": 1000}
+    assert run(tmp_path, content) == 0
+    assert result(tmp_path)["needle"]["8"] > 0.9
+    assert losses(tmp_path)[0] == pytest.approx(np.log(needle.VOCABULARY), rel=0.1)
+
+
+def test_annealing_halves_the_budget_down_to_its_own():
+    codings = [Coding(), Coding()]
+    codings[1].topk_query = 8
+    annealing = Annealing(codings, 14, recipe.Anneal(share=0.5), steps=12)
+    seen = []
+    for step in range(12):
+        annealing.on_step_begin(None, type("State", (), {"global_step": step}), None)
+        seen.append((codings[0].topk, codings[0].topk_query, codings[1].topk_query))
+    assert seen == [(14, None, 14)] * 3 + [(7, None, 8)] * 3 + [(3, None, 8)] * 6
