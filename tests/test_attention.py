@@ -13,7 +13,7 @@ from attention_cases import assert_error_rule, inputs, outputs_and_gradients
 from flashsfa import FeatureCodes, topk_codes
 from flashsfa import sparse_feature_attention as attention
 from flashsfa import sparse_feature_attention_varlen as attention_varlen
-from flashsfa.mask import AttentionMask
+from flashsfa.mask import Mask
 from flashsfa.ops.prefill import fused as dense
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -42,7 +42,7 @@ MASKS = {
 def test_mask_is_its_written_definition(n_q, n_k, mask, device):
     """The mask that the other tests take for the truth, pair by pair."""
     is_causal, window = MASKS[mask].get("is_causal", False), MASKS[mask].get("window", math.inf)
-    visible = AttentionMask(**MASKS[mask], key_padding_mask=padding(n_k)).to_bool(n_q, n_k, device)
+    visible = Mask(**MASKS[mask], key_padding_mask=padding(n_k)).to_bool(n_q, n_k, device)
     for i in range(n_q):
         p = i + n_k - n_q
         seen = [(not is_causal or j <= p) and abs(p - j) < window for j in range(n_k)]
@@ -57,7 +57,7 @@ def test_mask_is_its_written_definition(n_q, n_k, mask, device):
 def test_masks(n_q, n_k, mask, padded, dtype):
     visible = MASKS[mask] | ({"key_padding_mask": padding(n_k)} if padded else {})
     out, lse, *grads = assert_error_rule(*inputs(n_q, n_k, dtype=dtype), topk=6, **visible)
-    unseen = ~AttentionMask(**visible).to_bool(n_q, n_k, out.device).any(-1).expand(out.shape[:-1])
+    unseen = ~Mask(**visible).to_bool(n_q, n_k, out.device).any(-1).expand(out.shape[:-1])
     assert (out[unseen] == 0).all()
     assert lse[unseen].isneginf().all()
     assert (grads[0][unseen] == 0).all()

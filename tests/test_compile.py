@@ -4,7 +4,11 @@ import pytest
 import torch
 
 from flashsfa import sparse_feature_attention, sparse_feature_attention_varlen, topk_codes
+from flashsfa.budget import FeatureBudget
 from flashsfa.codes import all_dense_codes
+from flashsfa.mask import Mask
+from flashsfa.ops.prefill import operator
+from flashsfa.scores import ScoreRules
 
 
 def heads_of(n, heads=2, **options):
@@ -55,32 +59,50 @@ def test_compiled_equals_eager(name):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("dense_dims", [0, 3])
-def test_opcheck_topk_codes(dense_dims, dtype):
+def test_opcheck_topk(dense_dims, dtype):
     x = heads_of(5, dtype=dtype, requires_grad=True).transpose(1, 2)
-    torch.library.opcheck(torch.ops.flashsfa.topk_codes.default, (x, 4, dense_dims))
+    torch.library.opcheck(torch.ops.flashsfa.topk.default, (x, 4, dense_dims))
 
 
+BUDGETS = [(4, 4, None), (16, 4, None), (4, 16, None), (6, 4, "2:4")]
+BACKENDS = [("dense", False), ("auto", True), ("auto", False)]  # and with "all" gradients a cap and sinks
+MASKS = [(True, None, False), (False, 3, False), (False, None, True)]
+DTYPES = [torch.bfloat16, torch.float32]
+
+
+# Every budget with every backend; masks and dtypes go round, so that any two of the four meet.
 @pytest.mark.parametrize(
-    ("is_causal", "window", "padded"), [(True, None, False), (False, 3, False), (False, None, True)]
+    ("budget", "backend", "mask", "dtype"),
+    [
+        (budget, backend, MASKS[(i + j) % 3], DTYPES[(i + j) % 2])
+        for i, budget in enumerate(BUDGETS)
+        for j, backend in enumerate(BACKENDS)
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize(("backend", "of_all"), [("dense", False), ("dense", True), ("reference", False)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize(("topk_query", "topk", "pattern"), [(4, 4, None), (16, 4, None), (4, 16, None), (6, 4, "2:4")])
-def test_opcheck_attention(is_causal, window, padded, backend, of_all, dtype, topk_query, topk, pattern):
+def test_opcheck_attention(budget, backend, mask, dtype):
     """Kept codes, and rows that stay as they are on either side; the backward operator over what the forward hands out."""
+    (topk_query, topk, pattern), (backend, of_all), (is_causal, window, padded) = budget, backend, mask
     tensors = [
         x.requires_grad_() for x in (heads_of(5, 4, dtype=dtype), heads_of(7, dtype=dtype), heads_of(7, dtype=dtype))
     ]
     padding = torch.arange(7).expand(2, 7) > 4 if padded else None
-    settings = (0.25, is_causal, window, padding, None, None, 0, 0, of_all, backend)
+    budget = FeatureBudget(16, topk, topk_query, 4, pattern)
+    scores = ScoreRules(0.25, softcap=2.0 if of_all else None, sinks=torch.randn(4) if of_all else None)
+
+    def flat(keep):
+        return operator._flatten(
+            operator._Call(budget, Mask(is_causal, window, padding), scores, keep, of_all, backend)
+        )
+
     op, backward = (getattr(torch.ops.flashsfa, x).default for x in ("attention", "attention_backward"))
-    torch.library.opcheck(op, (*tensors, topk_query, topk, 4, pattern, True, *settings))
+    torch.library.opcheck(op, (*tensors, *flat(True)))
     q, k, v = (x.detach() for x in tensors)
-    torch.library.opcheck(op, (q, k, v, topk_query, topk, 4, pattern, False, *settings))
-    out, lse, *_ = op(q, k, v, topk_query, topk, 4, pattern, True, *settings)
+    torch.library.opcheck(op, (q, k, v, *flat(False)))
+    out, lse, *_ = op(q, k, v, *flat(True))
     codes = [
-        all_dense_codes(x) if budget == 16 else topk_codes(x, budget, dense_dims=4, pattern=rule)
-        for x, budget, rule in ((q, topk_query, pattern), (k, topk, None))
+        all_dense_codes(x) if kept == 16 else topk_codes(x, kept, dense_dims=4, pattern=rule)
+        for x, kept, rule in ((q, topk_query, pattern), (k, topk, None))
     ]
     parts = [part for code in codes for part in (code.dense, code.values, code.indices)]
-    torch.library.opcheck(backward, (torch.randn_like(out), *parts, v, out, lse, 16, *settings))
+    torch.library.opcheck(backward, (torch.randn_like(out), *parts, v, out, lse, *flat(True)))

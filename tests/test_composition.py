@@ -196,7 +196,7 @@ def test_autocast_does_not_reach_plain_pytorch(device):
     cache.append([sequence], k, v)
 
     def results():
-        yield decode(q, cache.codes, cache.v, **cache.lookup([sequence]))
+        yield decode(q, cache.view([sequence]))
         yield decode(q.half(), topk_codes(k.half(), 3), v.half())
         for backend in ("auto", "reference"):
             leaves = [x.clone().requires_grad_() for x in (q, k, v)]

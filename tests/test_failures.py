@@ -55,7 +55,7 @@ def state_of(cache):
     held = [cache.free_pages, cache.nbytes, *(cache.length(s) for s in range(3))]
     if cache.nbytes:
         for s in range(3):
-            (pages,) = cache.lookup([s])["page_table"].long()
+            (pages,) = cache.view([s]).page_table.long()
             for pool in (cache.codes.dense, cache.codes.values, cache.codes.indices, cache.v):
                 held.append(pool[pages].transpose(0, 1).flatten(1, 2)[:, : cache.length(s)].clone())
     return held

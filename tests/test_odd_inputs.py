@@ -12,7 +12,7 @@ from flashsfa import FeatureCodes, PagedSparseKVCache, SparseFeatureAttention, S
 from flashsfa import sparse_feature_attention as attention
 from flashsfa import sparse_feature_attention_varlen as attention_varlen
 from flashsfa import sparse_feature_decode as decode
-from flashsfa.mask import AttentionMask
+from flashsfa.mask import Mask
 
 HUGE = [sys.maxsize, 2**63, 2**31 - 1, 2**31]
 PADDING = torch.tensor([[True, False, False, True, False, False, False, True, True]] * 2, device="cpu")
@@ -54,8 +54,8 @@ def test_a_window_of_any_size_hides_nothing(window, causal, n_q):
         torch.testing.assert_close(attend(window, backend)(q, k, v), attend(None)(q, k, v))
     for found, expected in zip(gradients(attend(window), q, k, v), gradients(attend(None), q, k, v), strict=True):
         torch.testing.assert_close(found, expected)
-    truth, _ = reference.sparse_feature_attention(q, k, v, topk=4, mask=AttentionMask(is_causal=causal))
-    found, _ = reference.sparse_feature_attention(q, k, v, topk=4, mask=AttentionMask(causal, window))
+    truth, _ = reference.sparse_feature_attention(q, k, v, topk=4, mask=Mask(is_causal=causal))
+    found, _ = reference.sparse_feature_attention(q, k, v, topk=4, mask=Mask(causal, window))
     torch.testing.assert_close(found, truth)
 
 
@@ -104,7 +104,7 @@ def test_scales_of_any_sign(scale, mask, dtype, d, device):
 def test_scales_of_any_sign_in_decode(scale, dtype):
     q, k, v = inputs(3, 9, heads=(4, 2), dtype=dtype)
     wide = [x.double() for x in (q, topk_codes(k, 4).to_dense(), v)]
-    truth, _ = reference.attention(*wide, mask=AttentionMask(is_causal=True), scale=scale)
+    truth, _ = reference.attention(*wide, mask=Mask(is_causal=True), scale=scale)
     found = decode(q, topk_codes(k, 4), v, topk_query=32, scale=scale)
     torch.testing.assert_close(found.double(), truth, rtol=0, atol=16 * torch.finfo(dtype).eps)
 
@@ -131,7 +131,7 @@ def test_nan_is_seen_wherever_the_reference_sees_it(side, mask, dtype, n, device
     if "key_padding_mask" in options and n > 9:
         options["key_padding_mask"] = torch.arange(n, device=device).expand(2, n) % 5 == 4
     out, lse = attention(q, k, v, topk=64, return_lse=True, **options)
-    mask = AttentionMask(**options)
+    mask = Mask(**options)
     truth, truth_lse = reference.attention(*(x.double() for x in (q, k, v)), mask=mask)
     if side == "overflow":  # which other rows overflow depends on the order of sums
         assert out[0, 1, 3].isnan().all()

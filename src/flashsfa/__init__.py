@@ -15,7 +15,7 @@ from .checks import checked
 from .codes import FeatureCodes, topk_codes
 from .decode import sparse_feature_decode
 from .nn import SparseFeatureAttention
-from .ops.plan import explain
+from .ops.record import explain
 
 __version__ = "0.1.0"
 

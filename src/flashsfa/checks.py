@@ -115,22 +115,6 @@ def require_choice(name: str, value: Any, choices: tuple[str | None, ...]) -> No
         raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}")
 
 
-def checked_scale(scale: float | None, head_dim: int) -> float:
-    """`scale` as a float, 1/sqrt(head_dim) for None. Raises for a tensor, which would get no gradient, and NaN or infinity."""
-    if scale is None:
-        return 1 / math.sqrt(head_dim)
-    require_number("scale", scale, "it gets no gradient, so multiply q by a learned scale and pass scale=1.0")
-    return float(scale)
-
-
-def checked_window(window: int | None) -> int | None:
-    """`window`, at least 1, cut to the length that no sequence has: sums with larger ones would wrap around."""
-    if window is None:
-        return None
-    require_int("window", window, 1)
-    return min(window, MOST_TOKENS)
-
-
 def require_tolerance(value_tolerance: float) -> None:
     """0 <= value_tolerance < 1."""
     require_number("value_tolerance", value_tolerance)
@@ -160,41 +144,6 @@ def require_alike(**tensors: Tensor) -> None:
             raise TypeError(f"{name} is {x.dtype} but {first_name} is {first.dtype}; cast them to one dtype")
         if x.device != first.device:
             raise ValueError(f"{name} is on {x.device} but {first_name} is on {first.device}; move them together")
-
-
-def require_budget(topk: int, head_dim: int, dense_dims: int, pattern: str | None = None) -> None:
-    """`topk` features can be kept of the `head_dim - dense_dims` sparse ones, in `pattern` None or "2:4"."""
-    require_int("topk", topk)
-    require_int("dense_dims", dense_dims)
-    require(1 <= head_dim <= 256, lambda: f"head_dim must be 1 to 256 (indices are uint8), got {head_dim}")
-    require(
-        0 <= dense_dims < head_dim,
-        lambda: f"dense_dims must be 0 to head_dim - 1 = {head_dim - 1}, got {dense_dims}",
-    )
-    sparse_dims = head_dim - dense_dims
-    require(
-        1 <= topk <= sparse_dims,
-        lambda: f"topk must be 1 to {sparse_dims} (head_dim {head_dim} less dense_dims {dense_dims}), got {topk}",
-    )
-    if pattern is None:
-        return
-    require(pattern == "2:4", lambda: f"the pattern must be '2:4' or None, got {pattern!r}")
-    require(
-        sparse_dims % 4 == 0 and 2 * topk <= sparse_dims,
-        lambda: (
-            f"a 2:4 pattern keeps at most half of a sparse part of whole groups of four; got topk {topk} of {sparse_dims} "
-            f"(head_dim {head_dim} less dense_dims {dense_dims})"
-        ),
-    )
-
-
-def query_budget(topk_query: int | None, topk: int, head_dim: int, dense_dims: int, pattern: str | None = None) -> int:
-    """`topk_query`, checked as a budget of queries: None for `topk`, head_dim for dense ones where there is no pattern."""
-    budget = topk if topk_query is None else topk_query
-    require_int("topk_query", budget)
-    if budget != head_dim or pattern is not None:
-        require_budget(budget, head_dim, dense_dims, pattern)
-    return budget
 
 
 def require_padding(mask: Tensor, batch: int, n_k: int, device: torch.device) -> None:

@@ -7,6 +7,7 @@ operator, the kernels and the cache speak (paper section 3.1; the dense channel 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import EllipsisType
 from typing import Any
@@ -14,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import may_look, query_budget, refuse_transforms, require, require_budget, require_float
+from .budget import FeatureBudget, require_budget
+from .checks import may_look, refuse_transforms, require, require_float
 from .ops.select.operators import prune_24_op, scatter_op, topk_op
 
 
@@ -121,6 +123,14 @@ class FeatureCodes:
             return self.dense
         return scatter_op(self.dense, self.values, self.indices, self.head_dim)
 
+    def map(self, change: Callable[..., Tensor], *others: FeatureCodes) -> FeatureCodes:
+        """The codes with each tensor changed alike, in leading dimensions or device, together with its like of `others`."""
+        dense, values, indices = (
+            change(*(getattr(x, name) for x in (self, *others))) for name in ("dense", "values", "indices")
+        )
+        scale = None if self.scale is None else change(self.scale, *(x.scale for x in others))
+        return FeatureCodes(dense, values, indices, self.head_dim, scale)
+
     def __getitem__(self, index: Any) -> FeatureCodes:
         """Index the leading dimensions, as `x[index]` does for a tensor; the code's own dimension stays whole."""
         index = index if isinstance(index, tuple) else (index,)
@@ -214,16 +224,8 @@ def all_dense_codes(x: Tensor) -> FeatureCodes:
     return FeatureCodes(x, x.new_empty(nothing), x.new_empty(nothing, dtype=torch.uint8), x.shape[-1])
 
 
-def code_queries(
-    q: Tensor, topk: int, topk_query: int | None, dense_dims: int, pattern: str | None = None
-) -> FeatureCodes:
-    """Code q [..., D] by the rule of `topk_query`: None means `topk`, D means dense queries (without a pattern)."""
-    budget = query_budget(topk_query, topk, q.shape[-1], dense_dims, pattern)
-    if keeps_all(q, budget, pattern):
+def code_queries(q: Tensor, budget: FeatureBudget) -> FeatureCodes:
+    """The codes of queries q [..., D]."""
+    if budget.keeps_queries:
         return all_dense_codes(q)
-    return topk_codes(q, budget, dense_dims=dense_dims, pattern=pattern)
-
-
-def keeps_all(x: Tensor, topk: int, pattern: str | None = None) -> bool:
-    """Whether a budget leaves x [..., D] as it is: D without a pattern, whatever the dense channel."""
-    return topk == x.shape[-1] and pattern is None
+    return topk_codes(q, budget.topk_query, dense_dims=budget.dense_dims, pattern=budget.query_pattern)

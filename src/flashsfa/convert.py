@@ -196,7 +196,7 @@ def _attention_times(
         q, k, v = (torch.randn(1, h, n, head_dim, device=model.device) for h in (heads, kv_heads, kv_heads))
         newest = q[:, :, -1:]
         cache = SparseKVCache(settings.topk, dense_dims=settings.dense_dims, capacity=n, dtype=kept_dtype)
-        codes, values = cache.append(k, v)
+        kv = cache.append(k, v)
 
         def dense(queries: torch.Tensor, is_causal: bool) -> float:
             sdpa = F.scaled_dot_product_attention
@@ -206,11 +206,7 @@ def _attention_times(
             return sparse_feature_attention(q, k, v, is_causal=True, **budgets)
 
         times = {"context": n, "decode_dense": dense(newest, False)}
-        times["decode_sfa"] = _median_ms(
-            lambda: sparse_feature_decode(
-                newest, codes, values, topk_query=budgets["topk_query"], v_scale=cache.v_scale
-            )
-        )
+        times["decode_sfa"] = _median_ms(lambda: sparse_feature_decode(newest, kv, topk_query=budgets["topk_query"]))
         if n <= _LONGEST_PREFILL:
             times |= {"prefill_dense": dense(q, True), "prefill_sfa": _median_ms(prefill)}
         step()

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import sparse_feature_attention
+from . import reference
+from .budget import FeatureBudget
 from .checks import (
-    checked_scale,
-    checked_window,
-    has_values,
     may_look,
-    query_budget,
     refuse_transforms,
     require,
-    require_alike,
     require_float,
     require_no_gradient,
     require_padding,
@@ -26,23 +22,63 @@ from .checks import (
     require_tensor,
     require_tolerance,
 )
-from .codes import FeatureCodes, topk_codes
+from .codes import FeatureCodes, code_queries
 from .contexts import without_autocast
-from .ops import plan
-from .ops.decode import plain as decode_torch
-from .ops.decode.plain import DecodeRules
-from .ops.prefill.fused import lse_dtype
+from .mask import Mask, checked_window
+from .ops.decode import plain
+from .ops.plan import plan_decode
+from .ops.prefill import operator
+from .scores import ScoreRules
+from .stored import KVView
+
+FEW_QUERIES = 16  # up to here codes are read as they are; more queries repay scattering the keys' codes to rows once
 
 
+class DecodeOptions(TypedDict, total=False):
+    """Keywords of `sparse_feature_decode` beside `return_lse`."""
+
+    kv_lens: Tensor | None
+    topk_query: int | str | None
+    query_pattern: str | None
+    scale: float | None
+    softcap: float | None
+    sinks: Tensor | None
+    window: int | None
+    key_padding_mask: Tensor | None
+    page_table: Tensor | None
+    v_scale: Tensor | None
+    value_tolerance: float
+
+
+@overload
 def sparse_feature_decode(
     q: Tensor,
-    codes: FeatureCodes,
-    v: Tensor,
+    codes: FeatureCodes | KVView,
+    v: Tensor | None = ...,
+    *,
+    return_lse: Literal[False] = ...,
+    **options: Unpack[DecodeOptions],
+) -> Tensor: ...
+@overload
+def sparse_feature_decode(
+    q: Tensor,
+    codes: FeatureCodes | KVView,
+    v: Tensor | None = ...,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[DecodeOptions],
+) -> tuple[Tensor, Tensor]: ...
+def sparse_feature_decode(
+    q: Tensor,
+    codes: FeatureCodes | KVView,
+    v: Tensor | None = None,
     *,
     kv_lens: Tensor | None = None,
-    topk_query: int | None = None,
+    topk_query: int | str | None = None,
     query_pattern: str | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     window: int | None = None,
     key_padding_mask: Tensor | None = None,
     page_table: Tensor | None = None,
@@ -57,13 +93,14 @@ def sparse_feature_decode(
 
     Args:
         q: [B, Hq, M, D] queries of the newest M tokens; the last one stands at the last key.
-        codes: key codes [B, Hkv, N, ...], as `SparseKVCache` holds them.
+        codes: key codes [B, Hkv, N, ...]; or what a cache's `append` returned, which holds v, v_scale, kv_lens and page_table too.
         v: [B, Hkv, N, Dv].
         kv_lens: [B] integer number of valid keys of each sequence, at most N; N for all when None. Lengths on a GPU
             are looked at in checked mode only; a longer one counts as N.
-        topk_query: kept features of a query: None for the codes' topk, D for dense queries.
+        topk_query: kept features of a query: None for the codes' topk, "dense" (or D) for dense queries.
         query_pattern: as in `sparse_feature_attention`, for queries like those of a prompt read with it.
         scale: 1/sqrt(D) by default.
+        softcap, sinks: as in `sparse_feature_attention`.
         window: see only the `window` most recent keys.
         key_padding_mask: [B, N] bool, True where a key is padding.
         page_table: [B, max_pages] int32. Codes and v are then pools of pages [P, Hkv, page_size, ...], page_size a
@@ -72,7 +109,7 @@ def sparse_feature_decode(
             sequence's length are not read.
         v_scale: [B, Hkv, N] float32 factor of each row of v, where v is int8. The codes may be 8-bit
             with their own scale (`FeatureCodes.quantize`) then.
-        value_tolerance: leave out V rows that carry at most this share of each query's weight, 0 <= τ < 1. The
+        value_tolerance: leave out V rows that carry at most this share of each query's weight over the keys, 0 <= τ < 1. The
             output moves by at most 2·τ·max‖v‖. 0 is exact.
         return_lse: also return the log-sum-exp of each query's scores.
 
@@ -83,134 +120,107 @@ def sparse_feature_decode(
         TypeError, ValueError: inputs that do not fit, before anything is computed.
         NotImplementedError: inside a torch.func transform or forward-mode differentiation.
     """
-    window = checked_window(window)
-    _check(q, codes, v, DecodeRules(kv_lens, window, key_padding_mask, page_table), v_scale, value_tolerance)
-    require_no_gradient(q, codes.values, codes.dense, v)
+    if isinstance(codes, KVView):
+        require(
+            v is None and v_scale is None and kv_lens is None and page_table is None,
+            "what append returned holds v, v_scale, kv_lens and page_table: leave them out, or pass codes",
+        )
+        kv = codes
+    else:
+        require(
+            isinstance(codes, FeatureCodes),
+            lambda: f"codes must be FeatureCodes or what append returned, got {type(codes).__name__}; see topk_codes",
+        )
+        require_tensor("v", v)
+        kv = KVView(codes, v, v_scale, kv_lens, page_table)  # type: ignore[arg-type]
+    mask = Mask(True, checked_window(window), key_padding_mask, kv_lens=kv.kv_lens)
+    _check(q, kv, mask, value_tolerance)
+    require_no_gradient(q, kv.codes.values, kv.codes.dense, kv.v)
     refuse_transforms(
-        "sparse_feature_decode", "use sparse_feature_attention with backend='reference'", q, codes.values, v
+        "sparse_feature_decode", "use sparse_feature_attention with backend='reference'", q, kv.codes.values, kv.v
     )
-    kv_lens = None if kv_lens is None else kv_lens.to(q.device)
-    rules = DecodeRules(kv_lens, window, key_padding_mask, page_table)
-    scale = checked_scale(scale, q.shape[-1])
-    head_dim, dense_dims = q.shape[-1], codes.dense_dims
-    topk_query = query_budget(topk_query, codes.topk, head_dim, dense_dims, query_pattern)
-    if query_pattern is not None:  # the kernels know no pattern: they take the pruned rows as dense queries
-        q = topk_codes(q, topk_query, dense_dims=dense_dims, pattern=query_pattern).to_dense()
-        topk_query = head_dim
-    if 0 in (*q.shape, v.shape[2], *(() if page_table is None else page_table.shape)):
-        out = q.new_zeros((*q.shape[:3], v.shape[-1]))
-        lse = torch.full(q.shape[:3], -math.inf, dtype=lse_dtype(q.dtype), device=q.device)
-        return (out, lse) if return_lse else out
-    kept = None if topk_query == head_dim else topk_query
-    run = _backend(q, rules)
-    with without_autocast(q.device):
-        out, lse = run(q, codes, v, rules, scale, value_tolerance, topk_query=kept, v_scale=v_scale)
+    scores = ScoreRules.of(q, scale, softcap, sinks)
+    budget = FeatureBudget.of(
+        q.shape[-1], kv.codes.topk, topk_query=topk_query, dense_dims=kv.codes.dense_dims, query_pattern=query_pattern
+    )
+    out, lse = _decode(q, kv, budget, mask, scores, value_tolerance)
     return (out, lse) if return_lse else out
 
 
-FEW_QUERIES = 16  # up to here codes are read as they are; more queries repay spreading the keys out once
-
-
 def attend_cached(
-    q: Tensor,
-    codes: FeatureCodes,
-    v: Tensor,
-    *,
-    topk_query: int | None = None,
-    query_pattern: str | None = None,
-    scale: float | None = None,
-    window: int | None = None,
-    key_padding_mask: Tensor | None = None,
-    v_scale: Tensor | None = None,
-    value_tolerance: float = 0.0,
+    q: Tensor, kv: KVView, budget: FeatureBudget, mask: Mask, scores: ScoreRules, value_tolerance: float = 0.0
 ) -> Tensor:
-    """The newest tokens' q [B, Hq, M, D] over all cached codes and v: decode for few queries, prefill for many.
+    """The newest tokens' q [B, Hq, M, D] over all that a cache holds: decode for few queries, prefill for many. `mask` is causal and
+    has the view's lengths.
 
     `value_tolerance` is a saving of decode; prefill is exact. No gradients: refused where one is asked for.
     """
-    out: Any
-    queries: dict[str, Any] = {"topk_query": topk_query, "query_pattern": query_pattern}
+    _check(q, kv, mask, value_tolerance)
+    require_no_gradient(q, kv.codes.values, kv.v)
     if q.shape[2] <= FEW_QUERIES:
-        out = sparse_feature_decode(
-            q, codes, v, **queries, scale=scale, window=window, key_padding_mask=key_padding_mask, v_scale=v_scale,
-            value_tolerance=value_tolerance,
-        )  # fmt: skip
-    else:
-        require_tolerance(value_tolerance)
-        require_no_gradient(q, codes.values, v)
-        codes = codes if codes.scale is None else codes.to(q.dtype)
-        v = v if v_scale is None else (v.float() * v_scale[..., None]).to(q.dtype)
-        out = sparse_feature_attention(
-            q, codes, v, **queries, scale=scale, window=window, key_padding_mask=key_padding_mask, is_causal=True
-        )  # fmt: skip
-    return out
+        return _decode(q, kv, budget, mask, scores, value_tolerance)[0]
+    kv = kv.widened(q.dtype)
+    if mask.kv_lens is None:
+        return operator.attend(
+            q, kv.codes.to_dense(), kv.v, budget.with_keys_kept(), mask, scores, gradient_of_all=False, backend="auto"
+        )[0]  # fmt: skip
+    # a chunk of a prompt in a compiled model, where the host does not know the number of keys
+    q, k = code_queries(q, budget).to_dense(), kv.codes.to_dense()
+    if scores.softcap is not None or scores.sinks is not None:
+        return reference.attend(q, k, kv.v, mask, scores)[0]
+    visible = mask.to_bool(q.shape[2], k.shape[2], q.device)
+    return F.scaled_dot_product_attention(q, k, kv.v, visible, scale=scores.scale, enable_gqa=True)
 
 
-def _backend(q: Tensor, rules: DecodeRules) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The `decode` function for these tensors, recorded for `explain()`."""
-    run, name, reason = _fused(q, rules)
-    if not torch.compiler.is_compiling():
-        plan.record("decode", name, reason, fallback=name == "torch")
-    return run
+def _decode(
+    q: Tensor, kv: KVView, budget: FeatureBudget, mask: Mask, scores: ScoreRules, value_tolerance: float
+) -> tuple[Tensor, Tensor]:
+    """out [B, Hq, M, Dv] and lse [B, Hq, M] of checked inputs."""
+    if mask.kv_lens is not None and mask.kv_lens.device != q.device:
+        mask = mask.with_lengths(mask.kv_lens.to(q.device))
+    if budget.query_pattern is not None:  # the kernels know no pattern: they take the pruned rows as dense queries
+        q, budget = code_queries(q, budget).to_dense(), budget.with_queries_kept()
+    if 0 in (*q.shape, kv.n):
+        out = q.new_zeros((*q.shape[:3], kv.v.shape[-1]))
+        lse = torch.full(q.shape[:3], -math.inf, dtype=operator.lse_dtype(q.dtype), device=q.device)
+        return scores.with_sinks(out, lse)
+    run: Any = plain
+    backend = plan_decode(q, kv).backend
+    if backend == "triton":
+        from .ops.decode.triton import decode as run
+    elif backend == "numba":
+        from .ops.decode import cpu as run
+    with without_autocast(q.device):
+        topk_query = None if budget.keeps_queries else budget.topk_query
+        return scores.with_sinks(*run.decode(q, kv, mask, scores, value_tolerance, topk_query))
 
 
-def _fused(q: Tensor, rules: DecodeRules) -> tuple[Callable[..., tuple[Tensor, Tensor]], str, str]:
-    """The fastest `decode`, its name and the reason."""
-    plain = decode_torch.decode, "torch"
-    if not torch.compiler.is_compiling() and not has_values(q):
-        return *plain, "the tensors hold no values"
-    if q.device.type == "cuda":
-        try:
-            from .ops.decode.triton import decode as decode_triton
-        except ImportError:
-            return *plain, "the fused kernels need Triton"
-        if q.dtype in decode_triton.DTYPES:
-            return decode_triton.decode, "triton", "kernels over codes, split over the keys"
-        return *plain, f"the fused kernels take no {q.dtype}"
-    if q.device.type != "cpu":
-        return *plain, f"no fused kernels on {q.device.type}"
-    from .ops.decode import cpu as decode_numba
-
-    if not decode_numba.is_available():
-        return *plain, "the fused CPU code needs numba: pip install 'flashsfa[cpu]'"
-    if torch.compiler.is_compiling():
-        return *plain, "the fused CPU code cannot be traced by torch.compile"
-    if rules.page_table is not None:
-        return *plain, "the fused CPU code reads no pages"
-    if not decode_numba.supports(q.dtype):
-        return *plain, f"the fused CPU code takes no {q.dtype}"
-    return decode_numba.decode, "numba", decode_numba.manner()
-
-
-def _check(
-    q: Tensor, codes: FeatureCodes, v: Tensor, rules: DecodeRules, v_scale: Tensor | None, value_tolerance: float
-) -> None:
-    require(
-        isinstance(codes, FeatureCodes),
-        lambda: f"codes must be FeatureCodes, got {type(codes).__name__}; see topk_codes",
-    )
-    scaled = {"q": None, "codes": codes.scale, "dense": codes.scale, "v": v_scale}
-    tensors = {"q": q, "codes": codes.values, "dense": codes.dense, "v": v}
-    for name, x in tensors.items():
-        if scaled[name] is None:
-            # past a sequence's length a buffer may hold anything, NaN too
-            require_float(name, x, may_hold_nan=name != "q" and rules.kv_lens is not None)
-        require_tensor(name, x)
+def _check(q: Tensor, kv: KVView, mask: Mask, value_tolerance: float) -> None:
+    codes, v, device = kv.codes, kv.v, q.device if isinstance(q, Tensor) else None
+    # past a sequence's length a buffer may hold anything, NaN too
+    may_hold_nan = kv.kv_lens is not None
+    require_float("q", q)
+    wanted = {"codes": (codes.values, codes.scale), "dense": (codes.dense, codes.scale), "v": (v, kv.v_scale)}
+    for name, (x, scale) in wanted.items():
+        if scale is None:
+            require_float(name, x, may_hold_nan=may_hold_nan)
+            if x.dtype != q.dtype:
+                raise TypeError(f"{name} is {x.dtype} but q is {q.dtype}; cast them to one dtype")
+        elif x.dtype != torch.int8:
+            raise TypeError(f"{name} with a scale must be int8, got {x.dtype}")
+        if x.device != device:
+            raise ValueError(f"{name} is on {x.device} but q is on {device}; move them together")
         if x.ndim != 4:
             raise ValueError(f"{name} must be [B, H, N, D], got shape {tuple(x.shape)}")
-    require_alike(**{name: x for name, x in tensors.items() if scaled[name] is None})
-    for name, x in tensors.items():
-        if x.device != q.device:
-            raise ValueError(f"{name} is on {x.device} but q is on {q.device}; move them together")
-        if scaled[name] is not None and x.dtype != torch.int8:
-            raise TypeError(f"{name} with a scale must be int8, got {x.dtype}")
+    if q.ndim != 4:
+        raise ValueError(f"q must be [B, H, N, D], got shape {tuple(q.shape)}")
+    v_scale = kv.v_scale
     if v_scale is not None:
         require_tensor("v_scale", v_scale)
-    require(
-        v_scale is None
-        or (v_scale.shape == v.shape[:3] and v_scale.dtype == torch.float32 and v_scale.device == q.device),
-        lambda: f"v_scale must be float32 [B, Hkv, N] = {tuple(v.shape[:3])} on {q.device}",
-    )
+        require(
+            v_scale.shape == v.shape[:3] and v_scale.dtype == torch.float32 and v_scale.device == device,
+            lambda: f"v_scale must be float32 [B, Hkv, N] = {tuple(v.shape[:3])} on {device}",
+        )
     require(q.shape[-1] == codes.head_dim, lambda: f"q has head_dim {q.shape[-1]}, the codes {codes.head_dim}")
     require(
         codes.values.shape[:3] == v.shape[:3],
@@ -222,11 +232,11 @@ def _check(
     )
     require_tolerance(value_tolerance)
     batch, n = q.shape[0], v.shape[2]
-    if rules.page_table is None:
+    if kv.page_table is None:
         require(v.shape[0] == batch, lambda: f"q has batch {batch}, codes and v {v.shape[0]}; they must agree")
     else:
-        n = _check_pages(batch, v, rules.page_table, rules.kv_lens)
-    padding, kv_lens = rules.key_padding_mask, rules.kv_lens
+        n = _check_pages(batch, v, kv.page_table, kv.kv_lens)
+    padding, kv_lens = mask.key_padding_mask, kv.kv_lens
     if padding is not None:
         require_padding(padding, batch, n, q.device)
     if kv_lens is not None:
@@ -244,8 +254,8 @@ def _check(
         return
     if kv_lens is None:
         codes.check_indices()
-    elif rules.page_table is not None:
-        _check_page_ids(rules.page_table, kv_lens.to(v.device), v)
+    elif kv.page_table is not None:
+        _check_page_ids(kv.page_table, kv_lens.to(v.device), v)
     else:  # past a sequence's length a buffer may hold anything
         for b, length in enumerate(kv_lens.tolist()):
             codes[b, :, :length].check_indices()

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from .attention import BACKENDS, GRADIENTS, sparse_feature_attention
+from .budget import FeatureBudget
 from .cache.contiguous import SparseKVCache
 from .checks import (
-    checked_window,
-    query_budget,
     require,
     require_bool,
-    require_budget,
     require_choice,
     require_int,
     require_no_gradient,
     require_number,
 )
 from .decode import attend_cached
+from .mask import Mask, checked_window
+from .scores import ScoreRules
 
 POSITIONS = ("channel", "full", "none")
 
@@ -51,7 +49,7 @@ class SparseFeatureAttention(nn.Module):
         num_heads: int,
         *,
         topk: int,
-        topk_query: int | None = None,
+        topk_query: int | str | None = None,
         dense_dims: int = 0,
         query_pattern: str | None = None,
         num_kv_heads: int | None = None,
@@ -78,8 +76,9 @@ class SparseFeatureAttention(nn.Module):
             num_heads % num_kv_heads == 0,
             f"num_heads {num_heads} must be a multiple of num_kv_heads {num_kv_heads}",
         )
-        require_budget(topk, head_dim, dense_dims)
-        query_budget(topk_query, topk, head_dim, dense_dims, query_pattern)
+        self.budget = FeatureBudget.of(
+            head_dim, topk, topk_query=topk_query, dense_dims=dense_dims, query_pattern=query_pattern
+        )
         require_choice("gradient", gradient, GRADIENTS)
         require_choice("backend", backend, BACKENDS)
         require_choice("positions", positions, POSITIONS)
@@ -93,7 +92,6 @@ class SparseFeatureAttention(nn.Module):
             f"positions={positions!r} turns {self.rotary_dims} features in pairs: choose an even width of at least 2 "
             "(dense_dims for 'channel'), or positions='none'",
         )
-        self.topk, self.topk_query, self.dense_dims, self.query_pattern = topk, topk_query, dense_dims, query_pattern
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.positions, self.window, self.rope_theta = positions, checked_window(window), rope_theta
         self.gradient, self.backend = gradient, backend
@@ -106,7 +104,7 @@ class SparseFeatureAttention(nn.Module):
 
     def make_cache(self, capacity: int = 256) -> SparseKVCache:
         """An empty cache for `forward`, with this module's key code."""
-        return SparseKVCache(self.topk, dense_dims=self.dense_dims, capacity=capacity)
+        return SparseKVCache(self.budget.topk, dense_dims=self.budget.dense_dims, capacity=capacity)
 
     def forward(self, x: Tensor, cache: SparseKVCache | None = None) -> Tensor:
         """x [B, N, embed_dim] to the same shape. With a cache, of `make_cache` or an 8-bit one of this module's budgets, the N
@@ -120,35 +118,31 @@ class SparseFeatureAttention(nn.Module):
             turn = rotation(positions, self.rotary_dims, self.rope_theta)
             q, k = rotate(q, *turn), rotate(k, *turn)
         q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast norms and RoPE are in float32
-        out: Any
-        rules: dict[str, Any] = {
-            "topk_query": self.topk_query,
-            "query_pattern": self.query_pattern,
-            "window": self.window,
-        }
+        budget = self.budget
         if cache is None:
             out = sparse_feature_attention(
-                q, k, v, topk=self.topk, dense_dims=self.dense_dims, is_causal=True, gradient=self.gradient,
-                backend=self.backend, **rules,
+                q, k, v, topk=budget.topk, topk_query=budget.topk_query, dense_dims=budget.dense_dims,
+                query_pattern=budget.query_pattern, is_causal=True, window=self.window, gradient=self.gradient,
+                backend=self.backend,
             )  # fmt: skip
         else:
             require_no_gradient(q, k, v)
             require(
-                (cache.topk, cache.dense_dims) == (self.topk, self.dense_dims),
+                (cache.topk, cache.dense_dims) == (budget.topk, budget.dense_dims),
                 lambda: (
-                    f"the cache keeps topk={cache.topk}, dense_dims={cache.dense_dims}, the module topk={self.topk}, "
-                    f"dense_dims={self.dense_dims}: take one of make_cache()"
+                    f"the cache keeps topk={cache.topk}, dense_dims={cache.dense_dims}, the module topk={budget.topk}, "
+                    f"dense_dims={budget.dense_dims}: take one of make_cache()"
                 ),
             )
             kept = v.dtype if cache.input_dtype is None else cache.input_dtype  # autocast may have come or gone since
-            codes, held = cache.append(k.to(kept), v.to(kept))
-            out = attend_cached(q.to(kept), codes, held, v_scale=cache.v_scale, **rules).to(v.dtype)
+            kv, mask = cache.append(k.to(kept), v.to(kept)), Mask(True, self.window)
+            out = attend_cached(q.to(kept), kv, budget, mask, ScoreRules.of(q)).to(v.dtype)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def extra_repr(self) -> str:
         return (
-            f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, topk={self.topk}, "
-            f"topk_query={self.topk_query}, dense_dims={self.dense_dims}, query_pattern={self.query_pattern!r}, "
+            f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, topk={self.budget.topk}, "
+            f"topk_query={self.budget.topk_query}, dense_dims={self.budget.dense_dims}, query_pattern={self.budget.query_pattern!r}, "
             f"positions={self.positions!r}, gradient={self.gradient!r}"
         )
 

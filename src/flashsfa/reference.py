@@ -10,7 +10,9 @@ import math
 import torch
 from torch import Tensor
 
-from .mask import AttentionMask
+from .budget import FeatureBudget
+from .mask import Mask
+from .scores import ScoreRules
 
 
 def topk_rows(x: Tensor, topk: int, *, dense_dims: int = 0, pattern: str | None = None) -> Tensor:
@@ -43,7 +45,14 @@ def code_rows(dense: Tensor, values: Tensor, indices: Tensor, head_dim: int) -> 
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: AttentionMask | None = None, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over rows that are already sparse: softmax(scale · q kᵀ) v and its log-sum-exp.
 
@@ -54,52 +63,30 @@ def attention(
     Args:
         q: [B, Hq, N_q, D]; k: [B, Hkv, N_k, D]; v: [B, Hkv, N_k, Dv]; Hq a multiple of Hkv.
         mask: what is visible; everything by default.
-        scale: 1/sqrt(D) by default.
+        scale, softcap, sinks: as in `flashsfa.sparse_feature_attention`.
 
     Returns:
         out [B, Hq, N_q, Dv] and lse [B, Hq, N_q].
     """
-    _, values, weights, lse = _weights(q, k, v, mask, scale)
-    return weights @ values, lse
+    return attend(q, k, v, mask, ScoreRules.of(q, scale, softcap, sinks))
 
 
-def attention_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    mask: AttentionMask | None = None,
-    scale: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `attention`'s output with respect to q, k and v, written out."""
-    keys, values, weights, _ = _weights(q, k, v, mask, scale)
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    grad_weights = grad_out @ values.mT  # [B, Hq, N_q, N_k]
-    grad_scores = weights * (grad_weights - (grad_weights * weights).sum(-1, keepdim=True))
-    dq = scale * (grad_scores @ keys)
-    per_query_head = scale * (grad_scores.mT @ q), weights.mT @ grad_out
-    dk, dv = (x.unflatten(1, (k.shape[1], -1)).sum(2) for x in per_query_head)
-    return dq, dk, dv
-
-
-def _weights(
-    q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, scale: float | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Keys and values repeated to Hq heads, softmax weights [B, Hq, N_q, N_k] and log-sum-exp [B, Hq, N_q]."""
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, scores: ScoreRules) -> tuple[Tensor, Tensor]:
+    """`attention` by the package's types."""
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     if mask is None:
-        scores = scale * (q @ k.mT)  # [B, Hq, N_q, N_k]
+        s = scores.cap(scores.scale * (q @ k.mT))  # [B, Hq, N_q, N_k]
     else:
         visible = mask.to_bool(q.shape[-2], k.shape[-2], q.device)  # [B or 1, 1, N_q, N_k]
         unseen = ~visible.any(-2)[..., None]  # [B or 1, 1, N_k, 1]
         k, v = k.masked_fill(unseen, 0), v.masked_fill(unseen, 0)  # weight 0 times NaN is NaN
-        scores = (scale * (q @ k.mT)).masked_fill(~visible, -math.inf)
-    lse = scores.logsumexp(-1)  # [B, Hq, N_q]
+        s = scores.cap(scores.scale * (q @ k.mT)).masked_fill(~visible, -math.inf)
+    lse = s.logsumexp(-1)  # [B, Hq, N_q]
+    if scores.sinks is not None:
+        lse = torch.logaddexp(lse, scores.sinks.to(lse.dtype)[:, None])
     finite = lse.clamp(min=torch.finfo(lse.dtype).min)  # a row that sees no key gets weights exp(-inf) = 0
-    return k, v, (scores - finite[..., None]).exp(), lse
+    return (s - finite[..., None]).exp() @ v, lse
 
 
 def sparse_feature_attention(
@@ -108,15 +95,19 @@ def sparse_feature_attention(
     v: Tensor,
     *,
     topk: int,
-    topk_query: int | None = None,
+    topk_query: int | str | None = None,
     dense_dims: int = 0,
     query_pattern: str | None = None,
-    mask: AttentionMask | None = None,
+    mask: Mask | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     gradient: str = "kept",
 ) -> tuple[Tensor, Tensor]:
     """Top-k of both sides, then `attention`. Arguments as in `flashsfa.sparse_feature_attention`."""
-    topk_query = topk if topk_query is None else topk_query
-    q = sparse_rows(q, topk_query, dense_dims=dense_dims, pattern=query_pattern, gradient=gradient)
+    budget = FeatureBudget.of(
+        q.shape[-1], topk, topk_query=topk_query, dense_dims=dense_dims, query_pattern=query_pattern
+    )
+    q = sparse_rows(q, budget.topk_query, dense_dims=dense_dims, pattern=query_pattern, gradient=gradient)
     k = sparse_rows(k, topk, dense_dims=dense_dims, gradient=gradient)
-    return attention(q, k, v, mask=mask, scale=scale)
+    return attention(q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks)

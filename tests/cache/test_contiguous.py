@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import flashsfa
+from decode_cases import attend_cached
 from flashsfa import FeatureCodes, SparseKVCache, sparse_feature_attention, sparse_feature_decode, topk_codes
-from flashsfa.decode import attend_cached
 
 B, HKV, N, D = 2, 2, 40, 16
 EXACT = {"rtol": 0, "atol": 0}

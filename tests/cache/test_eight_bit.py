@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from decode_cases import DecodeRules, attend_cached, decode
 from flashsfa import FeatureCodes, SparseKVCache, sparse_feature_decode, topk_codes
+from flashsfa.budget import FeatureBudget
 from flashsfa.codes import code_queries, quantize_rows
-from flashsfa.decode import attend_cached
 from flashsfa.ops.decode import plain as decode_torch
-from flashsfa.ops.decode.plain import DecodeRules
 
 STEP = 0.5 / 127  # of a row's largest entry
 
@@ -88,11 +88,11 @@ def test_kernels_read_eight_bits(m, q_dtype, dense_dims, tolerance):
     from flashsfa.ops.decode.triton import decode as decode_triton
 
     q, k, v = (x.to(q_dtype) for x in draw(m))
-    q = code_queries(q, 8, None, dense_dims).to_dense()
+    q = code_queries(q, FeatureBudget.of(q.shape[-1], 8, dense_dims=dense_dims)).to_dense()
     codes, (small, scale) = topk_codes(k, 8, dense_dims=dense_dims).quantize(), quantize_rows(v)
     rules = DecodeRules(torch.tensor([150, 77]), window=100)
-    out, lse = decode_triton.decode(q, codes, small, rules, 0.3, tolerance, v_scale=scale)
-    truth, truth_lse = decode_torch.decode(q.double(), codes.to(torch.float64), small.double() * scale[..., None], rules, 0.3, 0.0)  # fmt: skip
+    out, lse = decode(decode_triton, q, codes, small, rules, 0.3, tolerance, v_scale=scale)
+    truth, truth_lse = decode(decode_torch, q.double(), codes.to(torch.float64), small.double() * scale[..., None], rules, 0.3, 0.0)  # fmt: skip
     slack = 1e-5 if q_dtype == torch.float32 else 5e-3
     largest = v.float().norm(dim=-1).max()
     assert out.dtype == q_dtype
@@ -129,7 +129,7 @@ def test_float16_queries_keep_small_rows_of_v(tolerance):
     codes, (small, scale) = topk_codes(k, 8).quantize(), quantize_rows(v)
     out = sparse_feature_decode(q, codes, small, v_scale=scale, value_tolerance=tolerance).double()
     wide = small.double() * scale[..., None]
-    truth, _ = decode_torch.decode(
-        q.double(), codes.to(torch.float64), wide, DecodeRules(), 32**-0.5, 0.0, topk_query=8
+    truth, _ = decode(
+        decode_torch, q.double(), codes.to(torch.float64), wide, DecodeRules(), 32**-0.5, 0.0, topk_query=8
     )
     assert (out - truth).norm() / truth.norm() <= 0.02 + 2 * tolerance * wide.norm(dim=-1).max() / truth.norm()

@@ -16,7 +16,7 @@ def tokens(n, b=1, dtype=torch.float32):
 def assert_holds(cache, stories):
     """`stories` maps each sequence to the keys and values [1, Hkv, N, ...] it should hold: decode all at once."""
     q = torch.randn(len(stories), 2 * HKV, 1, D)
-    out = sparse_feature_decode(q, cache.codes, cache.v, **cache.lookup(list(stories)))
+    out = sparse_feature_decode(q, cache.view(list(stories)))
     for b, (sequence, (k, v)) in enumerate(stories.items()):
         assert cache.length(sequence) == k.shape[2]
         expected = sparse_feature_decode(q[b : b + 1], topk_codes(k, 4, dense_dims=3), v)
@@ -132,7 +132,7 @@ def test_errors():
         (lambda: cache.append([a], k[:, :1], v[:, :1]), "does not fit"),
         (lambda: cache.append([a], k, v[..., :3]), "does not fit"),
         (lambda: cache.free(9), "no sequence 9"),
-        (lambda: cache.lookup([a, 3]), "no sequence 3"),
+        (lambda: cache.view([a, 3]), "no sequence 3"),
     ]:
         with pytest.raises(ValueError, match=message):
             call()

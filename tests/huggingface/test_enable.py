@@ -11,6 +11,7 @@ import torch
 import flashsfa
 
 transformers = pytest.importorskip("transformers")
+from flashsfa.budget import FeatureBudget  # noqa: E402
 from flashsfa.huggingface import SparseCache, StaticSparseCache  # noqa: E402
 from flashsfa.huggingface import switch as switching  # noqa: E402
 from flashsfa.huggingface.attention import LayerCoding  # noqa: E402
@@ -239,7 +240,7 @@ def test_autocast_does_not_round_a_basis(device):
     """Of a basis with very unlike sides."""
     scale = torch.diag(torch.logspace(-3, 3, 8)) @ torch.linalg.qr(torch.randn(8, 8)).Q
     basis = flashsfa.FeatureBasis(torch.linalg.inv(scale).mT.expand(1, 8, 8), scale.expand(1, 8, 8))
-    coding, x = LayerCoding(8, 8, 0, 0.0, basis), torch.randn(1, 1, 5, 8)
+    coding, x = LayerCoding(FeatureBudget.of(8, 8), basis=basis), torch.randn(1, 1, 5, 8)
     with torch.autocast(device.type, torch.bfloat16):
         q, k = coding.queries(x), coding.keys(x)
     assert torch.equal(q, basis.transform_query(x))

@@ -32,6 +32,17 @@ FAMILIES = {
         | {"layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 256},
         0,
     ),
+    "gemma2": (
+        "Gemma2Config",
+        SIZES | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": WINDOW}
+        | {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0},
+        0,
+    ),
+    "gpt_oss": (
+        "GptOssConfig",
+        SIZES | GROUPED | {"head_dim": 16, "sliding_window": WINDOW, "num_local_experts": 2, "num_experts_per_tok": 1},
+        0,
+    ),
     "gpt_neox": ("GPTNeoXConfig", SIZES | PARTIAL, 4),
     "phi": ("PhiConfig", SIZES | GROUPED | PARTIAL, 4),
     "stablelm": ("StableLmConfig", SIZES | GROUPED | PARTIAL, 4),
@@ -42,6 +53,7 @@ FAMILIES = {
 def make(family):
     kind, options, _ = FAMILIES[family]
     config = getattr(transformers, kind)(**COMMON, **options)
+    config._experts_implementation = "eager"  # the grouped kernels know no float64
     return transformers.AutoModelForCausalLM.from_config(config).double().eval()
 
 
@@ -122,7 +134,10 @@ def test_full_budget_equals_dense(family, ids, mask):
     dense = logits(model, ids, mask)
     _, _, head_dim = attention_shape(model)
     flashsfa.enable(model, head_dim, dense_dims=0)
-    torch.testing.assert_close(logits(model, ids, mask)[mask.bool()], dense[mask.bool()], rtol=1e-8, atol=1e-8)
+    # in float64 Gemma 2's own attention gives NaN where a padded query of a sliding window sees nothing, and spreads it
+    seen = mask.bool() & ~dense.isnan().any(-1)
+    assert seen[1].all()
+    torch.testing.assert_close(logits(model, ids, mask)[seen], dense[seen], rtol=1e-8, atol=1e-8)
 
 
 def test_save_and_load(family, ids, tmp_path):

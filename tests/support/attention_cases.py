@@ -6,7 +6,7 @@ import torch
 
 from flashsfa import FeatureCodes, reference, topk_codes
 from flashsfa import sparse_feature_attention as attention
-from flashsfa.mask import AttentionMask
+from flashsfa.mask import Mask
 
 
 def inputs(n_q, n_k, *, heads=(2, 2), d=32, d_v=None, dtype=torch.float32, batch=2, strided=False):
@@ -50,22 +50,25 @@ def assert_error_rule(
     scale=None,
     gradient="kept",
     backend="auto",
+    softcap=None,
+    sinks=None,
     **visible,
 ):
     """At most twice the error of the same mathematics in the same dtype, both measured against fp64.
 
     All three run on the operator's own choice of features, so ties in the selection do not count.
     """
-    mask = AttentionMask(**visible)
+    mask = Mask(**visible)
     if grad_out is None:
         grad_out = torch.randn(*q.shape[:-1], v.shape[-1], dtype=v.dtype)
 
     def operator(q, k, v):
         options = {"topk": topk, "topk_query": topk_query, "dense_dims": dense_dims, "gradient": gradient}
-        return attention(q, k, v, **options, scale=scale, return_lse=True, backend=backend, **visible)
+        options |= {"scale": scale, "softcap": softcap, "sinks": sinks}
+        return attention(q, k, v, **options, return_lse=True, backend=backend, **visible)
 
     def plain(q, k, v):
-        return reference.attention(q, k, v, mask=mask, scale=scale)
+        return reference.attention(q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks)
 
     q_sparse, q_kept = sparse_rows(q, topk_query or topk, dense_dims)
     k_sparse, k_kept = sparse_rows(k, topk, dense_dims)

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from flashsfa.budget import FeatureBudget
 from flashsfa.cli import main
 
 transformers = pytest.importorskip("transformers")
@@ -58,7 +59,7 @@ def logits(model, ids, **options):
 
 
 class Coding(torch.nn.Module):
-    topk, topk_query, query_budget, dense_dims, query_pattern = 3, None, 3, 2, None
+    budget = FeatureBudget(16, 3, 3, 2)
 
     def queries(self, q):
         return q

@@ -18,8 +18,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from decode_cases import DecodeRules
+from decode_cases import decode as run
 from flashsfa.codes import FeatureCodes
-from flashsfa.ops.decode.plain import DecodeRules
 from flashsfa.ops.decode.triton import decode
 from flashsfa.ops.decode.triton import scores as decode_scores
 from flashsfa.ops.prefill.triton import merge as merge_parts
@@ -155,7 +156,7 @@ def decode_case(dtype, group, m, head_dim, topk, dense_dims, storage, tolerance,
         page_table=torch.zeros(1, n // 64, dtype=torch.int32) if pages else None,
     )
     q = torch.empty(1, group, m, head_dim, dtype=dtype)
-    decode.decode(q, FeatureCodes(*code, head_dim, scale), v, rules, 0.1, tolerance, topk_query=topk, v_scale=scale)
+    run(decode, q, FeatureCodes(*code, head_dim, scale), v, rules, 0.1, tolerance, topk_query=topk, v_scale=scale)
 
 
 if __name__ == "__main__":

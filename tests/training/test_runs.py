@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import flashsfa
+from flashsfa.budget import FeatureBudget
 from flashsfa.training import needle, recipe
 from flashsfa.training.run import Annealing, RunDirectory, RunTrainer
 from tiny import GPT2, Coding, losses, result, run
@@ -144,10 +145,10 @@ def test_needles_are_learned_with_and_without_sparse_features(tmp_path, content,
 
 def test_annealing_halves_the_budget_down_to_its_own():
     codings = [Coding(), Coding()]
-    codings[1].topk_query = 8
+    codings[1].budget = FeatureBudget(16, 3, 8, 2)
     annealing = Annealing(codings, 14, recipe.Anneal(share=0.5), steps=12)
     seen = []
     for step in range(12):
         annealing.on_step_begin(None, type("State", (), {"global_step": step}), None)
-        seen.append((codings[0].topk, codings[0].topk_query, codings[1].topk_query))
-    assert seen == [(14, None, 14)] * 3 + [(7, None, 8)] * 3 + [(3, None, 8)] * 6
+        seen.append((codings[0].budget.topk, codings[0].budget.topk_query, codings[1].budget.topk_query))
+    assert seen == [(14, 14, 14)] * 3 + [(7, 7, 8)] * 3 + [(3, 3, 8)] * 6

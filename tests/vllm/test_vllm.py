@@ -12,17 +12,17 @@ import logging
 import sys
 import types
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Generic, TypeVar
 
 import pytest
 import torch
 
+from decode_cases import DecodeRules, decode
 from flashsfa import FeatureBasis, FeatureCodes, reference, sparse_feature_decode, topk_codes
 from flashsfa.cache.paged import PagedSparseKVCache
-from flashsfa.mask import AttentionMask
-from flashsfa.ops.decode.plain import DecodeRules
+from flashsfa.mask import Mask
 from flashsfa.vllm.layout import PageLayout
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
@@ -83,8 +83,8 @@ def test_decode_reads_raw_pages_as_it_reads_a_paged_cache(dense, dtype):
         sequence = sequences[[1, PAGE, 2 * PAGE + 3].index(n)]
         cache.append([sequence], k, v)
     cache.append(sequences, torch.randn(3, HKV, 2, D, dtype=dtype), torch.randn(3, HKV, 2, DV, dtype=dtype))
-    lookup = cache.lookup(sequences)
-    for row, length in zip(lookup["page_table"].tolist(), lookup["kv_lens"].tolist(), strict=True):
+    held = cache.view(sequences)
+    for row, length in zip(held.page_table.tolist(), held.kv_lens.tolist(), strict=True):
         slots = torch.tensor([row[i // PAGE] * PAGE + i % PAGE for i in range(length)])
         codes, v = cache.codes, cache.v
         taken = codes[slots // PAGE, :, slots % PAGE]
@@ -95,8 +95,8 @@ def test_decode_reads_raw_pages_as_it_reads_a_paged_cache(dense, dtype):
     q = torch.randn(3, 2 * HKV, 1, D, dtype=dtype)
     codes, v = layout.views(pages)
     for rules in ({}, {"window": 7}, {"topk_query": D}):
-        expected = sparse_feature_decode(q, cache.codes, cache.v, **lookup, **rules)
-        out = sparse_feature_decode(q, codes, v, **lookup, **rules)
+        expected = sparse_feature_decode(q, held, **rules)
+        out = sparse_feature_decode(q, replace(held, codes=codes, v=v), **rules)
         assert not out.isnan().any()
         assert torch.equal(out, expected)
 
@@ -112,10 +112,10 @@ def test_the_fused_kernel_reads_raw_pages_in_place():
     layout.write(pages, slots, codes, v)
     q = torch.randn(1, 2 * HKV, 1, D, dtype=torch.float32)
     paged = DecodeRules(kv_lens=torch.tensor([40], dtype=torch.int32), page_table=table)
-    out, _ = decode_triton.decode(q, *layout.views(pages), paged, D**-0.5, 0.0, topk_query=D)
+    out, _ = decode(decode_triton, q, *layout.views(pages), paged, D**-0.5, 0.0, topk_query=D)
     pool, pool_v = layout.views(pages)
     apart = FeatureCodes(*(x.contiguous() for x in (pool.dense, pool.values, pool.indices)), D)
-    expected, _ = decode_triton.decode(q, apart, pool_v.contiguous(), paged, D**-0.5, 0.0, topk_query=D)
+    expected, _ = decode(decode_triton, q, apart, pool_v.contiguous(), paged, D**-0.5, 0.0, topk_query=D)
     assert torch.equal(out, expected)
     plain = sparse_feature_decode(q, pool, pool_v, kv_lens=paged.kv_lens, page_table=table, topk_query=D)
     torch.testing.assert_close(out, plain)
@@ -494,7 +494,7 @@ class Server:
         if topk_query != D:
             q = topk_codes(q, topk_query or topk, dense_dims=dense_dims, pattern=query_pattern).to_dense()
         q, k, v = (x.to(dtype) for x in (q[:, :, -n:], k, v))
-        mask = AttentionMask(is_causal=True, window=self.window)
+        mask = Mask(is_causal=True, window=self.window)
         return reference.attention(q, k, v, mask=mask, scale=D**-0.5)[0][0].transpose(0, 1)
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..ops.plan import Choice
+from ..ops.record import Choice
 
 
 class UnavailableError(Exception):

@@ -16,7 +16,7 @@ from .. import reference
 from ..cache.contiguous import SparseKVCache
 from ..codes import FeatureCodes, topk_codes
 from ..decode import sparse_feature_decode
-from ..ops.plan import last_choice
+from ..ops.record import last_choice
 from .cases import Baseline, UnavailableError, Verdict, Workload, code_label, sdpa_backends, tokens_label
 
 _APPEND_TOKENS = 8192  # coding a long context at once would need several times its memory

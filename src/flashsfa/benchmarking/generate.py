@@ -22,7 +22,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from ..huggingface import SparseCache, StaticSparseCache, enable
 from ..huggingface.cache import cache_nbytes
 from ..huggingface.switch import attention_shape
-from ..ops.plan import last_choice
+from ..ops.record import last_choice
 from .cases import UnavailableError, WrongOutputError, code_label, sdpa_backends, tokens_label
 from .results import BaselineResult, Generation
 from .timing import release, repeat

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from .. import reference
 from ..attention import sparse_feature_attention
+from ..budget import FeatureBudget
 from ..codes import FeatureCodes, all_dense_codes, code_queries, topk_codes
-from ..mask import AttentionMask
-from ..ops.plan import last_choice
+from ..mask import Mask
 from ..ops.prefill.hopper import prefill as hopper
+from ..ops.record import last_choice
 from .cases import Baseline, Verdict, Workload, code_label, sdpa_backends, tokens_label
 
 _CHECKED_QUERIES = 256  # the last ones, which see most keys: fp64 scores of all would not fit
@@ -112,15 +113,22 @@ class PrefillCase:
 
     def _codes(self, q: Tensor, k: Tensor) -> tuple[FeatureCodes, FeatureCodes]:
         k_codes = topk_codes(k, self.topk, dense_dims=self.dense_dims)
-        return code_queries(q, self.topk, self.topk_query, self.dense_dims, self.query_pattern), k_codes
+        budget = FeatureBudget.of(
+            self.head_dim,
+            self.topk,
+            topk_query=self.topk_query,
+            dense_dims=self.dense_dims,
+            query_pattern=self.query_pattern,
+        )
+        return code_queries(q, budget), k_codes
 
     def _kernel_alone(self, q: Tensor, k: Tensor, v: Tensor, nbytes: int) -> dict[str, Baseline]:
         q_codes, k_codes = self._codes(q, k)
         if self.query_pattern is None:
             q_codes = all_dense_codes(q_codes.to_dense())
         scale, rows = self.head_dim**-0.5, k_codes.to_dense()
-        mask = AttentionMask(is_causal=True)
-        if hopper.obstacle(q_codes, rows, v, mask, scale) is not None:
+        mask = Mask(is_causal=True)
+        if hopper.obstacle(q, q_codes.dense_dims, rows, v, mask, scale) is not None:
             return {}
         run = partial(hopper.forward, q_codes, rows, v, mask=mask, scale=scale)
         return {"kernel_alone": Baseline(run, nbytes, competes=False)}
@@ -138,7 +146,7 @@ class PrefillCase:
                 one = (slice(b, b + 1), slice(h, h + 1))
                 kv = (slice(b, b + 1), slice(h // group, h // group + 1))
                 parts = codes[0][one], codes[1][kv], v[kv]
-                attend = partial(reference.attention, mask=AttentionMask(is_causal=True))
+                attend = partial(reference.attention, mask=Mask(is_causal=True))
                 truth, _ = attend(*(x.double() for x in parts))
                 plain, _ = attend(*parts)
                 error, got = plain.double() - truth, out[one][..., rows, :].double() - truth

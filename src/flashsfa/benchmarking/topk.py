@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from ..codes import FeatureCodes, topk_codes
-from ..ops.plan import last_choice
+from ..ops.record import last_choice
 from .cases import Baseline, Verdict, Workload, code_label, tokens_label
 
 

@@ -7,15 +7,15 @@ a key costs M + 2·K + 4 bytes and a value Dv + 4, the 4 being a float32 scale.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ..budget import require_budget
 from ..checks import (
     require,
     require_alike,
-    require_budget,
     require_int,
     require_keys_and_values,
     require_no_gradient,
@@ -23,6 +23,7 @@ from ..checks import (
 from ..codes import FeatureCodes, quantize_rows, topk_codes
 from ..contexts import lasting_tensors
 from ..ops.select.operators import append, append_op, has_fused
+from ..stored import KVView
 
 _GROWTH_TOKENS = 256
 
@@ -54,7 +55,7 @@ class SparseKVCache:
         self.dtype, self.topk, self.dense_dims = dtype, topk, dense_dims
         self._first_capacity = capacity
         self._length = 0
-        self._held: _Buffers | None = None
+        self._held: _Held | None = None
 
     def __len__(self) -> int:
         """Tokens held."""
@@ -63,7 +64,7 @@ class SparseKVCache:
     @property
     def capacity(self) -> int:
         """Tokens that fit without growing."""
-        return self._first_capacity if self._held is None else self._held.v.shape[2]
+        return self._first_capacity if self._held is None else self._held.kv.v.shape[2]
 
     @property
     def input_dtype(self) -> torch.dtype | None:
@@ -71,35 +72,38 @@ class SparseKVCache:
         return None if self._held is None else self._held.input_dtype
 
     @property
+    def kv(self) -> KVView:
+        """Codes, values and scales of the held tokens, [B, Hkv, N, ...]: views of the buffers."""
+        return self._view(self._buffers(), 0, self._length)
+
+    @property
     def codes(self) -> FeatureCodes:
         """Codes of the held keys, [B, Hkv, N, ...]: a view of the buffers."""
-        return self._buffers().codes[:, :, : self._length]
+        return self.kv.codes
 
     @property
     def v(self) -> Tensor:
         """[B, Hkv, N, Dv] held values: a view of the buffer."""
-        return self._buffers().v[:, :, : self._length]
+        return self.kv.v
 
     @property
     def v_scale(self) -> Tensor | None:
         """[B, Hkv, N] float32 scales of `v`, None unless the cache keeps 8 bits."""
-        if self._held is None or self._held.v_scale is None:
-            return None
-        return self._held.v_scale[:, :, : self._length]
+        return None if self._held is None else self.kv.v_scale
 
     @property
     def nbytes(self) -> int:
         """Bytes of the held tokens: codes, values and scales."""
-        return 0 if self._held is None else sum(x[:, :, : self._length].nbytes for x in self._held.parts())
+        return 0 if self._held is None else sum(x.nbytes for x in self.kv.tensors())
 
     @property
     def nbytes_allocated(self) -> int:
         """Bytes of the buffers."""
-        return 0 if self._held is None else sum(x.nbytes for x in self._held.parts())
+        return 0 if self._held is None else sum(x.nbytes for x in self._held.kv.tensors())
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[FeatureCodes, Tensor]:
-        """Code the keys k [B, Hkv, N, D], store them with v [B, Hkv, N, Dv], return all held codes and values
-        (with `v_scale` in 8 bits).
+    def append(self, k: Tensor, v: Tensor) -> KVView:
+        """Code the keys k [B, Hkv, N, D], store them with v [B, Hkv, N, Dv], and return all that is held: what
+        `sparse_feature_decode` takes.
 
         Raises `TypeError` or `ValueError` if k and v do not fit each other or the cache, or ask for a gradient.
         """
@@ -112,7 +116,7 @@ class SparseKVCache:
         if held is None:
             held = self._allocate(max(self._first_capacity, end), k, v)
         else:
-            for name, new, old in (("k", k, held.codes.shape), ("v", v, held.v.shape)):
+            for name, new, old in (("k", k, held.kv.codes.shape), ("v", v, held.kv.v.shape)):
                 if new.shape[:2] != old[:2] or new.shape[-1] != old[-1]:
                     raise ValueError(
                         f"{name} {tuple(new.shape)} does not fit a cache of [B, Hkv, D] = {[*old[:2], old[-1]]}"
@@ -121,8 +125,8 @@ class SparseKVCache:
             if end > self.capacity:
                 more = max(_GROWTH_TOKENS, self.capacity // 4)
                 held = held.moved(0, self._length, max(end, self.capacity + more))
-        self._write(held, k, v, start)
-        seen = held.codes[:, :, :end], held.v[:, :, :end]
+        self._write(held.kv, k, v, start)
+        seen = self._view(held, 0, end)
         self._held, self._length = held, end
         return seen
 
@@ -133,26 +137,25 @@ class SparseKVCache:
         require_alike(k=k, v=v)
         require_budget(self.topk, k.shape[-1], self.dense_dims)
         held = self._allocate(self.capacity, k, v)
-        for buffer in held.parts():
+        for buffer in held.kv.tensors():
             buffer.zero_()
-        self._held, self._length = held, held.v.shape[2]
+        self._held, self._length = held, held.kv.v.shape[2]
 
-    def append_at(self, k: Tensor, v: Tensor, start: Tensor) -> tuple[FeatureCodes, Tensor]:
+    def append_at(self, k: Tensor, v: Tensor, start: Tensor) -> KVView:
         """Code the keys k [B, Hkv, N, D] and store them with v [B, Hkv, N, Dv] from token `start` ([] int64, on the
-        device) of an allocated cache on, in place, in one launch on a GPU and without a host sync; return all held codes
-        and values. Whether they fit is the caller's to know."""
-        held = self._buffers()
+        device) of an allocated cache on, in place, in one launch on a GPU and without a host sync; return all that is held.
+        Whether they fit is the caller's to know."""
+        kv = self._buffers().kv
         self._check_width(k.shape[-1], v)
         require_no_gradient(k, v)
-        require_alike(cache=held.v, k=k, v=v)
-        codes = held.codes
-        append_op(k.detach(), v.detach(), codes.dense, codes.values, codes.indices, held.v, start)
-        return self.codes, self.v
+        require_alike(cache=kv.v, k=k, v=v)
+        append_op(k.detach(), v.detach(), kv.codes.dense, kv.codes.values, kv.codes.indices, kv.v, start)
+        return self.kv
 
-    def write_at(self, codes: FeatureCodes, v: Tensor, slots: Tensor) -> tuple[FeatureCodes, Tensor]:
+    def write_at(self, codes: FeatureCodes, v: Tensor, slots: Tensor) -> KVView:
         """Overwrite the tokens `slots` [N] (int64, on the device) of an allocated cache with codes and v
-        [B, Hkv, N, ...], in place and without a host sync; return all held codes and values."""
-        held = self._buffers()
+        [B, Hkv, N, ...], in place and without a host sync; return all that is held."""
+        kv = self._buffers().kv
         self._check_width(codes.head_dim, v)
         require(
             (codes.dense_dims, codes.topk) == (self.dense_dims, self.topk),
@@ -161,10 +164,10 @@ class SparseKVCache:
                 f"dense_dims={self.dense_dims}"
             ),
         )
-        require_alike(cache=held.v, codes=codes.values, v=v)
-        for buffer, new in zip(held.parts(), _parts(codes, v, None), strict=True):
+        require_alike(cache=kv.v, codes=codes.values, v=v)
+        for buffer, new in zip(kv.tensors(), KVView(codes, v).tensors(), strict=True):
             buffer.index_copy_(2, slots, new.detach())
-        return self.codes, self.v
+        return self.kv
 
     def crop(self, length: int) -> None:
         """Forget all but the first `length` tokens; a negative `length` forgets that many from the end."""
@@ -187,37 +190,41 @@ class SparseKVCache:
     def select_batch(self, index: Tensor) -> None:
         """Keep the batch rows `index` [B'] (int64), in that order, repeats allowed: beam search, batch filters."""
         if self._held is not None:
-            index = index.to(self._held.v.device)
+            index = index.to(self._held.kv.v.device)
             self._held = self._held.map(lambda x: x[index])
 
-    def _write(self, held: _Buffers, k: Tensor, v: Tensor, start: int) -> None:
+    @staticmethod
+    def _view(held: _Held, first: int, end: int) -> KVView:
+        return held.kv.map(lambda x: x[:, :, first:end])
+
+    def _write(self, kv: KVView, k: Tensor, v: Tensor, start: int) -> None:
         """Code k and write it with v at token `start`, where nothing is held yet."""
         if self.dtype is None and has_fused(k):
-            append(k, v, held.codes.dense, held.codes.values, held.codes.indices, held.v, start)
+            append(k, v, kv.codes.dense, kv.codes.values, kv.codes.indices, kv.v, start)
             return
         fresh, v_scale = topk_codes(k, self.topk, dense_dims=self.dense_dims), None
         if self.dtype is not None:
             fresh = fresh.quantize()
             v, v_scale = quantize_rows(v)
-        for buffer, new in zip(held.parts(), _parts(fresh, v, v_scale), strict=True):
+        for buffer, new in zip(kv.tensors(), KVView(fresh, v, v_scale).tensors(), strict=True):
             buffer[:, :, start : start + new.shape[2]] = new
 
     def _check_width(self, head_dim: int, v: Tensor) -> None:
-        held = self._buffers()
+        kv = self._buffers().kv
         require(
-            head_dim == held.codes.head_dim and v.shape[-1] == held.v.shape[-1],
+            head_dim == kv.codes.head_dim and v.shape[-1] == kv.v.shape[-1],
             lambda: (
-                f"keys of head_dim {head_dim} and v {tuple(v.shape)} do not fit a cache of {held.codes.head_dim} and "
-                f"{tuple(held.v.shape)}"
+                f"keys of head_dim {head_dim} and v {tuple(v.shape)} do not fit a cache of {kv.codes.head_dim} and "
+                f"{tuple(kv.v.shape)}"
             ),
         )
 
-    def _buffers(self) -> _Buffers:
+    def _buffers(self) -> _Held:
         if self._held is None:
             raise RuntimeError("the cache is empty: append keys and values first")
         return self._held
 
-    def _allocate(self, capacity: int, k: Tensor, v: Tensor) -> _Buffers:
+    def _allocate(self, capacity: int, k: Tensor, v: Tensor) -> _Held:
         """New buffers of `capacity` tokens for keys such as k and values such as v."""
         rows, device = (*k.shape[:2], capacity), k.device
         kept = k.dtype if self.dtype is None else self.dtype
@@ -232,33 +239,22 @@ class SparseKVCache:
                 k.shape[-1],
                 scale,
             )
-            return _Buffers(codes, torch.empty((*rows, v.shape[-1]), dtype=kept, device=device), v_scale, k.dtype)
+            values = torch.empty((*rows, v.shape[-1]), dtype=kept, device=device)
+            return _Held(KVView(codes, values, v_scale), k.dtype)
 
 
 @dataclass(frozen=True)
-class _Buffers:
-    """codes and v [B, Hkv, capacity, ...], v_scale [B, Hkv, capacity] in 8 bits, and the dtype that comes in."""
+class _Held:
+    """Buffers of `capacity` tokens, and the dtype that keys and values come in."""
 
-    codes: FeatureCodes
-    v: Tensor
-    v_scale: Tensor | None
+    kv: KVView
     input_dtype: torch.dtype
 
-    def parts(self) -> list[Tensor]:
-        return _parts(self.codes, self.v, self.v_scale)
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> _Buffers:
-        """The same with each tensor changed."""
-        codes, scale = self.codes, self.codes.scale
+    def map(self, change: Callable[[Tensor], Tensor]) -> _Held:
         with lasting_tensors():
-            changed = FeatureCodes(
-                change(codes.dense), change(codes.values), change(codes.indices), codes.head_dim,
-                None if scale is None else change(scale),
-            )  # fmt: skip
-            v_scale = None if self.v_scale is None else change(self.v_scale)
-            return _Buffers(changed, change(self.v), v_scale, self.input_dtype)
+            return replace(self, kv=self.kv.map(change))
 
-    def moved(self, first: int, end: int, capacity: int) -> _Buffers:
+    def moved(self, first: int, end: int, capacity: int) -> _Held:
         """New buffers of `capacity` tokens that begin with the tokens `first` to `end` of these."""
 
         def move(x: Tensor) -> Tensor:
@@ -269,16 +265,11 @@ class _Buffers:
         return self.map(move)
 
 
-def _require_like(held: _Buffers, k: Tensor) -> None:
+def _require_like(held: _Held, k: Tensor) -> None:
     """k comes in the dtype and from the device of what is held."""
     if k.dtype != held.input_dtype:
         raise TypeError(f"k is {k.dtype} but the cache holds {held.input_dtype}; cast them to one dtype")
     require(
-        k.device == held.v.device, lambda: f"k is on {k.device} but the cache is on {held.v.device}; move them together"
+        k.device == held.kv.v.device,
+        lambda: f"k is on {k.device} but the cache is on {held.kv.v.device}; move them together",
     )
-
-
-def _parts(codes: FeatureCodes, v: Tensor, v_scale: Tensor | None) -> list[Tensor]:
-    """The tensors of codes and values, scales where there are any."""
-    parts = (codes.dense, codes.values, codes.indices, codes.scale, v, v_scale)
-    return [x for x in parts if x is not None]

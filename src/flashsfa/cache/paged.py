@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..budget import require_budget
 from ..checks import (
     require,
     require_alike,
-    require_budget,
     require_int,
     require_keys_and_values,
     require_no_gradient,
@@ -24,6 +24,7 @@ from ..checks import (
 )
 from ..codes import FeatureCodes, topk_codes
 from ..contexts import lasting_tensors
+from ..stored import KVView
 
 
 class PagedSparseKVCache:
@@ -40,7 +41,7 @@ class PagedSparseKVCache:
         >>> prompt = cache.add()
         >>> cache.append([prompt], k, v)
         >>> branches = [prompt, cache.fork(prompt)]
-        >>> out = sparse_feature_decode(q, cache.codes, cache.v, **cache.lookup(branches))
+        >>> out = sparse_feature_decode(q, cache.view(branches))
     """
 
     def __init__(self, topk: int, *, dense_dims: int = 0, pages: int, page_size: int = 64) -> None:
@@ -131,18 +132,18 @@ class PagedSparseKVCache:
         self._codes, self._v = codes, pool_v
         self._commit(sequences, plan, tokens)
 
-    def lookup(self, sequences: Sequence[int]) -> dict[str, Tensor]:
-        """`kv_lens` [B] int32 and `page_table` [B, max_pages] int32 of B sequences, for `sparse_feature_decode`."""
+    def view(self, sequences: Sequence[int]) -> KVView:
+        """The stored keys and values of B sequences, for `sparse_feature_decode`: the pools, lengths and pages."""
         for sequence in sequences:
             self._require_known(sequence)
-        device = self.v.device
+        codes, v = self._pools()
+        device = v.device
         held = [self._held[s] for s in sequences]
         width = max((len(pages) for pages in held), default=0)
         table = [pages + [0] * (width - len(pages)) for pages in held]
-        return {
-            "kv_lens": torch.tensor([self._lengths[s] for s in sequences], dtype=torch.int32, device=device),
-            "page_table": torch.tensor(table, dtype=torch.int32, device=device).reshape(len(held), width),
-        }
+        kv_lens = torch.tensor([self._lengths[s] for s in sequences], dtype=torch.int32, device=device)
+        page_table = torch.tensor(table, dtype=torch.int32, device=device).reshape(len(held), width)
+        return KVView(codes, v, None, kv_lens, page_table)
 
     def _pools(self) -> tuple[FeatureCodes, Tensor]:
         if self._codes is None or self._v is None:

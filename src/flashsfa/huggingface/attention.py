@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,10 +15,12 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 
 from ..attention import sparse_feature_attention
 from ..basis import FeatureBasis
+from ..budget import DENSE, FeatureBudget
 from ..checks import require
-from ..codes import FeatureCodes, code_queries
-from ..decode import FEW_QUERIES, attend_cached, sparse_feature_decode
-from ..ops.decode.plain import DecodeRules
+from ..decode import FEW_QUERIES, attend_cached
+from ..mask import Mask, checked_window
+from ..scores import ScoreRules
+from ..stored import KVView
 from .positions import channel_first
 from .structure import require_no_dropout
 
@@ -25,11 +28,10 @@ NAME = "sfa"
 
 
 class LayerCoding(nn.Module):
-    """How one attention layer codes its queries and keys: budgets, the place of its channel, and as buffers its basis.
+    """How one attention layer codes its queries and keys: budget, the place of its channel, and as buffers its basis.
 
     `channel` rotary features are brought to the front, where the dense channel is (`positions.channel_first`); 0 for none.
-    `cache_dtype` is that of the layer's growing cache: torch.int8, or None for that of what comes in. `query_pattern` is
-    that of `sparse_feature_attention`.
+    `cache_dtype` is that of the layer's growing cache: torch.int8, or None for that of what comes in.
 
     The buffers follow the model from device to device, but keep their precision: rounded to 16 bits the two sides of a
     basis no longer undo one another. They are not part of the state dict: the checkpoint stays the dense
@@ -41,19 +43,19 @@ class LayerCoding(nn.Module):
 
     def __init__(
         self,
-        topk: int,
-        topk_query: int | None,
-        dense_dims: int,
-        value_tolerance: float,
-        basis: FeatureBasis | None,
+        budget: FeatureBudget,
+        value_tolerance: float = 0.0,
+        basis: FeatureBasis | None = None,
         channel: int = 0,
         cache_dtype: torch.dtype | None = None,
-        query_pattern: str | None = None,
     ) -> None:
         super().__init__()
-        self.topk, self.topk_query, self.dense_dims = topk, topk_query, dense_dims
-        self.value_tolerance, self.channel, self.cache_dtype = value_tolerance, channel, cache_dtype
-        self.query_pattern = query_pattern
+        self.budget, self.value_tolerance, self.channel, self.cache_dtype = (
+            budget,
+            value_tolerance,
+            channel,
+            cache_dtype,
+        )
         self._basis_digest = None if basis is None else _digest(basis.key)
         if basis is not None:
             for name in ("query", "key"):
@@ -62,17 +64,12 @@ class LayerCoding(nn.Module):
     @classmethod
     def lossless(cls, head_dim: int) -> LayerCoding:
         """The code that keeps every feature: all but the last in the dense channel, which leaves top-1 of one."""
-        return cls(1, head_dim, head_dim - 1, 0.0, None)
-
-    @property
-    def query_budget(self) -> int:
-        """Kept features of a query: `topk_query`, or the keys' where that is None."""
-        return self.topk if self.topk_query is None else self.topk_query
+        return cls(FeatureBudget.of(head_dim, 1, topk_query=DENSE, dense_dims=head_dim - 1))
 
     @property
     def key_code(self) -> tuple[Any, ...]:
         """What a cached key depends on: two layers of one key code can go on with each other's caches."""
-        return (self.topk, self.dense_dims, self.channel, self._basis_digest)
+        return (self.budget.topk, self.budget.dense_dims, self.channel, self._basis_digest)
 
     def queries(self, q: Tensor) -> Tensor:
         """q [B, Hq, N, D] in the layer's coordinates."""
@@ -108,12 +105,10 @@ class CachedKeys:
     Models pass it on as they do keys; a model that does more with them is told so.
 
     Attributes:
-        codes: [B, Hkv, N, ...] key codes.
+        kv: codes and values; its values are those that are handed out beside these keys, and its lengths the slots filled so far
+            of a cache of fixed size.
         key_code: of the layer that coded them; None for lossless codes.
         dtype: of the values as they came, and so of the attention's output.
-        values: the values [B, Hkv, N, Dv] that are handed out beside them.
-        v_scale: [B, Hkv, N] float32 factor of each row of values in 8 bits, else None.
-        kv_lens: [B] int64 slots filled so far, from the first on, in a cache of fixed size; None for all.
         positions: [N] int64 position in the sequence of each slot's token, negative for an empty slot; None where
             slot j holds token j. One query sees all tokens held, in any order; several need them in order, up to the
             last query's own.
@@ -122,23 +117,19 @@ class CachedKeys:
 
     def __init__(
         self,
-        codes: FeatureCodes,
-        values: Tensor,
+        kv: KVView,
         key_code: tuple[Any, ...] | None,
         dtype: torch.dtype,
         *,
-        v_scale: Tensor | None = None,
-        kv_lens: Tensor | None = None,
         positions: Tensor | None = None,
         is_static: bool = False,
     ) -> None:
-        self.codes, self.values, self.key_code, self.dtype = codes, values, key_code, dtype
-        self.v_scale, self.kv_lens, self.positions, self.is_static = v_scale, kv_lens, positions, is_static
+        self.kv, self.key_code, self.dtype, self.positions, self.is_static = kv, key_code, dtype, positions, is_static
 
     @property
     def shape(self) -> torch.Size:
         """[B, Hkv, N, D] of the keys that were coded."""
-        return self.codes.shape
+        return self.kv.codes.shape
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # what pickle and copy ask for
@@ -172,46 +163,66 @@ def attention_forward(
     key: Tensor | CachedKeys,
     value: Tensor,
     attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    is_causal: bool | None = None,
-    **kwargs: Any,
+    **rest: Any,
 ) -> tuple[Tensor, None]:
     """The attention of one layer, with the signature of transformers' AttentionInterface.
 
     `key` are those of a cache of codes, or dense keys where the caller keeps no cache or a dense one;
     `attention_mask` is what `attention_mask` below returned. A layer left dense by `enable(layers=...)` runs
-    with every feature kept.
+    with every feature kept. `softcap` is Gemma 2's, `s_aux` [Hq] the sinks of gpt-oss.
 
     Raises `ValueError` for an argument that would change the result of attention in a way unknown here, by its name.
     """
+    return _attend(module, getattr(module, "sfa", None), query, key, value, attention_mask, **rest)
+
+
+def dense_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **rest: Any
+) -> tuple[Tensor, None]:
+    """`attention_forward` with every feature kept, whatever the layer's code."""
+    return _attend(module, None, query, key, value, attention_mask, **rest)
+
+
+def _attend(
+    module: nn.Module,
+    coding: LayerCoding | None,
+    query: Tensor,
+    key: Tensor | CachedKeys,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
     require_no_dropout(module, dropout)
     _require_known(module, is_causal, kwargs)
-    coding: LayerCoding | None = getattr(module, "sfa", None)
-    rules: dict[str, Any] = {
-        "topk_query": query.shape[-1] if coding is None else coding.topk_query,
-        "query_pattern": None if coding is None else coding.query_pattern,
-        "scale": scaling,
-        "window": sliding_window,
-        "key_padding_mask": _padding(attention_mask, key),
-    }
-    out: Any
+    padding = _padding(attention_mask, key)
     if isinstance(key, Tensor):
         query = _cast(query, value.dtype)  # under autocast, norms and RoPE leave queries and keys in float32
         key = _cast(key, value.dtype)
         if coding is None:
-            rules["topk"] = key.shape[-1]
+            budget = FeatureBudget.of(key.shape[-1], key.shape[-1])
         else:
-            query, key = coding.queries(query), coding.keys(key)
-            rules["topk"], rules["dense_dims"] = coding.topk, coding.dense_dims
-        out = sparse_feature_attention(query, key, value, is_causal=True, **rules)
+            query, key, budget = coding.queries(query), coding.keys(key), coding.budget
+        out = sparse_feature_attention(
+            query, key, value, topk=budget.topk, topk_query=budget.topk_query, dense_dims=budget.dense_dims,
+            query_pattern=budget.query_pattern, is_causal=True, scale=scaling, softcap=softcap, sinks=s_aux,
+            window=sliding_window, key_padding_mask=padding,
+        )  # fmt: skip
     else:
         _require_own_cache(coding, key, value)
-        query = _cast(query, key.dtype if key.v_scale is not None else value.dtype)
+        query = _cast(query, key.dtype if key.kv.v_scale is not None else value.dtype)
         query = query if coding is None else coding.queries(query)
-        rules["value_tolerance"] = 0.0 if coding is None else coding.value_tolerance
-        out = _attend_cached(query, key, value, **rules).to(key.dtype)
+        budget = LayerCoding.lossless(query.shape[-1]).budget if coding is None else coding.budget
+        kv = key.kv if value is key.kv.v else replace(key.kv, v=value)  # a model may have worked on the values
+        mask = Mask(True, checked_window(sliding_window), padding, kv_lens=kv.kv_lens)
+        scores = ScoreRules.of(query, scaling, softcap, s_aux)
+        tolerance = 0.0 if coding is None else coding.value_tolerance
+        out = attend_cached(query, kv, budget, mask, scores, tolerance).to(key.dtype)
     return out.transpose(1, 2).contiguous(), None  # some models look at it by .view
 
 
@@ -280,7 +291,7 @@ def _require_own_cache(coding: LayerCoding | None, key: CachedKeys, value: Tenso
         "the cache was made for other settings than the model has now: make a new one after enable",
     )
     require(
-        key.v_scale is None or value is key.values,
+        key.kv.v_scale is None or value is key.kv.v,
         "this model works on the values in its cache before it attends to them, which 8 bits do not allow: enable it with "
         "cache_dtype=None",
     )
@@ -307,24 +318,6 @@ def _padding(mask: Tensor | None, key: Tensor | CachedKeys) -> Tensor | None:
     if positions is None:
         return padding[:, :n]  # a static cache announces its capacity, and may hand out fewer keys
     return padding[:, positions.clamp(min=0)] | (positions < 0)
-
-
-def _attend_cached(q: Tensor, key: CachedKeys, v: Tensor, **rules: Any) -> Tensor:
-    """`attend_cached`, without a host sync over a cache of fixed size."""
-    codes, n_q = key.codes, q.shape[2]
-    if key.kv_lens is None:
-        return attend_cached(q, codes, v, v_scale=key.v_scale, **rules)
-    out: Any
-    if n_q <= FEW_QUERIES:
-        out = sparse_feature_decode(q, codes, v, kv_lens=key.kv_lens, **rules)
-    else:  # a chunk of a prompt in a compiled model, where the host does not know the number of keys
-        visible = DecodeRules(key.kv_lens, rules["window"], rules["key_padding_mask"]).visible(
-            n_q, v.shape[2], q.device
-        )
-        q = code_queries(q, codes.topk, rules["topk_query"], codes.dense_dims, rules["query_pattern"]).to_dense()
-        mask = None if visible is None else visible[:, None]  # [B, 1, M, N]
-        out = F.scaled_dot_product_attention(q, codes.to_dense(), v, mask, scale=rules["scale"], enable_gqa=True)
-    return out
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:

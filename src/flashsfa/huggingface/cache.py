@@ -7,6 +7,7 @@ sliding window keep the codes of the window alone.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -15,9 +16,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Encod
 
 from ..cache.contiguous import SparseKVCache
 from ..checks import require, require_int
-from ..codes import FeatureCodes, topk_codes
+from ..codes import topk_codes
 from ..contexts import lasting_tensors
 from ..decode import FEW_QUERIES
+from ..stored import KVView
 from .attention import CachedKeys, LayerCoding
 from .structure import DENSE_LAYERS, dense_cache_layers, unwrap
 
@@ -171,14 +173,12 @@ class SparseCacheLayer(_CodedLayer):
         _require_no_gradient(key_states, value_states)
         start, dtype = self._first_seen(), self.dtype if self.is_initialized else value_states.dtype
         keys = self._coding.keys(key_states.to(dtype))  # autocast leaves keys in float32
-        codes, values = self.store.append(keys, value_states.to(dtype))
+        kv = self.store.append(keys, value_states.to(dtype))
         if not self.is_initialized:  # after all that may fail
             self.lazy_initialization(key_states, value_states)
-        v_scale = self.store.v_scale
         if start:
-            codes, values = codes[:, :, start:], values[:, :, start:]
-            v_scale = None if v_scale is None else v_scale[:, :, start:]
-        return CachedKeys(codes, values, self._coding.key_code, value_states.dtype, v_scale=v_scale), values
+            kv = kv.map(lambda x: x[:, :, start:])
+        return CachedKeys(kv, self._coding.key_code, value_states.dtype), kv.v
 
     def _first_seen(self) -> int:
         """The first token held that the next query sees."""
@@ -195,7 +195,7 @@ class SparseCacheLayer(_CodedLayer):
 
     def reset(self) -> None:
         coding = self._coding
-        self.store = SparseKVCache(coding.topk, dense_dims=coding.dense_dims, dtype=coding.cache_dtype)
+        self.store = SparseKVCache(coding.budget.topk, dense_dims=coding.budget.dense_dims, dtype=coding.cache_dtype)
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -285,13 +285,13 @@ class StaticSparseLayer(_CodedLayer):
         if self._coding is None:
             self._coding = LayerCoding.lossless(key_states.shape[-1])
         self.device, self.dtype = value_states.device, value_states.dtype
-        self.store = SparseKVCache(self._coding.topk, dense_dims=self._coding.dense_dims, capacity=self._slots)
+        budget = self._coding.budget
+        self.store = SparseKVCache(budget.topk, dense_dims=budget.dense_dims, capacity=self._slots)
         self.store.allocate(key_states.to(self.dtype), value_states)
         with lasting_tensors():
             self._kv_lens = torch.zeros(key_states.shape[0], dtype=torch.int64, device=self.device)  # [B], all the same
-        codes = self.store.codes
         if not torch.compiler.is_compiling():  # a CUDA graph may rely on their addresses
-            for buffer in (codes.dense, codes.values, codes.indices, self.store.v, self._kv_lens):
+            for buffer in (*self.store.kv.tensors(), self._kv_lens):
                 torch._dynamo.mark_static_address(buffer)
         self.is_initialized = True
 
@@ -309,10 +309,10 @@ class StaticSparseLayer(_CodedLayer):
             self.lazy_initialization(key_states, value_states)
         assert self._coding is not None
         keys = self._coding.keys(key_states.to(self.dtype))  # autocast leaves keys in float32
-        seen, values, places = self._store(keys, value_states.to(self.dtype), was_empty)
-        self._kv_lens.add_(count)  # in place: `seen` holds this tensor
+        seen, positions = self._store(keys, value_states.to(self.dtype), was_empty)
+        self._kv_lens.add_(count)  # in place: `seen` may hold this tensor
         self._is_empty = False
-        return CachedKeys(seen, values, self._key_code, value_states.dtype, is_static=True, **places), values
+        return CachedKeys(seen, self._key_code, value_states.dtype, positions=positions, is_static=True), seen.v
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.max_cache_len, 0
@@ -340,15 +340,16 @@ class StaticSparseLayer(_CodedLayer):
             with lasting_tensors():
                 self._kv_lens = self._kv_lens[indices.to(self.device)]
 
-    def _store(self, k: Tensor, v: Tensor, was_empty: bool) -> tuple[FeatureCodes, Tensor, dict[str, Tensor]]:
-        """Write the next tokens, keys k [B, Hkv, N, D] and values v; what their queries attend to, and where it stands."""
+    def _store(self, k: Tensor, v: Tensor, was_empty: bool) -> tuple[KVView, Tensor | None]:
+        """Write the next tokens, keys k [B, Hkv, N, D] and values v; what their queries attend to, and its positions where a slot
+        is not one."""
         count, start = k.shape[2], self._kv_lens[0]
-        codes, v = self.store.append_at(k, v, start)
+        kv = self.store.append_at(k, v, start)
         if count <= FEW_QUERIES or torch.compiler.is_compiling():
-            return codes, v, {"kv_lens": self._kv_lens}
+            return replace(kv, kv_lens=self._kv_lens), None
         # a prompt pays one sync a chunk, and none for the first, to see only the slots that are filled
         held = count if was_empty else int(start) + count
-        return codes[:, :, :held], v[:, :, :held], {}
+        return kv.map(lambda x: x[:, :, :held]), None
 
 
 class StaticSparseSlidingLayer(StaticSparseLayer):
@@ -361,32 +362,24 @@ class StaticSparseSlidingLayer(StaticSparseLayer):
         _require_removal(tokens_to_remove)
         require(not tokens_to_remove, "a static cache with a sliding window cannot take tokens back")
 
-    def _store(self, k: Tensor, v: Tensor, was_empty: bool) -> tuple[FeatureCodes, Tensor, dict[str, Tensor]]:
+    def _store(self, k: Tensor, v: Tensor, was_empty: bool) -> tuple[KVView, Tensor | None]:
         assert self._coding is not None
         count, slots, start = k.shape[2], self._slots, self._kv_lens[0]
         slot = torch.arange(slots, device=self.device)
         if count == 1:
-            codes, v = self.store.append_at(k, v, start % slots)
-            return codes, v, {"positions": start - (start - slot) % slots}
-        codes = topk_codes(k.detach(), self._coding.topk, dense_dims=self._coding.dense_dims)
+            return self.store.append_at(k, v, start % slots), start - (start - slot) % slots
+        codes = topk_codes(k.detach(), self._coding.budget.topk, dense_dims=self._coding.budget.dense_dims)
         position = start + torch.arange(count, device=self.device)  # [N]
         last = (codes[:, :, -slots:], v[:, :, -slots:], position[-slots:] % slots)
         if was_empty:
             self.store.write_at(*last)
-            return codes, v, {}
+            return KVView(codes, v), None
         # Several tokens overwrite keys that the first of them still see, so these attend to a copy, in order.
         earlier = position[0] - slots + slot[1:]  # [slots - 1] positions
-        held, order = self.store.codes, earlier % slots
-        pairs = (
-            (held.dense, codes.dense),
-            (held.values, codes.values),
-            (held.indices, codes.indices),
-            (self.store.v, v),
-        )
-        dense, values, indices, v = (torch.cat((old[:, :, order], new), dim=2) for old, new in pairs)
+        order = earlier % slots
+        seen = self.store.kv.map(lambda held, new: torch.cat((held[:, :, order], new), dim=2), KVView(codes, v))
         self.store.write_at(*last)
-        seen = FeatureCodes(dense, values, indices, codes.head_dim)
-        return seen, v, {"positions": torch.cat((earlier, position))}
+        return seen, torch.cat((earlier, position))
 
 
 def _require_no_gradient(k: Tensor, v: Tensor) -> None:

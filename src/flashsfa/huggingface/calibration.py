@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface
 
 from ..basis import FeatureBasis, Moments
 from ..checks import require, require_tensor
+from .attention import attention_mask, dense_forward
 from .structure import attention_layers, default_dense_dims, require_switchable, tensor_device, text_config, unwrap
 
 _NAME = "sfa_calibration"
@@ -20,13 +21,15 @@ _NAME = "sfa_calibration"
 
 def calibrate(
     model: Any,
-    windows: Tensor,
-    topk: int,
+    windows: Tensor | None = None,
+    topk: int | None = None,
     *,
+    text: str | None = None,
+    tokenizer: Any = None,
     dense_dims: int | None = None,
     kind: str = "dictionary",
     max_position: int | None = None,
-    progress: Callable[[], None] = lambda: None,
+    progress: Callable[[], None] | None = None,
 ) -> FeatureBasis:
     """The basis [L, Hkv, D, D] of a dense model's attention layers, from text.
 
@@ -34,18 +37,46 @@ def calibrate(
         model: a causal language model of transformers that `enable` can switch, in the wrappers that it takes.
         windows: [S, W] int64 token ids; 8000 tokens suffice, fewer than 4000 cost quality.
         topk, dense_dims: the budget that `enable` will be given, with the same default.
+        text, tokenizer: in place of windows: a text of some 40,000 characters or more, and the model's tokenizer. It is cut into
+            windows of up to 1024 tokens, of which 16 are taken evenly across it.
         kind: "dictionary", "balanced" (for sparse queries), "whitened", "pca" or "identity"; see
             `FeatureBasis.from_moments`.
         max_position, progress: as in `gather_moments`.
+
+    Raises `TypeError` or `ValueError` for what does not fit, before the model runs.
     """
+    if topk is None:
+        raise TypeError("topk is needed: the budget that enable will be given")
+    if text is not None:
+        require(windows is None and tokenizer is not None, "text goes with a tokenizer, and takes the place of windows")
+        windows = _windows(model, text, tokenizer)
+    require(windows is not None, "calibrate needs windows of token ids, or text and tokenizer")
+    assert windows is not None
     dense_dims = default_dense_dims(model) if dense_dims is None else dense_dims
     moments = gather_moments(model, windows, max_position=max_position, progress=progress)
     return FeatureBasis.from_layers(moments, kind, topk=topk, dense_dims=dense_dims)
 
 
+_WINDOW, _WINDOWS, _FEWEST_TOKENS = 1024, 16, 4000
+
+
+def _windows(model: Any, text: str, tokenizer: Any) -> Tensor:
+    """[S, W] token ids, evenly from a text."""
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], device="cpu")
+    length = min(_WINDOW, getattr(text_config(model), "max_position_embeddings", None) or _WINDOW)
+    require(
+        ids.numel() >= max(length, _FEWEST_TOKENS),
+        f"the text has {ids.numel()} tokens, and calibration needs {max(length, _FEWEST_TOKENS)} or more: give a longer text like "
+        "those that the model will read",
+    )
+    available = ids.numel() // length
+    chosen = torch.linspace(0, available - 1, min(_WINDOWS, available), device="cpu").round().long()
+    return ids[: available * length].view(available, length)[chosen]
+
+
 @torch.no_grad()
 def gather_moments(
-    model: Any, windows: Tensor, *, max_position: int | None = None, progress: Callable[[], None] = lambda: None
+    model: Any, windows: Tensor, *, max_position: int | None = None, progress: Callable[[], None] | None = None
 ) -> list[Moments]:
     """Moments of each attention layer's queries and keys, after RoPE, over windows [S, W] of token ids.
 
@@ -54,7 +85,7 @@ def gather_moments(
             calibration has not seen, so the windows are moved there: all tokens but the first (the one that
             attention sinks into) are placed at offsets spread evenly up to it, a single window at its end. None: the
             positions of the windows.
-        progress: called after each window.
+        progress: called after each window. None for a bar of its own on a terminal.
     """
     require_tensor("windows", windows)
     require(windows.ndim == 2 and windows.numel() > 0, f"windows must be [S, W] token ids, got {tuple(windows.shape)}")
@@ -79,14 +110,17 @@ def gather_moments(
     def record(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         seen = moments.setdefault(module.layer_idx, Moments(key.shape[1], key.shape[-1]))
         seen.update(query, key)
-        return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+        return dense_forward(module, query, key, value, *args, **kwargs)
 
     AttentionInterface.register(_NAME, record)
-    AttentionMaskInterface.register(_NAME, sdpa_mask)
+    AttentionMaskInterface.register(_NAME, attention_mask)
     before, device = model.config._attn_implementation, tensor_device(model)
     model.set_attn_implementation(_NAME)
     try:
-        for index, window in enumerate(windows):
+        # a bar on a terminal alone, unless the caller shows progress
+        for index, window in enumerate(
+            tqdm(windows, "calibrating", disable=None if progress is None else True, leave=False)
+        ):
             window = window.to(device)
             positions = torch.arange(length)
             positions[1:] += (furthest - length) * (index + 1 if count == 1 else index) // max(1, count - 1)
@@ -96,7 +130,8 @@ def gather_moments(
                 attention_mask=torch.ones_like(window)[None],  # without one, the gap would read as packed sequences
                 use_cache=False,
             )
-            progress()
+            if progress is not None:
+                progress()
     finally:
         model.set_attn_implementation(before)
     silent = [module.layer_idx for module in modules if module.layer_idx not in moments]

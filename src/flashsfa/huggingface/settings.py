@@ -6,6 +6,7 @@ import json
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
+from ..budget import DENSE, FeatureBudget
 from ..checks import require, require_bool, require_choice, require_int, require_tolerance
 
 # In a folder, for some programs load every *.safetensors file beside config.json as weights.
@@ -21,7 +22,7 @@ class SFASettings:
     """
 
     topk: int
-    topk_query: int | None = None
+    topk_query: int | str | None = None
     dense_dims: int = 0
     layers: list[int] | None = None
     value_tolerance: float = 0.0
@@ -32,7 +33,7 @@ class SFASettings:
 
     def __post_init__(self) -> None:
         require_int("topk", self.topk, 1)
-        if self.topk_query is not None:
+        if self.topk_query not in (None, DENSE):
             require_int("topk_query", self.topk_query, 1)
         require_int("dense_dims", self.dense_dims, 0)
         if self.layers is not None:
@@ -62,6 +63,16 @@ class SFASettings:
             return cls(**stored)
         except (TypeError, ValueError) as error:
             raise ValueError(f'the settings "sfa" in config.json are not those of a switched model: {error}') from error
+
+    def budget(self, head_dim: int) -> FeatureBudget:
+        """The budget of a head. Raises `ValueError` if it does not fit."""
+        return FeatureBudget.of(
+            head_dim,
+            self.topk,
+            topk_query=self.topk_query,
+            dense_dims=self.dense_dims,
+            query_pattern=self.query_pattern,
+        )
 
     def arguments(self) -> dict[str, Any]:
         """What `enable` takes for them, the basis apart."""

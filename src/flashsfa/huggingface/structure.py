@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -148,8 +149,14 @@ def _require_plain_attention(name: str, module: Any, group: int) -> None:
         getattr(module, "is_causal", None) is True,
         f"{name} has attention that is not causal, or masks keys in a way of its own, which sfa does not replace",
     )
-    require(not getattr(module, "attn_logit_softcapping", None), f"{name} caps its scores (softcap): not yet supported")
-    require(getattr(module, "sinks", None) is None, f"{name} has attention sinks: not yet supported")
+    require(
+        not getattr(module, "attn_logit_softcapping", None) or _hands_over(module, "softcap"),
+        f"{name} caps its scores (softcap) by itself, out of sight of an attention function",
+    )
+    require(
+        getattr(module, "sinks", None) is None or _hands_over(module, "s_aux"),
+        f"{name} has attention sinks that it does not hand to an attention function",
+    )
     require(
         getattr(module, "indexer", None) is None, f"{name} chooses its keys by an index, which sfa does not replace"
     )
@@ -159,6 +166,15 @@ def _require_plain_attention(name: str, module: Any, group: int) -> None:
     )
     if module.training:
         require_no_dropout(module, attention_dropout(module)[1])
+
+
+def _hands_over(module: nn.Module, argument: str) -> bool:
+    """Whether a module's forward passes `argument` on to the attention function: a model that shapes its scores elsewhere would be
+    silently wrong."""
+    try:
+        return f"{argument}=" in inspect.getsource(type(module).forward)
+    except (OSError, TypeError):  # no source at hand
+        return False
 
 
 def _require_plain_cache(name: str, model: Any, modules: list[nn.Module]) -> None:

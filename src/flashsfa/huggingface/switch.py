@@ -13,7 +13,8 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from ..basis import FeatureBasis
-from ..checks import query_budget, require, require_budget
+from ..budget import FeatureBudget
+from ..checks import require
 from .attention import NAME, LayerCoding
 from .instance import extend, retract
 from .loading import find_file, load_weights, read_config, refusing
@@ -35,7 +36,7 @@ def enable(
     model: Any,
     topk: int,
     *,
-    topk_query: int | None = None,
+    topk_query: int | str | None = None,
     dense_dims: int | None = None,
     basis: FeatureBasis | None = None,
     layers: list[int] | None = None,
@@ -82,7 +83,7 @@ def enable(
     settings = SFASettings(
         topk, topk_query, dense_dims, layers, value_tolerance, basis is not None, positions, cache_dtype, query_pattern
     )
-    _check_settings(model, [module.layer_idx for module in modules], settings, basis)
+    budget = _check_settings(model, [module.layer_idx for module in modules], settings, basis)
     _warn_of_untested_version()
     disable(model)
     try:
@@ -92,10 +93,7 @@ def enable(
         for place, module in enumerate(modules):
             if layers is not None and module.layer_idx not in layers:
                 continue
-            coding = LayerCoding(
-                topk, topk_query, dense_dims, value_tolerance, None if basis is None else basis[place], channel,
-                cache_dtype=kept_dtype, query_pattern=query_pattern,
-            )  # fmt: skip
+            coding = LayerCoding(budget, value_tolerance, None if basis is None else basis[place], channel, kept_dtype)
             module.sfa = coding.to(tensor_device(module))
         model.set_attn_implementation(NAME)
         model.config.sfa = asdict(settings)
@@ -169,12 +167,12 @@ def _saved_class(config: dict[str, Any]) -> Any:
     return found if is_model else AutoModelForCausalLM
 
 
-def _check_settings(model: Any, present: list[int], settings: SFASettings, basis: FeatureBasis | None) -> None:
-    """Raise `ValueError` with the reason if the settings do not fit the model, which has attention in the layers `present`."""
+def _check_settings(model: Any, present: list[int], settings: SFASettings, basis: FeatureBasis | None) -> FeatureBudget:
+    """The budget. Raises `ValueError` with the reason if the settings do not fit the model, which has attention in the layers
+    `present`."""
     name = type(model).__name__
     _, kv_heads, head_dim = attention_shape(model)
-    require_budget(settings.topk, head_dim, settings.dense_dims)
-    query_budget(settings.topk_query, settings.topk, head_dim, settings.dense_dims, settings.query_pattern)
+    budget = settings.budget(head_dim)
     if settings.positions is not None:
         require(basis is None, "positions='channel' has no basis: the model is trained in the coordinates it has")
         require_channel(model, settings.dense_dims, head_dim)
@@ -189,6 +187,7 @@ def _check_settings(model: Any, present: list[int], settings: SFASettings, basis
             f"the basis is {tuple(basis.query.shape)} but {name} needs [L, Hkv, D, D] = {expected}; calibrate on this model",
         )
         basis.check(settings.topk, settings.dense_dims)
+    return budget
 
 
 @functools.cache

@@ -1,40 +1,135 @@
-"""Which backend runs, and why: every choice is recorded here, and `explain()` tells it."""
+"""Which form runs, and why. A plan is made once for calls that look alike, kept for their backward pass, and read by `explain()`."""
 
 from __future__ import annotations
 
-import logging
+import functools
 from dataclasses import dataclass
 
-_log = logging.getLogger("flashsfa")
+import torch
+from torch import Tensor
+
+from ..budget import FeatureBudget
+from ..checks import has_values
+from ..mask import Mask
+from ..scores import ScoreRules
+from ..stored import KVView
+from . import record
+from .prefill import fused
+from .prefill.hopper import prefill as hopper
+from .select import operators as select
+
+_plans: dict[tuple, PrefillPlan] = {}
+_MOST_PLANS = 4096  # lengths differ from call to call in some programs
 
 
 @dataclass(frozen=True)
-class Choice:
-    """The backend an operation ran on and the reason in one sentence."""
+class PrefillPlan:
+    """What attention of many queries runs on.
+
+    Attributes:
+        hopper: why this package's kernel for Hopper is tried first; None where it is not.
+        obstacle: why it is not, where the caller may have expected it.
+        kernel: the fused kernel of torch for the rest, and for gradients; None for blocks of plain PyTorch.
+        reason: for the kernel, or for none.
+    """
+
+    hopper: str | None
+    obstacle: str | None
+    kernel: fused.Kernel | None
+    reason: str
+
+    def record(self, operation: str, obstacle: str | None = None) -> None:
+        """Note for `explain()` that `operation` runs on `kernel`, with the `obstacle` to a faster one."""
+        reason = self.reason if obstacle is None else f"{self.reason}; {obstacle}"
+        if self.kernel is None:
+            record.record(operation, "torch", f"{reason}; scores are built in blocks", fallback=True)
+        else:
+            record.record(operation, "dense", reason, fallback=obstacle is not None)
+
+
+def plan_prefill(
+    q: Tensor, k: Tensor, v: Tensor, budget: FeatureBudget, mask: Mask, scores: ScoreRules, backend: str
+) -> PrefillPlan:
+    """The plan for q [B, Hq, N_q, D], keys [B, Hkv, N_k, D] and v [B, Hkv, N_k, Dv] without an idle window, of `backend` "auto" or
+    "dense". Raises `ValueError` where "dense" cannot run."""
+    packed = None if mask.cu_seqlens_q is None else (mask.cu_seqlens_q.numel(), mask.max_seqlen_q, mask.max_seqlen_k)
+    key = (
+        q.device, q.dtype, q.shape, k.shape, v.shape, budget, mask.is_causal, mask.window, mask.key_padding_mask is None, packed,
+        scores.scale, scores.softcap, backend,
+    )  # fmt: skip
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
+        plan = _plans[key] = _plan_prefill(q, k, v, budget, mask, scores, backend)
+    return plan
+
+
+def _plan_prefill(
+    q: Tensor, k: Tensor, v: Tensor, budget: FeatureBudget, mask: Mask, scores: ScoreRules, backend: str
+) -> PrefillPlan:
+    if scores.softcap is not None:
+        kernel, reason = None, "no fused kernel caps scores"
+    else:
+        kernel, reason = fused.choose_kernel(q, v, mask)
+    if backend == "dense":
+        if kernel is None:
+            raise ValueError(f"backend='dense' cannot run: {reason}; use backend='auto'")
+        return PrefillPlan(None, None, kernel, reason)
+    if scores.softcap is not None:
+        return PrefillPlan(None, None, kernel, reason)
+    if budget.query_pattern is not None:
+        obstacle = hopper.obstacle(q, budget.dense_dims, k, v, mask, scores.scale)
+        if obstacle is not None:
+            return PrefillPlan(None, f"no sparse tensor cores: {obstacle}", kernel, reason)
+        return PrefillPlan("sparse tensor cores, for queries in the 2:4 pattern", None, kernel, reason)
+    if hopper.is_faster(q, k, v, mask, scores.scale):
+        return PrefillPlan("the kernel for Hopper, with dense queries", None, kernel, reason)
+    return PrefillPlan(None, None, kernel, reason)
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """What attention of a few queries over codes runs on: the `backend`, "triton", "numba" or "torch", and the `reason`."""
 
     backend: str
     reason: str
 
 
-_last: dict[str, Choice] = {}
-_announced: set[tuple[str, str]] = set()
+def plan_decode(q: Tensor, kv: KVView) -> DecodePlan:
+    """The plan for q [B, Hq, M, D] over stored keys and values; recorded for `explain()`."""
+    if torch.compiler.is_compiling():
+        return _plan_decode(q.device.type, q.dtype, True, kv.page_table is not None, True)
+    plan = _plan_decode(q.device.type, q.dtype, has_values(q), kv.page_table is not None, False)
+    reason = plan.reason
+    if plan.backend == "numba":
+        from .decode import cpu
+
+        reason = cpu.manner()
+    record.record("decode", plan.backend, reason, fallback=plan.backend == "torch")
+    return plan
 
 
-def record(operation: str, backend: str, reason: str, *, fallback: bool = False) -> None:
-    """Note what `operation` runs on. A `fallback` (slower than what the user may expect) is logged, once each."""
-    _last[operation] = Choice(backend, reason)
-    if fallback and (operation, reason) not in _announced:
-        _announced.add((operation, reason))
-        _log.warning("%s runs on the %s backend: %s", operation, backend, reason)
+@functools.cache
+def _plan_decode(kind: str, dtype: torch.dtype, has_values: bool, is_paged: bool, is_compiling: bool) -> DecodePlan:
+    if not has_values:
+        return DecodePlan("torch", "the tensors hold no values")
+    if kind == "cuda":
+        if not select.triton_is_installed():
+            return DecodePlan("torch", "the fused kernels need Triton")
+        if dtype == torch.float64:
+            return DecodePlan("torch", f"the fused kernels take no {dtype}")
+        return DecodePlan("triton", "kernels over codes, split over the keys")
+    if kind != "cpu":
+        return DecodePlan("torch", f"no fused kernels on {kind}")
+    from .decode import cpu
 
-
-def explain() -> str:
-    """Which backend each operation last ran on in this process, and why; one line an operation."""
-    if not _last:
-        return "nothing has run yet"
-    return "\n".join(f"{operation}: {choice.backend} ({choice.reason})" for operation, choice in sorted(_last.items()))
-
-
-def last_choice(operation: str) -> Choice | None:
-    """The record behind `explain()` for one operation, or None if it has not run."""
-    return _last.get(operation)
+    if not cpu.is_available():
+        return DecodePlan("torch", "the fused CPU code needs numba: pip install 'flashsfa[cpu]'")
+    if is_compiling:
+        return DecodePlan("torch", "the fused CPU code cannot be traced by torch.compile")
+    if is_paged:
+        return DecodePlan("torch", "the fused CPU code reads no pages")
+    if not cpu.supports(dtype):
+        return DecodePlan("torch", f"the fused CPU code takes no {dtype}")
+    return DecodePlan("numba", "compiled for this CPU")

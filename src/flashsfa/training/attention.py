@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from ..attention import sparse_feature_attention, sparse_feature_attention_varlen
+from ..attention import sparse_feature_attention
 from ..basis import FeatureBasis
-from ..codes import keeps_all
+from ..budget import DENSE, FeatureBudget
 from ..huggingface.attention import LayerCoding
 from ..huggingface.switch import attention_layers
 from ..ops.select.plain import by_token
@@ -115,8 +115,8 @@ class SparseCore(Core):
         q, k = self.coding.queries(q), self.coding.keys(k)
         # Rows that are kept whole for the backward pass are kept by themselves: as views they would hold all that GPT-2
         # projects together.
-        budgets = ((q, self.coding.query_budget), (k, self.coding.topk))
-        q, k = (by_token(x) if keeps_all(x, budget) else x for x, budget in budgets)
+        budget = self.coding.budget
+        q, k = by_token(q) if budget.keeps_queries else q, by_token(k) if budget.keeps_keys else k
         return sparse_attention(q, k, by_token(v), visible, self.coding, self._gradient)
 
 
@@ -189,15 +189,14 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=visible.scale, enable_gqa=grouped)
     # The code that keeps every feature: all but the last in the dense channel, which leaves top-1 of one.
-    return _attend(q, k, v, visible, topk=1, topk_query=q.shape[-1], dense_dims=q.shape[-1] - 1)
+    return _attend(q, k, v, visible, FeatureBudget.of(q.shape[-1], 1, topk_query=DENSE, dense_dims=q.shape[-1] - 1))
 
 
 def sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, visible: Visible, coding: LayerCoding, gradient: str = "kept"
 ) -> Tensor:
-    """Causal Sparse Feature Attention with the budgets of `coding`."""
-    budgets = {"topk": coding.topk, "topk_query": coding.topk_query, "dense_dims": coding.dense_dims}
-    return _attend(q, k, v, visible, gradient=gradient, query_pattern=coding.query_pattern, **budgets)
+    """Causal Sparse Feature Attention with the budget of `coding`."""
+    return _attend(q, k, v, visible, coding.budget, gradient)
 
 
 def install(model: Any, make: Callable[[int, nn.Module], Core]) -> None:
@@ -245,14 +244,14 @@ def _no_mask(*args: Any, **kwargs: Any) -> None:
     """Windows are full, causality and documents are the cores' business."""
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Visible, **options: Any) -> Tensor:
-    rules: dict[str, Any] = {"is_causal": True, "scale": visible.scale, "window": visible.window, **options}
-    out: Any
-    if visible.bounds is None:
-        out = sparse_feature_attention(q, k, v, **rules)
-        return out
-    batch = q.shape[0]
-    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B·N, H, D]
-    bounds, longest = visible.bounds, visible.longest
-    out = sparse_feature_attention_varlen(q, k, v, bounds, bounds, longest, longest, **rules)
-    return out.unflatten(0, (batch, -1)).transpose(1, 2)
+def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Visible, budget: FeatureBudget, gradient: str = "kept") -> Tensor:
+    bounds, longest, batch = visible.bounds, visible.longest, q.shape[0]
+    if bounds is not None:
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B·N, H, D]
+    out = sparse_feature_attention(
+        q, k, v, topk=budget.topk, topk_query=budget.topk_query, dense_dims=budget.dense_dims,
+        query_pattern=budget.query_pattern, is_causal=True, scale=visible.scale, window=visible.window, cu_seqlens_q=bounds,
+        cu_seqlens_k=bounds, max_seqlen_q=None if bounds is None else longest, max_seqlen_k=None if bounds is None else longest,
+        gradient=gradient,
+    )  # fmt: skip
+    return out if bounds is None else out.unflatten(0, (batch, -1)).transpose(1, 2)

@@ -17,7 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from ..checks import require
 from ..evaluation.results import require_place
 from ..files import follow_umask, write_whole
 from ..huggingface.attention import LayerCoding
-from ..huggingface.switch import attention_layers, attention_shape
+from ..huggingface.switch import attention_layers
 from .data import IGNORED
 from .recipe import Anneal, Training, differences, read, write
 
@@ -142,9 +142,9 @@ class Annealing(TrainerCallback):
 
     def __init__(self, codings: Sequence[LayerCoding], sparse_dims: int, anneal: Anneal, steps: int) -> None:
         self._codings = codings
-        self._goals = [(coding.topk, coding.topk_query) for coding in codings]
+        self._goals = [coding.budget for coding in codings]
         self._budgets = []
-        while sparse_dims > min(goal for goal, _ in self._goals):
+        while sparse_dims > min(goal.topk for goal in self._goals):
             self._budgets.append(sparse_dims)
             sparse_dims //= 2
         self._until = max(1, round(anneal.share * steps))
@@ -156,10 +156,10 @@ class Annealing(TrainerCallback):
         if anneal is None:
             return []
         require(
-            all(coding.query_pattern is None for coding in codings),
+            all(coding.budget.query_pattern is None for coding in codings),
             "anneal: not with query_pattern, as no early budget fits the pattern",
         )
-        return [cls(codings, attention_shape(model)[2] - codings[0].dense_dims, anneal, steps)]
+        return [cls(codings, codings[0].budget.sparse_dims, anneal, steps)]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         stage = state.global_step * len(self._budgets) // self._until
@@ -169,9 +169,8 @@ class Annealing(TrainerCallback):
         self._set(0)
 
     def _set(self, least: int) -> None:
-        for coding, (topk, topk_query) in zip(self._codings, self._goals, strict=True):
-            coding.topk = max(topk, least)
-            coding.topk_query = None if topk_query is None else max(topk_query, least)
+        for coding, goal in zip(self._codings, self._goals, strict=True):
+            coding.budget = replace(goal, topk=max(goal.topk, least), topk_query=max(goal.topk_query, least))
 
 
 class RunTrainer(Trainer):

@@ -14,7 +14,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from ..checks import checked, require
-from ..codes import topk_codes
+from ..codes import code_queries, topk_codes
 from ..huggingface.attention import attention_forward, attention_mask
 from ..huggingface.switch import NAME, is_enabled
 
@@ -63,7 +63,7 @@ def support_statistics(model: Any, windows: Tensor, progress: Callable[[], None]
     def record(module: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
         coding = getattr(module, "sfa", None)
         if coding is not None:
-            sums = found.setdefault(module.layer_idx, _Sums(key.shape[1], key.shape[-1] - coding.dense_dims))
+            sums = found.setdefault(module.layer_idx, _Sums(key.shape[1], key.shape[-1] - coding.budget.dense_dims))
             sums.add(coding, coding.queries(query), coding.keys(key))
         return attention_forward(module, query, key, *args, **kwargs)
 
@@ -121,17 +121,17 @@ class _Sums:
     def add(self, coding: Any, q: Tensor, k: Tensor) -> None:
         """q [1, Hq, N, D] and k [1, H, N, D] of one window, in the layer's coordinates."""
         heads, n = k.shape[1], k.shape[2]
-        codes = topk_codes(k, coding.topk, dense_dims=coding.dense_dims)
+        budget = coding.budget
+        codes = topk_codes(k, budget.topk, dense_dims=budget.dense_dims)
         kept = _support(codes.indices, codes.sparse_dims)[0]  # [H, N, D - M]
         self.counts += kept.sum(1).double().cpu()
         power = codes.values[0].double().square()  # [H, N, K]
         ratio = power.sum(-1).square() / power.square().sum(-1).clamp(min=torch.finfo(power.dtype).tiny)
         self.effective += ratio.mean(-1).cpu()
-        topk_query = coding.query_budget
-        if topk_query == q.shape[-1]:
+        if budget.topk_query == q.shape[-1]:
             self.overlap += 1
         else:
-            indices = topk_codes(q, topk_query, dense_dims=coding.dense_dims, pattern=coding.query_pattern).indices
+            indices = code_queries(q, budget).indices
             queries = _support(indices, codes.sparse_dims)[0].unflatten(0, (heads, -1))  # [H, G, N, D - M]
             share = (queries @ kept[:, None].mT > 0).tril().sum((1, 2, 3))  # [H]
             self.overlap += (share.double() / (queries.shape[1] * n * (n + 1) / 2)).cpu()

@@ -24,10 +24,10 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, SlidingWindowSpec
 
-from ..attention import sparse_feature_attention_varlen
+from ..attention import sparse_feature_attention
 from ..basis import FeatureBasis
-from ..checks import query_budget, require
-from ..codes import topk_codes
+from ..checks import require
+from ..codes import FeatureCodes, topk_codes
 from ..decode import sparse_feature_decode
 from ..huggingface.positions import channel_first
 from .layout import PageLayout
@@ -204,11 +204,7 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.kv_cache_dtype = kv_cache_dtype
         self.settings = settings = current_settings()
-        query_budget(settings.topk_query, settings.topk, head_size, settings.dense_dims, settings.query_pattern)
-        self._rules: dict[str, Any] = {
-            "topk_query": settings.topk_query, "query_pattern": settings.query_pattern, "scale": self.scale,
-            "window": sliding_window,
-        }  # fmt: skip
+        self._budget, self._window = settings.budget(head_size), sliding_window
         self._file = BasisFile()
         self._basis: FeatureBasis | None = None
 
@@ -223,7 +219,7 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
         """
         tokens = slot_mapping.shape[0]
         codes = topk_codes(
-            self._coordinates(layer, key[:tokens], "key"), self.settings.topk, dense_dims=self.settings.dense_dims
+            self._coordinates(layer, key[:tokens], "key"), self._budget.topk, dense_dims=self._budget.dense_dims
         )
         self._layout(value).write(kv_cache, slot_mapping.clamp(min=0), codes, value[:tokens])
 
@@ -252,27 +248,28 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
         if attn_metadata is None:
             return output.fill_(0)
         decodes, tokens, prefill = attn_metadata.decodes, attn_metadata.tokens, attn_metadata.prefill
-        layout = self._layout(value)
-        out: Any
+        layout, budget = self._layout(value), self._budget
         if decodes:
             codes, v = layout.views(kv_cache)
             out = sparse_feature_decode(
-                query[:decodes, :, None], codes, v, kv_lens=attn_metadata.seq_lens,
-                page_table=attn_metadata.block_table, value_tolerance=self.settings.value_tolerance, **self._rules,
+                query[:decodes, :, None], codes, v, kv_lens=attn_metadata.seq_lens, page_table=attn_metadata.block_table,
+                topk_query=budget.topk_query, query_pattern=budget.query_pattern, scale=self.scale, window=self._window,
+                value_tolerance=self.settings.value_tolerance,
             )  # fmt: skip
             output[:decodes] = out[:, :, 0]
         if prefill is not None:
             new = slice(decodes, tokens)
+            k: Tensor | FeatureCodes
             if prefill.slots is None:
                 k, v = self._coordinates(layer, key[new], "key"), value[new]
             else:
-                codes, v = layout.read(kv_cache, prefill.slots)
-                k = codes.to_dense()  # coding it again changes nothing
-            out = sparse_feature_attention_varlen(
-                query[new], k, v, prefill.cu_seqlens_q, prefill.cu_seqlens_k, prefill.max_seqlen_q, prefill.max_seqlen_k,
-                topk=self.settings.topk, dense_dims=self.settings.dense_dims, is_causal=True, **self._rules,
+                k, v = layout.read(kv_cache, prefill.slots)
+            output[new] = sparse_feature_attention(
+                query[new], k, v, cu_seqlens_q=prefill.cu_seqlens_q, cu_seqlens_k=prefill.cu_seqlens_k,
+                max_seqlen_q=prefill.max_seqlen_q, max_seqlen_k=prefill.max_seqlen_k, topk=budget.topk,
+                topk_query=budget.topk_query, dense_dims=budget.dense_dims, query_pattern=budget.query_pattern, is_causal=True,
+                scale=self.scale, window=self._window,
             )  # fmt: skip
-            output[new] = out
         return output
 
     def _layout(self, value: Tensor) -> PageLayout:

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checks import FLOAT_DTYPES, require, require_budget
+from ..budget import require_budget
+from ..checks import FLOAT_DTYPES, require
 from ..codes import FeatureCodes
 
 

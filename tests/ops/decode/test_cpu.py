@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from decode_cases import DecodeRules, decode
 from flashsfa import SparseKVCache, topk_codes
 from flashsfa.codes import FeatureCodes
 from flashsfa.ops.decode import cpu as decode_numba
 from flashsfa.ops.decode import plain as decode_torch
-from flashsfa.ops.decode.plain import DecodeRules
 
 pytestmark = [
     pytest.mark.cpu,
@@ -26,13 +26,13 @@ def draw(dtype=torch.float32, b=2, groups=3, hkv=2, m=1, n=70, d=16, dv=24, topk
 
 
 def truth(q, codes, v, rules, scale):
-    return decode_torch.decode(q.double(), codes.to(torch.float64), v.double(), rules, scale, 0.0)
+    return decode(decode_torch, q.double(), codes.to(torch.float64), v.double(), rules, scale, 0.0)
 
 
 def assert_as_good_as_torch(q, codes, v, rules=DecodeRules(), scale=0.25):  # noqa: B008 (frozen)
     """out and lse are at most twice as far from fp64 as the plain PyTorch path in the same dtype."""
-    results = decode_numba.decode(q, codes, v, rules, scale, 0.0)
-    plain = decode_torch.decode(q, codes, v, rules, scale, 0.0)
+    results = decode(decode_numba, q, codes, v, rules, scale, 0.0)
+    plain = decode(decode_torch, q, codes, v, rules, scale, 0.0)
     assert results[0].dtype == v.dtype
     assert results[1].dtype == torch.float32
     for result, same_dtype, exact in zip(results, plain, truth(q, codes, v, rules, scale), strict=True):
@@ -70,7 +70,7 @@ def test_eight_bits(dtype, tolerance, groups, m, dense_dims):
     cache.crop(0)
     small, held = cache.append(codes.to_dense(), v)
     rules = DecodeRules(torch.tensor([1100, 37]), window=900)
-    out, lse = decode_numba.decode(q, small, held, rules, 0.25, tolerance, v_scale=cache.v_scale)
+    out, lse = decode(decode_numba, q, small, held, rules, 0.25, tolerance, v_scale=cache.v_scale)
     wide = held.double() * cache.v_scale[..., None]
     expected, expected_lse = truth(q, small, wide, rules, 0.25)
     assert out.dtype == dtype
@@ -96,24 +96,24 @@ def test_nothing_leaks_from_where_no_query_looks(tolerance):
     mask = torch.zeros(2, 70, dtype=torch.bool)
     mask[:, 10:20] = True
     rules = DecodeRules(torch.tensor([33, 50]), 20, mask)
-    clean = decode_numba.decode(q, codes, v, rules, 1.0, tolerance)
+    clean = decode(decode_numba, q, codes, v, rules, 1.0, tolerance)
     for b, end in enumerate((33, 50)):
         for hidden in (slice(0, end - 21), slice(10, 20), slice(end, None)):
             for x in (codes.dense, codes.values, v):
                 x[b, :, hidden] = float("nan")
             codes.indices[b, :, hidden] = 255
-    for poisoned, expected in zip(decode_numba.decode(q, codes, v, rules, 1.0, tolerance), clean, strict=True):
+    for poisoned, expected in zip(decode(decode_numba, q, codes, v, rules, 1.0, tolerance), clean, strict=True):
         torch.testing.assert_close(poisoned, expected, rtol=0, atol=0)
 
 
 def test_no_visible_key_gives_zero():
     q, codes, v = draw()
-    out, lse = decode_numba.decode(q, codes, v, DecodeRules(torch.tensor([70, 0])), 1.0, 0.1)
+    out, lse = decode(decode_numba, q, codes, v, DecodeRules(torch.tensor([70, 0])), 1.0, 0.1)
     assert (out[1] == 0).all()
     assert (lse[1] == -torch.inf).all()
     assert out.isfinite().all()
-    assert decode_numba.decode(q[:, :, :0], codes, v, DecodeRules(), 1.0, 0.1)[0].shape == (2, 6, 0, 24)
-    out, lse = decode_numba.decode(q, codes[:, :, :0], v[:, :, :0], DecodeRules(), 1.0, 0.0)
+    assert decode(decode_numba, q[:, :, :0], codes, v, DecodeRules(), 1.0, 0.1)[0].shape == (2, 6, 0, 24)
+    out, lse = decode(decode_numba, q, codes[:, :, :0], v[:, :, :0], DecodeRules(), 1.0, 0.0)
     assert (out == 0).all()
     assert (lse == -torch.inf).all()
 
@@ -125,7 +125,7 @@ def test_nan_in_a_visible_key_shows(where, tolerance):
     q, codes = q.abs() + 1, FeatureCodes(codes.dense, codes.values.abs(), codes.indices, 16)
     codes.values[0, 0, 5] = 50  # the key that carries the weight, which no tolerance leaves out
     {"q": q, "codes": codes.values, "v": v}[where][0, 0, {"q": 0}.get(where, 5)] = float("nan")
-    out, lse = decode_numba.decode(q, codes, v, DecodeRules(), 1.0, tolerance)
+    out, lse = decode(decode_numba, q, codes, v, DecodeRules(), 1.0, tolerance)
     assert out[0, 0].isnan().all()
     assert bool(lse[0, 0].isnan().all()) == (where != "v")
     assert out[1].isfinite().all()
@@ -142,13 +142,13 @@ def test_views_are_read_where_they_lie():
     """The strides of a cache's buffers, of [B, N, H, D] layouts, and of rows that are not adjacent."""
     q, codes, v = draw(dense_dims=2, b=2, n=70)
     rules = DecodeRules(torch.tensor([40, 31]))
-    expected = decode_numba.decode(q, codes[:, :, :40], v[:, :, :40], rules, 1.0, 0.0)
+    expected = decode(decode_numba, q, codes[:, :, :40], v[:, :, :40], rules, 1.0, 0.0)
     cropped = FeatureCodes(*(x[:, :, :40].contiguous() for x in (codes.dense, codes.values, codes.indices)), 16)
     transposed = v[:, :, :40].transpose(1, 2).contiguous().transpose(1, 2)
     apart = torch.stack((v[:, :, :40], v[:, :, :40]), -1)[..., 0]
     strided = FeatureCodes(*(x.mT.contiguous().mT for x in (cropped.dense, cropped.values, cropped.indices)), 16)
     for some_codes, some_v in ((cropped, transposed), (strided, apart)):
-        for result, same in zip(decode_numba.decode(q, some_codes, some_v, rules, 1.0, 0.0), expected, strict=True):
+        for result, same in zip(decode(decode_numba, q, some_codes, some_v, rules, 1.0, 0.0), expected, strict=True):
             torch.testing.assert_close(result, same, rtol=0, atol=0)
 
 
@@ -168,7 +168,7 @@ def test_tolerance_bound(scores, tolerance, m):
     v[:, :, ::2], v[:, :, 1::2] = -100, 100  # opposed values, so that dropping rows shows
     v[0, 0] = per_key.sign()[:, None] * 100
     exact, exact_lse = truth(q, codes, v, DecodeRules(), 1.0)
-    out, lse = decode_numba.decode(q, codes, v, DecodeRules(), 1.0, tolerance)
+    out, lse = decode(decode_numba, q, codes, v, DecodeRules(), 1.0, tolerance)
     error = (out.double() - exact).norm(dim=-1).max()
     assert error <= 2 * tolerance * v.norm(dim=-1).max() + 1e-5 * v.norm(dim=-1).max()
     torch.testing.assert_close(lse, exact_lse.float())
@@ -181,8 +181,8 @@ def test_a_tolerance_skips_rows(groups):
     q[:], codes.values[:], codes.indices[:] = 1, 0, torch.arange(4, dtype=torch.uint8)
     codes.values[:, :, ::10, 0] = 12.0  # a tenth of the keys carry all but 1e-4 of the weight
     v[:, :, 1::10] = float("nan")
-    assert decode_numba.decode(q, codes, v, DecodeRules(), 1.0, 1e-3)[0].isfinite().all()
-    assert decode_numba.decode(q, codes, v, DecodeRules(), 1.0, 0.0)[0].isnan().all()
+    assert decode(decode_numba, q, codes, v, DecodeRules(), 1.0, 1e-3)[0].isfinite().all()
+    assert decode(decode_numba, q, codes, v, DecodeRules(), 1.0, 0.0)[0].isnan().all()
 
 
 def test_exp2_is_accurate_to_about_an_ulp():
@@ -202,7 +202,7 @@ def test_threads_change_neither_the_result_nor_the_users_setting():
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        results.append(decode_numba.decode(q, codes, v, DecodeRules(), 1.0, 1e-2))
+        results.append(decode(decode_numba, q, codes, v, DecodeRules(), 1.0, 1e-2))
         assert numba.get_num_threads() == before
     torch.set_num_threads(torch_threads)
     for one, two in zip(*results, strict=True):

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from decode_cases import DecodeRules, decode
 from flashsfa import sparse_feature_decode, topk_codes
 from flashsfa.ops.decode import cpu as decode_numba
-from flashsfa.ops.decode.plain import DecodeRules
 
 pytestmark = [
     pytest.mark.cpu,
@@ -119,7 +119,7 @@ def draw(m=1, n=70):
 def test_compiled_code_that_cannot_be_kept_or_read(error, said, monkeypatch, caplog, tmp_path):
     """The kernel runs, one line says so, and what is damaged is gone."""
     q, codes, v = draw()
-    expected = decode_numba.decode(q, codes, v, DecodeRules(), 1.0, 0.0)
+    expected = decode(decode_numba, q, codes, v, DecodeRules(), 1.0, 0.0)
     kernel, errors = decode_numba._kernels[True], [error]
     (damaged := tmp_path / "kept").mkdir()
 
@@ -132,7 +132,7 @@ def test_compiled_code_that_cannot_be_kept_or_read(error, said, monkeypatch, cap
     monkeypatch.setattr(decode_numba, "_kernels", {})
     monkeypatch.setattr(decode_numba, "_folder", lambda parallel: damaged)
     monkeypatch.setattr(decode_numba, "_compiled", lambda parallel, folder: first_fails)
-    for found, same in zip(decode_numba.decode(q, codes, v, DecodeRules(), 1.0, 0.0), expected, strict=True):
+    for found, same in zip(decode(decode_numba, q, codes, v, DecodeRules(), 1.0, 0.0), expected, strict=True):
         torch.testing.assert_close(found, same, rtol=0, atol=0)
     assert caplog.text.count(said) == 1
     assert damaged.exists() == (said != "is damaged")
@@ -143,7 +143,7 @@ def test_the_users_numba_settings_stay():
 
     q, codes, v = draw()
     before = numba.config.CACHE_DIR, numba.get_num_threads()
-    decode_numba.decode(q, codes, v, DecodeRules(), 1.0, 0.0)
+    decode(decode_numba, q, codes, v, DecodeRules(), 1.0, 0.0)
     assert (numba.config.CACHE_DIR, numba.get_num_threads()) == before
 
 

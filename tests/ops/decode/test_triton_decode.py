@@ -7,11 +7,12 @@ import torch
 
 pytest.importorskip("triton")
 
+from decode_cases import DecodeRules, decode
 from flashsfa import FeatureCodes, explain, reference, sparse_feature_decode, topk_codes
+from flashsfa.budget import FeatureBudget
 from flashsfa.codes import code_queries
-from flashsfa.mask import AttentionMask
+from flashsfa.mask import Mask
 from flashsfa.ops.decode import plain as decode_torch
-from flashsfa.ops.decode.plain import DecodeRules
 from flashsfa.ops.decode.triton import decode as decode_triton
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -26,7 +27,9 @@ def draw(b=2, hkv=2, group=1, m=1, n=150, d=64, dv=None, dtype=torch.float32):
 
 
 def coded(q, k, topk, dense_dims, topk_query=None):
-    return code_queries(q, topk, topk_query, dense_dims).to_dense(), topk_codes(k, topk, dense_dims=dense_dims)
+    return code_queries(
+        q, FeatureBudget.of(q.shape[-1], topk, topk_query=topk_query, dense_dims=dense_dims)
+    ).to_dense(), topk_codes(k, topk, dense_dims=dense_dims)
 
 
 def expected(q, codes, v, rules, dtype):
@@ -36,15 +39,21 @@ def expected(q, codes, v, rules, dtype):
     for b in range(q.shape[0]):
         row, n = slice(b, b + 1), v.shape[2] if rules.kv_lens is None else int(rules.kv_lens[b])
         padding = None if rules.key_padding_mask is None else rules.key_padding_mask[row, :n]
-        mask = AttentionMask(is_causal=True, window=rules.window, key_padding_mask=padding)
+        mask = Mask(is_causal=True, window=rules.window, key_padding_mask=padding)
         parts.append(reference.attention(q[row], k[row, :, :n], v[row, :, :n], mask=mask, scale=q.shape[-1] ** -0.5))
     return [torch.cat(x) for x in zip(*parts, strict=True)]
 
 
 def assert_decodes(q, codes, v, rules, *, run_codes=None, run_v=None, run_rules=None):
     """Kernel error against float64 at most twice that of the reference in the same dtype, plus one rounding."""
-    out, lse = decode_triton.decode(
-        q, run_codes or codes, v if run_v is None else run_v, run_rules or rules, q.shape[-1] ** -0.5, 0.0
+    out, lse = decode(
+        decode_triton,
+        q,
+        run_codes or codes,
+        v if run_v is None else run_v,
+        run_rules or rules,
+        q.shape[-1] ** -0.5,
+        0.0,
     )
     truth, plain = (expected(q, codes, v, rules, dtype) for dtype in (torch.float64, v.dtype))
     assert out.dtype == v.dtype
@@ -137,9 +146,9 @@ def test_pages_equal_contiguous(page_size, group, m, window):
     table[0, -(-301 // page_size) :] = -7  # never read
     rules = DecodeRules(lens, window, page_table=table)
     for tau in (0.0, 0.1):
-        whole = decode_triton.decode(q, codes, v, DecodeRules(lens, window), 0.125, tau)
-        torch.testing.assert_close(decode_triton.decode(q, *pages, rules, 0.125, tau), whole, **EXACT)
-    plain = [backend.decode(q, *pages, rules, 0.125, 0.0) for backend in (decode_triton, decode_torch)]
+        whole = decode(decode_triton, q, codes, v, DecodeRules(lens, window), 0.125, tau)
+        torch.testing.assert_close(decode(decode_triton, q, *pages, rules, 0.125, tau), whole, **EXACT)
+    plain = [decode(backend, q, *pages, rules, 0.125, 0.0) for backend in (decode_triton, decode_torch)]
     torch.testing.assert_close(*plain, rtol=1e-5, atol=1e-5)
 
 
@@ -172,8 +181,8 @@ def shaped(shape, n, group, dtype):
 def test_tolerance_bound(shape, group, tolerance, dtype):
     """The output moves by at most 2·τ·max‖v‖, the log-sum-exp not at all."""
     q, codes, v = shaped(shape, 500, group, dtype)
-    truth, truth_lse = decode_torch.decode(q.double(), codes.to(torch.float64), v.double(), DecodeRules(), 1.0, 0.0)
-    out, lse = decode_triton.decode(q, codes, v, DecodeRules(), 1.0, tolerance)
+    truth, truth_lse = decode(decode_torch, q.double(), codes.to(torch.float64), v.double(), DecodeRules(), 1.0, 0.0)
+    out, lse = decode(decode_triton, q, codes, v, DecodeRules(), 1.0, tolerance)
     largest = v.double().norm(dim=-1).max()
     rounding = (2**-8 if dtype == torch.bfloat16 else 1e-5) * largest
     assert (out - truth).norm(dim=-1).max() <= 2 * tolerance * largest + rounding
@@ -186,7 +195,7 @@ def test_tolerance_leaves_rows_out():
     giant = 500 // 3
     spoilt = v.clone()
     spoilt[:, :, :giant], spoilt[:, :, giant + 1 :] = torch.nan, torch.nan
-    out, _ = decode_triton.decode(q, codes, spoilt, DecodeRules(), 1.0, 1e-3)
+    out, _ = decode(decode_triton, q, codes, spoilt, DecodeRules(), 1.0, 1e-3)
     torch.testing.assert_close(out[0, 0, 0], v[0, 0, giant])
 
 
@@ -195,7 +204,7 @@ def test_tolerance_keeps_nan(sign):
     """A query that is NaN, of either sign, has a NaN output, and the others of its kv head do not."""
     q, codes, v = shaped("random", 500, 3, torch.float32)
     q[0, 1] = math.copysign(math.nan, sign)
-    out, _ = decode_triton.decode(q, codes, v, DecodeRules(), 1.0, 1e-3)
+    out, _ = decode(decode_triton, q, codes, v, DecodeRules(), 1.0, 1e-3)
     assert out.isnan().all(-1).flatten().tolist() == [False, True, False]
 
 
@@ -210,9 +219,9 @@ def test_tolerance_and_visibility(group, m, window, padded):
     padding[0, :100], padding[1, 250:256] = True, True
     rules = DecodeRules(torch.tensor([600, 3], device=DEVICE), window, padding if padded else None)
     unseen = ~rules.visible(m, 600, DEVICE).any(1)[:, None, :, None]
-    exact = decode_triton.decode(q, codes, v, rules, 0.125, 0.0)
+    exact = decode(decode_triton, q, codes, v, rules, 0.125, 0.0)
     for tolerance, error in ((1e-12, 1e-5), (0.02, 0.04 * float(v.norm(dim=-1).max()))):
-        out, lse = decode_triton.decode(q, codes, v.masked_fill(unseen, torch.nan), rules, 0.125, tolerance)
+        out, lse = decode(decode_triton, q, codes, v.masked_fill(unseen, torch.nan), rules, 0.125, tolerance)
         assert (out - exact[0]).norm(dim=-1).max() <= error
         torch.testing.assert_close(lse, exact[1])
 
@@ -220,8 +229,8 @@ def test_tolerance_and_visibility(group, m, window, padded):
 def flat(q, codes, v, **rules):
     """The arguments of the operator behind `decode`."""
     given = DecodeRules(**rules)
-    masks = given.kv_lens, given.key_padding_mask, given.page_table, given.window
-    return q, codes.dense, codes.values, codes.indices, v, None, None, *masks, 0.125, 0.0, 3
+    masks = given.page_table, given.kv_lens, given.key_padding_mask, given.window
+    return q, codes.dense, codes.values, codes.indices, v, None, None, *masks, [0.125, 0.0, 0.0], 3
 
 
 @pytest.mark.parametrize("dense_dims", [0, 4])
@@ -240,7 +249,7 @@ def test_compiled_equals_eager():
     q, codes = coded(q, k, 8, 4)
 
     def step(q, codes, v):
-        return decode_triton.decode(q * 2, codes, v, DecodeRules(window=90), 0.125, 0.0)[0] + 1
+        return decode(decode_triton, q * 2, codes, v, DecodeRules(window=90), 0.125, 0.0)[0] + 1
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(q, codes, v), step(q, codes, v), **EXACT)
@@ -255,7 +264,7 @@ def test_strided_caches():
     assert_decodes(q, codes, v, DecodeRules(), run_codes=FeatureCodes(*turned[:3], codes.head_dim), run_v=turned[3])
     assert_decodes(q, codes[:, :, 3:77], v[:, :, 3:77], DecodeRules())
     with pytest.raises(ValueError, match="last dimension of v"):
-        decode_triton.decode(q, codes, v.mT.contiguous().mT, DecodeRules(), 1.0, 0.0)
+        decode(decode_triton, q, codes, v.mT.contiguous().mT, DecodeRules(), 1.0, 0.0)
 
 
 @pytest.mark.gpu
@@ -265,7 +274,7 @@ def test_public_function_runs_triton(dtype):
     codes = topk_codes(k, 8, dense_dims=4)
     out, lse = sparse_feature_decode(q, codes, v, return_lse=True)
     assert "decode: triton" in explain()
-    direct = decode_triton.decode(*coded(q, k, 8, 4), v, DecodeRules(), 0.125, 0.0)
+    direct = decode(decode_triton, *coded(q, k, 8, 4), v, DecodeRules(), 0.125, 0.0)
     torch.testing.assert_close((out, lse), direct, **EXACT)
     sparse_feature_decode(q.double(), codes.to(torch.float64), v.double())
     assert "decode: torch" in explain()
@@ -276,9 +285,9 @@ def test_public_function_runs_triton(dtype):
 def test_deterministic(tolerance):
     q, k, v = draw(b=4, hkv=4, group=4, n=20000, dtype=torch.bfloat16)
     run = [*coded(q, k, 8, 4), v, DecodeRules(), 0.125, tolerance]
-    first = decode_triton.decode(*run)
+    first = decode(decode_triton, *run)
     for _ in range(5):
-        torch.testing.assert_close(decode_triton.decode(*run), first, **EXACT)
+        torch.testing.assert_close(decode(decode_triton, *run), first, **EXACT)
 
 
 @pytest.mark.gpu
@@ -289,7 +298,7 @@ def test_cuda_graph_follows_kv_lens(tolerance):
     lens = torch.tensor([3000, 1], device=DEVICE)
 
     def step():
-        return decode_triton.decode(q, codes, v, DecodeRules(lens), 0.125, tolerance)
+        return decode(decode_triton, q, codes, v, DecodeRules(lens), 0.125, tolerance)
 
     step()
     graph = torch.cuda.CUDAGraph()
@@ -311,7 +320,7 @@ def test_offsets_past_two_to_the_31():
     k[:, :, -1] = 30 * q[:, ::2, 0].sign()
     v[:, :, -1] = 1
     q, codes = coded(q, k, 16, 0)
-    out, _ = decode_triton.decode(q, codes, v, DecodeRules(), 1.0, 0.0)
+    out, _ = decode(decode_triton, q, codes, v, DecodeRules(), 1.0, 0.0)
     torch.testing.assert_close(out[:, ::2], torch.ones_like(out[:, ::2]))
 
 
@@ -324,9 +333,9 @@ def test_queries_are_coded_on_the_way(topk_query, group, m, d, dense_dims, dtype
     q[0, 0] = q[0, 0].sign()  # ties everywhere
     q = q.transpose(1, 2).contiguous().transpose(1, 2)
     sparse, codes = coded(q, k, 5, dense_dims, topk_query or d)
-    expected = decode_triton.decode(sparse, codes, v, DecodeRules(), 0.125, 0.0)
+    expected = decode(decode_triton, sparse, codes, v, DecodeRules(), 0.125, 0.0)
     torch.testing.assert_close(
-        decode_triton.decode(q, codes, v, DecodeRules(), 0.125, 0.0, topk_query=topk_query), expected, **EXACT
+        decode(decode_triton, q, codes, v, DecodeRules(), 0.125, 0.0, topk_query=topk_query), expected, **EXACT
     )
 
 
@@ -346,8 +355,8 @@ def test_strided_rules():
 
 def assert_close_to_torch(q, codes, v, rules):
     for got, expected in zip(
-        decode_triton.decode(q, codes, v, rules, 0.125, 0.0),
-        decode_torch.decode(q, codes, v, rules, 0.125, 0.0),
+        decode(decode_triton, q, codes, v, rules, 0.125, 0.0),
+        decode(decode_torch, q, codes, v, rules, 0.125, 0.0),
         strict=True,
     ):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 from flashsfa import reference, sparse_feature_attention
-from flashsfa.mask import AttentionMask
+from flashsfa.mask import Mask
 from flashsfa.ops import plan
 from flashsfa.ops.prefill import fused as dense
 from flashsfa.ops.prefill.triton.merge import merge_parts
@@ -109,7 +109,7 @@ def test_chunks_on_both_sides_of_the_rule(width, n_q, n_k, threshold, dtype, mon
     found = sparse_feature_attention(q, k, v, topk=width, is_causal=True, return_lse=True, backend="dense")
     reason = plan.last_choice("attention").reason
     assert ("cuDNN" if threshold == 0 else "FlashAttention-2") in reason
-    mask = AttentionMask(is_causal=True)
+    mask = Mask(is_causal=True)
     expected = reference.attention(q, k, v, mask=mask)
     truth = reference.attention(*(x.double() for x in (q, k, v)), mask=mask)
     assert_error_rule(found, expected, truth)
@@ -119,7 +119,7 @@ def test_chunks_on_both_sides_of_the_rule(width, n_q, n_k, threshold, dtype, mon
 def test_a_long_chunk_runs_in_pieces_and_a_short_one_in_one_call():
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("cuDNN is chosen from Hopper on")
-    causal = AttentionMask(is_causal=True)
+    causal = Mask(is_causal=True)
 
     def kernel(n_q, n_k):
         rows = (torch.empty(1, 16, n, 128, device="cuda", dtype=torch.bfloat16) for n in (n_q, n_k))

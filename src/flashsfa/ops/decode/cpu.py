@@ -34,9 +34,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...codes import FeatureCodes, topk_codes
+from ...codes import topk_codes
+from ...mask import Mask
+from ...scores import ScoreRules
+from ...stored import KVView
 from .. import compiled
-from .plain import DecodeRules
 
 try:
     import numba
@@ -74,51 +76,37 @@ def supports(dtype: torch.dtype) -> bool:
 
 
 def decode(
-    q: Tensor,
-    codes: FeatureCodes,
-    v: Tensor,
-    rules: DecodeRules,
-    scale: float,
-    value_tolerance: float,
-    *,
-    topk_query: int | None = None,
-    v_scale: Tensor | None = None,
+    q: Tensor, kv: KVView, mask: Mask, scores: ScoreRules, value_tolerance: float, topk_query: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention of the last M tokens over key codes.
+    """As `plain.decode`, for q on the CPU of a supported dtype.
 
-    Args:
-        q: [B, Hq, M, D] queries on the CPU, of a supported dtype.
-        codes, v: [B, Hkv, N, ...] and [B, Hkv, N, Dv], in the dtype of q or int8 with a scale, any strides of B and Hkv.
-            Copied first if the code rows of a head are not adjacent or the entries of a V row are not.
-        rules: what is visible: `kv_lens`, `window` and `key_padding_mask`, as in `sparse_feature_decode`.
-        scale: factor of the scores.
-        value_tolerance: share of a query's weight that may be left out; 0 reads every visible row of V.
-        topk_query: features of a query to keep beside the dense channel; None for q as it is.
-        v_scale: [B, Hkv, N] float32 factors of the rows of an int8 v.
-
-    Returns:
-        out [B, Hq, M, Dv] in the dtype of q, lse [B, Hq, M] float32.
+    Codes and values have the dtype of q or are int8 with a scale, with any strides of B and Hkv; they are copied first if the code
+    rows of a head are not adjacent or the entries of a V row are not. No pages.
     """
+    codes, v = kv.codes, kv.v
     if topk_query is not None:
         q = topk_codes(q, topk_query, dense_dims=codes.dense_dims).to_dense()
     batch, kv_heads, n, value_dim = v.shape
     m, rows = q.shape[2], q.shape[1] // kv_heads * q.shape[2]
-    grouped = (q.detach().float() * (scale * _LOG2_E)).reshape(batch * kv_heads, rows, q.shape[-1])
+    # scores come in log2 units; under a cap, which stands before them, as what its tanh takes
+    cap = 0.0 if scores.softcap is None else scores.softcap * _LOG2_E
+    factor = scores.scale * _LOG2_E if scores.softcap is None else scores.scale / scores.softcap
+    grouped = (q.detach().float() * factor).reshape(batch * kv_heads, rows, q.shape[-1])
     grouped = grouped + (grouped * 0).sum(-1, keepdim=True)  # NaN shows in every score, as in a dense product
-    first, last = _visible(batch, m, n, rules)
+    first, last = _visible(batch, m, n, mask)
     padding = np.zeros((batch, 0), np.bool_)
-    if rules.key_padding_mask is not None:
-        padding = rules.key_padding_mask.contiguous().numpy()
+    if mask.key_padding_mask is not None:
+        padding = mask.key_padding_mask.contiguous().numpy()
     chunks = _chunks(first.min(1, initial=n), last.max(1, initial=0), kv_heads)
     no_scale = torch.empty(0, 0, 0, 1, dtype=torch.float32, device="cpu")
-    scales = (no_scale if x is None else x[..., None] for x in (codes.scale, v_scale))
+    scales = (no_scale if x is None else x[..., None] for x in (codes.scale, kv.v_scale))
     parts = [part for x in (codes.values, codes.indices, codes.dense, *scales) for part in _flat(x, adjacent=True)]
     out = np.empty((batch * kv_heads, rows, value_dim), np.float32)
     lse = np.empty((batch * kv_heads, rows), np.float32)
     with _one_at_a_time:
         _run(
             grouped.numpy(), *parts, codes.topk, codes.dense_dims, *_flat(v), first, last, padding,
-            chunks, kv_heads, n, float(value_tolerance), out, lse,
+            chunks, kv_heads, n, cap, float(value_tolerance), out, lse,
         )  # fmt: skip
     shape = (batch, q.shape[1], m)
     return torch.from_numpy(out).view(*shape, value_dim).to(q.dtype), torch.from_numpy(lse).view(shape)
@@ -214,11 +202,11 @@ if numba and hasattr(os, "register_at_fork"):
     )
 
 
-def _visible(batch: int, m: int, n: int, rules: DecodeRules) -> tuple[np.ndarray, np.ndarray]:
+def _visible(batch: int, m: int, n: int, mask: Mask) -> tuple[np.ndarray, np.ndarray]:
     """Each query's first visible key and the one past its last, both [B, M]; padding apart."""
-    lengths = np.full(batch, n) if rules.kv_lens is None else rules.kv_lens.numpy().astype(np.int64)
+    lengths = np.full(batch, n) if mask.kv_lens is None else mask.kv_lens.numpy().astype(np.int64)
     last = lengths[:, None] - m + np.arange(1, m + 1)  # [B, M]
-    first = np.zeros_like(last) if rules.window is None else last - rules.window
+    first = np.zeros_like(last) if mask.window is None else last - mask.window
     return first.clip(0, n), last.clip(0, n)
 
 
@@ -257,7 +245,7 @@ def _jit(reorder: bool = False) -> Callable:
 
 def _decode_kernel(
     q, values, values_at, indices, indices_at, dense, dense_at, scale, scale_at, v_scale, v_scale_at, topk, dense_dims,
-    v, v_at, first, last, padding, chunks, kv_heads, n, tolerance, out, lse,
+    v, v_at, first, last, padding, chunks, kv_heads, n, cap, tolerance, out, lse,
 ):  # fmt: skip
     """The three passes. q [heads, R, D] with the scale in it, out [heads, R, Dv] and lse [heads, R] of B·Hkv heads;
     `x` and `x_at` as `_flat` returns them."""
@@ -280,6 +268,8 @@ def _decode_kernel(
             _scale_keys(
                 scores[head, :, start:end], _rows_between(scale, b * scale_at[0] + h * scale_at[1], start, end, 1)
             )
+        if cap > 0:
+            _cap(scores[head, :, start:end], cap)
         _hide(scores[head, :, start:end], start, first[b], last[b], padding[b, start:end])
     for line in prange(heads * rows):
         head, row = line // rows, line % rows
@@ -371,6 +361,14 @@ def _scale_keys(scores, scale):
     for row in range(len(scores)):
         for key in range(len(scale)):
             scores[row, key] *= _widen(scale[key, 0])
+
+
+@_jit()
+def _cap(scores, cap):
+    """Turn scores [R, n], divided by the cap, into `cap` times their hyperbolic tangent."""
+    for row in range(len(scores)):
+        for key in range(scores.shape[1]):
+            scores[row, key] = np.float32(cap) * np.tanh(scores[row, key])
 
 
 @_jit()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import plan
+from .. import record
 from .plain import at_support, empty_code, empty_rows, plain_prune_24, plain_scatter, plain_topk
 
 # ---- the operators, which carry gradients
@@ -146,12 +146,12 @@ def has_fused(x: Tensor) -> bool:
         return False
     installed = triton_is_installed()
     if installed and x.dtype != torch.float64:
-        plan.record("topk", "triton", "one pass over the rows")
+        record.record("topk", "triton", "one pass over the rows")
         return True
     reason = (
         f"the Triton kernel takes no {x.dtype}" if installed else "the fused kernel needs Triton: pip install triton"
     )
-    plan.record("topk", "torch", reason, fallback=True)
+    record.record("topk", "torch", reason, fallback=True)
     return False
 
 

@@ -13,7 +13,7 @@ import torch
 import flashsfa
 from flashsfa import reference, sparse_feature_attention
 from flashsfa.codes import FeatureCodes, all_dense_codes, topk_codes
-from flashsfa.mask import AttentionMask
+from flashsfa.mask import Mask
 from flashsfa.ops.prefill import fused as dense
 from flashsfa.ops.prefill.hopper import compiler, cuda, prefill
 
@@ -149,7 +149,7 @@ def plain(q, k, v, *, topk, topk_query, dense_dims, is_causal):
     q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
     out, lse = reference.sparse_feature_attention(
         q, k, v, topk=topk, topk_query=topk_query, dense_dims=dense_dims, query_pattern="2:4",
-        mask=AttentionMask(is_causal),
+        mask=Mask(is_causal),
     )  # fmt: skip
     out.backward(slope(out))
     return out.detach(), lse.detach(), q.grad, k.grad, v.grad
@@ -334,7 +334,7 @@ def test_dense_queries_for_the_kernel(monkeypatch, n_q, n_k, rival, rules, faste
             "max_seqlen_q": max(lengths),
             "max_seqlen_k": max(lengths),
         }
-    mask = AttentionMask(rules.get("is_causal", True), rules.get("window"), **packed)
+    mask = Mask(rules.get("is_causal", True), rules.get("window"), **packed)
     assert prefill.is_faster(q, k, k, mask, 0.1) == (faster and dtype == BF16)
 
 
@@ -366,7 +366,7 @@ def check(q, k, v, is_causal, window=None, lengths=None, **changes):
     """The error rule for out and log-sum-exp, against fp64, with tiles for little and for much. `q` are codes, packed where
     there are `lengths` (of their sequences and of the keys'); barriers trap instead of hanging."""
     scale = q.head_dim**-0.5
-    mask = AttentionMask(is_causal, window, **(packing(*lengths) if lengths else {}))
+    mask = Mask(is_causal, window, **(packing(*lengths) if lengths else {}))
     assert prefill.obstacle(q, k, v, mask, scale) is None
     rows = q.to_dense()
     truth, true_lse = reference.attention(rows.double(), k.double(), v.double(), mask=mask, scale=scale)
@@ -389,7 +389,7 @@ def check(q, k, v, is_causal, window=None, lengths=None, **changes):
 
 
 def packing(q_lengths, k_lengths):
-    """What an `AttentionMask` says about packed sequences of these lengths."""
+    """What an `Mask` says about packed sequences of these lengths."""
     bounds = [torch.tensor([0, *n], device="cuda").cumsum(0, dtype=torch.int32) for n in (q_lengths, k_lengths)]
     return {"cu_seqlens_q": bounds[0], "cu_seqlens_k": bounds[1],
             "max_seqlen_q": max(q_lengths), "max_seqlen_k": max(k_lengths)}  # fmt: skip
@@ -480,9 +480,9 @@ def test_packed_sequences_are_their_own(head_dim):
     for name in ("cu_seqlens_q", "cu_seqlens_k"):
         rules[name] = rules[name].repeat_interleave(2)[::2]
     for is_causal in (False, True):
-        out, lse = prefill.forward(coded(q), k, v, mask=AttentionMask(is_causal, **rules), **options)
+        out, lse = prefill.forward(coded(q), k, v, mask=Mask(is_causal, **rules), **options)
         parts = coded(q[:, :, one]), k[:, :, one], v[:, :, one]
-        alone, alone_lse = prefill.forward(*parts, mask=AttentionMask(is_causal), **options)
+        alone, alone_lse = prefill.forward(*parts, mask=Mask(is_causal), **options)
         assert torch.equal(out[:, :, one], alone)
         assert torch.equal(lse[:, :, one], alone_lse)
 
@@ -496,7 +496,7 @@ def test_each_query_is_multiplied_as_coded(head_dim, dense_dims):
     """With one key a feature and V the identity, a query's weights show all of its features."""
     q = coded(normal(1, 1, 200, head_dim), dense_dims)
     k = v = torch.eye(head_dim, dtype=BF16, device="cuda")[None, None]
-    out, lse = prefill.forward(q, k, v, mask=AttentionMask(), scale=1.0)
+    out, lse = prefill.forward(q, k, v, mask=Mask(), scale=1.0)
     scores = out.float().log() + lse[..., None]
     torch.testing.assert_close(scores, q.to_dense().float(), rtol=0, atol=0.02)
 
@@ -588,9 +588,9 @@ def test_nan_stays_where_it_is_seen():
     k, v = (normal(1, 1, 200, 64) for _ in "kv")
     k[0, 0, 150] = math.nan  # in all features: one whose group a query does not hold is never multiplied
     v[0, 0, 0, 3] = math.nan  # every query sees the first key; a weight of zero times NaN would spread it further
-    out, lse = prefill.forward(q, k, v, mask=AttentionMask(True), scale=0.125)
+    out, lse = prefill.forward(q, k, v, mask=Mask(True), scale=0.125)
     rows = q.to_dense().float()
-    expected, expected_lse = reference.attention(rows, k.float(), v.float(), mask=AttentionMask(True), scale=0.125)
+    expected, expected_lse = reference.attention(rows, k.float(), v.float(), mask=Mask(True), scale=0.125)
     assert torch.equal(out.isnan(), expected.isnan())
     assert torch.equal(lse.isnan(), expected_lse.isnan())
 
@@ -697,7 +697,7 @@ def test_public_path_compiles():
 def test_runs_in_a_fresh_thread():
     """Which has no CUDA context of its own, and allocates nothing anew."""
     q = all_dense_codes(normal(1, 1, 700, 128))
-    options = {"mask": AttentionMask(True), "scale": 0.1}
+    options = {"mask": Mask(True), "scale": 0.1}
     expected, _ = prefill.forward(q, q.dense, q.dense, **options)
     del _
     with ThreadPoolExecutor(1) as pool:
@@ -746,6 +746,6 @@ def test_codes_past_two_billion_entries():
     n = (1 << 31) // 64 // 2 + 77  # values of 64 entries a row, more than 2^31 with the heads
     q = coded(normal(1, 1, n, 128).expand(1, 2, n, 128))
     k, v = (normal(1, 2, 64, 128) for _ in "kv")
-    out, _ = prefill.forward(q, k, v, mask=AttentionMask(), scale=0.1)
-    last, _ = prefill.forward(q[:, :, -128:], k, v, mask=AttentionMask(), scale=0.1)
+    out, _ = prefill.forward(q, k, v, mask=Mask(), scale=0.1)
+    last, _ = prefill.forward(q[:, :, -128:], k, v, mask=Mask(), scale=0.1)
     assert torch.equal(out[:, :, -128:], last)

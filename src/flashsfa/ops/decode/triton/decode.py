@@ -5,6 +5,7 @@ No host sync and no shape that depends on data: the launches can be captured in 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from torch import Tensor
 
 from ....checks import require
 from ....codes import FeatureCodes
+from ....mask import Mask
+from ....scores import ScoreRules
+from ....stored import KVView
 from ...triton.rows import next_power_of_2
-from ..plain import DecodeRules
 from .combine import combine
 from .scores import Problem, block_keys, block_scores, channel_words, chunk, live_keys, locate, split_range
 from .skip import decode_skipping
@@ -24,32 +27,43 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def decode(
-    q: Tensor,
-    codes: FeatureCodes,
-    v: Tensor,
-    rules: DecodeRules,
-    scale: float,
-    value_tolerance: float,
-    *,
-    topk_query: int | None = None,
-    v_scale: Tensor | None = None,
+    q: Tensor, kv: KVView, mask: Mask, scores: ScoreRules, value_tolerance: float, topk_query: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As `decode_torch.decode`, for float16, bfloat16 and float32. No host sync, deterministic, no gradients.
+    """As `plain.decode`, for float16, bfloat16 and float32. No host sync, deterministic, no gradients.
 
     Raises `ValueError` if a cache tensor's last dimension is not contiguous: copying a cache a step would cost more
     than decoding it.
     """
-    for name, x in (("dense", codes.dense), ("values", codes.values), ("indices", codes.indices), ("v", v)):
+    codes = kv.codes
+    for name, x in (("dense", codes.dense), ("values", codes.values), ("indices", codes.indices), ("v", kv.v)):
         require(
             x.shape[-1] <= 1 or x.stride(-1) == 1,
-            f"the last dimension of {name} must be contiguous, got strides {tuple(x.stride())}",
+            lambda: f"the last dimension of {name} must be contiguous, got strides {tuple(x.stride())}",  # noqa: B023 (called at once)
         )
+    if not torch.compiler.is_compiling():
+        return _run(q, kv, mask, scores, value_tolerance, topk_query)
     return _decode_op(
-        q, codes.dense, codes.values, codes.indices, v, codes.scale, v_scale, rules.kv_lens, rules.key_padding_mask,
-        rules.page_table, rules.window, scale, value_tolerance, topk_query,
+        q, codes.dense, codes.values, codes.indices, kv.v, codes.scale, kv.v_scale, kv.page_table, mask.kv_lens,
+        mask.key_padding_mask, mask.window, [scores.scale, scores.softcap or 0.0, value_tolerance], topk_query,
     )  # fmt: skip
 
 
+def _run(
+    q: Tensor, kv: KVView, mask: Mask, scores: ScoreRules, value_tolerance: float, topk_query: int | None
+) -> tuple[Tensor, Tensor]:
+    out = q.new_empty((*q.shape[:3], kv.v.shape[-1]))
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    if out.numel():
+        with torch.cuda.device_of(q):
+            problem = Problem(q, kv, mask, scores, topk_query)
+            if value_tolerance > 0:
+                decode_skipping(problem, value_tolerance, out, lse)
+            else:
+                _decode_exact(problem, out, lse)
+    return out, lse
+
+
+# For torch.compile, which cannot look into a launch. Eager calls save its cost to the host.
 @torch.library.custom_op("flashsfa::decode", mutates_args=())
 def _decode_op(
     q: Tensor,
@@ -59,27 +73,17 @@ def _decode_op(
     v: Tensor,
     code_scale: Tensor | None,
     v_scale: Tensor | None,
+    page_table: Tensor | None,
     kv_lens: Tensor | None,
     key_padding_mask: Tensor | None,
-    page_table: Tensor | None,
     window: int | None,
-    scale: float,
-    value_tolerance: float,
+    real: Sequence[float],
     topk_query: int | None,
 ) -> tuple[Tensor, Tensor]:
-    out = q.new_empty((*q.shape[:3], v.shape[-1]))
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    if out.numel():
-        with torch.cuda.device_of(q):
-            problem = Problem(
-                q, dense, values, indices, v, code_scale, v_scale, kv_lens, key_padding_mask, page_table, window, scale,
-                topk_query,
-            )  # fmt: skip
-            if value_tolerance > 0:
-                decode_skipping(problem, value_tolerance, out, lse)
-            else:
-                _decode_exact(problem, out, lse)
-    return out, lse
+    scale, softcap, value_tolerance = real
+    kv = KVView(FeatureCodes(dense, values, indices, q.shape[-1], code_scale), v, v_scale, kv_lens, page_table)
+    mask = Mask(True, window, key_padding_mask, kv_lens=kv_lens)
+    return _run(q, kv, mask, ScoreRules(scale, softcap or None), value_tolerance, topk_query)
 
 
 @_decode_op.register_fake
@@ -135,13 +139,13 @@ def _words(problem: Problem, keys: int) -> int:
 def decode_partial_kernel(
     Q, DENSE_K, VALUES, INDICES, CODE_SCALE, V, V_SCALE, LENS, PADDING, PAGES,
     PARTIAL, PEAK, TOTAL,
-    kv_heads, n, m, window, scale,
+    kv_heads, n, m, window, scale, cap,
     dense_k_sb, dense_k_sh, values_sb, values_sh, indices_sb, indices_sh, code_scale_sb, code_scale_sh, v_sb, v_sh,
     v_scale_sb, v_scale_sh, padding_sb, pages_sb,
     dense_k_sn: tl.constexpr, values_sn: tl.constexpr, indices_sn: tl.constexpr, code_scale_sn: tl.constexpr,
     v_sn: tl.constexpr, v_scale_sn: tl.constexpr, DTYPE: tl.constexpr,
     D: tl.constexpr, DENSE: tl.constexpr, K: tl.constexpr, DV: tl.constexpr, R: tl.constexpr, RT: tl.constexpr,
-    PAGE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    PAGE: tl.constexpr, CAUSAL: tl.constexpr, CAPPED: tl.constexpr, WINDOW: tl.constexpr,
     BN: tl.constexpr, KC: tl.constexpr,
 ):  # fmt: skip
     """Unnormalised output [RT, DV], maximum and sum of one split for one tile of rows. Scores in log2 units."""
@@ -165,7 +169,7 @@ def decode_partial_kernel(
             VALUES + outer * values_sb + h * values_sh + slot * values_sn,
             INDICES + outer * indices_sb + h * indices_sh + slot * indices_sn,
             CODE_SCALE + outer * code_scale_sb + h * code_scale_sh + slot * code_scale_sn if CODE_SCALE is not None else None,
-            key, live, first_row, length, m, window, scale, D, DENSE, K, R, RT, CAUSAL, WINDOW, BN, KC,
+            key, live, first_row, length, m, window, scale, cap, D, DENSE, K, R, RT, CAUSAL, CAPPED, WINDOW, BN, KC,
         )  # fmt: skip
         # weight 0 times an unfilled buffer's NaN would be NaN, so rows that nobody sees are not loaded
         v_row = V + outer * v_sb + h * v_sh + slot * v_sn  # [BN]

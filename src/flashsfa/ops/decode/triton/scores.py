@@ -16,8 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ....mask import Mask
+from ....scores import ScoreRules
+from ....stored import KVView
 from ...triton.rows import cdiv, next_power_of_2
 
+_LOG2_E = math.log2(math.e)
 _ROW_TILE = 16  # query rows a program: more would not fit the registers beside a block of keys
 
 
@@ -32,38 +36,26 @@ class Problem:
         visibility, places, coded, valued: arguments of `split_range`, `locate`, `block_scores` and of V's rows.
     """
 
-    def __init__(
-        self,
-        q: Tensor,
-        dense: Tensor,
-        values: Tensor,
-        indices: Tensor,
-        v: Tensor,
-        code_scale: Tensor | None,
-        v_scale: Tensor | None,
-        kv_lens: Tensor | None,
-        padding: Tensor | None,
-        page_table: Tensor | None,
-        window: int | None,
-        scale: float,
-        topk_query: int | None,
-    ) -> None:
+    def __init__(self, q: Tensor, kv: KVView, mask: Mask, rules: ScoreRules, topk_query: int | None) -> None:
+        codes, v = kv.codes, kv.v
         # small, and read entry by entry: the kernels count on adjacent ones
-        kv_lens, padding, page_table = (None if x is None else x.contiguous() for x in (kv_lens, padding, page_table))
+        kv_lens, padding, page_table = (
+            None if x is None else x.contiguous() for x in (mask.kv_lens, mask.key_padding_mask, kv.page_table)
+        )
         (batch, q_heads, m, d), kv_heads = q.shape, v.shape[1]
-        self.device, self.dtype, self.topk, self.width = q.device, q.dtype, values.shape[-1], v.shape[-1]
-        self.dense_dims = dense.shape[-1]
+        self.device, self.dtype, self.topk, self.width = q.device, q.dtype, codes.topk, v.shape[-1]
+        self.dense_dims = codes.dense_dims
         self.is_8_bit = v.dtype == torch.int8
         # of a V row in a block; float32 is multiplied without matrix units, from wide rows in shared memory
         self.row_bytes = next_power_of_2(self.width) * (4 if q.itemsize == 4 else v.itemsize)
-        self.keys = v.shape[2] if page_table is None else page_table.shape[1] * v.shape[2]
+        self.keys = kv.n
         self.heads, self.rows = batch * kv_heads, q_heads // kv_heads * m
         self.padded_rows = next_power_of_2(self.rows)
         self.tile = min(self.padded_rows, _ROW_TILE)
         self.tiles = self.padded_rows // self.tile
         self.visibility: dict[str, Any] = {
-            "LENS": kv_lens, "kv_heads": kv_heads, "n": self.keys, "m": m, "window": window or 0,
-            "R": self.padded_rows, "RT": self.tile, "WINDOW": window is not None,
+            "LENS": kv_lens, "kv_heads": kv_heads, "n": self.keys, "m": m, "window": mask.window or 0,
+            "R": self.padded_rows, "RT": self.tile, "WINDOW": mask.window is not None,
         }  # fmt: skip
         self.places: dict[str, Any] = {
             "PAGES": page_table,
@@ -71,16 +63,19 @@ class Problem:
             "PAGE": 0 if page_table is None else v.shape[2],
         }
         self.coded: dict[str, Any] = {
-            "Q": self._by_feature(q, kv_heads, topk_query), "PADDING": padding, "scale": scale * math.log2(math.e),
+            "Q": self._by_feature(q, kv_heads, topk_query), "PADDING": padding,
+            # log2 units; under a cap, which stands before them, in units of it
+            "scale": rules.scale * _LOG2_E if rules.softcap is None else rules.scale / rules.softcap,
+            "cap": (rules.softcap or 0.0) * _LOG2_E,
             "padding_sb": 0 if padding is None else padding.stride(0),
-            **_strided("DENSE_K", dense), **_strided("VALUES", values), **_strided("INDICES", indices),
-            **_strided("CODE_SCALE", code_scale),
-            "D": d, "DENSE": self.dense_dims, "K": self.topk, "CAUSAL": m > 1,
+            **_strided("DENSE_K", codes.dense), **_strided("VALUES", codes.values), **_strided("INDICES", codes.indices),
+            **_strided("CODE_SCALE", codes.scale),
+            "D": d, "DENSE": self.dense_dims, "K": self.topk, "CAUSAL": m > 1, "CAPPED": rules.softcap is not None,
         }  # fmt: skip
         self.valued: dict[str, Any] = {
-            **_strided("V", v), **_strided("V_SCALE", v_scale), "DV": self.width,
+            **_strided("V", v), **_strided("V_SCALE", kv.v_scale), "DV": self.width,
             # a weight times the scale of its row can leave the range of float16
-            "DTYPE": tl.bfloat16 if v_scale is not None and q.dtype == torch.float16 else _TRITON_DTYPES[q.dtype],
+            "DTYPE": tl.bfloat16 if kv.v_scale is not None and q.dtype == torch.float16 else _TRITON_DTYPES[q.dtype],
         }  # fmt: skip
 
     def splits(self, block: int, waves: int) -> int:
@@ -208,9 +203,9 @@ def locate(pages, b, key, live, PAGE: tl.constexpr):
 
 @triton.jit
 def block_scores(
-    q, dense_row, values_row, indices_row, scale_row, key, live, first_row, length, m, window, scale,
+    q, dense_row, values_row, indices_row, scale_row, key, live, first_row, length, m, window, scale, cap,
     D: tl.constexpr, DENSE: tl.constexpr, K: tl.constexpr, R: tl.constexpr, RT: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BN: tl.constexpr, KC: tl.constexpr,
+    CAUSAL: tl.constexpr, CAPPED: tl.constexpr, WINDOW: tl.constexpr, BN: tl.constexpr, KC: tl.constexpr,
 ):  # fmt: skip
     """Scores [BN, RT] in log2 units of the keys at the row pointers [BN], -inf where a query does not see a key."""
     products = tl.zeros([BN, KC, RT], tl.float32)
@@ -236,6 +231,8 @@ def block_scores(
     if scale_row is not None:
         score *= tl.load(scale_row, mask=live, other=0.0)[:, None]
     score *= scale
+    if CAPPED:
+        score = cap * (2 * tl.sigmoid(2 * score) - 1)  # tanh
     if CAUSAL:
         position = length - m + (first_row + tl.arange(0, RT)) % m  # [RT]
         seen = live[:, None] & (key[:, None] <= position[None, :])

@@ -75,12 +75,12 @@ def _warps(problem: Problem, kept: int) -> int:
 def decode_score_kernel(
     Q, DENSE_K, VALUES, INDICES, CODE_SCALE, LENS, PADDING, PAGES,
     WEIGHTS, BLOCK_PEAK, PEAK, TOTAL, COUNTS,
-    keys, kv_heads, n, m, window, scale,
+    keys, kv_heads, n, m, window, scale, cap,
     dense_k_sb, dense_k_sh, values_sb, values_sh, indices_sb, indices_sh, code_scale_sb, code_scale_sh,
     padding_sb, pages_sb,
     dense_k_sn: tl.constexpr, values_sn: tl.constexpr, indices_sn: tl.constexpr, code_scale_sn: tl.constexpr,
     D: tl.constexpr, DENSE: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, R: tl.constexpr, RT: tl.constexpr,
-    PAGE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr,
+    PAGE: tl.constexpr, CAUSAL: tl.constexpr, CAPPED: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr,
     KC: tl.constexpr,
 ):  # fmt: skip
     """Weights of one split's keys for one tile of rows; -1 where a query does not see a key."""
@@ -103,7 +103,7 @@ def decode_score_kernel(
             VALUES + outer * values_sb + h * values_sh + slot * values_sn,
             INDICES + outer * indices_sb + h * indices_sh + slot * indices_sn,
             CODE_SCALE + outer * code_scale_sb + h * code_scale_sh + slot * code_scale_sn if CODE_SCALE is not None else None,
-            key, live, first_row, length, m, window, scale, D, DENSE, K, R, RT, CAUSAL, WINDOW, BLOCK, KC,
+            key, live, first_row, length, m, window, scale, cap, D, DENSE, K, R, RT, CAUSAL, CAPPED, WINDOW, BLOCK, KC,
         )  # fmt: skip
         block_peak = tl.ceil(tl.max(score, 0))  # [RT]
         p = tl.exp2(score - tl.where(block_peak == float("-inf"), 0.0, block_peak)[None, :])  # [BLOCK, RT]

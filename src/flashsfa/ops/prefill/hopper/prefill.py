@@ -10,8 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from ....codes import FeatureCodes, all_dense_codes
-from ....mask import AttentionMask
+from ....codes import FeatureCodes
+from ....mask import Mask
 from ...select.operators import prune_24_op
 from ...select.plain import empty_rows
 from .. import fused as dense
@@ -26,16 +26,17 @@ _MUCH_KEYS, _MUCH_BLOCKS = (
 )  # from how many on three consumers were measured faster: keys seen, and blocks a multiprocessor
 
 
-def obstacle(q: FeatureCodes, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> str | None:
-    """Why the kernel cannot take these, or None if it can. Looks at no values."""
+def obstacle(q: Tensor, dense_dims: int, k: Tensor, v: Tensor, mask: Mask, scale: float) -> str | None:
+    """Why the kernel cannot take these, with `dense_dims` features of a query in its dense channel (all of them for dense queries), or
+    None if it can. Looks at no values."""
     if not _is_hopper(q):
         return "the sparse tensor cores of this kernel (wgmma) are Hopper's (sm_90)"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"the kernel takes float16 and bfloat16, not {q.dtype}"
-    if q.head_dim not in _WIDTHS or v.shape[-1] not in _WIDTHS:
-        return f"the kernel takes heads of width 64, 128 and 256, not {q.head_dim} and {v.shape[-1]}"
-    if q.dense_dims % 32:
-        return f"the kernel takes a dense channel of a multiple of 32 features, not {q.dense_dims}"
+    if q.shape[-1] not in _WIDTHS or v.shape[-1] not in _WIDTHS:
+        return f"the kernel takes heads of width 64, 128 and 256, not {q.shape[-1]} and {v.shape[-1]}"
+    if dense_dims % 32:
+        return f"the kernel takes a dense channel of a multiple of 32 features, not {dense_dims}"
     if mask.key_padding_mask is not None:
         return "the kernel knows causality, windows and packed sequences, no padding"
     sequences = _sequences(q, k, mask)
@@ -48,7 +49,7 @@ def obstacle(q: FeatureCodes, k: Tensor, v: Tensor, mask: AttentionMask, scale: 
     return None
 
 
-def is_faster(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> bool:
+def is_faster(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> bool:
     """Whether dense queries q run here, and faster than on torch's kernels, as measured on an H100 (docs/notes/2026-11-27-prefill.md):
     FlashAttention-2 splits the keys of few queries over more blocks, and cuDNN begins a block sooner."""
     if not _is_hopper(q):
@@ -60,7 +61,7 @@ def is_faster(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float
     rival, _ = dense.choose_kernel(q, v, mask)
     if isinstance(rival, dense.CudaCudnn) and seen < 2048:
         return False
-    return obstacle(all_dense_codes(q), k, v, mask, scale) is None
+    return obstacle(q, q.shape[-1], k, v, mask, scale) is None
 
 
 def default_tile(dtype: torch.dtype, head_dim: int, value_dim: int, dense_dims: int, *, much: bool) -> Tile:
@@ -85,7 +86,7 @@ def forward(
     k: Tensor,
     v: Tensor,
     *,
-    mask: AttentionMask,
+    mask: Mask,
     scale: float,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -137,11 +138,11 @@ def forward(
     return out, lse
 
 
-def _is_hopper(q: FeatureCodes | Tensor) -> bool:
+def _is_hopper(q: Tensor) -> bool:
     return q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) == (9, 0)
 
 
-def _sequences(q: FeatureCodes | Tensor, k: Tensor, mask: AttentionMask) -> tuple[int, int, int]:
+def _sequences(q: FeatureCodes | Tensor, k: Tensor, mask: Mask) -> tuple[int, int, int]:
     """How many there are, and the most queries and keys of one."""
     if mask.cu_seqlens_q is None:
         return q.shape[0], q.shape[2], k.shape[2]
@@ -153,7 +154,7 @@ def is_much(rows: int, seen: int, multiprocessors: int) -> bool:
     return seen >= _MUCH_KEYS and rows >= _MUCH_BLOCKS * 3 * 64 * multiprocessors
 
 
-def _most_seen(longest_k: int, mask: AttentionMask) -> int:
+def _most_seen(longest_k: int, mask: Mask) -> int:
     """Keys that a query sees at most."""
     if mask.window is None:
         return longest_k

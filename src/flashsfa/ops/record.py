@@ -1,0 +1,40 @@
+"""Which backend runs, and why: every choice is recorded here, and `explain()` tells it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+_log = logging.getLogger("flashsfa")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend an operation ran on and the reason in one sentence."""
+
+    backend: str
+    reason: str
+
+
+_last: dict[str, Choice] = {}
+_announced: set[tuple[str, str]] = set()
+
+
+def record(operation: str, backend: str, reason: str, *, fallback: bool = False) -> None:
+    """Note what `operation` runs on. A `fallback` (slower than what the user may expect) is logged, once each."""
+    _last[operation] = Choice(backend, reason)
+    if fallback and (operation, reason) not in _announced:
+        _announced.add((operation, reason))
+        _log.warning("%s runs on the %s backend: %s", operation, backend, reason)
+
+
+def explain() -> str:
+    """Which backend each operation last ran on in this process, and why; one line an operation."""
+    if not _last:
+        return "nothing has run yet"
+    return "\n".join(f"{operation}: {choice.backend} ({choice.reason})" for operation, choice in sorted(_last.items()))
+
+
+def last_choice(operation: str) -> Choice | None:
+    """The record behind `explain()` for one operation, or None if it has not run."""
+    return _last.get(operation)

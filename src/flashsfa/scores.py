@@ -1,0 +1,77 @@
+"""`ScoreRules`: what becomes of q·k before the softmax, and what else stands in its sum."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .checks import require, require_number, require_tensor
+
+
+@dataclass(frozen=True)
+class ScoreRules:
+    """Scores s = scale · q kᵀ, softly capped, and attention sinks beside them.
+
+    Attributes:
+        scale: factor of the products.
+        softcap: c > 0 turns s into c · tanh(s / c), before any mask (Gemma 2); None leaves it.
+        sinks: [Hq] logit of each query head that joins the softmax's sum and has no value (gpt-oss): its weight is lost to the
+            output. A query that sees no key gets output 0 and its head's sink as log-sum-exp. None for none.
+    """
+
+    scale: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, q: Tensor, scale: float | None = None, softcap: float | None = None, sinks: Tensor | None = None
+    ) -> ScoreRules:
+        """The rules for queries q [B, Hq, N, D]: a scale of None is 1/sqrt(D). Raises `TypeError` or `ValueError` for others than the
+        class tells."""
+        if softcap is not None:
+            require_number("softcap", softcap)
+            require(softcap > 0, f"softcap must be positive, or None for no cap; got {softcap}")
+        if sinks is not None:
+            require_tensor("sinks", sinks)
+            require(
+                sinks.shape == q.shape[1:2] and sinks.is_floating_point() and sinks.device == q.device,
+                lambda: (
+                    f"sinks must be floating [Hq] = [{q.shape[1]}] on {q.device}, got {sinks.dtype} {tuple(sinks.shape)} on "
+                    f"{sinks.device}"
+                ),
+            )
+        return cls(checked_scale(scale, q.shape[-1]), None if softcap is None else float(softcap), sinks)
+
+    def cap(self, scores: Tensor) -> Tensor:
+        """The scores after the cap."""
+        return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
+
+    def slope(self, capped: Tensor) -> Tensor | float:
+        """The derivative of `cap`, from what it returned."""
+        return 1.0 if self.softcap is None else 1 - (capped / self.softcap).square()
+
+    def with_sinks(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        """out [B, Hq, N, Dv] and lse [B, Hq, N] of attention without sinks as those of attention with them. Exact: a sink only
+        takes weight away from all values alike."""
+        if self.sinks is None:
+            return out, lse
+        sinks = self.sinks.to(lse.dtype)[:, None]  # [Hq, 1]
+        return out * torch.sigmoid(lse - sinks)[..., None].to(out.dtype), torch.logaddexp(lse, sinks)
+
+    def sink_gradient(self, grad_out: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+        """[Hq] gradient of the sinks, for out [B, Hq, N, Dv] and lse [B, Hq, N] with sinks."""
+        assert self.sinks is not None
+        share = (self.sinks.to(lse.dtype)[:, None] - lse).exp()  # [B, Hq, N]
+        return -(share * (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)).sum((0, 2)).to(self.sinks.dtype)
+
+
+def checked_scale(scale: float | None, head_dim: int) -> float:
+    """`scale` as a float, 1/sqrt(head_dim) for None. Raises for a tensor, which would get no gradient, and NaN or infinity."""
+    if scale is None:
+        return 1 / math.sqrt(head_dim)
+    require_number("scale", scale, "it gets no gradient, so multiply q by a learned scale and pass scale=1.0")
+    return float(scale)
