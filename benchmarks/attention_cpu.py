@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 import flashsfa
 from flashsfa import reference
+from flashsfa.benchmarking.results import compared, environment
 from flashsfa.mask import AttentionMask
 
 HEADS, LAYERS = 8, 8
@@ -36,7 +37,9 @@ def main() -> None:
         kind, *sizes = options.memory
         print(_peak_growth(kind, *map(int, sizes)))
         return
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, B=1, H={HEADS}, causal")
+    where = environment(torch.device("cpu"))
+    print(f"{where['device']}, torch {where['torch']}, flashsfa {where['flashsfa']}, commit {where['commit']}")
+    print(f"float32, B=1, H={HEADS}, causal")
     for d, topk in ((64, 8), (128, 16)):
         _check(d, topk)
         _time(d, topk, 4096)
@@ -75,7 +78,9 @@ def _time(d: int, topk: int, n: int) -> None:
     base = statistics.median(times["SDPA"])
     for name, values in times.items():
         median = statistics.median(values)
-        print(f"d={d} k={topk} N={n} forward  {name:<20} {median:7.1f} ms  {median / base:.2f}x SDPA", flush=True)
+        print(
+            f"d={d} k={topk} N={n} forward  {name:<20} {median:7.1f} ms  {compared(base / median, 'SDPA')}", flush=True
+        )
 
 
 def _memory(d: int, topk: int, n: int) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 import flashsfa
+from flashsfa.benchmarking.configuration import Configuration
 from flashsfa.evaluation.perplexity import perplexity
 from flashsfa.evaluation.results import document, save
 from flashsfa.evaluation.text import separate_texts, token_windows
@@ -20,20 +21,9 @@ from flashsfa.huggingface import attention_shape
 from flashsfa.models import BUNDLED_NAME, load_model
 
 WINDOW, WINDOWS = 768, 10
-# name: (dense_dims, topk, cache_dtype). 63 + 1 is every feature: what an int8 cache of the dense model holds, and one index.
-CONFIGURATIONS = {
-    "dense": None,
-    "dense-int8": (63, 1, "int8"),
-    "22+k12": (22, 12, None),
-    "22+k12-int8": (22, 12, "int8"),
-    "28+k12": (28, 12, None),
-    "28+k12-int8": (28, 12, "int8"),
-    "32+k8": (32, 8, None),
-    "32+k8-int8": (32, 8, "int8"),
-    "24+k8": (24, 8, None),
-    "16+k8": (16, 8, None),
-    "k8": (0, 8, None),
-}
+NAMES = (
+    "dense", "dense-int8", "22+k12", "22+k12-int8", "28+k12", "28+k12-int8", "32+k8", "32+k8-int8", "24+k8", "16+k8", "k8",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -46,10 +36,12 @@ def main() -> None:
     settings = {"model": BUNDLED_NAME, "window": WINDOW, "windows": WINDOWS, "dtype": "float32", "queries": "dense"}
     basis, calibrated = None, None
     content = document("conversion", settings, model.device)
-    for name, kept in CONFIGURATIONS.items():
+    for name in NAMES:
         row: dict[str, object] = {"perplexity": None}
-        if kept is not None:
-            dense_dims, topk, cache_dtype = kept
+        if name != "dense":
+            configuration = Configuration.named(name, head_dim)
+            topk, dense_dims = configuration.code
+            cache_dtype = "int8" if configuration.is_int8 else None
             budget = {"topk": topk, "dense_dims": dense_dims}
             flashsfa.disable(model)
             if calibrated != budget:  # the row before may have the same features in 16 bits

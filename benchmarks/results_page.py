@@ -2,8 +2,9 @@
 
     python benchmarks/results_page.py          # `make results`
 
-Nothing is measured here and no figure is typed in: what no file holds stands as –. A configuration has one name in all
-tables: `16+k16-int8` keeps 16 dense features and the 16 largest of the others of each key, in 8 bits.
+Nothing is measured here and no figure is typed in: what no file holds stands as –. Of several runs of a benchmark the newest one of a
+clean commit is shown; where there is none, the newest of a changed tree, marked so. A configuration has one name in all tables:
+`16+k16-int8` keeps 16 dense features and the 16 largest of the others of each key, in 8 bits.
 """
 
 from __future__ import annotations
@@ -11,10 +12,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+from flashsfa.benchmarking.cases import rival_name
+from flashsfa.benchmarking.configuration import Configuration, code_name
+from flashsfa.benchmarking.plots import speedup_bars
+from flashsfa.benchmarking.results import compared
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -24,43 +29,36 @@ PAGE, INDEX, PICTURE = (
     ROOT / "docs" / "images" / "decode-speed.png",
 )
 
-DECODE, DECODE_CPU = "decode-2026-11-24-253376a", "decode-cpu-2026-11-26-0f7bad1"
-PREFILL, SELECTION = "prefill-2026-11-27-443ef5f", "topk-2026-11-24-be46293"
-WHOLE_MODELS = ("generate-2026-11-24-cc55acc", "generate-2026-11-24-19334e7")
+
+def _runs(operation: str, *, on_gpu: bool = True) -> list[str]:
+    """The runs of a benchmark, those of changed trees first, else by date."""
+    found = []
+    for path in RESULTS.glob("*.json"):
+        run = json.loads(path.read_text())
+        where = run.get("environment", {})
+        if run.get("operation") == operation and _is_gpu(where) == on_gpu:
+            found.append((not _is_dirty(where), where["date"], path.stem))
+    return [stem for *_, stem in sorted(found)]
+
+
+def _is_gpu(environment: dict[str, Any]) -> bool:
+    return not environment["device"].endswith(" threads")  # as a CPU's name ends
+
+
+def _is_dirty(environment: dict[str, Any]) -> bool:
+    return str(environment.get("commit")).endswith("-dirty")
+
+
+DECODE, DECODE_CPU = _runs("decode")[-1], _runs("decode", on_gpu=False)[-1]
+PREFILL, SELECTION = _runs("prefill")[-1], _runs("topk")[-1]
+WHOLE_MODELS = _runs("generate")[::-1]
 GPT2 = ("training-gpt2-2026-11-26-030f89a", "training-gpt2-2026-11-26-f7db930", "training-gpt2-2026-11-27-cd8fbd1")
 QWEN3 = ("training-qwen3-2026-11-26-030f89a", "training-qwen3-2026-11-26-f7db930")
 TRIALS, STEP = "training-trials-2026-11-26-f7db930", "training-step-2026-11-26-f7db930"
 CONVERTED, CONVERTED_LONGER = "conversion-2026-11-28-06f2435", "convert-8bit-2026-11-26-f7db930"
 DISTILLED, NEEDLE = "distill-2026-11-26-f7db930", "needle-2026-11-25-d2240b7"
+PICTURED = ("32k", "128k")  # tokens in the cache
 NOT_MEASURED = "–"
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """What a cache keeps of each token and kv head: `dense_dims` features and the `topk` largest of the others of a key, and the value
-    in full; a topk of None keeps all. `skips` leaves values out (`value_tolerance`)."""
-
-    head_dim: int
-    dense_dims: int = 0
-    topk: int | None = None
-    is_int8: bool = False
-    skips: bool = False
-
-    @property
-    def name(self) -> str:
-        kept = "dense" if self.topk is None else f"{f'{self.dense_dims}+' if self.dense_dims else ''}k{self.topk}"
-        return kept + ("-int8" if self.is_int8 else "") + ("-skip" if self.skips else "")
-
-    @property
-    def key_bytes(self) -> int:
-        """Per token and kv head; 8-bit rows carry a float32 scale, indices take a byte each."""
-        dense, sparse = (self.head_dim, 0) if self.topk is None else (self.dense_dims, self.topk)
-        return dense + 2 * sparse + 4 if self.is_int8 else 2 * dense + 3 * sparse
-
-    @property
-    def bytes(self) -> int:
-        """Of key and value, of equal width."""
-        return self.key_bytes + (self.head_dim + 4 if self.is_int8 else 2 * self.head_dim)
 
 
 CONFIGURATIONS = tuple(
@@ -68,7 +66,7 @@ CONFIGURATIONS = tuple(
     for kept in ((), (0, None, True), (0, 8), (16, 8), (22, 12), (22, 12, True), (24, 8), (28, 12), (28, 12, True), (32, 8), (32, 8, True))
 ) + tuple(
     Configuration(128, *kept)
-    for kept in ((), (0, None, True), (0, 16), (16, 16), (0, 16, True), (16, 16, False, True))
+    for kept in ((), (0, None, True), (0, 16), (16, 16), (0, 16, True), (16, 16, True), (16, 16, False, True))
 )  # fmt: skip
 
 
@@ -104,9 +102,10 @@ A configuration has one name in all tables. It says what the cache keeps of each
 | `…-skip` | decode leaves out values that weigh at most 1 % together (`value_tolerance=1e-2`) |
 | `dense`, `dense-int8` | ordinary attention over 16-bit keys and values, and over an 8-bit cache of them |
 
-Queries are not cached, so the name does not speak of them. **Quality is measured with dense queries, decode was timed with queries as sparse as the
-keys**: the bytes that decode reads are the same, but no run has both. Speed is against the fastest dense kernel of the same run, over 16-bit keys
-and values. – means not measured. No kernel that reads an 8-bit dense cache has been timed: `dense-int8` has quality and bytes, and no milliseconds yet."""
+Queries are not cached, so the name does not speak of them. **Quality is measured with dense queries**; the decode tables say what queries they were
+timed with, and most rows have queries as sparse as the keys: the bytes that decode reads are the same. Speed is against the fastest dense kernel of
+the same run, over 16-bit keys and values. `dense-int8` is timed by the same kernels as the others, with a code that keeps every feature. – means
+not measured."""
 
 
 # --- tables, one a claim
@@ -117,9 +116,9 @@ def _configurations() -> str:
     for configuration in CONFIGURATIONS:
         width = configuration.head_dim
         saved = 1 - configuration.bytes / Configuration(width).bytes
-        at = {n: times.get((configuration.name, width, "16/16", n)) for n in ("32k", "128k")}
+        at = {n: times.get((configuration.name, width, "16/16", n)) for n in PICTURED}
         is_baseline = configuration.name == "dense"
-        speed = ["" if is_baseline else _speed(at[n]["ratio"]) if at[n] else NOT_MEASURED for n in at]
+        speed = ["" if is_baseline else compared(at[n]["ratio"]) if at[n] else NOT_MEASURED for n in at]
         rows.append(
             [
                 f'<a id="d{width}-{configuration.name}"></a>`{configuration.name}`', width, configuration.key_bytes, configuration.bytes,
@@ -156,25 +155,28 @@ def _decode() -> str:
             }
             dense = Configuration(width)
             rows.append(
-                ["`dense`", width, heads, _stored_bytes(name, dense), *(f"{fastest[n]:.3f} ms" for n in lengths)]
+                ["`dense`", "", width, heads, _stored_bytes(run, dense), *(f"{fastest[n]:.3f} ms" for n in lengths)]
             )
-            rows.append(
-                ["`dense-int8`", width, heads, Configuration(width, is_int8=True).bytes, *[NOT_MEASURED] * len(lengths)]
-            )
-            for configuration, *_ in (key for key in keys if key[1:] == (width, heads)):
+            timed = [configuration for configuration, *shape in keys if shape == [width, heads]]
+            int8 = Configuration(width, is_int8=True)
+            if int8.name not in timed:
+                rows.append([f"`{int8.name}`", "", width, heads, int8.bytes, *[NOT_MEASURED] * len(lengths)])
+            for configuration in timed:
                 cells = [times[(configuration, width, heads, n)] for n in lengths]
                 rows.append(
                     [
-                        f"`{configuration}`", width, heads, f"{cells[0]['bytes_per_token']:.0f}",
-                        *(f"{cell['timing']['median_ms']:.3f} ms, {_speed(cell['ratio'])}" for cell in cells),
+                        f"`{configuration}`", cells[0]["queries"], width, heads, f"{cells[0]['bytes_per_token']:.0f}",
+                        *(f"{cell['timing']['median_ms']:.3f} ms, {compared(cell['ratio'])}" for cell in cells),
                     ]
                 )  # fmt: skip
-        head = ("configuration", "head size", "query/kv heads", "key + value bytes", *(f"{n} tokens" for n in lengths))
+        head = (
+            "configuration", "queries", "head size", "query/kv heads", "key + value bytes", *(f"{n} tokens" for n in lengths),
+        )  # fmt: skip
         parts.append(f"**{device}.** {_where(run, name)}\n\n{_table(head, rows)}")
     return "## Decode\n\n" + _DECODE_INTRODUCTION + "\n\n" + "\n\n".join(parts)
 
 
-_DECODE_INTRODUCTION = """Time of one new token's attention over the tokens in the cache. Keys, values and queries are random, and queries keep as many
+_DECODE_INTRODUCTION = """Time of one new token's attention over the tokens in the cache. Keys, values and queries are random; sparse queries keep as many
 features as keys. In the `-skip` rows queries are shaped so
 that about a fifth of the values carry the weight, as in a trained model; a text that needs more of them gains less."""
 
@@ -183,12 +185,14 @@ def _prefill() -> str:
     run = _read(PREFILL)
     rows = []
     for row in run["rows"]:
-        case = _case(r"d=(\d+), (?:(\d+) dense \+ )?k=(\d+), (dense|2:4) queries, 16/16 heads, n=(\w+)", row)
-        width, dense_dims, topk = int(case[1]), int(case[2] or 0), int(case[3])
+        case = _case(r"d=(\d+), ([^,]+)(?:, (dense|2:4) queries)?, 16/16 heads, n=(\w+)", row)
         rows.append(
             [
-                f"`{Configuration(width, dense_dims, topk).name}`", width, case[4], case[5], f"{row['timing']['median_ms']:.3f} ms",
-                *(_speed(row["baselines"][name]["ratio"]) for name in ("fa2", "cudnn", "fa4")),
+                f"`{case[2]}`", case[1], case[3] or "sparse", case[4], f"{row['timing']['median_ms']:.3f} ms",
+                *(
+                    compared(row["baselines"][name]["ratio"]) if name in row["baselines"] else NOT_MEASURED
+                    for name in ("fa2", "cudnn", "fa4")
+                ),
             ]
         )  # fmt: skip
     head = (
@@ -207,8 +211,7 @@ A causal forward pass of one sequence, 16 heads; keys and queries are coded with
 
 {_table(head, rows)}
 
-At head size 64 and 4k tokens the row with dense queries was disturbed: the same kernel took 0.0969 ms in the run before
-([notes](notes/2026-11-27-prefill.md)). 2:4 queries cost quality in a model that was not trained with them."""
+2:4 queries cost quality in a model that was not trained with them."""
 
 
 def _whole_models() -> str:
@@ -217,19 +220,19 @@ def _whole_models() -> str:
         run = _read(name)
         where.append(_where(run, name))
         for row in run["rows"]:
-            case = _case(r"qwen3-8b, (?:(\d+) dense \+ )?k=(\d+), batch (\d+), n=(\w+)", row)
+            case = _case(r"qwen3-8b, ([^,]+), batch (\d+), n=(\w+)", row)
             dense = row["baselines"][row["fastest_baseline"]]
             first, dense_first = (x["generation"]["first_token_ms"] for x in (row, dense))
             kept, dense_kept = (x["generation"]["kv_allocated"] for x in (row, dense))
             rows.append(
                 [
-                    f"`{Configuration(128, int(case[1] or 0), int(case[2])).name}`", case[3], case[4], f"{row['timing']['median_ms']:.2f} ms",
-                    f"{dense['timing']['median_ms']:.2f} ms", _speed(row["ratio"]),
+                    f"`{case[1]}`", case[2], case[3], f"{row['timing']['median_ms']:.2f} ms",
+                    f"{dense['timing']['median_ms']:.2f} ms", compared(row["ratio"]),
                     "" if first is None else f"{first:.0f} ms", "" if dense_first is None else f"{dense_first:.0f} ms",
                     f"{kept / 2**30:.1f} GiB", f"−{100 * (1 - kept / dense_kept):.1f} %",
                 ]
             )  # fmt: skip
-        rows.append(["`dense-int8`", case[3], case[4], *[NOT_MEASURED] * 7])
+        rows.append(["`dense-int8`", case[2], case[3], *[NOT_MEASURED] * 7])
     head = (
         "configuration", "batch", "tokens", "per token", "`dense`", "", "first token", "`dense`", "KV cache, allocated", "against `dense`",
     )  # fmt: skip
@@ -247,10 +250,9 @@ def _selection() -> str:
     run = _read(SELECTION)
     rows = []
     for row in run["rows"]:
-        case = _case(r"d=(\d+), (?:(\d+) dense \+ )?k=(\d+), \[8, 16, (\w+), \d+\]", row)
-        name = Configuration(int(case[1]), int(case[2] or 0), int(case[3])).name
+        case = _case(r"d=(\d+), ([^,]+), \[8, 16, (\w+), \d+\]", row)
         times = [row["timing"], *(row["baselines"][x]["timing"] for x in ("torch_topk", "copy"))]
-        rows.append([f"`{name}`", case[1], case[4], *(f"{x['median_ms']:.3f} ms" for x in times)])
+        rows.append([f"`{case[2]}`", case[1], case[3], *(f"{x['median_ms']:.3f} ms" for x in times)])
     head = (
         "configuration",
         "head size",
@@ -440,6 +442,7 @@ def _index(page: str) -> str:
         what = run.get("evaluation") or run.get("operation") or f"flashsfa convert, {run['sfa']['label']}"
         used = ["[results](../../docs/results.md)"] if path.stem in page else []
         used += [f"[{note.stem}](../../docs/notes/{note.name})" for note, text in notes.items() if path.stem in text]
+        used = used or ["no page any more: delete it"]
         rows.append(
             [
                 f"`{path.name}`",
@@ -451,7 +454,8 @@ def _index(page: str) -> str:
         )
     return f"""# Result files
 
-Made by `make results`. A file that no page uses any more goes; the repository's history keeps it. Files are named by what was run, the day and the
+Made by `make results`, which also makes the tables and pictures of the documentation: here lies JSON alone. A file that no page uses any more goes;
+the repository's history keeps it. Files are named by what was run, the day and the
 commit; one that ran on a changed tree says so in its `note` and in `environment.commit`.
 
 {_table(("file", "what", "device", "commit", "figures stand in"), rows)}
@@ -463,38 +467,18 @@ commit; one that ran on a changed tree says so in its `note` and in `environment
 
 def draw(path: Path) -> None:
     """How much faster decode is than the fastest dense kernel, a bar a configuration, at 32k and 128k tokens."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    times = _decode_times(DECODE)
-    names = [("k8", 64), ("16+k16", 128), ("k16", 128), ("k16-int8", 128), ("16+k16-skip", 128)]
-    figure, axes = plt.subplots(figsize=(9, 4.2), layout="constrained")
-    for n, offset, color in (("32k", 0.2, "#8ecae6"), ("128k", -0.2, "#1d6fb8")):
-        ratios = [times[(name, width, "16/16", n)]["ratio"] for name, width in names]
-        bars = axes.barh(
-            [len(names) - i + offset for i in range(len(names))],
-            ratios,
-            0.38,
-            color=color,
-            label=f"{n} tokens in the cache",
-        )
-        axes.bar_label(bars, [f"{ratio:.2f}x" for ratio in ratios], padding=4)
-    axes.axvline(1, color="#4c566a", lw=1.5)
-    axes.text(1, len(names) + 0.55, "fastest dense kernel", ha="center", va="bottom", color="#4c566a")
-    labels = [f"{name}  (d={width}, {_configuration(name, width).bytes} of {4 * width} bytes)" for name, width in names]
-    axes.set_yticks([len(names) - i for i in range(len(names))], labels)
-    axes.set(
-        xlim=(0, 3.2),
-        ylim=(0.5, len(names) + 0.5),
-        xlabel="decode speed against FlashAttention-2 or cuDNN, whichever is faster (higher is better)",
-    )
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="upper right", frameon=False)
-    figure.suptitle("Attention of one new token, NVIDIA H100, bfloat16, batch 8, 16 heads", fontsize=11)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    run, times = _read(DECODE), _decode_times(DECODE)
+    groups: dict[str, dict[str, dict[int, float]]] = {}
+    rivals: dict[str, None] = {}
+    for (name, width, heads, n), row in times.items():
+        if heads == "16/16" and n in PICTURED:
+            kept = f"{name}  ({_configuration(name, width).bytes} of {4 * width} bytes)"
+            groups.setdefault(f"head size {width}", {}).setdefault(kept, {})[row["n"]] = row["ratio"]
+            rivals |= {rival_name(x.removesuffix("_grouped")): None for x in row["baselines"]}
+    where = run["environment"]
+    mark = ", with uncommitted changes" if _is_dirty(where) else ""
+    title = f"Attention of one new token: {where['device']}, bfloat16, batch 8, 16 heads\ncommit {where['commit'].removesuffix('-dirty')}{mark}"
+    speedup_bars(path, groups, title=title, rivals=tuple(rivals))
 
 
 # --- reading
@@ -506,19 +490,29 @@ def _read(name: str) -> dict[str, Any]:
 
 def _case(pattern: str, row: dict[str, Any]) -> re.Match[str]:
     """What the name of a benchmark's row says. Raises `ValueError` for a row that was not timed, or has another name."""
-    found = re.fullmatch(pattern, row["case"])
+    found = re.fullmatch(pattern, _renamed(row["case"]))
     if found is None or row["status"] != "ok":
         raise ValueError(f"{row['case']} ({row['status']}) is no row of the form {pattern}")
     return found
 
 
+def _renamed(case: str) -> str:
+    """A case with the name of its configuration where an earlier run spelt it: "16 dense + k=16, 8-bit" is 16+k16-int8."""
+
+    def name(spelt: re.Match[str]) -> str:
+        return (
+            code_name(int(spelt[2]), int(spelt[1] or 0)) + ("-int8" if spelt[3] else "") + ("-skip" if spelt[4] else "")
+        )
+
+    return re.sub(r"(?:(\d+) dense \+ )?k=(\d+)(, 8-bit)?(, tolerance 0\.01)?", name, case)
+
+
 def _decode_times(name: str) -> dict[tuple[str, int, str, str], dict[str, Any]]:
-    """Rows by (configuration, head size, heads, tokens)."""
+    """Rows by (configuration, head size, heads, tokens), with what `queries` they had."""
     found = {}
     for row in _read(name)["rows"]:
-        case = _case(r"d=(\d+), (?:(\d+) dense \+ )?k=(\d+)(, 8-bit)?(, tolerance 0.01)?, ([\d/]+) heads, n=(\w+)", row)
-        configuration = Configuration(int(case[1]), int(case[2] or 0), int(case[3]), bool(case[4]), bool(case[5]))
-        found[(configuration.name, configuration.head_dim, case[6], case[7])] = row
+        case = _case(r"d=(\d+), ([^, ]+)(, dense queries| by the same kernels)?, ([\d/]+) heads, n=(\w+)", row)
+        found[(case[2], int(case[1]), case[4], case[5])] = row | {"queries": "dense" if case[3] else "sparse"}
     return found
 
 
@@ -526,9 +520,9 @@ def _configuration(name: str, head_dim: int) -> Configuration:
     return next(x for x in CONFIGURATIONS if (x.name, x.head_dim) == (name, head_dim))
 
 
-def _stored_bytes(name: str, dense: Configuration) -> int:
+def _stored_bytes(run: dict[str, Any], dense: Configuration) -> int:
     """Of a dense token in the dtype of the run: float32 on a CPU."""
-    return 2 * dense.bytes if name == DECODE_CPU else dense.bytes
+    return dense.bytes if _is_gpu(run["environment"]) else 2 * dense.bytes
 
 
 def _converted_configuration(name: str, row: dict[str, Any]) -> Configuration:
@@ -636,18 +630,14 @@ def _where(run: dict[str, Any], *names: str) -> str:
     versions = [f"{name} {environment[name]}" for name in ("torch", "triton", "transformers") if environment.get(name)]
     note = f" {run['note']}" if run.get("note") else ""
     files = ", ".join(f"`{name}.json`" for name in names)
-    return f"{environment['device']}, {', '.join(versions)}, commit `{environment['commit']}` ({files}).{note}"
+    mark = " with uncommitted changes" if _is_dirty(environment) else ""
+    commit = f"commit `{str(environment['commit']).removesuffix('-dirty')}`{mark}"
+    return f"{environment['device']}, {', '.join(versions)}, {commit} ({files}).{note}"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
-def _speed(ratio: float) -> str:
-    if abs(ratio - 1) < 0.005:
-        return "level"
-    return f"{ratio:.2f}x faster" if ratio > 1 else f"{1 / ratio:.2f}x slower"
 
 
 def _percent(share: float) -> str:

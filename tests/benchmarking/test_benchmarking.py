@@ -1,6 +1,5 @@
 """`flashsfa bench`: a wrong kernel gets no time, every case gets a row, and earlier results are never overwritten."""
 
-import csv
 import json
 import os
 import signal
@@ -15,14 +14,24 @@ from flashsfa.cli import main
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 from flashsfa import benchmarking
-from flashsfa.benchmarking import decode, plots, results, timing, topk
+from flashsfa.benchmarking import decode, prefill, timing, topk
+from flashsfa.benchmarking.configuration import Configuration
 
 CPU = torch.device("cpu")
-SMALL = {"head_dim": 32, "topk": 4, "dense_dims": 0, "dtype": torch.float32, "device": CPU}
+
+
+def decode_case(batch, query_heads, kv_heads, n, name, **rules):
+    return decode.DecodeCase(
+        batch, query_heads, kv_heads, n, Configuration.named(name, 32), torch.float32, CPU, **rules
+    )
+
+
 DECODE = [
-    decode.DecodeCase(1, 4, 4, 64, **SMALL),
-    decode.DecodeCase(2, 4, 1, 1024, **SMALL | {"dense_dims": 8}),
-    decode.DecodeCase(1, 4, 1, 128, **SMALL | {"value_tolerance": 0.05}),
+    decode_case(1, 4, 4, 64, "k4"),
+    decode_case(2, 4, 1, 1024, "8+k4"),
+    decode_case(1, 4, 1, 128, "k4-skip"),
+    decode_case(1, 4, 2, 64, "8+k4-int8", has_dense_queries=True),
+    decode_case(1, 4, 2, 64, "dense-int8", has_dense_queries=True),
 ]
 TOPK = [topk.TopkCase(2, 2, n, 32, 4, dense, torch.bfloat16, CPU) for n in (16, 48) for dense in (0, 8)]
 
@@ -80,23 +89,24 @@ def test_whole_run(operation, cases, tmp_path, capsys):
         competing = [baseline["ratio"] for baseline in row["baselines"].values() if baseline["competes"]]
         assert row["ratio"] == min(competing)
         assert row["case"] in out
-    with only(directory, ".csv").open(newline="") as file:
-        records = list(csv.DictReader(file))
-    assert [float(record["median_ms"]) for record in records] == [
-        row["timing"]["median_ms"] for row in document["rows"]
-    ]
-    assert all(record["device"] == where["device"] for record in records)
+    for what in (where["device"], f"torch {where['torch']}", f"commit {where['commit']}", "strongest rival"):
+        assert what in " ".join(out.split())
     assert only(directory, ".png").read_bytes().startswith(b"\x89PNG")
+    assert len(list(directory.iterdir())) == 2
 
 
 def test_bytes_of_decode(tmp_path):
     bench("decode", tmp_path)
-    plain, dense, tolerant = rows_in(tmp_path)
+    plain, dense, tolerant, int8, all_kept = rows_in(tmp_path)
     queries = 2 * 4 * 32 * 4  # q in, output out: heads, width, bytes
     assert plain["bytes_per_token"] == 5 * 4 + 4 * 32
     assert plain["bytes_moved"] == 4 * 64 * plain["bytes_per_token"] + queries
     assert dense["bytes_per_token"] == 4 * 8 + 5 * 4 + 4 * 32
     assert dense["bytes_moved"] == 2 * 1024 * dense["bytes_per_token"] + 2 * queries
+    assert int8["bytes_per_token"] == 8 + 2 * 4 + 4 + 32 + 4
+    assert all_kept["bytes_per_token"] == 31 + 2 * 1 + 4 + 32 + 4  # and an index that says nothing
+    assert 1e-4 < int8["error"] < 0.1  # against unquantised codes
+    assert 1e-4 < all_kept["error"] < 0.1
     assert plain["v_rows_read"] is None
     assert tolerant["bytes_moved"] == 128 * (5 * 4) + round(tolerant["v_rows_read"] * 128 * 4 * 32) + queries
     assert {name: b["moved_per_token"] for name, b in plain["baselines"].items()} == {
@@ -118,8 +128,9 @@ def assert_no_times(directory, capsys, message):
         assert f"{row['case']}: failed: " in text
 
 
-def drop_last_key(q, codes, v, **options):
-    return sparse_feature_decode(q, codes[:, :, :-1], v[:, :, :-1], **options)
+def drop_last_key(q, codes, v, *, v_scale, **options):
+    v_scale = None if v_scale is None else v_scale[:, :, :-1]
+    return sparse_feature_decode(q, codes[:, :, :-1], v[:, :, :-1], v_scale=v_scale, **options)
 
 
 def swap_heads(q, codes, v, **options):
@@ -171,7 +182,7 @@ def test_a_crash_is_one_row(tmp_path, monkeypatch):
 
     monkeypatch.setattr(decode, "sparse_feature_decode", out_of_memory)
     assert bench("decode", tmp_path) == 1
-    assert [row["status"] for row in rows_in(tmp_path)] == ["ok", "failed", "ok"]
+    assert [row["status"] for row in rows_in(tmp_path)] == ["ok", "failed", "ok", "ok", "ok"]
     assert rows_in(tmp_path)[1]["note"] == "RuntimeError: out of memory"
 
 
@@ -191,31 +202,17 @@ def test_a_baseline_that_does_not_run_is_named(tmp_path, monkeypatch, capsys):
     assert "no kernel for these shapes" in capsys.readouterr().out
 
 
-def test_8_bit_is_a_row_whether_it_exists_or_not(tmp_path, monkeypatch, capsys):
-    case = decode.DecodeCase(1, 4, 2, 64, **SMALL, cache_dtype=torch.int8)
-    monkeypatch.setitem(benchmarking.CASES, "decode", lambda device, quick: [case])
-    assert bench("decode", tmp_path) == 0
-    (row,) = rows_in(tmp_path)
-    if row["status"] == "ok":
-        assert row["bytes_per_token"] < 4 * 4 + 4 * 32
-        assert row["error"] > 1e-4  # against unquantised codes
-    else:
-        assert row["status"] == "skipped"
-        assert "8-bit" in row["note"]
-        assert "skipped" in capsys.readouterr().out
-
-
 def test_earlier_results_stay(tmp_path):
     for _ in range(2):
         assert bench("topk", tmp_path) == 0
-    assert len(list(tmp_path.iterdir())) == 6
+    assert len(list(tmp_path.iterdir())) == 4
     # what is left of a run, any one file, still holds its name
     first, second = sorted(tmp_path.glob("*.json"), key=lambda path: len(path.name))
-    for path in (first.with_suffix(".csv"), first.with_suffix(".png"), second, second.with_suffix(".png")):
+    for path in (first.with_suffix(".png"), second):
         path.unlink()
-    kept = {path: path.read_bytes() for path in (first, second.with_suffix(".csv"))}
+    kept = {path: path.read_bytes() for path in (first, second.with_suffix(".png"))}
     assert bench("topk", tmp_path) == 0
-    assert len(list(tmp_path.glob("*-3.*"))) == 3
+    assert len(list(tmp_path.glob("*-3.*"))) == 2
     assert {path: path.read_bytes() for path in kept} == kept
 
 
@@ -242,7 +239,7 @@ def test_wrong_input(tmp_path, capsys, monkeypatch):
 
 def test_target_cases_are_registered():
     on_gpu = {
-        (c.batch, c.query_heads, c.kv_heads, c.n, c.head_dim, c.topk, c.dense_dims, c.cache_dtype, c.value_tolerance)
+        (c.batch, c.query_heads, c.kv_heads, c.n, c.configuration.head_dim, c.configuration.name, c.has_dense_queries)
         for c in decode.cases(torch.device("cuda"), quick=False)
     }
     assert on_gpu == {
@@ -250,8 +247,9 @@ def test_target_cases_are_registered():
         for heads in ((16, 16), (32, 8))
         for n in (8192, 32768, 131072)
         for code in (
-            (128, 16, 0, None, 0.0), (128, 16, 16, None, 0.0), (64, 8, 0, None, 0.0),
-            (128, 16, 0, torch.int8, 0.0), (128, 16, 16, None, 1e-2),
+            (128, "k16", False), (128, "16+k16", False), (64, "k8", False), (128, "k16-int8", False), (128, "16+k16-int8", False),
+            (128, "16+k16-skip", False), (128, "dense-int8", True), (64, "dense-int8", True), (64, "22+k12", True),
+            (64, "28+k12-int8", True),
         )
     }  # fmt: skip
     assert (8, 16, 32768, 128, 16, 0) in {
@@ -259,10 +257,21 @@ def test_target_cases_are_registered():
     }
 
 
+@pytest.mark.parametrize("module", [decode, prefill])
+@pytest.mark.parametrize(("device", "longest"), [("cuda", 32768), ("cpu", 4096)])
+def test_quick_cases_are_long_enough_to_say_where_it_pays(module, device, longest):
+    cases = module.cases(torch.device(device), quick=True)
+    for curve in {(case.facet, case.curve) for case in cases}:
+        lengths = {case.n for case in cases if (case.facet, case.curve) == curve}
+        assert len(lengths) == 2
+        assert max(lengths) >= longest
+    assert "dense-int8" in " ".join(case.name for case in decode.cases(torch.device(device), quick=True))
+
+
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 @pytest.mark.parametrize("quick", [False, True])
 def test_names_are_unique(device, quick):
-    for module in (decode, topk):
+    for module in (decode, prefill, topk):
         cases = module.cases(torch.device(device), quick)
         assert len({case.name for case in cases}) == len(cases)
         assert len({(case.facet, case.curve, case.n) for case in cases}) == len(cases)
@@ -306,29 +315,13 @@ def test_summary_of_times():
     assert timing._summary([5.0, 1.0, 4.0, 2.0, 3.0, 6.0]) == timing.Timing(3.5, 2.0, 5.0)
 
 
-def test_plot_of_nothing(tmp_path):
-    rows = (results.Row("a", "f", "c", 8, "failed", "wrong output"),)
-    where = {"flashsfa": "0", "commit": None, "device": "none", "torch": "0"}
-    plots.draw(results.Results("decode", where, 1e9, rows), tmp_path / "a.png")
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_faster_baseline_does_more_operations_a_second():
-    baseline = results.BaselineResult(timing.Timing(2.0, 2.0, 2.0), 1.0, 0.5, 1.0)
-    row = results.Row(
-        "a", "f", "c", 8, "ok", timing=timing.Timing(4.0, 4.0, 4.0), tflops=100.0, baselines={"b": baseline}
-    )
-    assert plots.baseline_tflops(row, "b") == 200
-
-
 @pytest.mark.gpu
 def test_whole_run_on_a_gpu(tmp_path, monkeypatch):
     device = torch.device("cuda")
-    cases = [case for case in decode.cases(device, quick=True) if case.n == 1024]
+    cases = [case for case in decode.cases(device, quick=True) if case.n == 8192]
     monkeypatch.setitem(benchmarking.CASES, "decode", lambda device, quick: cases)
     assert main(["bench", "decode", "--quick", "--device", "cuda", "-o", str(tmp_path)]) == 0
     for row in rows_in(tmp_path):
-        assert row["status"] == "ok" or "8-bit" in row["note"]
-        if row["status"] == "ok":
-            assert 0 < row["timing"]["p20_ms"] <= row["timing"]["median_ms"] <= row["timing"]["p80_ms"]
-            assert {"fa2", "cudnn"} <= set(row["baselines"])
+        assert row["status"] == "ok", row["note"]
+        assert 0 < row["timing"]["p20_ms"] <= row["timing"]["median_ms"] <= row["timing"]["p80_ms"]
+        assert {"fa2", "cudnn"} <= set(row["baselines"])

@@ -2,7 +2,7 @@
 
 A case is timed only after its output has passed the error rule; a case that fails or cannot run is a row with its
 reason and no time. `decode`, `prefill`, `topk` and `generate` hold the cases, `timing` the clock and the copy bandwidth that serves as
-roofline, `results` the rows, table and files, `plots` the picture.
+roofline, `results` the rows, table and files, `findings` what they say together, `plots` the picture.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def run(
     on_row: Callable[[Row], object],
     only: Sequence[str] = (),
 ) -> tuple[Results, list[Path]]:
-    """Run the cases of `operation`, a key of `CASES`; write JSON, CSV and a plot into `directory`.
+    """Run the cases of `operation`, a key of `CASES`; write JSON and a picture into `directory`.
 
     `on_start` is told the number of cases, `on_row` each row as soon as it is there. `only` names the cases to run by
     texts that their names must all contain. Returns the results and the files written;
@@ -70,11 +70,11 @@ def run(
         from .plots import draw
 
         results = Results(operation, environment(device), bandwidth, tuple(rows))
-        paths = results.save(directory)
-        picture = paths[0].with_suffix(".png")
+        path = results.save(directory)
+        picture = path.with_suffix(".png")
         with whole_file(picture) as file:
             draw(results, file)
-        return results, [*paths, picture]
+        return results, [path, picture]
 
     try:
         for case in cases:

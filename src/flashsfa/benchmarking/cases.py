@@ -80,7 +80,7 @@ class Workload:
 
 
 class Named(Protocol):
-    """What every registered case has. Rows of one `facet` share a panel of the plot, and of one `curve` in it a line over `n`."""
+    """What every registered case has. Rows of one `facet` compare with one another; those of one `curve` in it differ in `n` alone."""
 
     @property
     def name(self) -> str: ...
@@ -126,9 +126,17 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, backend: SDPBackend | None = None,
         return F.scaled_dot_product_attention(q, k, v, **rules)
 
 
-def code_label(topk: int, dense_dims: int) -> str:
-    """A key code in words."""
-    return f"{dense_dims} dense + k={topk}" if dense_dims else f"k={topk}"
+_KERNELS = {"fa2": "FlashAttention-2", "fa4": "FlashAttention-4", "cudnn": "cuDNN", "sdpa": "SDPA"}
+
+
+def rival_name(baseline: str) -> str:
+    """A baseline as a reader knows it: "cudnn_grouped" is "cuDNN grouped"."""
+    return " ".join(_KERNELS.get(word, word) for word in baseline.split("_"))
+
+
+def facet_name(head_dim: int, query_heads: int, kv_heads: int, batch: int) -> str:
+    """The shape that the rows of a facet share."""
+    return f"head size {head_dim}, {query_heads} query and {kv_heads} kv heads, batch {batch}"
 
 
 def tokens_label(n: int) -> str:

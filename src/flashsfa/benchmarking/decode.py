@@ -1,4 +1,7 @@
-"""Cases of `sparse_feature_decode`: one new token over a cache of codes, beside SDPA over the dense keys."""
+"""Cases of `sparse_feature_decode`: one new token over a cache of codes, beside SDPA over the dense keys.
+
+An 8-bit cache of all features, `dense-int8`, is a case like the others: a code that keeps everything, read by the same kernels.
+"""
 
 from __future__ import annotations
 
@@ -17,91 +20,99 @@ from ..cache.contiguous import SparseKVCache
 from ..codes import FeatureCodes, topk_codes
 from ..decode import sparse_feature_decode
 from ..ops.record import last_choice
-from .cases import Baseline, UnavailableError, Verdict, Workload, code_label, sdpa_backends, tokens_label
+from .cases import Baseline, Verdict, Workload, facet_name, sdpa_backends, tokens_label
+from .configuration import Configuration
 
+# By head size, and whether queries are dense: as converted models run, and over a cache that keeps all features.
+_CONFIGURATIONS = {
+    (128, False): ("k16", "16+k16", "k16-int8", "16+k16-int8", "16+k16-skip"),
+    (128, True): ("dense-int8",),
+    (64, False): ("k8",),
+    (64, True): ("22+k12", "28+k12-int8", "dense-int8"),
+}
+_QUICK = ("k16", "k16-int8", "22+k12", "28+k12-int8", "dense-int8")
 _APPEND_TOKENS = 8192  # coding a long context at once would need several times its memory
 _TOLERANCE = 1e-2
 _UNION_SHARE = 0.22  # of V rows that carry 1 - 1e-2 of the weight: a trained model's heads at 8000 tokens
 
 
 def cases(device: torch.device, quick: bool) -> list[DecodeCase]:
-    """Every code, head count and context length; on the CPU in float32 and smaller."""
+    """Every configuration, head count and context length; on the CPU in float32 and smaller. Quick: some configurations, one
+    head count, and two lengths of which it should pay at the longer one."""
     on_gpu = device.type == "cuda"
-    batch, heads = (8, ((16, 16), (32, 8))) if on_gpu else (1, ((8, 8), (16, 4)))
+    batch = 8 if on_gpu else 1
+    layouts: tuple[tuple[int, int], ...] = ((16, 16), (32, 8)) if on_gpu else ((8, 8), (16, 4))
     lengths: tuple[int, ...] = (8192, 32768, 131072) if on_gpu else (4096, 32768)
     if quick:
-        lengths = (1024, 4096) if on_gpu else (256, 512)
+        layouts, lengths = layouts[:1], (8192, 32768) if on_gpu else (4096, 16384)
     dtype = torch.bfloat16 if on_gpu else torch.float32
-    codes: list[dict[str, Any]] = [
-        {"head_dim": 128, "topk": 16, "dense_dims": 0},
-        {"head_dim": 128, "topk": 16, "dense_dims": 16},
-        {"head_dim": 64, "topk": 8, "dense_dims": 0},
-        {"head_dim": 128, "topk": 16, "dense_dims": 0, "cache_dtype": torch.int8},
-        {"head_dim": 128, "topk": 16, "dense_dims": 16, "value_tolerance": _TOLERANCE},
-    ]
     return [
-        DecodeCase(batch, query_heads, kv_heads, n, dtype=dtype, device=device, **code)
-        for code in codes
-        for query_heads, kv_heads in heads
+        DecodeCase(batch, *heads, n, Configuration.named(name, head_dim), dtype, device, has_dense_queries)
+        for (head_dim, has_dense_queries), names in _CONFIGURATIONS.items()
+        for name in names
+        if not quick or name in _QUICK
+        for heads in layouts
         for n in lengths
     ]
 
 
 @dataclass(frozen=True)
 class DecodeCase:
-    """One decode step: q [batch, query_heads, 1, head_dim] over n tokens of kv_heads heads.
+    """One decode step: q [batch, query_heads, 1, head_dim] over n tokens of kv_heads heads. Queries keep as many features as
+    keys, or all.
 
-    `cache_dtype` is that of an 8-bit cache; None stores `dtype`. With a `value_tolerance` the queries are shaped
-    so that the scores look like a trained model's, see `shaped_queries`.
+    Where the configuration skips values, the queries are shaped so that the scores look like a trained model's, see
+    `shaped_queries`.
     """
 
     batch: int
     query_heads: int
     kv_heads: int
     n: int
-    head_dim: int
-    topk: int
-    dense_dims: int
+    configuration: Configuration
     dtype: torch.dtype
     device: torch.device
-    cache_dtype: torch.dtype | None = None
-    value_tolerance: float = 0.0
+    has_dense_queries: bool = False
 
     @property
     def name(self) -> str:
-        return f"d={self.head_dim}, {self.curve}, {self.query_heads}/{self.kv_heads} heads, n={tokens_label(self.n)}"
+        width = self.configuration.head_dim
+        return f"d={width}, {self.curve}, {self.query_heads}/{self.kv_heads} heads, n={tokens_label(self.n)}"
 
     @property
     def facet(self) -> str:
-        return f"d={self.head_dim}, {self.query_heads}/{self.kv_heads} heads, batch {self.batch}"
+        return facet_name(self.configuration.head_dim, self.query_heads, self.kv_heads, self.batch)
 
     @property
     def curve(self) -> str:
-        code = code_label(self.topk, self.dense_dims)
-        if self.cache_dtype is not None:
-            code += ", 8-bit"
-        return f"{code}, tolerance {self.value_tolerance:g}" if self.value_tolerance else code
+        if self.configuration.topk is None:
+            return f"{self.configuration.name} by the same kernels"
+        return self.configuration.name + (", dense queries" if self.has_dense_queries else "")
+
+    @property
+    def value_tolerance(self) -> float:
+        return _TOLERANCE if self.configuration.skips else 0.0
 
     def prepare(self) -> Workload:
         """Random keys and values of unit variance, in a cache; queries alike or shaped."""
         generator = torch.Generator(self.device).manual_seed(0)
         draw = partial(torch.randn, generator=generator, dtype=self.dtype, device=self.device)
-        k, v = (draw(self.batch, self.kv_heads, self.n, self.head_dim) for _ in "kv")
+        k, v = (draw(self.batch, self.kv_heads, self.n, self.configuration.head_dim) for _ in "kv")
         cache: Any = self._filled_cache(k, v)
-        q = draw(self.batch, self.query_heads, 1, self.head_dim)
+        q = draw(self.batch, self.query_heads, 1, self.configuration.head_dim)
         v_rows_read = None
         if self.value_tolerance:
             q = shaped_queries(q, cache.codes, self.value_tolerance)
             v_rows_read = needed_share(q, cache.codes, self.value_tolerance)
-        options: dict[str, Any] = {"value_tolerance": self.value_tolerance}
-        if self.cache_dtype is not None:
-            options["v_scale"] = cache.v_scale
+        options: dict[str, Any] = {"value_tolerance": self.value_tolerance, "v_scale": cache.v_scale}
+        if self.has_dense_queries:
+            options["topk_query"] = self.configuration.head_dim
         codes, stored_v = cache.codes, cache.v
         tokens, v_bytes = self.batch * self.kv_heads * self.n, cache.nbytes - codes.nbytes
         read = codes.nbytes + (v_bytes if v_rows_read is None else round(v_rows_read * v_bytes))
         return Workload(
             run=lambda: sparse_feature_decode(q, codes, stored_v, **options),
-            check=lambda out: self._check(out, q, k, v, codes, stored_v, options.get("v_scale")),
+            check=lambda out: self._check(out, q, k, v, codes, stored_v, cache.v_scale),
             nbytes=read + 2 * q.nbytes,  # the output is as large as q
             tokens=tokens,
             bytes_per_token=cache.nbytes / tokens,
@@ -111,11 +122,9 @@ class DecodeCase:
         )
 
     def _filled_cache(self, k: Tensor, v: Tensor) -> SparseKVCache:
-        stored: dict[str, Any] = {} if self.cache_dtype is None else {"dtype": self.cache_dtype}
-        try:
-            cache = SparseKVCache(self.topk, dense_dims=self.dense_dims, capacity=self.n, **stored)
-        except TypeError as error:
-            raise UnavailableError("SparseKVCache takes no dtype: no 8-bit cache here") from error
+        topk, dense_dims = self.configuration.code
+        dtype = torch.int8 if self.configuration.is_int8 else None
+        cache = SparseKVCache(topk, dense_dims=dense_dims, capacity=self.n, dtype=dtype)
         for start in range(0, self.n, _APPEND_TOKENS):
             chunk = slice(start, start + _APPEND_TOKENS)
             cache.append(k[:, :, chunk], v[:, :, chunk])
@@ -136,7 +145,9 @@ class DecodeCase:
 
         The error that is reported is taken against unquantised codes and values.
         """
-        sparse_q = _grouped(topk_codes(q, self.topk, dense_dims=self.dense_dims).to_dense(), self.kv_heads)
+        topk, dense_dims = self.configuration.code
+        kept_q = q if self.has_dense_queries else topk_codes(q, topk, dense_dims=dense_dims).to_dense()
+        sparse_q = _grouped(kept_q, self.kv_heads)
         out = _grouped(out, self.kv_heads)  # [B, Hkv, G, Dv], and so is sparse_q
         worst = torch.zeros(4, dtype=torch.float64, device=out.device)  # of: ours, SDPA's error, ‖truth‖, ‖v‖
         squares = torch.zeros(2, dtype=torch.float64, device=out.device)  # of: ours against unquantised, that truth
@@ -149,8 +160,8 @@ class DecodeCase:
             plain = F.scaled_dot_product_attention(rows, keys.to(q.dtype), values.to(q.dtype)).double()
             found = [x.norm(dim=-1).max() for x in (got - truth, plain - truth, truth, values)]
             worst = torch.maximum(worst, torch.stack(found))
-            if self.cache_dtype is not None:
-                exact = topk_codes(k[head], self.topk, dense_dims=self.dense_dims)
+            if self.configuration.is_int8:
+                exact = topk_codes(k[head], topk, dense_dims=dense_dims)
                 truth, _ = reference.attention(rows.double(), _wide(exact), v[head].double())
             squares += torch.stack([(got - truth).square().sum(), truth.square().sum()])
         ours, sdpa, size, largest_v = worst.tolist()

@@ -23,7 +23,8 @@ from ..huggingface import SparseCache, StaticSparseCache, enable
 from ..huggingface.cache import cache_nbytes
 from ..huggingface.switch import attention_shape
 from ..ops.record import last_choice
-from .cases import UnavailableError, WrongOutputError, code_label, sdpa_backends, tokens_label
+from .cases import UnavailableError, WrongOutputError, sdpa_backends, tokens_label
+from .configuration import code_name
 from .results import BaselineResult, Generation
 from .timing import release, repeat
 
@@ -68,7 +69,7 @@ class GenerateCase:
 
     @property
     def curve(self) -> str:
-        return f"{code_label(self.topk, self.dense_dims)}, batch {self.batch}"
+        return f"{code_name(self.topk, self.dense_dims)}, batch {self.batch}"
 
     # a few shapes a side and case; beyond the limit they run uncompiled
     @torch._dynamo.config.patch(recompile_limit=64)

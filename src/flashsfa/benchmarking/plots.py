@@ -1,92 +1,83 @@
-"""The picture of a run: time, and bytes or operations, over context length, with the roofline of each curve."""
+"""The picture of a run: how much faster each case is than its strongest rival, as bars, at the two longest lengths measured."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from .cases import tokens_label
-from .results import Results, Row
+from .cases import rival_name, tokens_label
+from .results import Results
 
-_COLORS = ("#2a9d8f", "#e76f51", "#8e5ea2", "#d4a017", "#1d6fb8", "#7a9e3b")
-_BASELINE_COLORS = ("#4c566a", "#8d96a8", "#4c566a", "#8d96a8")
-_BASELINE_MARKERS = ("s", "D", "^", "v")
+_COLORS = ("#1d6fb8", "#8ecae6")  # the longest length first
+_SLOWER = "#b4532a"
+_INK = "#4c566a"
+_LENGTHS = 2
+_INCHES_A_BAR = 0.24
+_TITLES = {
+    "decode": "Decode: attention of one new token over the tokens in the cache",
+    "prefill": "Prefill: a causal forward pass, selection of features included",
+    "topk": "Selecting the features of keys",
+    "generate": "Whole models: a token after a long context",
+}
+
+Groups = Mapping[str, Mapping[str, Mapping[int, float]]]
 
 
-def draw(results: Results, path: Path) -> None:
-    """Write a PNG: a column a facet; above milliseconds, with each curve's roofline dashed; below bytes moved, or TFLOP/s
-    where arithmetic is of interest.
+def draw(results: Results, file: Path | IO[bytes]) -> None:
+    """Write a PNG of the rows that have a time and a rival; with none, the picture says so."""
+    rows = [row for row in results.rows if row.ratio is not None]
+    longest = sorted({row.n for row in rows})[-_LENGTHS:]
+    groups: dict[str, dict[str, dict[int, float]]] = {}
+    for row in rows:
+        if row.n in longest and row.ratio is not None:
+            groups.setdefault(row.facet, {}).setdefault(row.curve, {})[row.n] = row.ratio
+    competing = [name for row in rows for name, result in row.baselines.items() if result.competes]
+    rivals = dict.fromkeys(rival_name(name.removesuffix("_grouped")) for name in competing)
+    speedup_bars(file, groups, title=f"{_TITLES[results.operation]}\n{results.title}", rivals=tuple(rivals))
 
-    Rows without a time are not drawn; with none left, the picture says so.
-    """
+
+def speedup_bars(file: Path | IO[bytes], groups: Groups, *, title: str, rivals: Sequence[str]) -> None:
+    """Write a PNG of horizontal bars, one a length: a ratio of times by group, label and tokens. Bars below 1, where it is
+    slower, have a colour of their own."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.lines import Line2D
-    from matplotlib.ticker import LogLocator
+    from matplotlib.patches import Patch
 
-    rows = [row for row in results.rows if row.timing is not None]
-    counts_work = any(row.tflops for row in rows)
-    facets = list(dict.fromkeys(row.facet for row in rows)) or ["nothing was timed"]
-    curves = {name: _COLORS[i % len(_COLORS)] for i, name in enumerate(dict.fromkeys(row.curve for row in rows))}
-    names = list(dict.fromkeys(name for row in rows for name in row.baselines))
-    baselines = {
-        name: (_BASELINE_COLORS[i % len(_BASELINE_COLORS)], _BASELINE_MARKERS[i % len(_BASELINE_MARKERS)])
-        for i, name in enumerate(names)
-    }
-    figure, panels = plt.subplots(
-        2, len(facets), figsize=(max(8, 4 * len(facets)), 8), layout="constrained", squeeze=False
-    )
-    figure.suptitle(f"{results.operation}: {results.title}", fontsize=10)
-    for facet, times, below in zip(facets, *panels, strict=True):
-        here = [row for row in rows if row.facet == facet]
-        for name, (color, marker) in baselines.items():
-            measured = [row for row in here if name in row.baselines]
-            style: dict[str, Any] = {"color": color, "marker": marker, "markersize": 5, "linewidth": 1}
-            _line(times, [(row.n, row.baselines[name].timing.median_ms) for row in measured], **style)
-            lower = [
-                baseline_tflops(row, name) if counts_work else row.baselines[name].moved_per_token for row in measured
-            ]
-            _line(below, [(row.n, value) for row, value in zip(measured, lower, strict=True)], **style)
-        for name, color in curves.items():
-            of_curve = [row for row in here if row.curve == name]
-            limits = [(row.n, 1e3 * row.bytes_moved / results.copy_bytes_per_s) for row in of_curve if row.bytes_moved]
-            _line(times, [(row.n, row.timing.median_ms) for row in of_curve if row.timing], color=color, marker="o")
-            _line(times, limits, color=color, ls="--", lw=1)
-            own = [(row.n, row.tflops if counts_work else row.moved_per_token) for row in of_curve]
-            _line(below, [(n, value) for n, value in own if value], color=color, marker="o")
-        lengths = sorted({row.n for row in here})
-        for axes in (times, below):
-            axes.set_xscale("log")
-            axes.set_xticks(lengths, [tokens_label(n) for n in lengths])
-            axes.minorticks_off()
-            axes.grid(alpha=0.3)
-            axes.set_xlabel("context length, tokens")
-        times.set(yscale="log", ylabel="ms, median")
-        times.set_title(facet, fontsize=9)
-        times.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        times.yaxis.set_major_formatter("{x:g}")
-        times.minorticks_off()
-        label = "TFLOP/s of the dense computation" if counts_work else "bytes moved a token and kv head"
-        below.set(ylabel=label, ylim=(0, 1.08 * below.get_ylim()[1]))
-    handles = [Line2D([], [], color=c, marker=m, lw=1, label=n.replace("_", " ")) for n, (c, m) in baselines.items()]
-    handles += [Line2D([], [], color=color, marker="o", label=name) for name, color in curves.items()]
-    handles.append(Line2D([], [], color="black", ls="--", lw=1, label="roofline: bytes moved / copy bandwidth"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=4)
-    figure.savefig(path, dpi=130)
+    lengths = sorted({n for bars in groups.values() for of_label in bars.values() for n in of_label}, reverse=True)
+    colors = {n: _COLORS[i % len(_COLORS)] for i, n in enumerate(lengths)}
+    places, labels, heads, at = [], [], [], 0.0
+    for group, bars in groups.items():
+        heads.append((at, group))
+        at += 1.2
+        for label, ratios in bars.items():
+            places += [(at + i, n, ratios[n]) for i, n in enumerate(n for n in lengths if n in ratios)]
+            labels.append((at + (len(ratios) - 1) / 2, label))
+            at += len(ratios) + 0.6
+        at += 0.6
+    figure, axes = plt.subplots(figsize=(10, 1.7 + _INCHES_A_BAR * at), layout="constrained")
+    figure.suptitle(title if groups else f"{title}\nnothing was timed", fontsize=10)
+    beside: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 9}
+    beside["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # over the line at 1
+    for y, n, ratio in places:
+        axes.barh(y, ratio, 0.9, color=colors[n] if ratio >= 1 else _SLOWER, alpha=1 if n == lengths[0] else 0.75)
+        axes.annotate(f"{ratio:.2f}x", (ratio, y), (5, 0), **beside)
+    for y, group in heads:
+        axes.annotate(group, (0, y), (4, 0), weight="bold", **beside)
+    axes.set_yticks([y for y, _ in labels], [label for _, label in labels])
+    axes.tick_params(axis="y", length=0)
+    axes.axvline(1, color=_INK, lw=1.5)
+    axes.set_xlim(0, 1.12 * max((ratio for *_, ratio in places), default=1.0))
+    axes.set_ylim(at - 1, -0.8)
+    against = f"the fastest of {', '.join(rivals)}" if len(rivals) > 1 else "".join(rivals)
+    axes.set_xlabel(f"times as fast as {against} (higher is better)" if rivals else "")
+    axes.spines[["top", "right"]].set_visible(False)
+    handles = [Patch(color=colors[n], label=f"{tokens_label(n)} tokens") for n in lengths]
+    if any(ratio < 1 for *_, ratio in places):
+        handles.append(Patch(color=_SLOWER, label="slower than the rival"))
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    figure.savefig(file, dpi=130)
     plt.close(figure)
-
-
-def baseline_tflops(row: Row, name: str) -> float:
-    """Operations of the dense computation a second of a baseline, by its time."""
-    assert row.tflops is not None
-    return row.tflops / row.baselines[name].ratio
-
-
-def _line(axes: Any, points: Sequence[tuple[int, float]], **style: Any) -> None:
-    """A line through (context length, value); where several rows measured the same baseline, their median."""
-    lengths = sorted({n for n, _ in points})
-    axes.plot(lengths, [statistics.median(value for n, value in points if n == length) for length in lengths], **style)

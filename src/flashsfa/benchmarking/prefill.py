@@ -24,18 +24,19 @@ from ..codes import FeatureCodes, all_dense_codes, code_queries, topk_codes
 from ..mask import Mask
 from ..ops.prefill.hopper import prefill as hopper
 from ..ops.record import last_choice
-from .cases import Baseline, Verdict, Workload, code_label, sdpa_backends, tokens_label
+from .cases import Baseline, Verdict, Workload, facet_name, sdpa_backends, tokens_label
+from .configuration import code_name
 
 _CHECKED_QUERIES = 256  # the last ones, which see most keys: fp64 scores of all would not fit
 
 
 def cases(device: torch.device, quick: bool) -> list[PrefillCase]:
     """Both published codes, with queries as sparse as keys, dense, and in the 2:4 pattern without and with a dense channel, at
-    three lengths; smaller and in float32 on the CPU."""
+    three lengths; smaller and in float32 on the CPU. Quick: two lengths of which it should pay at the longer one."""
     on_gpu = device.type == "cuda"
     lengths: tuple[int, ...] = (4096, 16384, 65536) if on_gpu else (1024, 4096)
     if quick:
-        lengths = (1024, 4096) if on_gpu else (128, 256)
+        lengths = (8192, 32768) if on_gpu else (1024, 4096)
     dtype = torch.bfloat16 if on_gpu else torch.float32
     heads = 16 if on_gpu else 2
     codes: list[dict[str, Any]] = [
@@ -69,18 +70,18 @@ class PrefillCase:
 
     @property
     def name(self) -> str:
-        return f"{self.facet}, n={tokens_label(self.n)}"
+        heads = f"{self.query_heads}/{self.kv_heads} heads"
+        return f"d={self.head_dim}, {self.curve}, {heads}, n={tokens_label(self.n)}"
 
     @property
     def facet(self) -> str:
-        kind = "dense" if self.topk_query == self.head_dim else self.query_pattern
-        queries = "" if kind is None else f", {kind} queries"
-        code = f"{code_label(self.topk, self.dense_dims)}{queries}"
-        return f"d={self.head_dim}, {code}, {self.query_heads}/{self.kv_heads} heads"
+        return facet_name(self.head_dim, self.query_heads, self.kv_heads, self.batch)
 
     @property
     def curve(self) -> str:
-        return "sparse_feature_attention"
+        kind = "dense" if self.topk_query == self.head_dim else self.query_pattern
+        name = code_name(self.topk, self.dense_dims)
+        return name if kind is None else f"{name}, {kind} queries"
 
     def prepare(self) -> Workload:
         generator = torch.Generator(self.device).manual_seed(0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import platform
 import subprocess
@@ -19,10 +18,14 @@ import torch
 from .. import __version__
 from ..checks import require
 from ..files import beside
+from .cases import rival_name
 from .timing import Timing
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+
+LEVEL = 0.005  # times that differ by less are called level
 
 
 @dataclass(frozen=True)
@@ -113,13 +116,21 @@ class Row:
         fastest = self.fastest_baseline
         return None if fastest is None else self.baselines[fastest].ratio
 
+    @property
+    def against(self) -> str:
+        """How it compares with the fastest baseline: "1.61x faster than cuDNN"."""
+        fastest = self.fastest_baseline
+        return "" if fastest is None else compared(self.baselines[fastest].ratio, rival_name(fastest))
+
     def summary(self) -> str:
         """One line, for the log of a run."""
         if self.timing is None:
             return f"{self.case}: {self.status}: {self.note}"
-        ratio = "" if self.ratio is None else f", {self.ratio:.2f}x {self.fastest_baseline}"
+        ratio = f", {self.against}" if self.against else ""
         if self.generation is not None and self.generation.first_token_ms is not None:
-            against = _against(self, "first_token_ms", lambda ours, theirs: f", {theirs / ours:.2f}x the fastest")
+            against = _against(
+                self, "first_token_ms", lambda ours, theirs: f", {compared(theirs / ours, 'the fastest')}"
+            )
             ratio += f", first token {self.generation.first_token_ms:.4g} ms{against}"
         return f"{self.case}: {self.timing.median_ms:.4g} ms{ratio}" + (f" ({self.note})" if self.note else "")
 
@@ -142,15 +153,16 @@ class Results:
     def title(self) -> str:
         where = self.environment
         commit = f", commit {where['commit']}" if where["commit"] else ""
+        versions = ", ".join(f"{name} {where[name]}" for name in ("torch", "triton", "numba") if where.get(name))
         return (
-            f"flashsfa {where['flashsfa']}{commit}, {where['device']}, torch {where['torch']}; "
+            f"flashsfa {where['flashsfa']}{commit}, {where['device']}, {versions}; "
             f"copy {self.copy_bytes_per_s / 1e9:.0f} GB/s"
         )
 
-    def save(self, directory: Path) -> list[Path]:
-        """Write JSON and CSV under a name that carries date and commit and is free; returns their paths.
+    def save(self, directory: Path) -> Path:
+        """Write JSON under a name that carries date and commit and is free; returns its path.
 
-        Raises `OSError`, with neither left behind, if either cannot be written.
+        Raises `OSError`, with nothing left behind, if it cannot be written.
         """
         parts = [self.operation, str(self.environment["date"])[:10], self.environment["commit"]]
         document = {
@@ -159,24 +171,18 @@ class Results:
             "copy_gb_per_s": self.copy_bytes_per_s / 1e9,
             "rows": [asdict(row) | {"fastest_baseline": row.fastest_baseline, "ratio": row.ratio} for row in self.rows],
         }
-        records = [_record(row) | dict(self.environment) for row in self.rows]
-        columns = list(dict.fromkeys(column for record in records for column in record))
-
-        def write_table(path: Path) -> None:
-            with path.open("w", newline="") as file:
-                writer = csv.DictWriter(file, columns)
-                writer.writeheader()
-                writer.writerows(records)
-
         stem = "-".join(part for part in parts if part)
         content = json.dumps(document, indent=1) + "\n"
-        return write_results(directory, stem, {".json": lambda path: path.write_text(content), ".csv": write_table})
+        (path,) = write_results(directory, stem, {".json": lambda path: path.write_text(content)})
+        return path
 
     def table(self) -> Table:
-        """The rows as a rich table, the notes of failed and skipped ones below it."""
+        """The rows as a rich table; below it what is to be noted: of rows, and of all together (`findings`)."""
         from rich.table import Table
 
-        notes = [row.summary() for row in self.rows if row.note]
+        from .findings import findings
+
+        notes = [*(row.summary() for row in self.rows if row.note), *findings(self.rows)]
         table = Table(
             title=f"{self.operation}: {self.title}", title_justify="left",
             caption="\n".join(notes) or None, caption_justify="left",
@@ -208,7 +214,15 @@ class Results:
             return _number(row.baselines[name].ratio if name in row.baselines else None, ".2f")
 
         columns |= {f"x {name.replace('_', ' ')}": partial(ratio, name=name) for name in _baseline_names(self.rows)}
-        return columns | {"x fastest": lambda row: _number(row.ratio, ".2f")}
+        return columns | {"strongest rival": lambda row: row.against}
+
+
+def compared(ratio: float, with_what: str = "") -> str:
+    """A ratio of times in words: 1.61 as "1.61x faster", with "than" and `with_what` where it is named."""
+    if abs(ratio - 1) < LEVEL:
+        return f"level with {with_what}" if with_what else "level"
+    words = f"{ratio:.2f}x faster" if ratio > 1 else f"{1 / ratio:.2f}x slower"
+    return f"{words} than {with_what}" if with_what else words
 
 
 def environment(device: torch.device) -> dict[str, str | None]:
@@ -261,30 +275,13 @@ def _free_json(directory: Path, stem: str) -> Path:
     """An empty file of our own: `stem.json`, or with a number where earlier results stand."""
     for number in range(1, 10_000):
         path = directory / f"{stem}{f'-{number}' if number > 1 else ''}.json"
-        taken = any(path.with_suffix(suffix).exists() for suffix in (".csv", ".png"))
         try:
-            if not taken:
+            if not path.with_suffix(".png").exists():
                 path.touch(exist_ok=False)
                 return path
         except FileExistsError:
             pass
     raise OSError(f"{directory} is full of results named {stem}: move some away")
-
-
-def _record(row: Row) -> dict[str, Any]:
-    """A row without nesting, for CSV."""
-    record = {name: value for name, value in vars(row).items() if name not in ("timing", "generation", "baselines")}
-    if row.timing:
-        record |= asdict(row.timing)
-    if row.generation:
-        record |= asdict(row.generation)
-    record |= {"fastest_baseline": row.fastest_baseline, "ratio": row.ratio}
-    for name, result in row.baselines.items():
-        record |= {f"{name}_{figure}": value for figure, value in asdict(result.timing).items()}
-        record |= {f"{name}_gb_per_s": result.gb_per_s, f"{name}_ratio": result.ratio}
-        if result.generation:
-            record |= {f"{name}_{figure}": value for figure, value in asdict(result.generation).items()}
-    return record
 
 
 def _baseline_names(rows: Iterable[Row]) -> list[str]:
@@ -301,14 +298,14 @@ _OF_KERNELS: dict[str, Callable[[Row], str]] = {
     "dense TFLOP/s": lambda row: _of(row, "tflops", ".0f"),
     "GB/s": lambda row: _of(row, "gb_per_s", ".4g"),
     "% of copy": lambda row: _of(row, "roofline_percent", ".3g"),
-    "bytes a token": lambda row: _of(row, "bytes_per_token", ".0f"),
+    "bytes per token": lambda row: _of(row, "bytes_per_token", ".0f"),
     "V rows": lambda row: _of(row, "v_rows_read", ".0%"),
     "error": lambda row: _of(row, "error", ".1e"),
 }
 # Beside the times: the most memory of all, and of the cache by arithmetic and by the allocator.
 _OF_MODELS: dict[str, Callable[[Row], str]] = {
     "first token ms": lambda row: _of(row.generation, "first_token_ms", ".4g"),
-    "x fastest first": lambda row: _against(row, "first_token_ms", lambda ours, theirs: f"{theirs / ours:.2f}"),
+    "first token": lambda row: _against(row, "first_token_ms", lambda ours, theirs: compared(theirs / ours)),
     "token ms": lambda row: _of(row.timing, "median_ms", ".4g"),
     "tokens/s": lambda row: _of(row.generation, "tokens_per_s", ".4g"),
     "peak GiB": lambda row: _of(row.generation, "peak_bytes", ".1f", 2**30),

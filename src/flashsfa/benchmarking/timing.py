@@ -16,7 +16,7 @@ _FLUSH_BYTES = {"cuda": _GIB, "cpu": _GIB // 8}
 _FLUSH_READS = {"cuda": 3, "cpu": 1}  # some 0.35 ms each on an H100, no more than an operator's launches may take
 _COPY_BYTES = {"cuda": _GIB, "cpu": _GIB // 4}
 _REPEATS = {"cuda": 50, "cpu": 15}
-_QUICK_REPEATS = 3
+_QUICK_REPEATS = 7
 _REPEAT_MS = 2000.0
 _WARM_UP = 2  # compiles kernels and fills the allocator's pools
 
@@ -28,6 +28,11 @@ class Timing:
     median_ms: float
     p20_ms: float
     p80_ms: float
+
+    @property
+    def spread(self) -> float:
+        """From the 20th to the 80th percentile, as a share of the median."""
+        return (self.p80_ms - self.p20_ms) / self.median_ms
 
 
 def measure(runs: Mapping[str, Callable[[], Any]], device: torch.device, quick: bool = False) -> dict[str, Timing]:

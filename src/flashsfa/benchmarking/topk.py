@@ -10,7 +10,8 @@ from torch import Tensor
 from .. import reference
 from ..codes import FeatureCodes, topk_codes
 from ..ops.record import last_choice
-from .cases import Baseline, Verdict, Workload, code_label, tokens_label
+from .cases import Baseline, Verdict, Workload, tokens_label
+from .configuration import code_name
 
 
 def cases(device: torch.device, quick: bool) -> list[TopkCase]:
@@ -43,19 +44,15 @@ class TopkCase:
 
     @property
     def name(self) -> str:
-        return f"{self._code}, [{self.batch}, {self.heads}, {tokens_label(self.n)}, {self.head_dim}]"
+        return f"d={self.head_dim}, {self.curve}, [{self.batch}, {self.heads}, {tokens_label(self.n)}, {self.head_dim}]"
 
     @property
     def facet(self) -> str:
-        return f"{self._code}, {self.batch * self.heads} heads"
+        return f"head size {self.head_dim}, {self.batch * self.heads} heads"
 
     @property
     def curve(self) -> str:
-        return "topk_codes"
-
-    @property
-    def _code(self) -> str:
-        return f"d={self.head_dim}, {code_label(self.topk, self.dense_dims)}"
+        return code_name(self.topk, self.dense_dims)
 
     def prepare(self) -> Workload:
         generator = torch.Generator(self.device).manual_seed(0)

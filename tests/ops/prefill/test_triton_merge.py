@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from flashsfa import reference, sparse_feature_attention
 from flashsfa.mask import Mask
-from flashsfa.ops import plan
+from flashsfa.ops import record
 from flashsfa.ops.prefill import fused as dense
 from flashsfa.ops.prefill.triton.merge import merge_parts
 
@@ -107,7 +107,7 @@ def test_chunks_on_both_sides_of_the_rule(width, n_q, n_k, threshold, dtype, mon
     q = torch.randn(2, 4, n_q, width, device="cuda", dtype=dtype)
     k, v = (torch.randn(2, 2, n_k, width, device="cuda", dtype=dtype) for _ in "kv")
     found = sparse_feature_attention(q, k, v, topk=width, is_causal=True, return_lse=True, backend="dense")
-    reason = plan.last_choice("attention").reason
+    reason = record.last_choice("attention").reason
     assert ("cuDNN" if threshold == 0 else "FlashAttention-2") in reason
     mask = Mask(is_causal=True)
     expected = reference.attention(q, k, v, mask=mask)

@@ -1,0 +1,39 @@
+"""Names of configurations and the bytes that they stand for."""
+
+import pytest
+import torch
+
+from flashsfa import SparseKVCache
+from flashsfa.benchmarking.configuration import Configuration
+
+
+@pytest.mark.parametrize(
+    ("name", "head_dim", "total"),
+    [
+        ("dense", 128, 512), ("k16", 128, 304), ("16+k16", 128, 336), ("16+k16-skip", 128, 336), ("k16-int8", 128, 168),
+        ("22+k12", 64, 208), ("28+k12-int8", 64, 124),
+    ],
+)  # fmt: skip
+def test_a_name_stands_for_bytes(name, head_dim, total):
+    configuration = Configuration.named(name, head_dim)
+    assert configuration.name == name
+    assert configuration.bytes == total
+    if name == "dense":
+        return
+    topk, dense_dims = configuration.code
+    cache = SparseKVCache(topk, dense_dims=dense_dims, dtype=torch.int8 if configuration.is_int8 else None)
+    cache.append(*(torch.zeros(1, 1, 2, head_dim, dtype=torch.bfloat16) for _ in "kv"))
+    assert cache.nbytes == 2 * total
+
+
+def test_the_8_bit_cache_of_all_features_costs_one_index_more_by_our_code():
+    configuration = Configuration.named("dense-int8", 64)
+    assert configuration == Configuration(64, is_int8=True)
+    assert configuration.bytes == 2 * (64 + 4)
+    assert configuration.code == (1, 63)
+
+
+@pytest.mark.parametrize("name", ["", "k", "16", "16+16", "k16-int4", "k=16", "16+k16-skip-int8", "dense+k16"])
+def test_what_is_no_name_is_refused(name):
+    with pytest.raises(ValueError, match="names no configuration"):
+        Configuration.named(name, 128)
