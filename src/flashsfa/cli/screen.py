@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int], Callable[[], None]]  # (description, steps) -> call once a step
 
-VARIANTS = {"sfa": "Sparse Feature Attention", "dense": "dense"}  # by the names that stand in files
-
 
 def need(extra: str, *modules: str) -> None:
     """Raise `ImportError` before any work if a module is missing, with the extra that brings it; modules that talk are quiet."""

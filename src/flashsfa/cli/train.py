@@ -192,11 +192,12 @@ def _support(options: argparse.Namespace) -> None:
     content["results"] = statistics.rows()
     topk, name = statistics.topk, Path(options.model).resolve().name
     paths = save(content, options.output, lambda path: draw(f"{name}: supports", statistics, path))
+    dense_queries = statistics.topk_query is None
+    overlap = "overlap 1 as queries are dense" if dense_queries else f"overlap above chance, {statistics.chance:.2f}"
     table = Table(
         "layer", "entropy", "overlap", f"effective k of {topk}", "verdict",
         title=f"{name}: supports, lowest to highest head",
-        caption=f"good is entropy from {statistics.LEAST_ENTROPY}, overlap above chance ({statistics.chance:.2f}) and effective k "
-        f"from {statistics.least_effective:.1f}, of every head",
+        caption=f"good: of every head entropy from {statistics.LEAST_ENTROPY}, {overlap}, effective k from {statistics.least_effective:g}",
     )  # fmt: skip
     for layer in range(len(statistics.entropy)):
         parts = (getattr(statistics, n)[layer] for n in ("entropy", "overlap", "effective_topk"))

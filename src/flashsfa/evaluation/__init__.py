@@ -4,3 +4,5 @@
 tasks) and `memory` measure it; `results` keeps the figures; `measure` puts them together into the evaluations that
 `flashsfa eval` runs.
 """
+
+VARIANTS = {"sfa": "Sparse Feature Attention", "dense": "dense"}  # names in files: names where people read them

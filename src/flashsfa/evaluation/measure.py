@@ -15,7 +15,7 @@ import torch
 
 from ..checks import MOST_TOKENS, require, require_int
 from ..files import require_place
-from . import needle
+from . import VARIANTS, needle
 from .harness import Harness
 from .haystack import Haystack, samples
 from .memory import cache_bytes_per_token
@@ -43,7 +43,7 @@ def measure_perplexity(
         calibration = subject.calibration_windows(calibration_text, window)
         content = _document("perplexity", subject, text=text, window=window, windows=windows)
         for name in subject.variants(calibration, window, progress):
-            losses = window_losses(subject.model, cut, progress(f"perplexity: {name}", len(cut)))
+            losses = window_losses(subject.model, cut, progress(f"perplexity: {VARIANTS[name]}", len(cut)))
             perplexity, error = spread(losses)
             content["results"][name] = {
                 "perplexity": perplexity, "standard_error": error, "windows": len(cut), "tokens": cut.numel(),
@@ -77,7 +77,7 @@ def measure_needles(
         own = {"text": text, "task": task, "lengths": lengths, "depths": depths, "trials": trials, "seed": seed}
         content, grids = _document("needle", subject, **own), {}
         for name in subject.variants(calibration, longest, progress):
-            step = progress(f"{task}: {name}", len(prompts))
+            step = progress(f"{task}: {VARIANTS[name]}", len(prompts))
             rows = needle.find_needles(subject.model, subject.tokenizer, prompts, step)
             grids[name] = needle.ScoreGrid.of(rows)
             content["results"][name] = {"score": grids[name].mean, "rows": rows}

@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
+from . import VARIANTS
 from .haystack import Sample
-
-_TITLES = {"sfa": "Sparse Feature Attention", "dense": "dense attention"}
 
 
 @torch.no_grad()
@@ -93,7 +92,7 @@ def draw(title: str, grids: Mapping[str, ScoreGrid], path: Path) -> None:
                 axes.text(
                     x, y, f"{100 * score:.0f}", ha="center", va="center", color="white" if score > 0.5 else "black"
                 )
-        axes.set_title(f"{_TITLES.get(name, name)}: {100 * grid.mean:.0f} % found", fontsize=10)
+        axes.set_title(f"{VARIANTS[name]}: {100 * grid.mean:.0f} % found", fontsize=10)
         axes.set_xticks(range(len(grid.lengths)), grid.lengths, rotation=45 if len(grid.lengths) > 6 else 0)
         axes.set_yticks(range(len(grid.depths)), grid.depths)
         axes.set_xlabel("context length in tokens")
