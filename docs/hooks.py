@@ -10,14 +10,14 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
-from flashsfa.cli import _parser
+from flashsfa.cli import parser as all_commands
 
 PAGE = "reference/cli.md"
 
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the page to those found in docs/."""
-    files.append(File.generated(config, PAGE, content=page(_parser())))
+    files.append(File.generated(config, PAGE, content=page(all_commands())))
     return files
 
 

@@ -331,7 +331,7 @@ def test_modules_that_are_missing(line, missing, work, capfd, monkeypatch):
     for name in ("flashsfa.benchmarking.generate", "flashsfa.convert"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.delattr("flashsfa.benchmarking.generate", raising=False)
-    assert_refused(capfd, command(line), missing, "pip install 'flashsfa[")
+    assert_refused(capfd, command(line), missing, "pip install")
 
 
 def test_names_are_no_markup(work, capfd):

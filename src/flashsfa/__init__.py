@@ -46,5 +46,7 @@ def __getattr__(name: str) -> Any:
     try:
         from . import huggingface
     except ImportError as error:
-        raise ImportError(f"flashsfa.{name} needs transformers: pip install 'flashsfa[hf]'") from error
+        from .extras import install_hint
+
+        raise ImportError(f"flashsfa.{name} needs transformers: {install_hint('hf')}") from error
     return getattr(huggingface, name)

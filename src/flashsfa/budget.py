@@ -78,6 +78,11 @@ class FeatureBudget:
         return self.topk == self.head_dim
 
 
+def query_features(topk_query: int | str, head_dim: int) -> int:
+    """`topk_query` as a number: head_dim for "dense"."""
+    return head_dim if topk_query == DENSE else int(topk_query)
+
+
 def require_budget(topk: int, head_dim: int, dense_dims: int, pattern: str | None = None) -> None:
     """`topk` features can be kept of the `head_dim - dense_dims` sparse ones, in `pattern` None or "2:4"."""
     require_int("topk", topk)

@@ -19,10 +19,12 @@ import torch.nn.functional as F
 from . import __version__
 from .attention import sparse_feature_attention
 from .basis import FeatureBasis, default_kind
+from .budget import DENSE, query_features
 from .cache.contiguous import SparseKVCache
 from .checks import require
 from .decode import sparse_feature_decode
 from .evaluation.perplexity import perplexity
+from .evaluation.subject import Progress
 from .evaluation.text import separate_texts, token_windows
 from .files import require_place, whole_folder
 from .huggingface import disable, enable
@@ -30,8 +32,7 @@ from .huggingface.cache import cache_nbytes
 from .huggingface.calibration import gather_moments
 from .huggingface.switch import attention_shape
 from .models import BUNDLED_NAME, is_converted, load_model
-
-Progress = Callable[[str, int], Callable[[], None]]  # (description, steps) -> call once a step
+from .presets import default_budget
 
 _PROMPT = "The history of science is"
 _LONGEST_PREFILL = 4096  # prefill is quadratic: longer contexts are timed for decode alone
@@ -42,9 +43,9 @@ class ConvertSettings:
     """Arguments of `flashsfa convert`; see its help."""
 
     model: str | None = None
-    topk: int = 12
-    topk_query: int | None = None  # None here means dense queries
-    dense_dims: int = 22
+    topk: int | None = None  # None for that of `default_budget`
+    topk_query: int | str = DENSE
+    dense_dims: int | None = None  # as topk
     basis: str | None = None  # None for `default_kind`
     max_position: int | None = None
     calibrate: str | None = None
@@ -53,7 +54,8 @@ class ConvertSettings:
     cache_dtype: str | None = None  # as `enable`'s
     window: int = 768
     windows: int = 10
-    contexts: tuple[int, ...] = (1024, 4096, 16384)
+    contexts: tuple[int, ...] = (1024, 4096, 16384, 32768)
+    tokenizer: str | None = None  # as `load_model`'s
 
 
 def convert(settings: ConvertSettings, output: Path, progress: Progress) -> dict[str, Any]:
@@ -71,15 +73,16 @@ def convert(settings: ConvertSettings, output: Path, progress: Progress) -> dict
         not is_converted(settings.model),
         f"{settings.model} is converted already: give the dense model that it was made of, or measure it with flashsfa eval",
     )
-    model, tokenizer = load_model(settings.model, getattr(torch, settings.dtype))
+    loaded = progress("loading the model", 1)
+    model, tokenizer = load_model(settings.model, getattr(torch, settings.dtype), settings.tokenizer)
+    loaded()
     calibration, evaluation = _windows(settings, tokenizer)
     *_, head_dim = attention_shape(model)
-    topk_query = head_dim if settings.topk_query is None else settings.topk_query
-    budgets: dict[str, Any] = {
-        "topk": settings.topk,
-        "topk_query": topk_query,
-        "dense_dims": settings.dense_dims,
-    }
+    usual = default_budget(head_dim)
+    topk = usual.topk if settings.topk is None else settings.topk
+    dense_dims = usual.dense_dims if settings.dense_dims is None else settings.dense_dims
+    topk_query = query_features(settings.topk_query, head_dim)
+    budgets: dict[str, Any] = {"topk": topk, "topk_query": topk_query, "dense_dims": dense_dims}
     enable(model, **budgets, cache_dtype=settings.cache_dtype)  # refuses a model or a budget before any long work
     disable(model)
 
@@ -88,12 +91,12 @@ def convert(settings: ConvertSettings, output: Path, progress: Progress) -> dict
         model, calibration, max_position=settings.max_position, progress=progress("calibrating", len(calibration))
     )
     # A pure top-k code of at most the same bytes, for comparison: 2 M + 3 K bytes at 16 bits, M + 2 K + 4 at 8.
-    more = 2 * settings.dense_dims // 3 if settings.cache_dtype is None else settings.dense_dims // 2
-    plain = min(head_dim, settings.topk + more)
+    more = 2 * dense_dims // 3 if settings.cache_dtype is None else dense_dims // 2
+    plain = min(head_dim, topk + more)
     fit = progress(f"fitting the basis: {kind}", 2)
     plain_basis = FeatureBasis.from_layers(moments, kind, topk=plain)
     fit()
-    basis = FeatureBasis.from_layers(moments, kind, topk=settings.topk, dense_dims=settings.dense_dims)
+    basis = FeatureBasis.from_layers(moments, kind, topk=topk, dense_dims=dense_dims)
     fit()
     kept = "" if settings.cache_dtype is None else f", {settings.cache_dtype}"
     variants: list[tuple[str, str, dict[str, Any] | None]] = [
@@ -106,7 +109,7 @@ def convert(settings: ConvertSettings, output: Path, progress: Progress) -> dict
         ),
         (
             "sfa",
-            f"{settings.dense_dims} dense + top-{settings.topk}, {kind} basis{kept}",
+            f"{dense_dims} dense + top-{topk}, {kind} basis{kept}",
             {**budgets, "basis": basis},
         ),
     ]
@@ -114,8 +117,9 @@ def convert(settings: ConvertSettings, output: Path, progress: Progress) -> dict
         "settings": {
             **asdict(settings),
             "model": settings.model or BUNDLED_NAME,
-            "topk_query": topk_query,
+            **budgets,
             "basis": kind,
+            "head_dim": head_dim,
         },
         "versions": _versions(),
     }
@@ -161,7 +165,7 @@ def _windows(settings: ConvertSettings, tokenizer: Any) -> tuple[torch.Tensor, t
 
 @torch.no_grad()
 def _generate(model: Any, tokenizer: Any, progress: Callable[[], None]) -> dict[str, Any]:
-    """A greedy continuation, and the bytes a token of the cache that made it, read from its live tensors."""
+    """A greedy continuation, and the bytes per token of the cache that made it, read from its live tensors."""
     inputs = tokenizer(_PROMPT, return_tensors="pt").to(model.device)
     result = model.generate(**inputs, max_new_tokens=32, do_sample=False, return_dict_in_generate=True)
     cache = result.past_key_values
@@ -195,7 +199,7 @@ def _attention_times(
     def row(n: int) -> dict[str, float]:
         q, k, v = (torch.randn(1, h, n, head_dim, device=model.device) for h in (heads, kv_heads, kv_heads))
         newest = q[:, :, -1:]
-        cache = SparseKVCache(settings.topk, dense_dims=settings.dense_dims, capacity=n, dtype=kept_dtype)
+        cache = SparseKVCache(budgets["topk"], dense_dims=budgets["dense_dims"], capacity=n, dtype=kept_dtype)
         kv = cache.append(k, v)
 
         def dense(queries: torch.Tensor, is_causal: bool) -> float:

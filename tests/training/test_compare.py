@@ -36,6 +36,17 @@ def test_runs_are_compared_seed_by_seed(tmp_path, capsys):
     assert written.with_suffix(".png").stat().st_size > 0
 
 
+def test_runs_too_short_for_a_curve_are_compared_without_a_picture(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    run = finished(tmp_path / "a", perplexity=10.0)
+    content = json.loads((tmp_path / "a" / "result.json").read_text())
+    content["curve"] = content["curve"][:7]
+    (tmp_path / "a" / "result.json").write_text(json.dumps(content))
+    assert main(["train", "compare", run, "-o", str(tmp_path / "out")]) == 0
+    assert "no picture: a curve takes 8 logged losses" in capsys.readouterr().out
+    assert [path.suffix for path in (tmp_path / "out").iterdir()] == [".json"]
+
+
 def test_runs_that_saw_other_data_are_not_compared(tmp_path, capsys):
     runs = [finished(tmp_path / "a", perplexity=10.0), finished(tmp_path / "b", perplexity=10.0, batch=8)]
     assert main(["train", "compare", *runs, "-o", str(tmp_path / "out")]) == 2

@@ -143,6 +143,27 @@ def test_distillation_with_adapters(tmp_path, content, converted):
     assert all("proj" in name for name in changed)
 
 
+def test_distillation_ends_with_a_table_of_dense_before_and_after(tmp_path, content, converted, tokens, capsys):
+    assert run(tmp_path, distill_content(content, converted), command="distill") == 0
+    out = capsys.readouterr().out
+    for name in ("dense, before", "sparse, before", "sparse, after"):
+        assert name in out
+    found = result(tmp_path)
+    ids = torch.from_numpy(np.load(tokens)[: 8 * CONTEXT].astype(np.int64)).view(8, CONTEXT)
+    model = flashsfa.from_pretrained(converted).eval()
+    for name, switch in (("perplexity_before", lambda x: x), ("perplexity_dense", flashsfa.disable)):
+        with torch.no_grad():
+            loss = float(switch(model)(ids.to(model.device), labels=ids.to(model.device), use_cache=False).loss)
+        assert found[name] == pytest.approx(np.exp(loss), rel=1e-4)
+    assert found["perplexity"] != found["perplexity_before"]
+
+
+def test_distillation_of_packed_documents_is_compared_too(tmp_path, content, converted):
+    content["data"]["packed"] = True
+    assert run(tmp_path, distill_content(content, converted), command="distill") == 0
+    assert {"perplexity_dense", "perplexity_before"} <= result(tmp_path).keys()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from transformers.integrations import TensorBoardCallback
 
 import flashsfa
 from flashsfa.budget import FeatureBudget
-from flashsfa.training import needle, recipe
+from flashsfa.training import needle, pretrain, recipe
 from flashsfa.training.run import Annealing, RunDirectory, RunTrainer
 from tiny import GPT2, Coding, losses, result, run
 
@@ -152,3 +153,20 @@ def test_annealing_halves_the_budget_down_to_its_own():
         annealing.on_step_begin(None, type("State", (), {"global_step": step}), None)
         seen.append((codings[0].budget.topk, codings[0].budget.topk_query, codings[1].budget.topk_query))
     assert seen == [(14, 14, 14)] * 3 + [(7, 7, 8)] * 3 + [(3, 3, 8)] * 6
+
+
+def test_where_curves_are_written_is_said(tmp_path, content, capsys, monkeypatch):
+    fit = pretrain.fit
+
+    def logged(trainer, place):
+        trainer.remove_callback(TensorBoardCallback)
+        folder = place.path / "runs" / "now"
+        folder.mkdir(parents=True)
+        (folder / "events.out.tfevents.1").touch()
+        return fit(trainer, place)
+
+    monkeypatch.setattr(pretrain, "fit", logged)
+    assert run(tmp_path, content) == 0
+    folder = tmp_path / "run"
+    said = f"curves are in {folder / 'runs' / 'now'}; to see them: tensorboard --logdir {folder}"
+    assert said in capsys.readouterr().out

@@ -9,7 +9,7 @@ import torch
 import flashsfa
 from flashsfa import reference
 from flashsfa.cli import main
-from flashsfa.training.support import support_statistics
+from flashsfa.training.support import SupportStatistics, support_statistics
 from tiny import QWEN3, VOCABULARY, logits, refused, transformers
 
 
@@ -50,12 +50,34 @@ def test_support_statistics_count_what_the_operator_keeps(queries):
     torch.testing.assert_close(statistics.effective_topk[1], torch.stack(effective).mean(0).cpu())
 
 
+@pytest.mark.parametrize(
+    ("entropy", "overlap", "effective", "topk_query", "verdict"),
+    [
+        (0.9, 0.6, 3.0, 4, "good"),
+        (0.8, 0.6, 3.0, 4, "low entropy"),
+        (0.9, 0.43, 3.0, 4, "overlap no better than chance"),
+        (0.9, 1.0, 3.0, None, "good"),
+        (0.9, 0.6, 1.9, 4, "few features carry a key"),
+        (0.8, 0.43, 1.9, 4, "low entropy, overlap no better than chance, few features carry a key"),
+        (float("nan"), float("nan"), float("nan"), 4, "dense"),
+    ],
+)
+def test_the_worst_head_decides_the_verdict(entropy, overlap, effective, topk_query, verdict):
+    best = (1.0, 1.0, 4.0)
+    columns = (torch.tensor([[good, x]]) for good, x in zip(best, (entropy, overlap, effective), strict=True))
+    statistics = SupportStatistics(*columns, topk=4, topk_query=topk_query, sparse_dims=32)
+    assert statistics.chance == (1.0 if topk_query is None else pytest.approx(1 - 20475 / 35960))  # C(28, 4) / C(32, 4)
+    assert statistics.verdict(0) == verdict
+
+
 def test_supports_on_the_command_line(tmp_path, converted, tokens, capsys):
     pytest.importorskip("matplotlib")
     out = tmp_path / "results"
     command = ["train", "support", str(converted), "--text", str(tokens), "--window", "16", "-o", str(out)]
     assert main(command) == 0
-    assert "effective k of 3" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "effective k of 3" in shown
+    assert "entropy from 0.85, overlap 1 as queries" in shown
     (report,) = out.glob("support-*.json")
     rows = json.loads(report.read_text())["results"]
     assert [(row["layer"], row["head"]) for row in rows] == [(0, 0), (0, 1), (1, 0), (1, 1)]

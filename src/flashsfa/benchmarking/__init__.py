@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from ..checks import require
+from ..extras import install_hint
 from ..files import require_place, whole_file
 from . import decode, prefill, topk
 from .cases import Case, MeasuredCase, UnavailableError, WrongOutputError
@@ -25,7 +26,7 @@ def _generate_cases(device: torch.device, quick: bool) -> Sequence[MeasuredCase]
     try:
         from . import generate  # needs transformers
     except ImportError as error:
-        raise ImportError(f"{error}: pip install 'flashsfa[hf]'") from error
+        raise ImportError(f"{error}: {install_hint('hf')}") from error
     return generate.cases(device, quick)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checks import require
+from ..extras import install_hint
 
 _LONGEST_REASON = 400  # characters
 
@@ -34,7 +35,7 @@ class Harness:
             import datasets
             from lm_eval.tasks import TaskManager
         except ImportError as error:
-            raise ImportError(f"{error}: pip install 'flashsfa[eval]'") from error
+            raise ImportError(f"{error}: {install_hint('eval')}") from error
         logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about how it is called here
         datasets.disable_progress_bars()
         require(bool(tasks), "no task is named: give --tasks, by commas")

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from . import VARIANTS
 from .haystack import Sample
 
 
@@ -91,11 +92,11 @@ def draw(title: str, grids: Mapping[str, ScoreGrid], path: Path) -> None:
                 axes.text(
                     x, y, f"{100 * score:.0f}", ha="center", va="center", color="white" if score > 0.5 else "black"
                 )
-        axes.set_title(f"{name}: {100 * grid.mean:.0f} % found", fontsize=10)
+        axes.set_title(f"{VARIANTS[name]}: {100 * grid.mean:.0f} % found", fontsize=10)
         axes.set_xticks(range(len(grid.lengths)), grid.lengths, rotation=45 if len(grid.lengths) > 6 else 0)
         axes.set_yticks(range(len(grid.depths)), grid.depths)
-        axes.set_xlabel("context, tokens")
-    panels[0, 0].set_ylabel("depth")
+        axes.set_xlabel("context length in tokens")
+    panels[0, 0].set_ylabel("depth of the needle")
     figure.colorbar(image, ax=panels, label="share of answers found")
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -11,9 +11,6 @@ from typing import Any
 import torch
 
 from ..benchmarking.results import environment, write_results
-from ..files import require_place
-
-__all__ = ["document", "require_place", "save"]
 
 
 def document(evaluation: str, settings: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

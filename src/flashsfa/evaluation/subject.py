@@ -10,16 +10,19 @@ import torch
 from torch import Tensor
 
 from ..basis import default_kind
+from ..budget import DENSE, query_features
 from ..checks import require
 from ..huggingface import calibrate, disable, enable
 from ..huggingface.switch import attention_shape
 from ..models import BUNDLED_NAME, is_converted, load_model
+from ..presets import default_budget
 from .text import token_windows
+
+Progress = Callable[[str, int], Callable[[], None]]  # (description, steps) -> call once a step
 
 SWITCH_OPTIONS = ("topk", "topk_query", "dense_dims", "basis", "max_position", "calibrate", "cache_dtype")
 
 _USUAL_TOKENS = 2048
-_DENSE_DIMS = 22  # as `flashsfa convert`
 _CALIBRATION_TOKENS, _CALIBRATION_WINDOWS = 768, 10
 
 
@@ -31,18 +34,19 @@ class SubjectSettings:
 
     Attributes:
         topk: None to leave a dense model as it is.
-        topk_query: None for dense queries.
-        dense_dims: None for 22.
+        topk_query: a number, or "dense", which is also what None stands for.
+        dense_dims: None for that of `default_budget`.
         basis: None for "dictionary" with dense queries and "balanced" with sparse ones.
         max_position: None for the longest context that is measured.
         calibrate: the text to calibrate on, for the record; None for `read_text`'s own.
         cache_dtype: as `enable`'s.
+        tokenizer: directory or hub name; None for the model's own.
     """
 
     model: str | None = None
     dense: bool = False
     topk: int | None = None
-    topk_query: int | None = None
+    topk_query: int | str | None = None
     dense_dims: int | None = None
     basis: str | None = None
     max_position: int | None = None
@@ -50,6 +54,7 @@ class SubjectSettings:
     cache_dtype: str | None = None
     dtype: str = "bfloat16"
     device: str = "auto"
+    tokenizer: str | None = None
 
 
 class Subject:
@@ -58,12 +63,13 @@ class Subject:
     Raises `ValueError` if there is no such model or it cannot be switched as asked.
 
     Attributes:
+        settings: as given.
         switched: the settings of the switch once it is made, with its calibration if that was made here; None for a model
             that stays dense.
     """
 
     def __init__(self, settings: SubjectSettings) -> None:
-        self._settings = settings
+        self.settings = settings
         self._device = _device(settings.device)
         self.name = settings.model or BUNDLED_NAME
         self.switched: dict[str, Any] | None = None
@@ -82,7 +88,7 @@ class Subject:
             f"{self.name} is no converted model's directory: give --topk to switch a dense model, --dense to measure it as it is, or both",
         )
         dtype = getattr(torch, settings.dtype)
-        self.model, self.tokenizer = load_model(settings.model, dtype)
+        self.model, self.tokenizer = load_model(settings.model, dtype, settings.tokenizer)
         self.model.to(self._device)
         if converted:
             self.switched = self.model.config.sfa
@@ -102,7 +108,7 @@ class Subject:
             limit is None or longest <= limit,
             f"{self.name} has {limit} positions, fewer than the {longest} tokens asked for",
         )
-        furthest = self._settings.max_position
+        furthest = self.settings.max_position
         require(
             furthest is None or (longest <= furthest and (limit is None or furthest <= limit)),
             f"--max-position must be at least the {longest} tokens measured"
@@ -111,16 +117,14 @@ class Subject:
 
     def calibration_windows(self, text: str, longest: int) -> Tensor | None:
         """[S, W] token ids to calibrate on; None for a model that is not calibrated here."""
-        if self._settings.topk is None:
+        if self.settings.topk is None:
             return None
         return token_windows(
             self.tokenizer, text, length=min(_CALIBRATION_TOKENS, longest), count=_CALIBRATION_WINDOWS,
             purpose="calibration",
         )  # fmt: skip
 
-    def variants(
-        self, calibration: Tensor | None, longest: int, progress: Callable[[str, int], Callable[[], None]]
-    ) -> Iterator[str]:
+    def variants(self, calibration: Tensor | None, longest: int, progress: Progress) -> Iterator[str]:
         """The names of the variants, "sfa" and "dense"; when a name comes, `model` is that variant.
 
         Args:
@@ -129,18 +133,18 @@ class Subject:
         """
         if calibration is not None:
             budgets = self._budgets()
-            kind = self._settings.basis or default_kind(budgets["topk_query"], attention_shape(self.model)[2])
-            furthest = self._settings.max_position or longest
+            kind = self.settings.basis or default_kind(budgets["topk_query"], attention_shape(self.model)[2])
+            furthest = self.settings.max_position or longest
             basis = calibrate(
                 self.model, calibration, budgets["topk"], dense_dims=budgets["dense_dims"], kind=kind,
                 max_position=furthest, progress=progress("calibrating", len(calibration)),
             )  # fmt: skip
             enable(self.model, basis=basis, **budgets)
-            calibrated = {"basis": kind, "max_position": furthest, "calibrate": self._settings.calibrate}
+            calibrated = {"basis": kind, "max_position": furthest, "calibrate": self.settings.calibrate}
             self.switched = self.model.config.sfa | calibrated
         if self.switched is not None:
             yield "sfa"
-        if self._settings.dense:
+        if self.settings.dense:
             disable(self.model)
             yield "dense"
 
@@ -149,12 +153,12 @@ class Subject:
         return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
     def _budgets(self) -> dict[str, Any]:
-        settings = self._settings
-        topk_query = attention_shape(self.model)[2] if settings.topk_query is None else settings.topk_query
-        dense_dims = _DENSE_DIMS if settings.dense_dims is None else settings.dense_dims
+        settings = self.settings
+        *_, head_dim = attention_shape(self.model)
+        dense_dims = default_budget(head_dim).dense_dims if settings.dense_dims is None else settings.dense_dims
         return {
             "topk": settings.topk,
-            "topk_query": topk_query,
+            "topk_query": query_features(settings.topk_query or DENSE, head_dim),
             "dense_dims": dense_dims,
             "cache_dtype": settings.cache_dtype,
         }

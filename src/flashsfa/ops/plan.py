@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..budget import FeatureBudget
 from ..checks import has_values
+from ..extras import install_hint
 from ..mask import Mask
 from ..scores import ScoreRules
 from ..stored import KVView
@@ -125,7 +126,7 @@ def _plan_decode(kind: str, dtype: torch.dtype, has_values: bool, is_paged: bool
     from .decode import cpu
 
     if not cpu.is_available():
-        return DecodePlan("torch", "the fused CPU code needs numba: pip install 'flashsfa[cpu]'")
+        return DecodePlan("torch", f"the fused CPU code needs numba: {install_hint('cpu')}")
     if is_compiling:
         return DecodePlan("torch", "the fused CPU code cannot be traced by torch.compile")
     if is_paged:

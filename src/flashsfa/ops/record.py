@@ -16,6 +16,9 @@ class Choice:
     reason: str
 
 
+# A reader of "attention: dense" would think that nothing happened.
+_SPELT = {"dense": "sparse features through a dense kernel"}
+
 _last: dict[str, Choice] = {}
 _announced: set[tuple[str, str]] = set()
 
@@ -32,7 +35,10 @@ def explain() -> str:
     """Which backend each operation last ran on in this process, and why; one line an operation."""
     if not _last:
         return "nothing has run yet"
-    return "\n".join(f"{operation}: {choice.backend} ({choice.reason})" for operation, choice in sorted(_last.items()))
+    return "\n".join(
+        f"{operation}: {_SPELT.get(choice.backend, choice.backend)} ({choice.reason})"
+        for operation, choice in sorted(_last.items())
+    )
 
 
 def last_choice(operation: str) -> Choice | None:

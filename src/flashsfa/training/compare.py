@@ -17,6 +17,7 @@ from .run import RESULT
 
 _LARGEST_GAP = 100.0  # between the logarithms of two perplexities: more is drawn as this
 _SMOOTHED = 7  # logs that a point of a drawn curve is the mean of
+FEWEST_LOSSES = _SMOOTHED + 1  # of a curve of two points
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,11 @@ def compare(runs: Sequence[Run]) -> list[dict[str, Any]]:
     ]
 
 
+def has_curves(runs: Sequence[Run]) -> bool:
+    """Whether `draw` has anything to draw: a run that logged at least `FEWEST_LOSSES` losses."""
+    return any(len(run.losses()) >= FEWEST_LOSSES for run in runs)
+
+
 def draw(runs: Sequence[Run], path: Path) -> None:
     """Write two pictures as a PNG: training losses, and how far each lies above that of the first kind with its seed."""
     import matplotlib
@@ -156,9 +162,13 @@ def draw(runs: Sequence[Run], path: Path) -> None:
             gap = {s * tokens: 100 * math.expm1(min(x, _LARGEST_GAP)) for s, x in shared.items()}
             right.plot(*_smooth(gap), color=colour, lw=1.3)
     left.set(
-        xlabel="million tokens", ylabel="training loss", title="training loss; validation perplexity beside the name"
-    )
-    right.set(xlabel="million tokens", ylabel="%", title=f"perplexity on training text against {_plain(runs[0].name)}")
+        xlabel="trained on, million tokens", ylabel="training loss, nats per token",
+        title="Training loss; validation perplexity beside the name",
+    )  # fmt: skip
+    right.set(
+        xlabel="trained on, million tokens", ylabel="perplexity above the baseline's, %",
+        title=f"On training text, against {_plain(runs[0].name)}",
+    )  # fmt: skip
     lowest = min(_smooth(run.losses())[1][-1] for run in runs)
     left.set_ylim(lowest - 0.1, lowest + 1.5)
     ends = [line.get_ydata()[-1] for line in right.get_lines()]  # early differences may be large, and say nothing

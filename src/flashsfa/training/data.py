@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..checks import require
+from ..extras import install_hint
 from ..files import whole_file, whole_folder
 from ..huggingface.loading import load_tokenizer
 
@@ -241,7 +242,7 @@ def _datasets(source: str, key: str) -> Iterator[str]:
     try:
         import datasets
     except ImportError as error:
-        raise ImportError(f"{error}: pip install 'flashsfa[train]'") from error
+        raise ImportError(f"{error}: {install_hint('train')}") from error
     _, name, split = (*source.split(":", 2), "", "")[:3]
     require(bool(name and split), f"{key}: write it as datasets:NAME:SPLIT, got {source}")
     bars = datasets.is_progress_bar_enabled()

@@ -16,21 +16,23 @@ from torch import Tensor
 
 from ..basis import FeatureBasis
 from ..checks import require
+from ..extras import install_hint
 from ..huggingface import SFASettings, disable, enable, from_pretrained
 from ..huggingface.loading import find_file
 from ..huggingface.settings import BASIS_FILE
 from ..huggingface.switch import attention_layers
 from .attention import Core, DenseCore, DistillCore, TargetCore, TrainedBasis, install, uninstall
 from .data import IGNORED
-from .pretrain import load_corpus, load_tokenizer, save
+from .pretrain import Corpus, load_corpus, load_tokenizer, save
 from .recipe import Distill, DistillRecipe, Lora
-from .run import Annealing, RunDirectory, RunTrainer, fit, prepare, total_steps
+from .run import Annealing, RunDirectory, RunTrainer, bounded_exp, fit, prepare, total_steps
 
 _ROWS = 2048  # logits compared at a time: in float32 they would be the largest tensors by far
 
 
 def distill(recipe: DistillRecipe, directory: Path) -> dict[str, Any]:
-    """Run `recipe` in `directory`; returns the figures that stand in its `result.json`.
+    """Run `recipe` in `directory`; returns the figures that stand in its `result.json`: those of any run, and
+    "perplexity_dense" and "perplexity_before", of the dense and the converted model before training.
 
     Raises `ValueError`, with nothing written, for a recipe that does not fit.
     """
@@ -63,7 +65,8 @@ def _distill(recipe: DistillRecipe, place: RunDirectory) -> dict[str, Any]:
         DistillTrainer, place, trained, corpus.train, corpus.validation, corpus.collate, recipe.training,
         recipe.data.context, callbacks, settings=recipe.distill, teacher=teacher, targets=_targets(model, teacher, layers),
     )  # fmt: skip
-    result = fit(trainer, place)
+    before = _perplexities(recipe, corpus, trainer.args)
+    result = fit(trainer, place) | before
 
     def finish() -> None:
         if recipe.distill.lora is not None:
@@ -119,6 +122,32 @@ def _divergence(target: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
         one, other = one.float().log_softmax(-1), other.float().log_softmax(-1)
         total = total + F.kl_div(other, one, log_target=True, reduction="sum")
     return total / kept.sum().clamp(min=1)
+
+
+@torch.no_grad()
+def _perplexities(recipe: DistillRecipe, corpus: Corpus, arguments: Any) -> dict[str, float]:
+    """Validation perplexity of the model before training, dense and sparse, by the attention that it is trained with.
+
+    Every process computes both: then none waits for another.
+    """
+    model, device = _load(recipe.model).eval().to(arguments.device), arguments.device
+    windows: Any = corpus.validation
+    count, batch_size = len(windows), arguments.per_device_eval_batch_size
+    found = {}
+    for name, make in (
+        ("perplexity_before", lambda index, module: DistillCore(module.sfa) if hasattr(module, "sfa") else DenseCore()),
+        ("perplexity_dense", lambda index, module: DenseCore()),
+    ):
+        install(model, make)
+        total, predicted = 0.0, 0
+        for start in range(0, count, batch_size):
+            batch = corpus.collate([windows[i] for i in range(start, min(start + batch_size, count))])
+            batch = {key: x.to(device) if isinstance(x, Tensor) else x for key, x in batch.items()}
+            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.training.precision == "bf16"):
+                total += float(model(**batch, num_items_in_batch=1).loss)
+            predicted += int((batch["labels"] != IGNORED).sum())
+        found[name] = bounded_exp(total / predicted)
+    return found
 
 
 def _load(path: str) -> Any:
@@ -181,7 +210,7 @@ def _with_adapters(model: Any, settings: Lora) -> Any:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise ImportError(f"{error}: pip install 'flashsfa[train]'") from error
+        raise ImportError(f"{error}: {install_hint('train')}") from error
     alpha = 2 * settings.rank if settings.alpha is None else settings.alpha
     return get_peft_model(
         model, LoraConfig(r=settings.rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")

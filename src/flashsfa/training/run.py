@@ -28,8 +28,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..benchmarking.results import environment
 from ..checks import require
-from ..evaluation.results import require_place
-from ..files import follow_umask, write_whole
+from ..files import follow_umask, require_place, write_whole
 from ..huggingface.attention import LayerCoding
 from ..huggingface.switch import attention_layers
 from .data import IGNORED
@@ -323,6 +322,17 @@ def arguments(training: Training, context: int, directory: Path) -> TrainingArgu
     )  # fmt: skip
 
 
+def bounded_exp(loss: float) -> float:
+    """The perplexity of a mean loss, infinity where it is past all floats."""
+    return math.exp(loss) if loss < _LARGEST_EXPONENT else math.inf
+
+
+def curves_folder(directory: Path) -> Path | None:
+    """Where in a run's directory the newest curves for TensorBoard lie; None if none were written."""
+    files = sorted(directory.rglob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime)
+    return files[-1].parent if files else None
+
+
 def total_steps(training: Training, context: int) -> int:
     """Steps of a run, rounded up."""
     return -(-training.tokens // (training.batch * context))
@@ -349,7 +359,7 @@ def fit(trainer: RunTrainer, place: RunDirectory) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "steps": trainer.state.max_steps,
         "validation_loss": validation,
-        "perplexity": math.exp(validation) if validation < _LARGEST_EXPONENT else math.inf,
+        "perplexity": bounded_exp(validation),
         "seconds_per_step": trainer.seconds_per_step,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         "curve": trainer.state.log_history,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,26 +25,72 @@ _NAME = "sfa_support"
 class SupportStatistics:
     """Means over text, [L, H] each for L layers and H kv heads; NaN for a layer that was left dense.
 
+    `verdict` calls a layer good if every head passes three tests:
+
+    - entropy of at least 0.85, the lowest that the paper reports of trained models (0.85 to 0.98); below, few features take most
+      of the keys and the others are wasted.
+    - overlap above `chance`, that of supports drawn at random: a pair that shares nothing scores 0, whatever it means. Dense
+      queries share a feature with every key, and pass.
+    - effective k of at least half of `topk`, a threshold of ours: below, half of a key's features hardly count, and a smaller
+      `topk` would cost little.
+
     Attributes:
         entropy: of how often each sparse feature is among a key's largest, divided by that of equal shares: 1 if all are
-            used alike (paper: 0.85 to 0.98 in trained models).
+            used alike.
         overlap: share of causal pairs whose query and key share a sparse feature, over the query heads of the kv head.
             1 for dense queries.
         effective_topk: features that carry a key: (Σ|x|²)² / Σ|x|⁴ over its kept sparse ones, 1 to topk.
+        topk: features that a key keeps of the sparse ones.
+        topk_query: those that a query keeps; None for dense queries.
+        sparse_dims: features that are not always kept.
     """
 
     entropy: Tensor
     overlap: Tensor
     effective_topk: Tensor
+    topk: int
+    topk_query: int | None
+    sparse_dims: int
+
+    LEAST_ENTROPY: ClassVar[float] = 0.85
+
+    @property
+    def chance(self) -> float:
+        """The overlap of supports that are drawn at random."""
+        if self.topk_query is None:
+            return 1.0
+        apart = math.comb(self.sparse_dims - self.topk_query, self.topk) if self.topk_query < self.sparse_dims else 0
+        return 1 - apart / math.comb(self.sparse_dims, self.topk)
+
+    @property
+    def least_effective(self) -> float:
+        """The effective k from which on a layer is called good."""
+        return self.topk / 2
+
+    def verdict(self, layer: int) -> str:
+        """ "good", or what is bad about a layer; "dense" for one that was left dense."""
+        entropy, overlap, effective = (x[layer] for x in (self.entropy, self.overlap, self.effective_topk))
+        if bool(entropy.isnan().any()):
+            return "dense"
+        faults = (
+            ("low entropy", float(entropy.min()) < self.LEAST_ENTROPY),
+            ("overlap no better than chance", self.topk_query is not None and float(overlap.min()) <= self.chance),
+            ("few features carry a key", float(effective.min()) < self.least_effective),
+        )
+        return ", ".join(fault for fault, is_found in faults if is_found) or "good"
 
     def rows(self) -> list[dict[str, float]]:
-        """A row a layer and head."""
+        """A row for each layer and head."""
         layers, heads = self.entropy.shape
+        columns = {name: getattr(self, name) for name in _COLUMNS}
         return [
-            {"layer": layer, "head": head, **{name: float(x[layer, head]) for name, x in vars(self).items()}}
+            {"layer": layer, "head": head, **{name: float(x[layer, head]) for name, x in columns.items()}}
             for layer in range(layers)
             for head in range(heads)
         ]
+
+
+_COLUMNS = ("entropy", "overlap", "effective_topk")
 
 
 @torch.no_grad()
@@ -63,7 +109,7 @@ def support_statistics(model: Any, windows: Tensor, progress: Callable[[], None]
     def record(module: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
         coding = getattr(module, "sfa", None)
         if coding is not None:
-            sums = found.setdefault(module.layer_idx, _Sums(key.shape[1], key.shape[-1] - coding.budget.dense_dims))
+            sums = found.setdefault(module.layer_idx, _Sums(key.shape[1], key.shape[-1], coding))
             sums.add(coding, coding.queries(query), coding.keys(key))
         return attention_forward(module, query, key, *args, **kwargs)
 
@@ -80,10 +126,11 @@ def support_statistics(model: Any, windows: Tensor, progress: Callable[[], None]
     heads = next(iter(found.values())).counts.shape[0]
     missing = torch.full((heads,), math.nan, device="cpu")
     means = [found[i].means() if i in found else (missing,) * 3 for i in range(layers)]
-    return SupportStatistics(*(torch.stack(columns) for columns in zip(*means, strict=True)))
+    entropy, overlap, effective_topk = (torch.stack(columns) for columns in zip(*means, strict=True))
+    return SupportStatistics(entropy, overlap, effective_topk, **next(iter(found.values())).budgets)
 
 
-def draw(title: str, statistics: SupportStatistics, topk: int, path: Path) -> None:
+def draw(title: str, statistics: SupportStatistics, path: Path) -> None:
     """Write three maps, layers over heads, as a PNG."""
     import matplotlib
 
@@ -95,7 +142,7 @@ def draw(title: str, statistics: SupportStatistics, topk: int, path: Path) -> No
     figure.suptitle(title, fontsize=11)
     labels = (
         ("entropy", "entropy of keys' features", 1.0), ("overlap", "pairs that share a feature", 1.0),
-        ("effective_topk", f"effective features of {topk}", float(topk)),
+        ("effective_topk", f"effective features of {statistics.topk}", float(statistics.topk)),
     )  # fmt: skip
     for axes, (name, label, most) in zip(panels, labels, strict=True):
         values = getattr(statistics, name)
@@ -112,8 +159,12 @@ def draw(title: str, statistics: SupportStatistics, topk: int, path: Path) -> No
 class _Sums:
     """What is added up of one layer."""
 
-    def __init__(self, kv_heads: int, sparse_dims: int) -> None:
-        self.counts = torch.zeros(kv_heads, sparse_dims, dtype=torch.float64, device="cpu")
+    def __init__(self, kv_heads: int, head_dim: int, coding: Any) -> None:
+        budget = coding.budget
+        self.budgets: dict[str, Any] = {
+            "topk": budget.topk, "topk_query": None if budget.keeps_queries else budget.topk_query, "sparse_dims": budget.sparse_dims,
+        }  # fmt: skip
+        self.counts = torch.zeros(kv_heads, budget.sparse_dims, dtype=torch.float64, device="cpu")
         self.overlap = torch.zeros(kv_heads, dtype=torch.float64, device="cpu")
         self.effective = torch.zeros(kv_heads, dtype=torch.float64, device="cpu")
         self.windows = 0

@@ -1,9 +1,8 @@
-"""The command line: one-line errors that leave nothing behind, and a whole conversion of a tiny model."""
+"""`flashsfa convert`: one-line errors that leave nothing behind, and a whole conversion of a tiny model."""
 
 import functools
 import json
-import random
-import sys
+import re
 
 import pytest
 import torch
@@ -15,51 +14,20 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 import flashsfa.convert  # noqa: E402
-from flashsfa import benchmarking  # noqa: E402
-from flashsfa.benchmarking.results import Results, Row  # noqa: E402
-
-WORDS = [f"word{i}" for i in range(60)] + ["The", "history", "of", "science", "is"]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    folder = tmp_path_factory.mktemp("tiny")
-    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<unk>", "<pad>", *WORDS])}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="<unk>", pad_token="<pad>", model_input_names=["input_ids", "attention_mask"]
-    ).save_pretrained(folder)
-    transformers.utils.logging.disable_progress_bar()
-    config = transformers.LlamaConfig(
-        vocab_size=len(WORDS) + 2, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, pad_token_id=1, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+from words_model import assert_refused  # noqa: E402
 
 
 @pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text(" ".join(random.Random(0).choices(WORDS, k=300)))
-    return path
+def short(monkeypatch):
+    """Times of one short context alone."""
+    settings = functools.partial(flashsfa.convert.ConvertSettings, contexts=(64,))
+    monkeypatch.setattr(flashsfa.convert, "ConvertSettings", settings)
 
 
 def arguments(model, text, output, *more):
     sizes = ["--topk", "2", "--dense-dims", "2", "--window", "32", "--windows", "2", "--dtype", "float32"]
     texts = ["--calibrate", str(text), "--eval", str(text)]
     return ["convert", str(model), "-o", str(output), *texts, *sizes, *more]
-
-
-def assert_refused(capsys, command, message):
-    assert main(command) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("flashsfa: error:")
-    assert message in lines[0]
 
 
 @pytest.mark.parametrize(
@@ -109,9 +77,7 @@ def test_output_that_exists_is_kept(tiny, text, tmp_path, capsys):
     assert set(tmp_path.iterdir()) == before
 
 
-def test_convert(tiny, text, tmp_path, capsys, monkeypatch):
-    short = functools.partial(flashsfa.convert.ConvertSettings, contexts=(64,))
-    monkeypatch.setattr(flashsfa.convert, "ConvertSettings", short)
+def test_convert(tiny, text, tmp_path, capsys, short):
     output = tmp_path / "out"
     output.mkdir()  # an empty directory is fine
     assert main(arguments(tiny, text, output)) == 0
@@ -124,17 +90,22 @@ def test_convert(tiny, text, tmp_path, capsys, monkeypatch):
     assert report["settings"]["topk"] == report["settings"]["dense_dims"] == 2
     assert report["versions"]["flashsfa"] == flashsfa.__version__
     assert (output / "report.png").read_bytes().startswith(b"\x89PNG")
+    out = capsys.readouterr().out
+    for phase in ("loading the model", "calibrating", "fitting the basis", "perplexity: dense", "timing attention"):
+        assert re.search(rf"^ *\d+ s  {phase}", out, re.MULTILINE)  # a line each where no terminal is
+    assert "Loss: perplexity " in out
+    assert "Decode here: " in out
     model = flashsfa.from_pretrained(output)
     assert model.config.sfa["topk"] == 2
     assert model(torch.tensor([[2, 3, 4]])).logits.isfinite().all()
-    capsys.readouterr()
     assert main(["info", str(output)]) == 0
-    assert "topk: 2" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "topk: 2" in out
+    assert "basis: dictionary" in out
+    assert f"loss: {100 * report['perplexity_increase']:+.1f} %" in out
 
 
-def test_convert_to_an_eight_bit_cache(tiny, text, tmp_path, monkeypatch):
-    short = functools.partial(flashsfa.convert.ConvertSettings, contexts=(64,))
-    monkeypatch.setattr(flashsfa.convert, "ConvertSettings", short)
+def test_convert_to_an_eight_bit_cache(tiny, text, tmp_path, short):
     output = tmp_path / "out"
     assert main(arguments(tiny, text, output, "--dense-dims", "5", "--cache-dtype", "int8")) == 0
     report = json.loads((output / "report.json").read_text())
@@ -147,11 +118,9 @@ def test_convert_to_an_eight_bit_cache(tiny, text, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kilobytes", [1, 20])
-def test_full_disk_leaves_nothing(kilobytes, tiny, text, tmp_path, capsys, monkeypatch):
+def test_full_disk_leaves_nothing(kilobytes, tiny, text, tmp_path, capsys, short):
     """No file may grow past a limit, which writers meet as they meet a full disk."""
     resource = pytest.importorskip("resource")
-    short = functools.partial(flashsfa.convert.ConvertSettings, contexts=(64,))
-    monkeypatch.setattr(flashsfa.convert, "ConvertSettings", short)
     before = set(tmp_path.iterdir())
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024 * kilobytes, limits[1]))
@@ -167,29 +136,37 @@ def test_full_disk_leaves_nothing(kilobytes, tiny, text, tmp_path, capsys, monke
     assert set(tmp_path.iterdir()) == before
 
 
-def test_bench_generate_without_transformers(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    monkeypatch.delitem(sys.modules, "flashsfa.benchmarking.generate", raising=False)
-    monkeypatch.delattr(benchmarking, "generate", raising=False)
-    command = ["bench", "generate", "--quick", "--device", "cpu", "-o", str(tmp_path / "a" / "out")]
-    assert_refused(capsys, command, "pip install 'flashsfa[hf]'")
-    assert not list(tmp_path.iterdir())
+def test_budgets_follow_the_head_size(tiny, text, tmp_path, short):
+    command = arguments(tiny, text, tmp_path / "out", "--topk-query", "dense")
+    for option in ("--topk", "--dense-dims"):
+        at = command.index(option)
+        del command[at : at + 2]
+    assert main(command) == 0
+    settings = json.loads((tmp_path / "out" / "report.json").read_text())["settings"]
+    assert (settings["dense_dims"], settings["topk"], settings["topk_query"]) == (3, 2, 8)
 
 
-def test_results_that_cannot_be_written_leave_nothing(tmp_path, monkeypatch):
-    def full(*args, **kwargs):
-        raise OSError("no space left")
+def report_of(loss, *, topk_query=64):
+    row = {"label": "", "kv_bytes_per_token": 100.0, "key_bytes_per_token_and_head": 8.0, "text": "and so on"}
+    settings = {"dense_dims": 22, "topk": 12, "topk_query": topk_query, "head_dim": 64}
+    rows = {name: row | {"perplexity": 10.0} for name in ("dense", "plain_topk", "basis", "sfa")}
+    rows["sfa"]["perplexity"] = 10 * (1 + loss)
+    times = [
+        {"context": n, "decode_dense": 2.0, "decode_sfa": time}
+        for n, time in ((1024, 1.0), (4096, 3.0), (16384, 1.5), (32768, 1.25))
+    ]
+    return {**rows, "settings": settings, "perplexity_increase": loss, "attention_ms": times}
 
-    results = Results("topk", {"date": "2026-01-01", "commit": None}, 1.0, (Row("a", "f", "c", 8, "skipped"),))
-    assert [results.save(tmp_path / "kept")] == list((tmp_path / "kept").iterdir())
-    monkeypatch.setattr("flashsfa.benchmarking.results.json.dumps", full)
-    with pytest.raises(OSError, match="no space left"):
-        results.save(tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
-
-def test_info(tiny, tmp_path, capsys):
-    assert main(["info"]) == 0
-    assert f"flashsfa {flashsfa.__version__}" in capsys.readouterr().out
-    assert_refused(capsys, ["info", str(tmp_path)], "config.json is missing")
-    assert_refused(capsys, ["info", str(tiny)], "dense model")
+@pytest.mark.parametrize(("loss", "topk_query"), [(0.04, 64), (0.06, 64), (0.06, 12)])
+def test_a_large_loss_is_said_with_what_would_be_better(loss, topk_query, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(flashsfa.convert, "convert", lambda *arguments: report_of(loss, topk_query=topk_query))
+    assert main(["convert", "-o", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert f"Loss: perplexity {10 * (1 + loss):.2f} against 10.00 dense, {100 * loss:+.1f} %" in out
+    assert "Decode here: faster than dense from 16384 tokens on" in out
+    is_large = loss > 0.05
+    assert ("That is much (over 5 %)" in out) == is_large
+    assert ("--dense-dims 28 --topk 12" in out) == is_large
+    assert "--dense-dims 24 --topk 8" not in out  # fewer bytes than the budget has
+    assert ("--topk-query dense" in out) == (topk_query != 64)

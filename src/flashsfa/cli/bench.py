@@ -1,0 +1,50 @@
+"""`flashsfa bench`: times beside torch's dense kernels."""
+
+from __future__ import annotations
+
+import argparse
+
+from .options import HelpFormatter, add_device, add_output, some_text
+from .screen import console, need, print_written
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    bench = commands.add_parser(
+        "bench", help="time decode, prefill, coding or whole models beside torch's dense kernels, each case checked first",
+        formatter_class=HelpFormatter,
+    )  # fmt: skip
+    bench.add_argument(
+        "operation", choices=("decode", "prefill", "topk", "generate"), metavar="OPERATION",
+        help="what to time: decode, prefill, topk (coding) or generate (whole models)",
+    )  # fmt: skip
+    bench.add_argument("--quick", action="store_true", help="few cases at two lengths, few repeats")
+    bench.add_argument(
+        "--only", nargs="+", type=some_text, default=(), metavar="TEXT",
+        help="run the cases alone whose names contain every TEXT",
+    )  # fmt: skip
+    add_device(bench)
+    add_output(bench, "results")
+    bench.set_defaults(run=_bench)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    device = torch.device(("cuda" if on_gpu else "cpu") if options.device == "auto" else options.device)
+    if device.type == "cuda" and not on_gpu:
+        raise ValueError("--device cuda, but torch finds no CUDA device here; leave it out to run on the CPU")
+    need("bench", "matplotlib", "rich")
+    if options.operation == "generate":
+        need("hf", "transformers")
+    from .. import benchmarking
+
+    screen = console()
+    results, paths = benchmarking.run(
+        options.operation, device=device, quick=options.quick, directory=options.output, only=options.only,
+        on_start=lambda count: screen.print(f"{count} cases on {device}"),
+        on_row=lambda row: screen.print(row.summary()),
+    )  # fmt: skip
+    screen.print(results.table())
+    print_written(paths)
+    return int(any(row.status == "failed" for row in results.rows))

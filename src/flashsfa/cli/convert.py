@@ -1,0 +1,157 @@
+"""`flashsfa convert`: a dense language model becomes a sparse one, and a report says what it saved and cost."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..budget import DENSE
+from ..evaluation import VARIANTS
+from ..presets import MEASURED_HEAD_DIM, larger_budgets
+from .options import (
+    HELP_TOPICS,
+    HelpFormatter,
+    add_budget,
+    add_dtype,
+    add_tokenizer,
+    require_counts,
+    some_path,
+    some_text,
+)
+from .screen import console, need, progress
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_LARGE_LOSS = 0.05  # of perplexity: more is worth another try
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "convert",
+        help="convert a language model and report what was saved and what it cost",
+        formatter_class=HelpFormatter,
+    )
+    parser.add_argument(
+        "model", nargs="?", type=some_text, metavar="MODEL",
+        help="local directory or hub name (default: a small bundled model)",
+    )  # fmt: skip
+    parser.add_argument(
+        "-o", "--output", type=some_path, required=True, metavar="DIR", help="new directory for model and report"
+    )
+    add_budget(parser, "the window", with_topk_default=True)
+    parser.add_argument(
+        "--calibrate", type=some_text, metavar="TEXT", help=f"file or folder to calibrate on (default: {HELP_TOPICS})"
+    )
+    parser.add_argument(
+        "--eval", type=some_text, metavar="TEXT", help="file or folder to evaluate on; the same TEXT is split in two"
+    )
+    add_tokenizer(parser)
+    add_dtype(parser, "of weights and cache")
+    parser.add_argument("--window", type=int, default=768, metavar="N", help="tokens per window")
+    parser.add_argument(
+        "--windows", type=int, default=10, metavar="N", help="windows to calibrate on, and to evaluate on"
+    )
+    parser.set_defaults(run=_convert)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    require_counts(options, topk=1, topk_query=1, dense_dims=0, max_position=1, window=2, windows=1)
+    need("demo", "matplotlib", "rich", "transformers")
+    from ..convert import ConvertSettings, convert
+
+    settings = ConvertSettings(
+        model=options.model, topk=options.topk, topk_query=options.topk_query or DENSE,
+        dense_dims=options.dense_dims, basis=options.basis, calibrate=options.calibrate, eval=options.eval,
+        dtype=options.dtype, cache_dtype=options.cache_dtype, window=options.window, windows=options.windows,
+        max_position=options.max_position, tokenizer=options.tokenizer,
+    )  # fmt: skip
+    with progress() as bars:
+        report = convert(settings, options.output, bars)
+    _print_report(report, options.output)
+
+
+def _print_report(report: dict[str, Any], output: Path) -> None:
+    screen = console()
+    screen.print(_quality(report))
+    screen.print(_times(report["attention_ms"]))
+    for name, title in VARIANTS.items():
+        screen.print(f"{title} continues: {report[name]['text']}")
+    screen.print()
+    screen.print(_pays_from(report["attention_ms"]))
+    screen.print(
+        f"Loss: perplexity {report['sfa']['perplexity']:.2f} against {report['dense']['perplexity']:.2f} dense, "
+        f"{100 * report['perplexity_increase']:+.1f} %"
+    )
+    if report["perplexity_increase"] > _LARGE_LOSS:
+        _print_advice(report["settings"])
+    print(f"model, report.json and report.png are in {output}")
+
+
+def _quality(report: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    dense = report["dense"]
+    table = Table(
+        "attention", "perplexity", "against dense", "key bytes per token and head", "KV cache bytes per token",
+        title="Quality and memory",
+    )  # fmt: skip
+    for name in ("dense", "plain_topk", "basis", "sfa"):
+        row = report[name]
+        measured = "key_bytes_per_token_and_head" in row
+        table.add_row(
+            row["label"], f"{row['perplexity']:.2f}", f"{100 * (row['perplexity'] / dense['perplexity'] - 1):+.1f} %",
+            f"{row['key_bytes_per_token_and_head']:.0f}" if measured else "",
+            f"{row['kv_bytes_per_token']:.0f} ({100 * (row['kv_bytes_per_token'] / dense['kv_bytes_per_token'] - 1):+.0f} %)"
+            if measured else "",
+        )  # fmt: skip
+    return table
+
+
+def _times(rows: list[dict[str, float]]) -> Table:
+    from rich.table import Table
+
+    columns = ("prefill_dense", "prefill_sfa", "decode_dense", "decode_sfa")
+    table = Table(
+        "tokens", *(column.replace("_sfa", ", sparse").replace("_dense", ", dense") for column in columns),
+        title="Attention of one layer, ms: a prompt (prefill), a new token (decode)",
+    )  # fmt: skip
+    for row in rows:
+        table.add_row(str(row["context"]), *(f"{row[c]:.2f}" if c in row else "" for c in columns))
+    return table
+
+
+def _pays_from(rows: list[dict[str, float]]) -> str:
+    """From which context on decode is faster than dense at all that were timed."""
+    lost = [row["context"] for row in rows if row["decode_sfa"] >= row["decode_dense"]]
+    won = [row["context"] for row in rows if not lost or row["context"] > max(lost)]
+    if not won:
+        return f"Decode here: slower than dense up to {max(lost)} tokens, the longest context timed"
+    return f"Decode here: faster than dense from {min(won)} tokens on"
+
+
+def _print_advice(settings: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    screen = console()
+    screen.print(f"That is much (over {100 * _LARGE_LOSS:.0f} %).", end=" ")
+    if settings["topk_query"] != settings["head_dim"]:
+        screen.print("Queries are not cached: keep them dense first, with --topk-query dense.")
+    larger = larger_budgets(settings["dense_dims"], settings["topk"], settings["head_dim"])
+    if larger:
+        table = Table("options", "key bytes in 16 bits, per token and head", "loss of SmolLM2-135M")
+        for preset in larger:
+            table.add_row(
+                f"--dense-dims {preset.dense_dims} --topk {preset.topk}",
+                str(preset.key_bytes),
+                f"{100 * preset.loss:+.1f} %",
+            )
+        screen.print("Keep more features:")
+        screen.print(table)
+        if settings["head_dim"] != MEASURED_HEAD_DIM:
+            screen.print(f"These losses are those of the same shares of heads of {MEASURED_HEAD_DIM}.")
+    screen.print(
+        "Calibrate on text of the kind that the model will read (--calibrate), at the contexts to come (--max-position), "
+        "or train the model on (flashsfa train distill)."
+    )

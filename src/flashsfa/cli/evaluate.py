@@ -1,0 +1,203 @@
+"""`flashsfa eval`: quality of a model, switched, dense or both."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from ..evaluation import VARIANTS
+from ..evaluation.haystack import TASKS
+from .options import (
+    HELP_TOPICS,
+    HelpFormatter,
+    add_budget,
+    add_device,
+    add_dtype,
+    add_output,
+    add_tokenizer,
+    integers,
+    names,
+    require_counts,
+    some_path,
+    some_text,
+)
+from .screen import Progress, console, need, print_written, progress
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..evaluation.measure import Measured
+    from ..evaluation.subject import SubjectSettings
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("eval", help="measure a model's quality, switched, dense or both")
+    evaluations = parser.add_subparsers(required=True, metavar="EVALUATION")
+
+    def add(
+        name: str, help: str, measure: Callable[..., Measured], table: Callable[..., Table],
+        context: str = "the longest measured",
+    ) -> argparse.ArgumentParser:  # fmt: skip
+        command = evaluations.add_parser(name, help=help, formatter_class=HelpFormatter)
+        command.set_defaults(run=_eval, measure=measure, table=table)
+        _add_subject(command, context)
+        return command
+
+    perplexity = add("perplexity", "perplexity over long windows of a text", _perplexity, _perplexity_table)
+    perplexity.add_argument("--text", type=some_text, metavar="TEXT", help=f"file or folder (default: {HELP_TOPICS})")
+    perplexity.add_argument("--window", type=int, default=4096, metavar="N", help="tokens per window")
+    perplexity.add_argument("--windows", type=int, default=8, metavar="N", help="windows, spread over the text")
+
+    needle = add("needle", "needles in a haystack of real text, and RULER's offline tasks", _needle, _needle_table)
+    needle.add_argument(
+        "--text", type=some_text, metavar="TEXT", help=f"file or folder for the hay (default: {HELP_TOPICS})"
+    )
+    needle.add_argument(
+        "--task", choices=TASKS, default="single", metavar="TASK", help=f"what to find: {', '.join(TASKS)}"
+    )
+    needle.add_argument(
+        "--lengths", type=integers, default="512,1024,2048,4096", metavar="N,N", help="contexts in tokens, by commas"
+    )
+    needle.add_argument(
+        "--depths", type=integers, default="0,25,50,75,100", metavar="P,P", help="needle depths in percent, by commas"
+    )
+    needle.add_argument("--trials", type=int, default=1, metavar="N", help="prompts for each length and depth")
+    needle.add_argument("--seed", type=int, default=0, metavar="N", help="another one gives other prompts")
+
+    tasks = add(
+        "lm-eval", "tasks of EleutherAI's lm-eval, built in or of your own", _lm_eval, _lm_eval_table,
+        context="2048, or the model's positions if fewer",
+    )  # fmt: skip
+    tasks.add_argument(
+        "--tasks", type=names, required=True, metavar="NAME,NAME", help="names of tasks, groups or tags, by commas"
+    )
+    tasks.add_argument(
+        "--include-path", type=some_path, metavar="DIR", help="folder with task files (.yaml) of your own"
+    )
+    tasks.add_argument("--limit", type=int, metavar="N", help="examples per task (default: all)")
+    tasks.add_argument("--num-fewshot", type=int, metavar="N", help="worked examples (default: what the task says)")
+    tasks.add_argument("--batch-size", type=int, default=1, metavar="N", help="prompts at a time")
+
+
+def _add_subject(parser: argparse.ArgumentParser, context: str) -> None:
+    """The options that say which model, how it is switched and where results go."""
+    parser.add_argument(
+        "model", nargs="?", type=some_text, metavar="MODEL",
+        help="a converted model's directory, or a dense model: local directory or hub name (default: a small bundled model)",
+    )  # fmt: skip
+    parser.add_argument("--dense", action="store_true", help="measure the model dense too, on the same prompts")
+    add_output(parser)
+    add_tokenizer(parser)
+    add_dtype(parser, "of the weights")
+    add_device(parser)
+    switch = parser.add_argument_group(
+        "switching a dense model", "as flashsfa convert does; --topk switches it, the others say how"
+    )
+    add_budget(switch, context, with_topk_default=False)
+    switch.add_argument(
+        "--calibrate", type=some_text, metavar="TEXT",
+        help=f"file or folder to calibrate on (default: {HELP_TOPICS}); a TEXT that is measured on too is split in two",
+    )  # fmt: skip
+
+
+def _eval(options: argparse.Namespace) -> None:
+    need("eval", "matplotlib", "rich", "transformers")
+    from ..evaluation.subject import SubjectSettings
+
+    require_counts(options, topk=1, topk_query=1, dense_dims=0, max_position=2)
+    settings = SubjectSettings(**{field.name: getattr(options, field.name) for field in fields(SubjectSettings)})
+    with progress() as bars:
+        document, paths = options.measure(options, settings, bars)
+    console().print(options.table(document["settings"], document["results"]))
+    print_written(paths)
+
+
+def _perplexity(options: argparse.Namespace, settings: SubjectSettings, bars: Progress) -> Measured:
+    from ..evaluation.measure import measure_perplexity
+
+    require_counts(options, window=2, windows=1)
+    return measure_perplexity(
+        settings, options.output, bars, text=options.text, window=options.window, windows=options.windows
+    )
+
+
+def _needle(options: argparse.Namespace, settings: SubjectSettings, bars: Progress) -> Measured:
+    from ..evaluation.measure import measure_needles
+
+    require_counts(options, trials=1)
+    return measure_needles(
+        settings, options.output, bars, text=options.text, task=options.task, lengths=options.lengths,
+        depths=options.depths, trials=options.trials, seed=options.seed,
+    )  # fmt: skip
+
+
+def _lm_eval(options: argparse.Namespace, settings: SubjectSettings, bars: Progress) -> Measured:
+    from ..evaluation.measure import measure_tasks
+
+    require_counts(options, limit=1, num_fewshot=0, batch_size=1)
+    return measure_tasks(
+        settings, options.output, bars, tasks=options.tasks, include_path=options.include_path, limit=options.limit,
+        num_fewshot=options.num_fewshot, batch_size=options.batch_size,
+    )  # fmt: skip
+
+
+def _perplexity_table(settings: dict[str, Any], results: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    from ..evaluation.perplexity import spread
+
+    dense = results.get("dense")
+    any_row = next(iter(results.values()))
+    table = Table(
+        "attention", "perplexity", "against dense", "KV cache bytes per token",
+        title=f"{settings['model']}: perplexity",
+        caption="of one window: --windows 2 or more show how far it could be off" if any_row["standard_error"] is None
+        else f"± is the standard error over {any_row['windows']} windows; against dense, of the same windows in pairs",
+    )  # fmt: skip
+    for name, row in results.items():
+        change, nbytes = "", f"{row['kv_bytes_per_token']:.0f}"
+        if dense and name != "dense":
+            ratio, error = spread(row["window_losses"], dense["window_losses"])
+            change = f"{_with_error(100 * (ratio - 1), None if error is None else 100 * error, '+.1f')} %"
+            nbytes += f" ({100 * (row['kv_bytes_per_token'] / dense['kv_bytes_per_token'] - 1):+.0f} %)"
+        table.add_row(VARIANTS[name], _with_error(row["perplexity"], row["standard_error"], ".2f"), change, nbytes)
+    return table
+
+
+def _needle_table(settings: dict[str, Any], results: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    from ..evaluation.needle import ScoreGrid
+
+    grids = {name: ScoreGrid.of(result["rows"]) for name, result in results.items()}
+    lengths = next(iter(grids.values())).lengths
+    title = f"{settings['model']}: {settings['task']}, percent found"
+    table = Table("attention", "depth", *(f"{n} tokens" for n in lengths), title=title)
+    for name, grid in grids.items():
+        for depth, scores in zip(grid.depths, grid.scores, strict=True):
+            table.add_row(VARIANTS[name], depth, *(f"{100 * score:.0f}" for score in scores))
+    return table
+
+
+def _lm_eval_table(settings: dict[str, Any], results: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    table = Table("task", "metric", *(VARIANTS[name] for name in results), title=f"{settings['model']}: lm-eval")
+    first = next(iter(results.values()))["results"]
+    for task, metrics in first.items():
+        for metric in (m for m, value in metrics.items() if isinstance(value, float) and "_stderr" not in m):
+            name, _, filter_name = metric.partition(",")
+            values = [result["results"][task] for result in results.values()]
+            errors = [value.get(f"{name}_stderr,{filter_name}") for value in values]
+            table.add_row(
+                task, metric.removesuffix(",none"),
+                *(_with_error(value[metric], error if isinstance(error, float) else None, ".4f")
+                  for value, error in zip(values, errors, strict=True)),
+            )  # fmt: skip
+    return table
+
+
+def _with_error(value: float, error: float | None, form: str) -> str:
+    return f"{value:{form}}" + ("" if error is None else f" ± {error:{form.lstrip('+')}}")

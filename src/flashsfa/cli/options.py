@@ -1,0 +1,123 @@
+"""What the options of several commands share: their values, their help, and how a dense model is switched."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..basis import KINDS
+from ..budget import DENSE
+from ..checks import MOST_TOKENS, require_int
+from ..presets import default_budget
+
+DTYPES = ("bfloat16", "float16", "float32")
+HELP_TOPICS = "topics of Python's help"  # the text that is read where none is named
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that are values."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        is_value = action.default not in (None, False, ()) and action.default != []
+        return super()._get_help_string(action) if is_value else action.help
+
+
+def some_text(text: str) -> str:
+    """An option's value that is not empty, as that of a shell variable without a value."""
+    if not text.strip() or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} names nothing")
+    return text
+
+
+def some_path(text: str) -> Path:
+    """As `some_text`."""
+    return Path(some_text(text))
+
+
+def integers(text: str) -> list[int]:
+    """Whole numbers by commas, sorted, each once."""
+    try:
+        return sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers like 1,2,3") from None
+
+
+def names(text: str) -> list[str]:
+    """Names by commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def require_counts(options: argparse.Namespace, **least: int) -> None:
+    """Each of these options, where it is given as a number, is at least so much, and a number of things that there can be."""
+    for name, low in least.items():
+        value = getattr(options, name)
+        if value is not None and value != DENSE:
+            require_int(f"--{name.replace('_', '-')}", value, low, MOST_TOKENS)
+
+
+def add_tokenizer(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tokenizer", type=some_text, metavar="NAME", help="directory or hub name, for a model that has none beside it"
+    )
+
+
+def add_output(parser: argparse.ArgumentParser, default: str = "results") -> None:
+    parser.add_argument(
+        "-o", "--output", type=some_path, default=Path(default), metavar="DIR", help="earlier results there are kept"
+    )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", choices=("auto", "cuda", "cpu"), default="auto", metavar="DEVICE",
+        help="cuda, cpu, or auto: cuda if there is one",
+    )  # fmt: skip
+
+
+def add_dtype(parser: argparse.ArgumentParser, help: str) -> None:
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="bfloat16", metavar="DTYPE", help=f"{_listed(DTYPES)}; {help}"
+    )
+
+
+def add_budget(parser: argparse._ActionsContainer, context: str, *, with_topk_default: bool) -> None:
+    """The options that say how a dense model is switched; it is calibrated for `context` where nothing else is said."""
+    small, large = default_budget(64), default_budget(128)
+    by_head_size = "(default: by head size, {} of 64, {} of 128)"
+    parser.add_argument(
+        "--topk", type=int, metavar="K",
+        help="kept features of a key beside the dense ones"
+        + (" " + by_head_size.format(small.topk, large.topk) if with_topk_default else ""),
+    )  # fmt: skip
+    parser.add_argument(
+        "--topk-query", type=_query_features, metavar="K",
+        help="kept features of a query beside the dense ones; dense keeps all, and costs no cache (default: dense)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dense-dims", type=int, metavar="M",
+        help=f"leading features that are always kept {by_head_size.format(small.dense_dims, large.dense_dims)}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--basis", choices=KINDS, metavar="KIND",
+        help=f"calibrated coordinates: {_listed(KINDS)} (default: dictionary for dense queries, balanced for sparse ones)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-position", type=int, metavar="N", help=f"longest context in tokens to calibrate for (default: {context})"
+    )
+    parser.add_argument(
+        "--cache-dtype", choices=("int8",), metavar="DTYPE",
+        help="of the cache of codes: int8, a scale per row (default: as --dtype)",
+    )  # fmt: skip
+
+
+def _query_features(text: str) -> int | str:
+    if text == DENSE:
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither {DENSE} nor a whole number") from None
+
+
+def _listed(values: tuple[str, ...]) -> str:
+    return ", ".join(values[:-1]) + f" or {values[-1]}"

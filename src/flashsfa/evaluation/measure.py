@@ -1,0 +1,132 @@
+"""The evaluations of `flashsfa eval`, whole: a model is loaded and switched, its variants are measured, the figures are written.
+
+Each raises `ValueError` for settings that do not fit, with nothing written, and returns the document and the files written. Its
+"results" hold a variant's figures by its name, "sfa" or "dense".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checks import MOST_TOKENS, require, require_int
+from ..files import require_place
+from . import VARIANTS, needle
+from .harness import Harness
+from .haystack import Haystack, samples
+from .memory import cache_bytes_per_token
+from .perplexity import spread, window_losses
+from .results import document, save
+from .subject import Progress, Subject, SubjectSettings
+from .text import read_text, separate_texts, token_windows
+
+Measured = tuple[dict[str, Any], list[Path]]
+
+
+def measure_perplexity(
+    settings: SubjectSettings, output: Path, progress: Progress, *, text: str | None, window: int, windows: int
+) -> Measured:
+    """Perplexity over `windows` windows of `window` tokens, its standard error, and bytes of the cache per token.
+
+    Args:
+        text: file or folder; None for `read_text`'s own.
+    """
+    with _fitting(output):
+        calibration_text, evaluation_text = separate_texts(settings.calibrate, text)
+        subject = Subject(settings)
+        subject.require_length(window)
+        cut = token_windows(subject.tokenizer, evaluation_text, length=window, count=windows, purpose="evaluation")
+        calibration = subject.calibration_windows(calibration_text, window)
+        content = _document("perplexity", subject, text=text, window=window, windows=windows)
+        for name in subject.variants(calibration, window, progress):
+            losses = window_losses(subject.model, cut, progress(f"perplexity: {VARIANTS[name]}", len(cut)))
+            perplexity, error = spread(losses)
+            content["results"][name] = {
+                "perplexity": perplexity, "standard_error": error, "windows": len(cut), "tokens": cut.numel(),
+                "window_losses": losses, "kv_bytes_per_token": cache_bytes_per_token(subject.model, cut[0]),
+            }  # fmt: skip
+        return _written(content, subject, output)
+
+
+def measure_needles(
+    settings: SubjectSettings, output: Path, progress: Progress, *,
+    text: str | None, task: str, lengths: Sequence[int], depths: Sequence[int], trials: int, seed: int,
+) -> Measured:  # fmt: skip
+    """What is found again of `task`, over contexts of `lengths` tokens and needles at `depths` percent, with a picture.
+
+    Args:
+        text: file or folder for the hay; None for `read_text`'s own.
+        trials: prompts for each length and depth.
+    """
+    for length in lengths:
+        require_int("each of --lengths", length, 1, MOST_TOKENS)
+    require(all(0 <= d <= 100 for d in depths), f"--depths are percents from 0 to 100, got {depths}")
+    with _fitting(output):
+        calibration_text, hay = separate_texts(settings.calibrate, text)
+        subject = Subject(settings)
+        longest = max(lengths)
+        subject.require_length(longest)
+        prompts = samples(
+            task, Haystack(subject.tokenizer, hay), lengths, [depth / 100 for depth in depths], trials, seed
+        )
+        calibration = subject.calibration_windows(calibration_text, longest)
+        own = {"text": text, "task": task, "lengths": lengths, "depths": depths, "trials": trials, "seed": seed}
+        content, grids = _document("needle", subject, **own), {}
+        for name in subject.variants(calibration, longest, progress):
+            step = progress(f"{task}: {VARIANTS[name]}", len(prompts))
+            rows = needle.find_needles(subject.model, subject.tokenizer, prompts, step)
+            grids[name] = needle.ScoreGrid.of(rows)
+            content["results"][name] = {"score": grids[name].mean, "rows": rows}
+        title = f"{subject.name}, needle: {task}" + (f", {_label(subject.switched)}" if subject.switched else "")
+        return _written(content, subject, output, lambda path: needle.draw(title, grids, path))
+
+
+def measure_tasks(
+    settings: SubjectSettings, output: Path, progress: Progress, *,
+    tasks: list[str], include_path: Path | None, limit: int | None, num_fewshot: int | None, batch_size: int,
+) -> Measured:  # fmt: skip
+    """lm-eval's `tasks`; arguments as in `Harness`."""
+    with _fitting(output):
+        harness = Harness(tasks, include_path)
+        subject = Subject(settings)
+        longest = subject.usual_length if settings.max_position is None else settings.max_position
+        subject.require_length(longest)
+        calibration = subject.calibration_windows(read_text(settings.calibrate), longest)
+        asked: dict[str, Any] = {"batch_size": batch_size, "limit": limit, "num_fewshot": num_fewshot}
+        content = _document("lm-eval", subject, tasks=tasks, include_path=include_path, **asked)
+        for name in subject.variants(calibration, longest, progress):
+            content["results"][name] = harness.evaluate(subject.model, subject.tokenizer, **asked)
+        if subject.switched and subject.switched["cache_dtype"] is not None:
+            content["settings"]["rounded"] = "what is generated; likelihoods use no cache"
+        return _written(content, subject, output)
+
+
+@contextmanager
+def _fitting(output: Path) -> Iterator[None]:
+    """Results can be written to `output`, and a GPU that is too small is said in one line."""
+    require_place(output)
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError("the GPU is out of memory: use shorter contexts, or smaller batches") from error
+
+
+def _document(evaluation: str, subject: Subject, **own: Any) -> dict[str, Any]:
+    settings = {name: getattr(subject.settings, name) for name in ("dense", "dtype", "device")}
+    return document(evaluation, {"model": subject.name, **settings, **own}, subject.model.device)
+
+
+def _written(
+    content: dict[str, Any], subject: Subject, output: Path, draw: Callable[[Path], None] | None = None
+) -> Measured:
+    content["settings"]["sfa"] = subject.switched
+    return content, save(content, output, draw)
+
+
+def _label(switched: dict[str, Any]) -> str:
+    kept = "" if switched["cache_dtype"] is None else f", {switched['cache_dtype']}"
+    return f"{switched['dense_dims']} dense features + top-{switched['topk']}{kept}"
