@@ -23,7 +23,7 @@ import torch.nn.functional as F
 import flashsfa
 from flashsfa import reference
 from flashsfa.benchmarking.results import compared, environment
-from flashsfa.mask import AttentionMask
+from flashsfa.mask import Mask
 
 HEADS, LAYERS = 8, 8
 
@@ -55,7 +55,7 @@ def _check(d: int, topk: int) -> None:
     q, k, v = _inputs(d, 512)
     out = flashsfa.sparse_feature_attention(q, k, v, topk=topk, is_causal=True)
     truth, _ = reference.sparse_feature_attention(
-        q.double(), k.double(), v.double(), topk=topk, mask=AttentionMask(is_causal=True)
+        q.double(), k.double(), v.double(), topk=topk, mask=Mask(is_causal=True)
     )
     torch.testing.assert_close(out.double(), truth, rtol=1e-4, atol=1e-5)
 

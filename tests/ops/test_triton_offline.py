@@ -18,7 +18,7 @@ SPILLED = 16  # bytes a thread: four registers, which the assembler gives up now
 HERE = Path(__file__).parents[1] / "support"
 
 KERNELS = {
-    "topk_kernel", "topk_rows_kernel", "words_kernel", "zeros_kernel", "keep_kernel", "prune_24_kernel",
+    "topk_kernel", "topk_rows_kernel", "scatter_words_kernel", "scatter_over_zeros_kernel", "keep_support_kernel", "prune_24_kernel",
     "merge_parts_kernel", "decode_query_kernel", "decode_partial_kernel", "decode_combine_kernel", "decode_score_kernel",
     "decode_count_kernel", "decode_value_kernel",
 }  # fmt: skip

@@ -1,7 +1,7 @@
 """Compile every Triton kernel for one part or several, without a GPU, at the sizes that its launcher chooses.
 
 The launch functions of the package run as they are, on the CPU; a launch compiles its kernel for the part and ends there. One
-line of JSON a kernel: what it is, and the shared memory, registers and stack (which holds what registers do not) it takes.
+line of JSON per kernel: what it is, and the shared memory, registers and stack (which holds what registers do not) it needs.
 """
 
 import json
@@ -62,7 +62,7 @@ def main(capability, *relatives):
                 print(json.dumps(found | usage(code.asm["cubin"])), flush=True)
 
     JITFunction.run = compile_only
-    for case, launch in cases():  # noqa: B007 (told above)
+    for case, launch in cases():  # noqa: B007 (printed above)
         launch()
 
 
@@ -99,7 +99,7 @@ def cases():
         (BF16, 128, 12, 22, 1),  # rank
         (BF16, 256, 16, 0, 1),
         (FP32, 256, 128, 0, 1),
-        (BF16, 256, 128, 64, 300),  # bisect and zeros
+        (BF16, 256, 128, 64, 300),  # bisect, scattered over zeros
         (FP32, 64, 8, 0, 300),
         (FP32, 256, 128, 22, 300),
     ]:

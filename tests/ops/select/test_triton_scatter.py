@@ -1,4 +1,4 @@
-"""Codes spread back to dense rows: the Triton kernel and the operator write what plain PyTorch does.
+"""Codes scattered to dense rows: the Triton kernel and the operator write what plain PyTorch does.
 
 Without a GPU the kernel runs in Triton's interpreter, on small shapes.
 """
@@ -51,7 +51,7 @@ def test_rows_are_those_of_plain_pytorch(budget, dtype, where):
 @pytest.mark.parametrize(("topk", "dense_dims"), [(8, 0), (5, 16), (16, 2)])
 def test_small_even_codes_are_built_from_words(topk, dense_dims, where, monkeypatch):
     """They never come to the kernel that writes zeros first, which is several times slower."""
-    monkeypatch.setattr(module, "zeros_kernel", None)
+    monkeypatch.setattr(module, "scatter_over_zeros_kernel", None)
     codes = coded((2, 3, 37, 64), topk, dense_dims, torch.bfloat16, where)
     out = torch.full((2, 3, 37, 64), float("nan"), dtype=torch.bfloat16, device=where)
     assert torch.equal(scatter(*parts(codes), out), plain_scatter(*parts(codes), 64))
@@ -67,9 +67,9 @@ def test_rows_keep_their_support(budget, dtype, where):
     kept = plain_scatter(*(torch.ones_like(x) for x in at_support(rows, dense_dims, indices)), indices, head_dim) != 0
     rows = rows.where(kept, math.nan)
     out = torch.full((2, 37, 3, head_dim), math.nan, dtype=dtype, device=where).transpose(1, 2)
-    taken = module.keep_support(rows, dense_dims, indices, out)
-    assert taken == (dtype.itemsize == 2 and topk <= 16 and head_dim % 2 == dense_dims % 2 == 0)
-    if taken:
+    written = module.keep_support(rows, dense_dims, indices, out)
+    assert written == (dtype.itemsize == 2 and topk <= 16 and head_dim % 2 == dense_dims % 2 == 0)
+    if written:
         assert torch.equal(out, rows.where(kept, 0))
     assert torch.equal(keep_support(rows, dense_dims, indices), rows.where(kept, 0))
 

@@ -1,4 +1,4 @@
-"""Which form codes rows and scatters codes: Triton on a GPU, plain PyTorch everywhere else; and both as operators of torch."""
+"""Which form selects features and scatters codes: Triton on a GPU, plain PyTorch everywhere else; and both as operators of torch."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def encode(x: Tensor, topk: int, dense_dims: int) -> tuple[Tensor, Tensor, Tenso
 def coded_rows(
     x: Tensor, topk: int, dense_dims: int, keep: bool
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
-    """The rows [..., D] of x's code, zero but for what it keeps, and with `keep` the code; in one pass where one can."""
+    """x [..., D], zero but for what its code keeps, and with `keep` the code; in one pass where one can."""
     if not has_fused(x):
         code = plain_topk(x, topk, dense_dims)
         return plain_scatter(*code, x.shape[-1]), code if keep else None
@@ -111,7 +111,7 @@ def prune_24(x: Tensor, dense_dims: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def scatter(dense: Tensor, values: Tensor, indices: Tensor, head_dim: int) -> Tensor:
-    """The rows [..., D] of a code, as `FeatureCodes.to_dense`."""
+    """A code as dense rows [..., D], as `FeatureCodes.to_dense`."""
     if dense.shape[-1] == head_dim:
         return dense
     if not has_fused(values):
@@ -141,7 +141,7 @@ scatter_op.register_kernel("cuda")(scatter)
 
 
 def has_fused(x: Tensor) -> bool:
-    """Whether the fused kernel codes the rows of x; recorded for `explain()`."""
+    """Whether the fused kernel selects from x; recorded for `explain()`."""
     if not x.is_cuda:
         return False
     installed = triton_is_installed()

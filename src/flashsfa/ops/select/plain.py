@@ -20,12 +20,12 @@ def select_topk(x: Tensor, topk: int) -> Tensor:
     keep = magnitude >= threshold
     if int(keep.count_nonzero()) == largest.values.numel():
         return largest.indices.sort(-1).values
-    # Some row has more entries at its threshold than room for them: keep the first ones.
+    # Some row of x has more entries at its threshold than may be kept: keep the first ones.
     above = magnitude > threshold
     room = topk - above.sum(-1, keepdim=True)
     tied = keep & ~above
     keep = above | (tied & (tied.cumsum(-1) <= room))
-    # Every row now keeps exactly K entries, and nonzero() walks rows in order: its last column is the sorted indices.
+    # Every row of x now keeps exactly K entries, and nonzero() walks them in order: its last column is the sorted indices.
     return keep.nonzero()[:, -1].view(*x.shape[:-1], topk)
 
 
@@ -44,14 +44,14 @@ def plain_topk(x: Tensor, topk: int, dense_dims: int) -> tuple[Tensor, Tensor, T
 def plain_prune_24(x: Tensor, dense_dims: int) -> tuple[Tensor, Tensor, Tensor]:
     """The code [..., (D - M) / 2] of the two largest of each aligned group of four, in plain PyTorch, on any device."""
     groups = x[..., dense_dims:].unflatten(-1, (-1, 4))  # [..., G, 4]
-    _, values, places = plain_topk(groups, 2, 0)  # [..., G, 2]
+    _, values, in_group = plain_topk(groups, 2, 0)  # [..., G, 2]
     first = torch.arange(0, 4 * groups.shape[-2], 4, dtype=torch.uint8, device=x.device)[:, None]  # [G, 1]
     dense = x[..., :dense_dims].clone(memory_format=torch.contiguous_format)
-    return dense, values.flatten(-2), (places + first).flatten(-2)
+    return dense, values.flatten(-2), (in_group + first).flatten(-2)
 
 
 def plain_scatter(dense: Tensor, values: Tensor, indices: Tensor, head_dim: int) -> Tensor:
-    """The rows [..., D] of a code in plain PyTorch, on any device, in the memory order of `empty_rows`."""
+    """A code as dense rows [..., D], in plain PyTorch, on any device, in the memory order of `empty_rows`."""
     rows, dense_dims = empty_rows(values, head_dim).zero_(), dense.shape[-1]
     if dense_dims:
         rows[..., :dense_dims] = dense
@@ -60,7 +60,7 @@ def plain_scatter(dense: Tensor, values: Tensor, indices: Tensor, head_dim: int)
 
 
 def empty_code(x: Tensor, topk: int, dense_dims: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialised dense channel [..., M], values [..., K] and indices [..., K] for the rows of x [..., D]."""
+    """Uninitialised dense channel [..., M], values [..., K] and indices [..., K] for x [..., D]."""
     rows = x.shape[:-1]
     return (
         x.new_empty((*rows, dense_dims)),
@@ -84,6 +84,6 @@ def by_token(x: Tensor) -> Tensor:
 
 
 def at_support(grad: Tensor, dense_dims: int, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient [..., D] of a code's rows as gradients of its dense channel [..., M] and its values [..., K]."""
+    """The gradient [..., D] of a code's dense rows as gradients of its dense channel [..., M] and its values [..., K]."""
     at_values = grad[..., dense_dims:].gather(-1, indices.long())
     return grad[..., :dense_dims].clone(memory_format=torch.contiguous_format), at_values

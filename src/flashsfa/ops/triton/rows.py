@@ -1,4 +1,4 @@
-"""Rows of all heads as a grid of blocks: tensors seen as [B, H, N, D], and which rows a program takes."""
+"""Rows of tensors [B, H, N, D] as a grid of blocks: which rows a program works on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up. Triton's own takes 6 us a call on the host, as does its next power of two: a third of a launch."""
+    """a / b, rounded up. Triton's own takes 6 us per call on the host, as does its next power of two: a third of a launch."""
     return -(-a // b)
 
 
@@ -44,7 +44,7 @@ def in_units(x: Tensor, unit: int) -> bool:
 def block_of_rows(heads, n, R: tl.constexpr):
     """Batch entry, head and their common index (int64), R rows (int64), and which of these are among the n there are.
 
-    The grid is one-dimensional: cdiv(n, R) programs a head, head after head, batch entry after batch entry.
+    The grid is one-dimensional: cdiv(n, R) programs per head, head after head, batch entry after batch entry.
     """
     blocks = tl.cdiv(n, R)
     batch_head = tl.program_id(0) // blocks

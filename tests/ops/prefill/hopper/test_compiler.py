@@ -1,6 +1,7 @@
 """The compiled prefill kernel is kept on disk: whole, the user's own, or compiled again. Needs neither NVRTC nor a GPU."""
 
 import os
+import shutil
 import stat
 import threading
 
@@ -40,6 +41,18 @@ def test_a_kept_one_is_read_and_is_the_users_alone(compiled, tmp_path):
     for folder in (tmp_path / "cache", tmp_path / "cache" / "kernels"):
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert compiler.compile_cubin(TILE, afresh=True) == b"code 2"
+    assert compiler.compile_cubin(TILE) == b"code 2"
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in compiler.SOURCES.glob("*.cu*")))
+def test_another_source_is_compiled_again(name, compiled, monkeypatch, tmp_path):
+    """Whichever of the CUDA files changed."""
+    compiler.compile_cubin(TILE)
+    sources = tmp_path / "sources"
+    shutil.copytree(compiler.SOURCES, sources)
+    monkeypatch.setattr(compiler, "SOURCES", sources)
+    assert compiler.compile_cubin(TILE) == b"code 1"
+    (sources / name).write_text((sources / name).read_text() + "//")
     assert compiler.compile_cubin(TILE) == b"code 2"
 
 
@@ -202,7 +215,7 @@ def test_an_image_that_the_driver_refuses_is_compiled_once_more(refused, compile
 
 
 @pytest.mark.parametrize("seconds", [0.0, 60.0])
-def test_a_long_compilation_is_told(seconds, compiled, monkeypatch, caplog):
+def test_a_long_compilation_is_logged(seconds, compiled, monkeypatch, caplog):
     """At once here, or never."""
     monkeypatch.setattr(compiled_code, "_SLOW_SECONDS", seconds)
     ended = threading.Event()

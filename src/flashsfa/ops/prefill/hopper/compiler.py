@@ -8,6 +8,7 @@ believed only if it is whole and the user's own; anything else is compiled again
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import os
 from dataclasses import dataclass
@@ -18,10 +19,15 @@ import torch
 from ....files import is_private, write_whole
 from ... import compiled
 from . import cuda
+from .params import Params
 
 SOURCES = Path(__file__).parent
+_FILES = (  # in the order in which they use one another
+    "queries.cuh", "params.cuh", "barriers.cuh", "copies.cuh", "math.cuh", "wgmma.cuh", "mask.cuh", "softmax.cuh",
+    "scheduler.cuh", "consumer.cuh", "epilogue.cuh", "prefill.cu",
+)  # fmt: skip
 _OPTIONS = ("--gpu-architecture=sm_90a", "--std=c++17", "--device-as-default-execution-space")
-_REGISTERS = {1: (24, 240), 2: (24, 240), 3: (32, 160)}  # of a producer's and a consumer's thread, by consumers
+_REGISTERS = {1: (24, 240), 2: (24, 240), 3: (32, 160)}  # per thread of the producer and of a consumer, by consumers
 
 
 @dataclass(frozen=True)
@@ -33,9 +39,10 @@ class Tile:
         head_dim: width of queries and keys, 64, 128 or 256; value_dim: width of values, likewise.
         dense_dims: leading features of a query that are dense, a multiple of 32; the rest is 2:4 sparse and takes half the
             matrix time.
-        block_n: keys a tile, a multiple of 16.
+        block_n: keys per tile, a multiple of 16.
         consumers: warpgroups of 64 queries, 1 to 3.
         stages: tiles of K and of V in flight, at least 2.
+        early_k_wait: wait for the next tile of K while the scores of this one are computed.
         spin_limit: trap after this many failed waits at a barrier; 0 waits forever.
     """
 
@@ -46,6 +53,7 @@ class Tile:
     block_n: int = 128
     consumers: int = 2
     stages: int = 2
+    early_k_wait: bool = False
     spin_limit: int = 0
 
     @property
@@ -61,12 +69,12 @@ class Tile:
         tiles = self.stages * self.block_n * 2 * (self.head_dim + self.value_dim)
         sparse_dims = self.head_dim - self.dense_dims
         query = 2 * self.dense_dims + sparse_dims + sparse_dims // 2  # entries, and the features of the sparse ones
-        barriers = 32 * self.stages + 12 * (self.stages + 1)  # of tiles; of blocks taken, with their numbers
+        barriers = 32 * self.stages + 12 * (self.stages + 1)  # of tiles of K and V; of the queue of work tiles, with it
         return tiles + self.block_m * query + barriers
 
 
 def source(tile: Tile) -> str:
-    """The CUDA source of one specialisation."""
+    """The CUDA source of one specialisation: its sizes, its matrix instructions, and all files, each under its name and lines."""
     producer, consumer = _REGISTERS[tile.consumers]
     constants = {
         "HEAD_DIM": tile.head_dim,
@@ -75,14 +83,18 @@ def source(tile: Tile) -> str:
         "BLOCK_N": tile.block_n,
         "CONSUMERS": tile.consumers,
         "STAGES": tile.stages,
+        "EARLY_K_WAIT": int(tile.early_k_wait),
         "SPIN_LIMIT": tile.spin_limit,
         "PRODUCER_REGISTERS": producer,
         "CONSUMER_REGISTERS": consumer,
-        "PACK_PAIR": f'"cvt.rn.{_ptx_type(tile.dtype)}x2.f32"',
+        "PACK_INSTRUCTION": f'"cvt.rn.{_ptx_type(tile.dtype)}x2.f32"',
+        "PARAMS_BYTES": ctypes.sizeof(Params),
+        "TENSOR_MAP_BYTES": cuda.TENSOR_MAP_BYTES,
+        "SHARED_BYTES": tile.shared_bytes,
     }
     defines = "".join(f"#define {name} {value}\n" for name, value in constants.items())
-    texts = [(SOURCES / name).read_text() for name in ("queries.cu", "prefill.cu")]
-    return defines + _matrix_functions(tile) + "".join(texts)
+    files = "".join(f'#line 1 "{name}"\n{(SOURCES / name).read_text()}' for name in _FILES)
+    return defines + _matrix_functions(tile) + files
 
 
 def _ptx_type(dtype: torch.dtype) -> str:
@@ -90,7 +102,7 @@ def _ptx_type(dtype: torch.dtype) -> str:
 
 
 def _matrix_functions(tile: Tile) -> str:
-    """One function a shape of instruction, which lists its accumulators one by one, so that its text depends on the sizes."""
+    """One function per shape of instruction, which lists its accumulators one by one, so that its text depends on the sizes."""
     element = _ptx_type(tile.dtype)
 
     def function(name: str, template: str, n: int, depth: int, a_type: str, transposed: str, accumulate: str) -> str:
@@ -102,10 +114,10 @@ def _matrix_functions(tile: Tile) -> str:
         after_a = count + (4 if in_registers else 1)
         a = "{" + ", ".join(f"%{i}" for i in range(count, after_a)) + "}" if in_registers else f"%{count}"
         metadata = f"%{after_a + 2}, %{after_a + 3}, " if sparse else ""
-        metadata_operands = ', "r"(places), "n"(SELECTOR)' if sparse else ""
+        metadata_operands = ', "r"(metadata), "n"(SELECTOR)' if sparse else ""
         return (
             f"{template}__device__ __forceinline__ void {name}(float (&d)[{count}], {a_type} a, unsigned long long b"
-            f"{', unsigned places' if sparse else ''}) {{\n"
+            f"{', unsigned metadata' if sparse else ''}) {{\n"
             f'  asm volatile("wgmma.mma_async{".sp" if sparse else ""}.sync.aligned.m64n{n}k{depth}.f32.{element}.{element} "\n'
             f'               "{{{accumulators}}}, {a}, %{after_a}, "\n'
             f'               "{metadata}%{after_a + 1}, 1, 1, {transposed};"\n'
@@ -133,7 +145,7 @@ def compile_cubin(tile: Tile, *, afresh: bool = False) -> bytes:
     if path and not afresh and (kept := _read_kept(path)):
         return kept
     with compiled.said_if_slow("the prefill kernel"):
-        cubin = cuda.compile_cubin(text, "prefill.cu", _OPTIONS)
+        cubin = cuda.compile_cubin(text, "generated", _OPTIONS)
     if path:
         with contextlib.suppress(OSError):  # a full disk costs only the next start
             write_whole(path, _digest(path, cubin) + cubin)

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+TENSOR_MAP_BYTES = 128  # sizeof(CUtensorMap), which is aligned to 64
+
 
 class CompilationError(RuntimeError):
     """A kernel cannot be built or loaded here; the message says why."""
@@ -81,8 +83,8 @@ def tensor_map(x: Tensor, rows: int) -> ctypes.Array:
     box, steps = (ctypes.c_uint32 * 4)(64, rows, 1, 1), (ctypes.c_uint32 * 4)(1, 1, 1, 1)
     element = {torch.float16: 6, torch.bfloat16: 9}[x.dtype]  # CU_TENSOR_MAP_DATA_TYPE_*
     interleave_none, swizzle_128b, promotion_l2_128b, fill_zeros = 0, 3, 2, 0
-    space = ctypes.create_string_buffer(128 + 64)
-    aligned = (ctypes.c_char * 128).from_buffer(space, -ctypes.addressof(space) % 64)
+    space = ctypes.create_string_buffer(TENSOR_MAP_BYTES + 64)
+    aligned = (ctypes.c_char * TENSOR_MAP_BYTES).from_buffer(space, -ctypes.addressof(space) % 64)
     _driver(
         "cuTensorMapEncodeTiled", aligned, element, 4, ctypes.c_void_p(x.data_ptr()), sizes, strides, box, steps,
         interleave_none, swizzle_128b, promotion_l2_128b, fill_zeros,
@@ -131,8 +133,8 @@ def _libcuda() -> ctypes.CDLL:
 def _libnvrtc() -> ctypes.CDLL:
     """NVRTC of torch's CUDA wheels, else of a toolkit on the loader's path."""
     package = importlib.util.find_spec("nvidia")
-    places = [Path(p) for p in (package.submodule_search_locations or ())] if package else []
-    found = [path for place in places for path in sorted(place.glob("*/lib/libnvrtc.so.*[0-9]"))]
+    folders = [Path(p) for p in (package.submodule_search_locations or ())] if package else []
+    found = [path for folder in folders for path in sorted(folder.glob("*/lib/libnvrtc.so.*[0-9]"))]
     found.sort(key=lambda path: path.suffix != f".{(torch.version.cuda or '').split('.')[0]}")  # torch's own first
     for path in found:
         for builtins in path.parent.glob("libnvrtc-builtins.so.*[0-9]"):

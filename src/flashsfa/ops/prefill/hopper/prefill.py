@@ -17,13 +17,15 @@ from ...select.plain import empty_rows
 from .. import fused as dense
 from . import compiler, cuda
 from .compiler import Tile
+from .params import Params
 
 _WIDTHS = (64, 128, 256)
-_L2_BYTES = 40 << 20  # of 50 MiB
-_MUCH_KEYS, _MUCH_BLOCKS = (
+# Measured on an H100 (docs/notes/2026-11-27-prefill.md):
+_L2_BYTES = 40 << 20  # of K and V that stay in the L2 cache, which has 50 MiB
+_LONG_KEYS, _LONG_WORK_TILES = (
     4096,
     4,
-)  # from how many on three consumers were measured faster: keys seen, and blocks a multiprocessor
+)  # visible keys, and work tiles per multiprocessor, from which on three consumers are faster
 
 
 def obstacle(q: Tensor, dense_dims: int, k: Tensor, v: Tensor, mask: Mask, scale: float) -> str | None:
@@ -43,7 +45,7 @@ def obstacle(q: Tensor, dense_dims: int, k: Tensor, v: Tensor, mask: Mask, scale
     if 0 in (*q.shape, *k.shape, *sequences):
         return "there is nothing to attend"
     if sequences[0] * q.shape[1] * math.ceil(sequences[1] / 64) >= 1 << 31:
-        return "the kernel counts less than 2^31 blocks of queries, all sequences taken as long as the longest"
+        return "the kernel counts less than 2^31 tiles of queries, all sequences taken as long as the longest"
     if not ctypes.c_float(scale).value > 0:
         return f"row maxima are taken before scaling, which needs a positive scale in float32, not {scale}"
     return None
@@ -55,30 +57,32 @@ def is_faster(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> bool
     if not _is_hopper(q):
         return False
     _, longest_q, longest_k = _sequences(q, k, mask)
-    seen = _most_seen(longest_k, mask)
-    if longest_q < 512 or seen < 256:
+    visible = _most_visible(longest_k, mask)
+    if longest_q < 512 or visible < 256:
         return False
     rival, _ = dense.choose_kernel(q, v, mask)
-    if isinstance(rival, dense.CudaCudnn) and seen < 2048:
+    if isinstance(rival, dense.CudaCudnn) and visible < 2048:
         return False
     return obstacle(q, q.shape[-1], k, v, mask, scale) is None
 
 
-def default_tile(dtype: torch.dtype, head_dim: int, value_dim: int, dense_dims: int, *, much: bool) -> Tile:
+def default_tile(dtype: torch.dtype, head_dim: int, value_dim: int, dense_dims: int, *, long_context: bool) -> Tile:
     """The fastest of the sizes that were measured on an H100 (docs/notes/2026-11-27-prefill.md).
 
     Args:
-        much: several blocks for each multiprocessor, of thousands of keys each. At widths of 128 three consumers then hide
-            more than their larger blocks cost.
+        long_context: several work tiles per multiprocessor, of thousands of keys each. At widths of 128 three consumers then
+            hide more than their larger work tiles cost.
+
+    Waiting early for K gains only with values of width 64.
     """
     widest = max(head_dim, value_dim)
     if widest == 256:
         sizes = {"block_n": 80}
-    elif widest == 64 or much:
+    elif widest == 64 or long_context:
         sizes = {"block_n": 96 if value_dim == 64 else 64, "consumers": 3, "stages": 4}
     else:
         sizes = {"stages": 3}
-    return Tile(dtype, head_dim, value_dim, dense_dims, **sizes)
+    return Tile(dtype, head_dim, value_dim, dense_dims, **sizes, early_k_wait=value_dim == 64)
 
 
 def forward(
@@ -111,28 +115,48 @@ def forward(
     longest_k = min(longest_k, n_k)  # who packs may name more
     multiprocessors = torch.cuda.get_device_properties(q.device).multi_processor_count
     if tile is None:
-        much = is_much(batch * heads * n_q, _most_seen(longest_k, mask), multiprocessors)
-        tile = default_tile(q.dtype, q.head_dim, v.shape[-1], q.dense_dims, much=much)
+        long_context = is_long_context(batch * heads * n_q, _most_visible(longest_k, mask), multiprocessors)
+        tile = default_tile(q.dtype, q.head_dim, v.shape[-1], q.dense_dims, long_context=long_context)
     with torch.cuda.device(q.device):
         kernel = _load(tile, v.device.index)
-        channel, values, indices = in_pairs(q)
+        channel, values, indices = as_24_pattern(q)
         channel, values, indices = _by_16_bytes(channel), _aligned(values), _aligned(indices)
-        bounds = [None if x is None else x.contiguous() for x in (mask.cu_seqlens_q, mask.cu_seqlens_k)]
+        cu_seqlens = [None if x is None else x.contiguous() for x in (mask.cu_seqlens_q, mask.cu_seqlens_k)]
         k, v = _by_16_bytes(k), _by_16_bytes(v)
         out = empty_rows(q.values, v.shape[-1])
         lse = v.new_empty((batch, heads, n_q), dtype=torch.float32)
-        width = math.ceil(longest_q / tile.block_m) * heads
-        blocks = width * sequences
-        thread_blocks = min(blocks, multiprocessors)
-        taken = torch.zeros(1, dtype=torch.int32, device=q.device) if blocks > 2 * thread_blocks else None
+        tiles_per_sequence = math.ceil(longest_q / tile.block_m) * heads
+        work_tiles = tiles_per_sequence * sequences
+        thread_blocks = min(work_tiles, multiprocessors)
+        # A counter must be zero first, 2 us: where a thread block gets two work tiles at most, they are dealt without one.
+        counter = torch.zeros(1, dtype=torch.int32, device=q.device) if work_tiles > 2 * thread_blocks else None
         head_bytes = longest_k * (k.shape[3] + v.shape[3]) * k.element_size()
-        params = _Params(
-            channel.data_ptr(), *(2 * stride for stride in channel.stride()[:3]),
-            values.data_ptr(), indices.data_ptr(), out.data_ptr(), lse.data_ptr(),
-            *out.stride()[:3], *(None if x is None else x.data_ptr() for x in bounds),
-            n_q, n_k, heads, heads // k.shape[1], mask.is_causal, width, blocks, None if taken is None else taken.data_ptr(),
-            n_q + n_k if mask.window is None else min(n_q + n_k, mask.window), heads_together(heads, k.shape[1], head_bytes), scale,
-        )  # fmt: skip
+        params = Params(
+            q_dense=channel.data_ptr(),
+            q_dense_batch=2 * channel.stride(0),
+            q_dense_head=2 * channel.stride(1),
+            q_dense_row=2 * channel.stride(2),
+            q_values=values.data_ptr(),
+            q_indices=indices.data_ptr(),
+            out=out.data_ptr(),
+            lse=lse.data_ptr(),
+            out_batch=out.stride(0),
+            out_head=out.stride(1),
+            out_row=out.stride(2),
+            cu_seqlens_q=None if cu_seqlens[0] is None else cu_seqlens[0].data_ptr(),
+            cu_seqlens_k=None if cu_seqlens[1] is None else cu_seqlens[1].data_ptr(),
+            n_q=n_q,
+            n_k=n_k,
+            heads=heads,
+            heads_per_kv_head=heads // k.shape[1],
+            is_causal=mask.is_causal,
+            tiles_per_sequence=tiles_per_sequence,
+            work_tiles=work_tiles,
+            tile_counter=None if counter is None else counter.data_ptr(),
+            window=n_q + n_k if mask.window is None else min(n_q + n_k, mask.window),
+            heads_per_l2_group=heads_per_l2_group(heads, k.shape[1], head_bytes),
+            scale=scale,
+        )
         maps = [cuda.tensor_map(x, tile.block_n) for x in (k, v)]
         cuda.launch(kernel, (thread_blocks, 1, 1), tile.threads, tile.shared_bytes, (params, *maps))
     return out, lse
@@ -149,61 +173,30 @@ def _sequences(q: FeatureCodes | Tensor, k: Tensor, mask: Mask) -> tuple[int, in
     return mask.cu_seqlens_q.numel() - 1, mask.max_seqlen_q, mask.max_seqlen_k
 
 
-def is_much(rows: int, seen: int, multiprocessors: int) -> bool:
-    """Whether `rows` queries of all heads that see `seen` keys are worth three consumers."""
-    return seen >= _MUCH_KEYS and rows >= _MUCH_BLOCKS * 3 * 64 * multiprocessors
+def is_long_context(queries: int, visible: int, multiprocessors: int) -> bool:
+    """Whether `queries` of all heads that see `visible` keys are worth three consumers."""
+    return visible >= _LONG_KEYS and queries >= _LONG_WORK_TILES * 3 * 64 * multiprocessors
 
 
-def _most_seen(longest_k: int, mask: Mask) -> int:
+def _most_visible(longest_k: int, mask: Mask) -> int:
     """Keys that a query sees at most."""
     if mask.window is None:
         return longest_k
     return min(longest_k, mask.window if mask.is_causal else 2 * mask.window)
 
 
-def in_pairs(q: FeatureCodes) -> tuple[Tensor, Tensor, Tensor]:
-    """Dense channel, values and indices of a code with exactly two entries a group, which may be zero."""
+def as_24_pattern(q: FeatureCodes) -> tuple[Tensor, Tensor, Tensor]:
+    """Dense channel, values and indices of a code with exactly two entries per group, which may be zero."""
     if 2 * q.topk == q.sparse_dims:
         return q.dense, q.values, q.indices
     return prune_24_op(q.to_dense(), q.dense_dims)
 
 
-def heads_together(heads: int, kv_heads: int, head_bytes: int) -> int:
-    """Query heads whose blocks are mixed: as many as have keys and values, `head_bytes` each, that fit the L2 cache beside
-    one another."""
+def heads_per_l2_group(heads: int, kv_heads: int, head_bytes: int) -> int:
+    """L2 swizzle: how many query heads interleave their work tiles. As many as have keys and values, `head_bytes` per head, that
+    fit the L2 cache beside one another."""
     fitting = max(1, _L2_BYTES // head_bytes) * (heads // kv_heads)
     return math.ceil(heads / math.ceil(heads / fitting))
-
-
-class _Params(ctypes.Structure):
-    """`Params` of prefill.cu."""
-
-    _fields_ = (
-        ("q_dense", ctypes.c_void_p),
-        ("q_dense_batch", ctypes.c_longlong),
-        ("q_dense_head", ctypes.c_longlong),
-        ("q_dense_row", ctypes.c_longlong),
-        ("q_values", ctypes.c_void_p),
-        ("q_indices", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("lse", ctypes.c_void_p),
-        ("out_batch", ctypes.c_longlong),
-        ("out_head", ctypes.c_longlong),
-        ("out_row", ctypes.c_longlong),
-        ("q_bounds", ctypes.c_void_p),
-        ("k_bounds", ctypes.c_void_p),
-        ("n_q", ctypes.c_int),
-        ("n_k", ctypes.c_int),
-        ("heads", ctypes.c_int),
-        ("group", ctypes.c_int),
-        ("causal", ctypes.c_int),
-        ("width", ctypes.c_int),
-        ("blocks", ctypes.c_int),
-        ("taken", ctypes.c_void_p),
-        ("window", ctypes.c_int),
-        ("together", ctypes.c_int),
-        ("scale", ctypes.c_float),
-    )
 
 
 def _load(tile: Tile, device: int) -> ctypes.c_void_p:
@@ -223,7 +216,7 @@ def _load_once(tile: Tile, device: int) -> ctypes.c_void_p | str:
         except cuda.CompilationError:
             if afresh:
                 raise
-        return load(afresh=True)  # what was kept may not be what the compiler makes
+        return load(afresh=True)  # what the disk had may not be what the compiler makes
 
     try:
         return load(afresh=False)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...triton.rows import block_of_rows, cdiv, next_power_of_2
 
-_ENTRIES = 4096  # a program
+_ENTRIES = 4096  # of the output per program
 
 
 def merge_parts(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
@@ -16,7 +16,7 @@ def merge_parts(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> Non
 
     Args:
         out, part: [B, H, N, D] of one dtype, the last dimension contiguous, any strides of the others.
-        lse, part_lse: [B, H, N] float32, any strides; -inf where a row saw no key, its output being 0.
+        lse, part_lse: [B, H, N] float32, any strides; -inf where a query saw no key, its output being 0.
     """
     batch, heads, n, head_dim = out.shape
     width = next_power_of_2(head_dim)
@@ -34,7 +34,7 @@ def merge_parts_kernel(
     out_sb, out_sh, out_sn, lse_sb, lse_sh, lse_sn, part_sb, part_sh, part_sn, part_lse_sb, part_lse_sh, part_lse_sn,
     heads, n, D: tl.constexpr, D_PAD: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """R rows of one head: output [R, D] and log-sum-exp [R]."""
+    """R queries of one head: output [R, D] and log-sum-exp [R]."""
     batch, head, _, row, there = block_of_rows(heads, n, R)
     column = tl.arange(0, D_PAD)[None, :]  # [1, D_PAD]
     inside = there[:, None] & (column < D)

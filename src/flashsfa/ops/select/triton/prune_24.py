@@ -1,6 +1,6 @@
-"""Codes in the 2:4 pattern on the GPU: the two largest of each aligned group of four, in one pass over x.
+"""2:4 pruning on the GPU: the two largest of each aligned group of four, in one pass over x.
 
-A group lies in one thread's registers: six comparisons rank its entries, and its pair's place in the code is known before.
+A group lies in one thread's registers: six comparisons rank its entries, and where its two go in the code is known before.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 from ...triton.rows import as_batch_head_row, block_of_rows, cdiv, next_power_of_2
 from ..plain import empty_code
 
-_ENTRIES = 4096  # a program
+_ENTRIES = 4096  # per program
 
 
 def prune_24(x: Tensor, dense_dims: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,9 +70,9 @@ def prune_24_kernel(
     slot = tl.arange(0, S_PAD // 2)[None, :]  # [1, S_PAD / 2]
     inside = there & (slot < S // 2)
     values = tl.reshape(tl.join(low, high), (R, S_PAD // 2))
-    places = tl.reshape(tl.join(first, second), (R, S_PAD // 2))
+    in_group = tl.reshape(tl.join(first, second), (R, S_PAD // 2))
     tl.store(VALUES + out_row * (S // 2) + slot, values, mask=inside)
-    tl.store(INDICES + out_row * (S // 2) + slot, (slot // 2 * 4 + places).to(tl.uint8), mask=inside)
+    tl.store(INDICES + out_row * (S // 2) + slot, (slot // 2 * 4 + in_group).to(tl.uint8), mask=inside)
 
 
 @triton.jit

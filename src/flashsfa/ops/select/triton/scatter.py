@@ -1,9 +1,9 @@
-"""Codes spread back to dense rows on the GPU: zeros, dense channel and kept entries in one pass, each byte written once.
+"""Codes scattered to dense rows on the GPU: zeros, dense channel and kept entries in one pass, each byte written once.
 
-`words` (16-bit dtypes, K <= 16, even sizes): a thread builds eight entries in registers, four words of two, and looks at
-every kept entry of the row for those that are among its eight.
+`scatter_words` and `keep_support` (16-bit dtypes, K <= 16, even sizes): a thread builds eight entries in registers, four words
+of two, and looks at every kept entry of the row for those that are among its eight.
 
-`zeros` (any): zeros are written, and the kept entries over them while they still lie in the L2 cache.
+`scatter_over_zeros` (any): zeros are written, and the kept entries over them while they still lie in the L2 cache.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from ...triton.rows import block_of_rows, cdiv, in_units, next_power_of_2
 
-_ENTRIES = 4096  # a program, for `zeros`
-_ROWS = 32  # a program, for `words`: as measured on an H100 (docs/notes/2026-11-26-quality.md)
+_ENTRIES = 4096  # per program, for `scatter_over_zeros`
+_ROWS = 32  # of the output per program, for words: as measured on an H100 (docs/notes/2026-11-26-quality.md)
 
 
 def scatter(dense: Tensor, values: Tensor, indices: Tensor, out: Tensor) -> Tensor:
-    """Write the rows of a code to `out`, and return it.
+    """Write a code to `out` as dense rows, and return it.
 
     Args:
         dense: [..., M], values: [..., K], indices: [..., K] uint8: a code on CUDA, any strides of the leading dimensions.
@@ -37,8 +37,8 @@ def scatter(dense: Tensor, values: Tensor, indices: Tensor, out: Tensor) -> Tens
         for x in (dense, values, indices)
     )
     channel = (dense,) if dense_dims else ()  # an empty one has odd strides, and is not read
-    if _takes_words(topk, rows, *channel):
-        words_kernel[(cdiv(n, _ROWS) * batch * heads,)](
+    if _by_words(topk, rows, *channel):
+        scatter_words_kernel[(cdiv(n, _ROWS) * batch * heads,)](
             dense.view(torch.int32) if dense_dims else None, values, indices, rows.view(torch.int32),
             *(s // 2 for s in dense.stride()[:3]), *values.stride()[:3], *indices.stride()[:3],
             *(s // 2 for s in rows.stride()[:3]), heads, n,
@@ -47,7 +47,7 @@ def scatter(dense: Tensor, values: Tensor, indices: Tensor, out: Tensor) -> Tens
         return out
     width = next_power_of_2(head_dim)
     block = max(1, _ENTRIES // width)
-    zeros_kernel[(cdiv(n, block) * batch * heads,)](
+    scatter_over_zeros_kernel[(cdiv(n, block) * batch * heads,)](
         dense, values, indices, rows,
         *dense.stride()[:3], *values.stride()[:3], *indices.stride()[:3], *rows.stride()[:3], heads, n,
         D=head_dim, D_PAD=width, M=dense_dims, M_PAD=next_power_of_2(dense_dims),
@@ -64,14 +64,14 @@ def keep_support(rows: Tensor, dense_dims: int, indices: Tensor, out: Tensor) ->
         out: as rows.
 
     Returns:
-        False, with nothing written, for what `words` does not take.
+        False, with nothing written, for what cannot be written by words.
     """
     batch, heads, n, head_dim = rows.shape
     topk = indices.shape[-1]
-    if not _takes_words(topk, rows, out) or dense_dims % 2 or indices.stride(-1) != 1:
+    if not _by_words(topk, rows, out) or dense_dims % 2 or indices.stride(-1) != 1:
         return False
     if rows.numel():
-        keep_kernel[(cdiv(n, _ROWS) * batch * heads,)](
+        keep_support_kernel[(cdiv(n, _ROWS) * batch * heads,)](
             rows.view(torch.int32), indices, out.view(torch.int32),
             *(s // 2 for s in rows.stride()[:3]), *indices.stride()[:3], *(s // 2 for s in out.stride()[:3]), heads, n,
             D=head_dim, M=dense_dims, K=topk, R=_ROWS, **_pieces(head_dim),
@@ -80,18 +80,18 @@ def keep_support(rows: Tensor, dense_dims: int, indices: Tensor, out: Tensor) ->
 
 
 def _pieces(head_dim: int) -> dict[str, int]:
-    """Pieces a row of `words`, and warps, so that each thread has four: more would not fit its registers."""
+    """Pieces of eight entries per row of the output, and warps, so that a thread has four: more would not fit its registers."""
     pieces = next_power_of_2(cdiv(head_dim, 8))
     return {"PIECES": pieces, "num_warps": max(1, _ROWS * pieces // 128)}
 
 
-def _takes_words(topk: int, *tensors: Tensor) -> bool:
-    """Whether K and the rows that are read or written as words are within what `words` takes."""
+def _by_words(topk: int, *tensors: Tensor) -> bool:
+    """Whether K and the tensors that are read or written by words are within what words can do."""
     return topk <= 16 and all(x.itemsize == 2 and in_units(x, 2) for x in tensors)
 
 
 @triton.jit(do_not_specialize=["heads", "n"])
-def words_kernel(
+def scatter_words_kernel(
     DENSE, VALUES, INDICES, OUT,
     dense_sb, dense_sh, dense_sn, values_sb, values_sh, values_sn, indices_sb, indices_sh, indices_sn,
     out_sb, out_sh, out_sn, heads, n,
@@ -111,7 +111,7 @@ def words_kernel(
 
 
 @triton.jit(do_not_specialize=["heads", "n"])
-def keep_kernel(
+def keep_support_kernel(
     ROWS, INDICES, OUT,
     rows_sb, rows_sh, rows_sn, indices_sb, indices_sh, indices_sn, out_sb, out_sh, out_sn, heads, n,
     D: tl.constexpr, M: tl.constexpr, K: tl.constexpr, PIECES: tl.constexpr, R: tl.constexpr,
@@ -150,12 +150,12 @@ def _words(
         value_row = value_row[:, None] + none
     first, second, third, fourth = none, none, none, none
     for i in tl.static_range(K):
-        place = M + tl.load(index_row + i, mask=inside, other=0).to(tl.int32)  # [R, PIECES]
+        feature = M + tl.load(index_row + i, mask=inside, other=0).to(tl.int32)  # [R, PIECES]
         value = none | 0xFFFF
         if value_row is not None:
             value &= tl.load(value_row + i, mask=inside, other=0).to(tl.int16, bitcast=True).to(tl.int32)
-        value = tl.where(place % 2 == 1, value << 16, value)
-        word = place // 2 - 4 * piece
+        value = tl.where(feature % 2 == 1, value << 16, value)
+        word = feature // 2 - 4 * piece
         first = tl.where(word == 0, first | value, first)
         second = tl.where(word == 1, second | value, second)
         third = tl.where(word == 2, third | value, third)
@@ -164,7 +164,7 @@ def _words(
 
 
 @triton.jit(do_not_specialize=["heads", "n"])
-def zeros_kernel(
+def scatter_over_zeros_kernel(
     DENSE, VALUES, INDICES, OUT,
     dense_sb, dense_sh, dense_sn, values_sb, values_sh, values_sn, indices_sb, indices_sh, indices_sn,
     out_sb, out_sh, out_sn, heads, n,

@@ -1,18 +1,18 @@
 """Top-k codes on the GPU: the dense channel, the kept values and their sorted indices in one pass over x.
 
-One pass means reading 2·D bytes a row and writing 2·M + 3·K; at the speed of memory that leaves few instructions
-an entry, so a row is held in the registers of one thread (or a few lanes) and no network crosses lanes for long.
+One pass means reading 2·D bytes per row of x and writing 2·M + 3·K; at the speed of memory that leaves few instructions
+per entry, so a row is held in the registers of one thread (or a few lanes) and no network crosses lanes for long.
 
 `network` (16-bit dtypes, K <= 16): an entry becomes the integer key `magnitude << 17 | 255 - index`, which orders by
 magnitude and then by lowest index, so ties never arise. Neighbouring entries meet first. The winners are cut into lists
 of K keys; each is sorted by Batcher's odd-even merge sort, and two sorted lists a, b become one by keeping
-max(a[i], b[K-1-i]), which is the top K of both. An entry among the top K has its pair's winner there too, so only the K
-winners' partners must still be looked at. The indices left over are sorted, and the values fetched from the L1 cache.
+max(a[i], b[K-1-i]), which is the top K of both. Where an entry is among the top K, so is the winner of its first meeting: only the
+K winners' partners must still be looked at. The indices left over are sorted, and the values fetched from the L1 cache.
 
-`bisect` (any dtype and K): the row's threshold is found by bisection on the integer magnitude with a count a round,
+`bisect` (any dtype and K): the row's threshold is found by bisection on the integer magnitude with one count per round,
 then one prefix sum over the row gives every kept entry its slot.
 
-`rank` (any dtype and K, few rows): four warps a row compare each entry with all others. More work for each row, but all rows
+`rank` (any dtype and K, few rows): four warps per row compare each entry with all others. More work for each row, but all rows
 run at once, as a decode step's do; and the code is short: it compiles in a second, where a network takes up to ten.
 """
 
@@ -34,17 +34,17 @@ class Launch(NamedTuple):
     """How the kernel is launched, as measured on an H100 (docs/notes/2026-11-24-decode.md)."""
 
     method: str  # "network", "bisect" or "rank"
-    rows: int  # rows a program
+    rows: int  # of x per program
     lanes: int  # neighbouring threads that share a row
     num_warps: int
 
 
-_FEW_ROWS = 512  # of all heads: a few programs of `rank` a multiprocessor
+_RANK_ROWS = 512  # of all heads, at most, are coded by `rank`: a few programs per multiprocessor
 
 
 def launch_for(dtype: torch.dtype, topk: int, rows: int) -> Launch:
-    """The launch parameters for `rows` rows of all heads, all in one place."""
-    if rows <= _FEW_ROWS:
+    """The launch parameters for `rows` rows of x, those of all heads."""
+    if rows <= _RANK_ROWS:
         return Launch("rank", rows=1, lanes=32, num_warps=4)
     if dtype.itemsize == 2 and topk <= 16:  # the network of a larger K takes 10 s to compile
         return Launch("network", rows=32, lanes=1, num_warps=1)
@@ -52,7 +52,7 @@ def launch_for(dtype: torch.dtype, topk: int, rows: int) -> Launch:
 
 
 def encode(x: Tensor, topk: int, dense_dims: int, launch: Launch | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Dense channel [..., M], values [..., K] and uint8 indices [..., K] of x [..., D], as `codes.select_topk` selects.
+    """Dense channel [..., M], values [..., K] and uint8 indices [..., K] of x [..., D], as `plain.select_topk` selects.
 
     Args:
         x: [..., D] float16, bfloat16 or float32 on CUDA, any strides, D <= 256.
@@ -74,10 +74,10 @@ def topk_rows(
     code: tuple[Tensor, Tensor, Tensor] | None = None,
     launch: Launch | None = None,
 ) -> bool:
-    """Write x [..., D] to `out`, zero but for its dense channel and what `topk_codes` keeps, in one pass; and the code.
+    """Write x [..., D] to `out`, zero but for its dense channel and what `encode` keeps, in one pass; and the code.
 
     Args:
-        x, topk, dense_dims: as in `topk_codes`.
+        x, topk, dense_dims: as in `encode`.
         out: [B, H, N, D] if x is, else contiguous as x; last dimension contiguous, other strides multiples of 8.
         code: contiguous dense channel [..., M], values [..., K] and uint8 indices [..., K], to be written beside; None for
             rows alone.
@@ -273,14 +273,14 @@ def topk_rows_kernel(
         least = tl.minimum(least, best[i])
     # The rows once more, out of the L1 cache: side by side, as memory likes them, and in few registers at a time.
     for c in tl.static_range((D // 2 + PIECE - 1) // PIECE):
-        place = c * PIECE + tl.arange(0, PIECE)[None, :]  # [1, PIECE] words
-        inside = there[:, None] & (place < D // 2)
-        word = tl.load(word_row[:, None] + place, mask=inside, other=0)  # [R, PIECE]
-        low, high = _keys(word, 2 * place - M)
+        word_index = c * PIECE + tl.arange(0, PIECE)[None, :]  # [1, PIECE] words
+        inside = there[:, None] & (word_index < D // 2)
+        word = tl.load(word_row[:, None] + word_index, mask=inside, other=0)  # [R, PIECE]
+        low, high = _keys(word, 2 * word_index - M)
         kept = tl.where(low >= least[:, None], word & 0xFFFF, 0) | tl.where(high >= least[:, None], word & -0x10000, 0)
-        tl.store(out_row + place, tl.where(place < M // 2, word, kept), mask=inside)
+        tl.store(out_row + word_index, tl.where(word_index < M // 2, word, kept), mask=inside)
         if DENSE is not None:
-            tl.store(DENSE + code_row * (M // 2) + place, word, mask=inside & (place < M // 2))
+            tl.store(DENSE + code_row * (M // 2) + word_index, word, mask=inside & (word_index < M // 2))
     if VALUES is not None:
         _store_kept(_ascending(best, K, K_PAD, R), x_row, x_sd, VALUES, INDICES, code_row, there, M, K, K_PAD)
 
@@ -336,15 +336,15 @@ def _keys(words, index):
 def _load_words(x_row, word_row, x_sd, there, FIRST: tl.constexpr, M: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr,
                 W: tl.constexpr, HALVES: tl.constexpr, WHOLE_WORDS: tl.constexpr):  # fmt: skip
     """Columns FIRST to D of each row as a tuple of int32 [R, W] words of 1 or 2 entries, zero before M and past D. A
-    chunk is 4 words, 16 bytes, a thread: loading chunk by chunk is what keeps a row within few lanes."""
+    chunk is 4 words, 16 bytes, per thread: loading chunk by chunk is what keeps a row within few lanes."""
     words = ()
     for c in tl.static_range(CHUNKS):
-        place = c * W + tl.arange(0, W)[None, :]  # [1, W]
-        column = FIRST + place * HALVES
+        word_index = c * W + tl.arange(0, W)[None, :]  # [1, W]
+        column = FIRST + word_index * HALVES
         inside = there[:, None] & (column < D)  # [R, W]
         if WHOLE_WORDS:
-            place += FIRST // HALVES  # the mask in whole words: the compiler sees that it cuts no 16-byte load
-            word = tl.load(word_row[:, None] + place, mask=there[:, None] & (place < D // HALVES), other=0)
+            word_index += FIRST // HALVES  # the mask in whole words: the compiler sees that it cuts no 16-byte load
+            word = tl.load(word_row[:, None] + word_index, mask=there[:, None] & (word_index < D // HALVES), other=0)
         elif HALVES == 1:
             word = tl.load(x_row[:, None] + column.to(tl.int64) * x_sd, mask=inside, other=0).to(tl.int32, bitcast=True)
         else:
@@ -522,9 +522,9 @@ def _count(words, threshold, CHUNKS: tl.constexpr, W: tl.constexpr, HALVES: tl.c
     total = tl.zeros([R, W], tl.int32)
     if HALVES == 2:
         # Both halves at once: with its top bit set a half keeps it through the subtraction if it is large enough.
-        pair = (threshold | (threshold << 16))[:, None]
+        both = (threshold | (threshold << 16))[:, None]
         for c in tl.static_range(CHUNKS):
-            total += (((words[c] | -0x7FFF8000) - pair) >> 15) & 0x00010001
+            total += (((words[c] | -0x7FFF8000) - both) >> 15) & 0x00010001
         total = (total & 0xFFFF) + (total >> 16)
     else:
         for c in tl.static_range(CHUNKS):
@@ -568,7 +568,7 @@ def _store_by_scan(words, threshold, VALUES, INDICES, there, M: tl.constexpr, FI
     for c in tl.static_range(CHUNKS):
         for h in tl.static_range(HALVES):
             above += (_magnitude(words[c], h, HALVES) > threshold[:, None]).to(tl.int32)
-    room = (K - tl.sum(above, 1))[:, None]  # [R, 1] places left for entries at the threshold
+    room = (K - tl.sum(above, 1))[:, None]  # [R, 1] slots left for entries at the threshold
     before = tl.zeros([R], tl.int32)
     for c in tl.static_range(CHUNKS):
         index = FIRST - M + (c * W + tl.arange(0, W)[None, :]) * HALVES  # [1, W] of the word's first entry
