@@ -200,7 +200,8 @@ def test_autograd_keeps_codes_not_rows():
 def test_explain_names_the_backend():
     for backend in ("dense", "reference"):
         attention(*inputs(3, 3), topk=2, backend=backend)
-        assert f"attention: {backend} (" in flashsfa.explain()
+        named = {"dense": "sparse features through a dense kernel"}.get(backend, backend)
+        assert f"attention: {named} (" in flashsfa.explain()
 
 
 Q = torch.ones(2, 4, 3, 8)
