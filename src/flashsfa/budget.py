@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
+
+import torch
 
 from .checks import require, require_int
 
@@ -42,17 +45,12 @@ class FeatureBudget:
 
         Raises `TypeError` or `ValueError` for one that does not fit a head or its pattern.
         """
-        require_budget(topk, head_dim, dense_dims)
-        if topk_query is None:
-            topk_query = topk
-        elif isinstance(topk_query, str):
-            require(topk_query == DENSE, f"topk_query must be an int, 'dense' or None, got {topk_query!r}")
-            topk_query = head_dim
-        require_int("topk_query", topk_query)
-        budget = cls(head_dim, topk, int(topk_query), dense_dims, query_pattern)
-        if not budget.keeps_queries:
-            require_budget(topk_query, head_dim, dense_dims, query_pattern)
-        return budget
+        if torch.compiler.is_compiling():
+            return _resolve(head_dim, topk, topk_query, dense_dims, query_pattern)
+        try:
+            return _resolve_once(head_dim, topk, topk_query, dense_dims, query_pattern)
+        except TypeError:  # of what cannot be looked up, too
+            return _resolve(head_dim, topk, topk_query, dense_dims, query_pattern)
 
     def with_keys_kept(self) -> FeatureBudget:
         """The budget for keys that are sparse already."""
@@ -76,6 +74,26 @@ class FeatureBudget:
     def keeps_keys(self) -> bool:
         """Whether keys stay as they are."""
         return self.topk == self.head_dim
+
+
+def _resolve(
+    head_dim: int, topk: int, topk_query: int | str | None, dense_dims: int, query_pattern: str | None
+) -> FeatureBudget:
+    require_budget(topk, head_dim, dense_dims)
+    if topk_query is None:
+        topk_query = topk
+    elif isinstance(topk_query, str):
+        require(topk_query == DENSE, f"topk_query must be an int, 'dense' or None, got {topk_query!r}")
+        topk_query = head_dim
+    require_int("topk_query", topk_query)
+    budget = FeatureBudget(head_dim, topk, int(topk_query), dense_dims, query_pattern)
+    if not budget.keeps_queries:
+        require_budget(topk_query, head_dim, dense_dims, query_pattern)
+    return budget
+
+
+# A decode step names the same budget again and again; `typed` tells True from 1.
+_resolve_once = functools.lru_cache(maxsize=256, typed=True)(_resolve)
 
 
 def query_features(topk_query: int | str, head_dim: int) -> int:

@@ -86,7 +86,7 @@ def require(condition: bool, message: str | Callable[[], str]) -> None:
 
 def require_int(name: str, value: Any, least: int | None = None, most: int | None = None) -> None:
     """`value` is a whole number, from `least` to `most` where these are given. A bool and a float are none: `TypeError`."""
-    if not isinstance(value, (Integral, torch.SymInt)) or isinstance(value, bool):
+    if type(value) is not int and (not isinstance(value, (Integral, torch.SymInt)) or isinstance(value, bool)):
         raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__})")
     number: Any = value
     if (least is not None and number < least) or (most is not None and number > most):
@@ -96,7 +96,9 @@ def require_int(name: str, value: Any, least: int | None = None, most: int | Non
 
 def require_number(name: str, value: Any, hint: str = "") -> None:
     """`value` is a finite int or float. `hint` says what to do where it is a tensor."""
-    if isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat, torch.SymInt)):
+    if type(value) is not float and (
+        isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat, torch.SymInt))
+    ):
         also = f"; {hint}" if hint and isinstance(value, Tensor) else ""
         raise TypeError(f"{name} must be a float, got {type(value).__name__}{also}")
     if not isinstance(value, (torch.SymFloat, torch.SymInt)) and not math.isfinite(value):
