@@ -55,19 +55,30 @@ def test_compiled_equals_eager(name):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("dense_dims", [0, 3])
-def test_opcheck_topk_codes(dense_dims, dtype):
+def test_opcheck_topk(dense_dims, dtype):
     x = heads_of(5, dtype=dtype, requires_grad=True).transpose(1, 2)
-    torch.library.opcheck(torch.ops.flashsfa.topk_codes.default, (x, 4, dense_dims))
+    torch.library.opcheck(torch.ops.flashsfa.topk.default, (x, 4, dense_dims))
 
 
+BUDGETS = [(4, 4, None), (16, 4, None), (4, 16, None), (6, 4, "2:4")]
+BACKENDS = [("dense", False), ("dense", True), ("reference", False)]
+MASKS = [(True, None, False), (False, 3, False), (False, None, True)]
+DTYPES = [torch.bfloat16, torch.float32]
+
+
+# Every budget with every backend; masks and dtypes go round, so that any two of the four meet.
 @pytest.mark.parametrize(
-    ("is_causal", "window", "padded"), [(True, None, False), (False, 3, False), (False, None, True)]
+    ("budget", "backend", "mask", "dtype"),
+    [
+        (budget, backend, MASKS[(i + j) % 3], DTYPES[(i + j) % 2])
+        for i, budget in enumerate(BUDGETS)
+        for j, backend in enumerate(BACKENDS)
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize(("backend", "of_all"), [("dense", False), ("dense", True), ("reference", False)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize(("topk_query", "topk", "pattern"), [(4, 4, None), (16, 4, None), (4, 16, None), (6, 4, "2:4")])
-def test_opcheck_attention(is_causal, window, padded, backend, of_all, dtype, topk_query, topk, pattern):
+def test_opcheck_attention(budget, backend, mask, dtype):
     """Kept codes, and rows that stay as they are on either side; the backward operator over what the forward hands out."""
+    (topk_query, topk, pattern), (backend, of_all), (is_causal, window, padded) = budget, backend, mask
     tensors = [
         x.requires_grad_() for x in (heads_of(5, 4, dtype=dtype), heads_of(7, dtype=dtype), heads_of(7, dtype=dtype))
     ]
