@@ -5,6 +5,8 @@
 
 import contextlib
 import os
+import random
+import shutil
 
 import pytest
 import torch
@@ -45,3 +47,27 @@ def poisoned_memory():
     assert torch.empty(1).isnan()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """Folders "dense" and "converted" with a model each, to be read."""
+    from command_lines import save_models
+
+    folder = tmp_path_factory.mktemp("models")
+    save_models(folder)
+    return folder
+
+
+@pytest.fixture
+def work(models, tmp_path, monkeypatch):
+    """A folder of our own, the current one, with both models, a text and a folder of texts."""
+    from command_lines import WORDS
+
+    shutil.copytree(models, tmp_path, dirs_exist_ok=True)
+    text = " ".join(random.Random(0).choices(WORDS[2:], k=600))
+    (tmp_path / "text.txt").write_text(text)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -1,112 +1,21 @@
-"""Inputs that are damaged, foreign or mean nothing: each command answers with exit code 2 and one line, and leaves nothing."""
+"""Inputs that are foreign or mean nothing: each command answers with exit code 2 and one line, and leaves nothing."""
 
-import json
-import math
 import os
-import random
 import shutil
 import signal
 import sys
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 
-from flashsfa import FeatureBasis
 from flashsfa.cli import main
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
-from safetensors.torch import load_file, save_file  # noqa: E402
-
-import flashsfa  # noqa: E402
-import flashsfa.convert  # noqa: E402
-from flashsfa.evaluation.perplexity import perplexity  # noqa: E402
-
-WORDS = ["<unk>", "<pad>", *(f"word{i}" for i in range(60))]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """A dense model and a converted one, of two layers, in folders "dense" and "converted"."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="<unk>", pad_token="<pad>", model_input_names=["input_ids", "attention_mask"]
-    )
-    config = transformers.LlamaConfig(
-        vocab_size=len(WORDS), hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, pad_token_id=1, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    with torch.device("cpu"):
-        model = transformers.LlamaForCausalLM(config)
-        basis = FeatureBasis(*(torch.eye(8).expand(2, 2, 8, 8) for _ in range(2)))
-    folder = tmp_path_factory.mktemp("models")
-    for name in ("dense", "converted"):
-        if name == "converted":
-            flashsfa.enable(model, topk=2, dense_dims=2, basis=basis)
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    return folder
-
-
-@pytest.fixture
-def work(models, tmp_path, monkeypatch):
-    """A folder of our own, the current one, with both models, a text and a folder of texts."""
-    shutil.copytree(models, tmp_path, dirs_exist_ok=True)
-    text = " ".join(random.Random(0).choices(WORDS[2:], k=600))
-    (tmp_path / "text.txt").write_text(text)
-    (tmp_path / "texts").mkdir()
-    (tmp_path / "texts" / "a.txt").write_text(text)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def command(line):
-    """The words of `line`, with the options that every run of its command has; those in `line` come last and count."""
-    name, rest = line.split(" ", 1)
-    shared = {
-        "convert": "convert --dtype float32 --topk 2 --dense-dims 2 --window 32 --windows 2 --calibrate text.txt --eval text.txt -o out",
-        "perplexity": "eval perplexity --dtype float32 --device cpu --window 32 --windows 2 --text text.txt -o out",
-        "needle": "eval needle --dtype float32 --device cpu --lengths 200 --depths 50 --text text.txt -o out",
-        "lm-eval": "eval lm-eval --tasks any -o out",
-        "bench": "bench --quick --device cpu -o out",
-        "info": "info",
-    }
-    return [*shared[name].split(), *(word.replace("''", "") for word in rest.split(" "))]
-
-
-def assert_refused(capfd, arguments, *messages):
-    """Exit code 2, one line on stderr with `messages`, and no file or folder more or less. Options that are no options bring the
-    usage too."""
-    before = everything()
-    try:
-        code = main(arguments)
-    except SystemExit as stop:
-        code = stop.code
-    error = capfd.readouterr().err
-    assert code == 2, error
-    lines = error.strip().splitlines()
-    if lines[0].startswith("usage:"):
-        lines = [line for line in lines if "error:" in line]
-    assert len(lines) == 1, error
-    assert lines[0].startswith("flashsfa")
-    assert "error:" in lines[0]
-    for message in messages:
-        assert message in lines[0]
-    assert everything() == before
-
-
-def everything():
-    """All files and folders here."""
-    return sorted(os.path.join(parent, name) for parent, folders, files in os.walk(".") for name in (*folders, *files))
-
+import flashsfa.convert
+from command_lines import assert_refused, command, everything
 
 MOST = "1073741824"
 
@@ -205,117 +114,6 @@ def test_hay_that_is_none(kind, work, capfd):
     assert_refused(capfd, command("needle converted --text bad"), message)
 
 
-def config(**fields):
-    """Changes fields of config.json."""
-
-    def change(folder):
-        file = folder / "config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | fields))
-
-    return change
-
-
-def cut(name, share=0.5):
-    def change(folder):
-        file = folder / name
-        file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
-
-    return change
-
-
-def content(name, content):
-    return lambda folder: (folder / name).write_bytes(content)
-
-
-def remove(name):
-    return lambda folder: (folder / name).unlink()
-
-
-def weights(edit):
-    def change(folder):
-        tensors = load_file(folder / "model.safetensors")
-        edit(tensors)
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-    return change
-
-
-def bigger_tokenizer(folder):
-    file = folder / "tokenizer.json"
-    tokenizer = json.loads(file.read_text())
-    tokenizer["model"]["vocab"]["foreign"] = 1000
-    file.write_text(json.dumps(tokenizer))
-
-
-DAMAGES = {
-    "no config": (remove("config.json"), "config.json is missing"),
-    "config cut": (cut("config.json"), "no valid JSON"),
-    "config list": (content("config.json", b'["sfa"]'), "config.json"),
-    "config deep": (content("config.json", b"[" * 100_000), "nested too deeply"),
-    "config binary": (content("config.json", bytes(range(256))), "no valid JSON"),
-    "more layers": (config(num_hidden_layers=3), "misses model.layers.2"),
-    "fewer layers": (config(num_hidden_layers=1), "holds model.layers.1"),
-    "no heads": (config(num_attention_heads=0), "num_attention_heads"),
-    "3 heads": (config(num_attention_heads=3), "attention heads"),
-    "other width": (config(hidden_size=64), "other shapes"),
-    "str": (config(max_position_embeddings="x"), "expected int"),
-    "smaller vocabulary": (config(vocab_size=50), "[62, 32] for [50, 32]"),
-    "weights cut": (cut("model.safetensors"), "damaged"),
-    "header cut": (cut("model.safetensors", 0.001), "damaged"),
-    "no bytes": (cut("model.safetensors", 0), "damaged"),
-    "no weights": (remove("model.safetensors"), "model.safetensors"),
-    "a tensor less": (weights(lambda w: w.pop("model.norm.weight")), "misses model.norm.weight"),
-    "a tensor more": (weights(lambda w: w.update({"z": torch.zeros(1)})), "holds z"),
-    "NaN": (weights(lambda w: w["lm_head.weight"].fill_(float("nan"))), "nan"),
-    "no tokenizer": (lambda folder: [remove(f)(folder) for f in ("tokenizer.json", "tokenizer_config.json")], "tokenizer"),
-    "tokenizer cut": (cut("tokenizer.json"), "tokenizer"),
-    "foreign tokenizer": (bigger_tokenizer, "token ids up to 1000, but a model of 62"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", DAMAGES)
-@pytest.mark.parametrize("line", ["convert dense", "perplexity converted", "perplexity dense --dense"])
-def test_damaged_models(line, kind, work, capfd):
-    damage, message = DAMAGES[kind]
-    damage(work / line.split()[1])
-    assert_refused(capfd, command(line), message)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("line", ["convert dense", "perplexity dense --topk 2 --dense-dims 2"])
-def test_keys_that_are_not_finite(line, value, work, capfd):
-    weights(lambda w: w["model.layers.1.self_attn.k_proj.weight"][0].fill_(value))(work / "dense")
-    assert_refused(capfd, command(line), "queries or keys hold NaN or infinity")
-
-
-@pytest.mark.parametrize("kind", ["generation_config.json", "config deep", "a tensor less", "foreign tokenizer"])
-def test_damaged_models_among_needles(kind, work, capfd):
-    damage, message = DAMAGES.get(kind) or (cut(kind), kind)
-    damage(work / "converted")
-    assert_refused(capfd, command("needle converted"), message)
-
-
-@pytest.mark.parametrize("names", [[5], 5, "Llama", {"a": 1}])
-def test_architectures_that_are_none(names, work, capfd):
-    config(architectures=names)(work / "converted")
-    assert_refused(capfd, command("info converted"), "architectures in config.json")
-
-
-@pytest.mark.parametrize("settings", [None, [1], "topk", 3, True, False, {}, {"topk": "2"}, {"bogus": 1}])
-@pytest.mark.parametrize("line", ["info converted", "perplexity converted", "needle converted"])
-def test_settings_that_are_none(line, settings, work, capfd):
-    config(sfa=settings)(work / "converted")
-    assert_refused(capfd, command(line))
-
-
-def test_a_model_of_another_kind(work, capfd):
-    """What was switched and saved as a classifier loads as one."""
-    model = transformers.LlamaForSequenceClassification.from_pretrained("dense", num_labels=3, pad_token_id=1)
-    flashsfa.enable(model, topk=2).save_pretrained("converted")
-    capfd.readouterr()
-    assert_refused(capfd, command("perplexity converted"), "LlamaForSequenceClassification", "no causal language model")
-
-
 def test_a_converted_model_is_not_converted_again(work, capfd):
     assert_refused(capfd, command("convert converted"), "is converted already", "flashsfa eval")
 
@@ -340,27 +138,6 @@ def test_names_are_no_markup(work, capfd):
     (work / "dense").rename(work / "[nowhere]")
     assert main(command("perplexity [nowhere] --dense")) == 0
     assert "[nowhere]: perplexity" in capfd.readouterr().out
-
-
-class Certain:
-    """Stands in for a model: its logits are `value` for one token and 0 for the other."""
-
-    device, dtype = "cpu", torch.float32
-
-    def __init__(self, value):
-        self.value = value
-
-    def __call__(self, input_ids, **options):
-        return SimpleNamespace(logits=torch.tensor([0, self.value]).expand(*input_ids.shape, 2))
-
-
-@pytest.mark.cpu
-def test_a_loss_without_perplexity():
-    windows = torch.zeros(1, 4, dtype=torch.long)
-    assert perplexity(Certain(3.0), windows) == pytest.approx(1 + math.exp(3))
-    for value in (float("nan"), float("inf"), 1e5):
-        with pytest.raises(ValueError, match="no working model has"):
-            perplexity(Certain(value), windows)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

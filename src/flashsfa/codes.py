@@ -125,11 +125,13 @@ class FeatureCodes:
 
     def map(self, change: Callable[..., Tensor], *others: FeatureCodes) -> FeatureCodes:
         """The codes with each tensor changed alike, in leading dimensions or device, together with its like of `others`."""
-        dense, values, indices = (
-            change(*(getattr(x, name) for x in (self, *others))) for name in ("dense", "values", "indices")
+        return FeatureCodes(
+            change(self.dense, *(x.dense for x in others)),
+            change(self.values, *(x.values for x in others)),
+            change(self.indices, *(x.indices for x in others)),
+            self.head_dim,
+            None if self.scale is None else change(self.scale, *(x.scale for x in others)),
         )
-        scale = None if self.scale is None else change(self.scale, *(x.scale for x in others))
-        return FeatureCodes(dense, values, indices, self.head_dim, scale)
 
     def __getitem__(self, index: Any) -> FeatureCodes:
         """Index the leading dimensions, as `x[index]` does for a tensor; the code's own dimension stays whole."""

@@ -47,7 +47,7 @@ class KVView:
         """The view with each tensor of codes, values and scales changed alike, together with its like of `others`."""
         v_scale = None if self.v_scale is None else change(self.v_scale, *(x.v_scale for x in others))
         codes = self.codes.map(change, *(x.codes for x in others))
-        return replace(self, codes=codes, v=change(self.v, *(x.v for x in others)), v_scale=v_scale)
+        return KVView(codes, change(self.v, *(x.v for x in others)), v_scale, self.kv_lens, self.page_table)
 
     def contiguous_pages(self) -> KVView:
         """The pages gathered to [B, Hkv, max_pages * page_size, ...]; a view without pages as it is."""

@@ -301,15 +301,14 @@ def test_static_refusals():
 
 
 @pytest.mark.cpu  # torch cannot trace Tensor.unflatten under a default device
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled_static_decode_equals_eager(model, backend):
+def test_compiled_static_decode_equals_eager(model):
     torch._dynamo.reset()
     ids = tokens(30)
     graphs = []
 
     def count(module, inputs):
         graphs.append(module)
-        return torch._dynamo.lookup_backend(backend)(module, inputs)
+        return torch._dynamo.lookup_backend("aot_eager")(module, inputs)
 
     cache = StaticSparseCache(model, CAPACITY)
     run(model, ids[:, :20], cache)  # a prompt runs as it is
@@ -320,7 +319,7 @@ def test_compiled_static_decode_equals_eager(model, backend):
 
 
 @pytest.mark.cpu  # torch cannot trace Tensor.unflatten under a default device
-@pytest.mark.parametrize("chunk", [None, 18])
+@pytest.mark.parametrize(("model", "chunk"), [(False, None), (True, 18)], indirect=["model"])
 def test_generate_compiles_with_a_static_cache(model, chunk):
     torch._dynamo.reset()
     ids = tokens(24)

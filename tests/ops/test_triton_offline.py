@@ -12,15 +12,19 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.cpu
 
 # Bytes of shared memory that a program may have, by compute capability (CUDA C++ Programming Guide, table of technical
-# specifications).
-SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+# specifications). 89 is left out: it has 86's limits, and Triton the same code for both, but for 8-bit floats.
+SHARED = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 SPILLED = 16  # bytes a thread: four registers, which the assembler gives up now and then so that one more program fits
 HERE = Path(__file__).parents[1] / "support"
 
 KERNELS = {
-    "topk_kernel", "topk_rows_kernel", "scatter_words_kernel", "scatter_over_zeros_kernel", "keep_support_kernel", "prune_24_kernel",
-    "merge_parts_kernel", "decode_query_kernel", "decode_partial_kernel", "decode_combine_kernel", "decode_score_kernel",
-    "decode_count_kernel", "decode_value_kernel",
+    "rows": {
+        "topk_kernel", "topk_rows_kernel", "scatter_words_kernel", "scatter_over_zeros_kernel", "keep_support_kernel", "prune_24_kernel", "merge_parts_kernel",
+    },
+    "decode": {
+        "decode_query_kernel", "decode_partial_kernel", "decode_combine_kernel", "decode_score_kernel", "decode_count_kernel",
+        "decode_value_kernel",
+    },
 }  # fmt: skip
 
 
@@ -55,15 +59,23 @@ def run(*command, folder):
     return done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("parts", [(80, 86, 89), (90,), (100,), (120,)], ids=str)
-def test_kernels_fit(parts, tmp_path):
-    printed, log = run("triton_offline.py", *map(str, parts), folder=tmp_path)
+# Parts in brackets share their intermediate code; decode's multiplies matrices, which each generation has its own units for.
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("rows", (90, 80, 86)), ("rows", (100, 120)),
+        ("decode", (80, 86)), ("decode", (90,)), ("decode", (100,)), ("decode", (120,)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_kernels_fit(name, parts, tmp_path):
+    printed, log = run("triton_offline.py", name, *map(str, parts), folder=tmp_path)
     kernels = [json.loads(line) for line in printed.splitlines()]
     assert {(found["part"], found["kernel"]) for found in kernels} == {
-        (part, name) for part in parts for name in KERNELS
+        (part, kernel) for part in parts for kernel in KERNELS[name]
     }
     assert not [found for found in kernels if found["shared"] > SHARED[found["part"]] or found["stack"] > SPILLED]
-    assert log.count("compiling the GPU kernels") == 1  # the first of those that take long
+    assert name == "decode" or log.count("compiling the GPU kernels") == 1  # the first of those that take long
 
 
 def test_lengths_share_their_kernels(tmp_path):

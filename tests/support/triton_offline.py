@@ -1,4 +1,5 @@
-"""Compile every Triton kernel for one part or several, without a GPU, at the sizes that its launcher chooses.
+"""Compile Triton kernels for one part or several, without a GPU, at the sizes that their launchers choose: `python
+triton_offline.py rows 90 80`.
 
 The launch functions of the package run as they are, on the CPU; a launch compiles its kernel for the part and ends there. One
 line of JSON per kernel: what it is, and the shared memory, registers and stack (which holds what registers do not) it needs.
@@ -47,8 +48,9 @@ class Part:
         return 0
 
 
-def main(capability, *relatives):
-    """Compile for a part and for `relatives`: parts for which Triton makes the same intermediate code, up to their name in it."""
+def main(kernels, capability, *relatives):
+    """Compile the kernels of `KERNELS` for a part and for `relatives`: parts for which Triton makes the same intermediate code, up
+    to their name in it."""
     driver.set_active(Part(capability))
     decode_scores._processors = lambda device: 132
     run, seen = JITFunction.run, set()
@@ -62,7 +64,7 @@ def main(capability, *relatives):
                 print(json.dumps(found | usage(code.asm["cubin"])), flush=True)
 
     JITFunction.run = compile_only
-    for case, launch in cases():  # noqa: B007 (printed above)
+    for case, launch in KERNELS[kernels]():  # noqa: B007 (told above)
         launch()
 
 
@@ -90,12 +92,10 @@ def usage(cubin):
     return {"registers": int(fields["REG"]), "stack": int(fields["STACK"])}
 
 
-def cases():
+def row_cases():
     """Names and launches, one at least for each choice of a launcher and its widest blocks."""
     for dtype, head_dim, topk, dense_dims, n in [
-        (BF16, 64, 8, 0, 300),  # network, rows and words
-        (BF16, 128, 12, 16, 300),
-        (BF16, 256, 16, 0, 300),
+        (BF16, 64, 8, 16, 300),  # network, rows and words
         (BF16, 128, 12, 22, 1),  # rank
         (BF16, 256, 16, 0, 1),
         (FP32, 256, 128, 0, 1),
@@ -104,12 +104,18 @@ def cases():
         (FP32, 256, 128, 22, 300),
     ]:
         yield from coding(dtype, head_dim, topk, dense_dims, n)
+    # The widest network takes Triton long: of its two kernels the one that holds more registers stands for both.
+    x = rows(BF16, 300, 256)
+    yield "topk_rows of 256", partial(selection.topk_rows, x, 16, 0, torch.empty_like(x), empty_code(x, 16, 0))
     for dtype, head_dim, dense_dims in [(BF16, 64, 0), (BF16, 128, 32), (FP32, 256, 0)]:
         x = rows(dtype, 300, head_dim)
         yield f"prune_24 {dtype} {head_dim} {dense_dims}", partial(prune_24.prune_24, x, dense_dims)
     for dtype, head_dim in [(BF16, 40), (BF16, 128), (FP32, 256)]:
         x, lse = rows(dtype, 300, head_dim), torch.empty(1, 2, 300)
         yield f"merge_parts {dtype} {head_dim}", partial(merge_parts.merge_parts, x, lse, x, lse)
+
+
+def decode_cases():
     for case in [
         (BF16, 1, 1, 64, 8, 0, "dense"),
         (BF16, 4, 1, 128, 16, 0, "int8"),
@@ -121,6 +127,9 @@ def cases():
     ]:
         for tolerance in (0.0, 0.01):
             yield f"decode {case} {tolerance}", partial(decode_case, *case, tolerance)
+
+
+KERNELS = {"rows": row_cases, "decode": decode_cases}
 
 
 def coding(dtype, head_dim, topk, dense_dims, n):
@@ -161,4 +170,4 @@ def decode_case(dtype, group, m, head_dim, topk, dense_dims, storage, tolerance,
 
 if __name__ == "__main__":
     os.environ.pop("TRITON_INTERPRET", None)
-    main(*map(int, sys.argv[1:]))
+    main(sys.argv[1], *map(int, sys.argv[2:]))

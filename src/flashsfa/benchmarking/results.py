@@ -176,13 +176,11 @@ class Results:
         (path,) = write_results(directory, stem, {".json": lambda path: path.write_text(content)})
         return path
 
-    def table(self) -> Table:
-        """The rows as a rich table; below it what is to be noted: of rows, and of all together (`findings`)."""
+    def table(self, findings: Sequence[str] = ()) -> Table:
+        """The rows as a rich table; below it the notes of rows, and what all say together (`findings.findings`)."""
         from rich.table import Table
 
-        from .findings import findings
-
-        notes = [*(row.summary() for row in self.rows if row.note), *findings(self.rows)]
+        notes = [*(row.summary() for row in self.rows if row.note), *findings]
         table = Table(
             title=f"{self.operation}: {self.title}", title_justify="left",
             caption="\n".join(notes) or None, caption_justify="left",

@@ -38,6 +38,7 @@ def _bench(options: argparse.Namespace) -> int:
     if options.operation == "generate":
         need("hf", "transformers")
     from .. import benchmarking
+    from ..benchmarking.findings import findings
 
     screen = console()
     results, paths = benchmarking.run(
@@ -45,6 +46,6 @@ def _bench(options: argparse.Namespace) -> int:
         on_start=lambda count: screen.print(f"{count} cases on {device}"),
         on_row=lambda row: screen.print(row.summary()),
     )  # fmt: skip
-    screen.print(results.table())
+    screen.print(results.table(findings(results.rows)))
     print_written(paths)
     return int(any(row.status == "failed" for row in results.rows))

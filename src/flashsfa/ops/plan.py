@@ -19,6 +19,12 @@ from .prefill import fused
 from .prefill.hopper import prefill as hopper
 from .select import operators as select
 
+# Measured on an H100.
+_CUDNN_SHORTEST = 64  # cuDNN refuses some shorter sequences, and is no faster on them
+# cuDNN's causality is square: a chunk of queries after earlier keys is two calls and a merge, FlashAttention-2's is
+# one call. At some 600 and 350 TFLOP/s on an H100 cuDNN saves 1.2 us per GFLOP; two more launches cost about 50 us.
+_CUDNN_CHUNK_FLOPS = 40e9
+
 _plans: dict[tuple, PrefillPlan] = {}
 _MOST_PLANS = 4096  # lengths differ from call to call in some programs
 
@@ -72,7 +78,7 @@ def _plan_prefill(
     if scores.softcap is not None:
         kernel, reason = None, "no fused kernel caps scores"
     else:
-        kernel, reason = fused.choose_kernel(q, v, mask)
+        kernel, reason = choose_kernel(q, v, mask)
     if backend == "dense":
         if kernel is None:
             raise ValueError(f"backend='dense' cannot run: {reason}; use backend='auto'")
@@ -84,9 +90,58 @@ def _plan_prefill(
         if obstacle is not None:
             return PrefillPlan(None, f"no sparse tensor cores: {obstacle}", kernel, reason)
         return PrefillPlan("sparse tensor cores, for queries in the 2:4 pattern", None, kernel, reason)
-    if hopper.is_faster(q, k, v, mask, scores.scale):
+    if hopper_is_faster(q, k, v, mask, scores.scale):
         return PrefillPlan("the kernel for Hopper, with dense queries", None, kernel, reason)
     return PrefillPlan(None, None, kernel, reason)
+
+
+def choose_kernel(q: Tensor, v: Tensor, mask: Mask) -> tuple[fused.Kernel | None, str]:
+    """The fastest fused kernel for these tensors, and why; None where torch has none."""
+    width = max(q.shape[-1], v.shape[-1])
+    if q.device.type == "cpu":
+        return fused.CpuFlash(), "torch's fused CPU kernel"
+    if q.device.type != "cuda":
+        return None, f"torch has no fused attention with log-sum-exp on {q.device.type}"
+    if q.dtype == torch.float64:
+        return None, "no fused CUDA kernel takes float64"
+    if q.dtype == torch.float32 or mask.key_padding_mask is not None:
+        return fused.CudaEfficient(), "torch's memory-efficient CUDA kernel: the one that takes float32 and padding"
+    if width > 256:
+        return fused.CudaEfficient(), "torch's memory-efficient CUDA kernel: the one that takes heads wider than 256"
+    n_q, n_k = q.shape[-2], v.shape[-2]
+    plain = mask.window is None and mask.cu_seqlens_q is None
+    two_sided = mask.window is not None and not mask.is_causal
+    if two_sided and (mask.cu_seqlens_q is not None or n_q > n_k):
+        return fused.CudaEfficient(), "torch's memory-efficient CUDA kernel: FlashAttention-2 misplaces such a window"
+    shorter = min(n_q, n_k)
+    flops = 4 * q.shape[0] * q.shape[1] * width * shorter * (n_k - shorter / 2)  # if causal
+    if (
+        torch.cuda.get_device_capability(q.device) >= (9, 0)
+        and plain
+        and width <= 128
+        and shorter >= _CUDNN_SHORTEST
+        and (not mask.is_causal or n_q == n_k or flops >= _CUDNN_CHUNK_FLOPS)
+    ):
+        return fused.CudaCudnn(), "cuDNN, the fastest dense kernel torch has for this mask on Hopper and later"
+    if torch.cuda.get_device_capability(q.device) >= (8, 0):
+        return fused.CudaFlash(), "FlashAttention-2 of torch"
+    return fused.CudaEfficient(), "torch's memory-efficient CUDA kernel: FlashAttention-2 needs sm_80"
+
+
+def hopper_is_faster(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> bool:
+    """Whether dense queries q run on this package's kernel for Hopper, and faster than on torch's, as measured on an H100
+    (docs/notes/2026-11-27-prefill.md): FlashAttention-2 splits the keys of few queries over more blocks, and cuDNN begins a block
+    sooner."""
+    if not hopper.is_hopper(q):
+        return False
+    _, longest_q, longest_k = hopper.sequences(q, k, mask)
+    visible = hopper.most_visible(longest_k, mask)
+    if longest_q < 512 or visible < 256:
+        return False
+    rival, _ = choose_kernel(q, v, mask)
+    if isinstance(rival, fused.CudaCudnn) and visible < 2048:
+        return False
+    return hopper.obstacle(q, q.shape[-1], k, v, mask, scale) is None
 
 
 @dataclass(frozen=True)

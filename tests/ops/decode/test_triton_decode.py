@@ -210,15 +210,15 @@ def test_tolerance_keeps_nan(sign):
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("window", [None, 70])
-@pytest.mark.parametrize(("group", "m"), [(1, 1), (3, 2), (16, 2)])
-def test_tolerance_and_visibility(group, m, window, padded):
+@pytest.mark.parametrize(("hkv", "group", "m"), [(2, 1, 1), (2, 3, 2), (1, 16, 2)])
+def test_tolerance_and_visibility(hkv, group, m, window, padded):
     """A tolerance that leaves nothing out equals exact decode, NaN where no query looks."""
-    q, k, v = draw(group=group, m=m, n=600)
+    q, k, v = draw(hkv=hkv, group=group, m=m, n=330)
     q, codes = coded(q, k, 8, 4)
-    padding = torch.zeros(2, 600, dtype=torch.bool, device=DEVICE)
-    padding[0, :100], padding[1, 250:256] = True, True
-    rules = DecodeRules(torch.tensor([600, 3], device=DEVICE), window, padding if padded else None)
-    unseen = ~rules.visible(m, 600, DEVICE).any(1)[:, None, :, None]
+    padding = torch.zeros(2, 330, dtype=torch.bool, device=DEVICE)
+    padding[0, :100], padding[0, 290:296] = True, True
+    rules = DecodeRules(torch.tensor([330, 3], device=DEVICE), window, padding if padded else None)
+    unseen = ~rules.visible(m, 330, DEVICE).any(1)[:, None, :, None]
     exact = decode(decode_triton, q, codes, v, rules, 0.125, 0.0)
     for tolerance, error in ((1e-12, 1e-5), (0.02, 0.04 * float(v.norm(dim=-1).max()))):
         out, lse = decode(decode_triton, q, codes, v.masked_fill(unseen, torch.nan), rules, 0.125, tolerance)

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from flashsfa import reference, sparse_feature_attention
 from flashsfa.mask import Mask
-from flashsfa.ops import record
+from flashsfa.ops import plan, record
 from flashsfa.ops.prefill import fused as dense
 from flashsfa.ops.prefill.triton.merge import merge_parts
 
@@ -123,7 +123,7 @@ def test_a_long_chunk_runs_in_pieces_and_a_short_one_in_one_call():
 
     def kernel(n_q, n_k):
         rows = (torch.empty(1, 16, n, 128, device="cuda", dtype=torch.bfloat16) for n in (n_q, n_k))
-        return type(dense.choose_kernel(*rows, causal)[0])
+        return type(plan.choose_kernel(*rows, causal)[0])
 
     assert kernel(128, 4096) is dense.CudaFlash
     assert kernel(16384, 32768) is dense.CudaCudnn

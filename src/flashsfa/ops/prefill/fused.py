@@ -12,43 +12,6 @@ from ...mask import Mask
 from ..select.plain import by_token
 
 _aten = torch.ops.aten
-_CUDNN_SHORTEST = 64  # cuDNN refuses some shorter sequences, and is no faster on them
-# cuDNN's causality is square: a chunk of queries after earlier keys is two calls and a merge, FlashAttention-2's is
-# one call. At some 600 and 350 TFLOP/s on an H100 cuDNN saves 1.2 us per GFLOP; two more launches cost about 50 us.
-_CUDNN_CHUNK_FLOPS = 40e9
-
-
-def choose_kernel(q: Tensor, v: Tensor, mask: Mask) -> tuple[Kernel | None, str]:
-    """The fastest fused kernel for these tensors, and why; None where torch has none."""
-    width = max(q.shape[-1], v.shape[-1])
-    if q.device.type == "cpu":
-        return CpuFlash(), "torch's fused CPU kernel"
-    if q.device.type != "cuda":
-        return None, f"torch has no fused attention with log-sum-exp on {q.device.type}"
-    if q.dtype == torch.float64:
-        return None, "no fused CUDA kernel takes float64"
-    if q.dtype == torch.float32 or mask.key_padding_mask is not None:
-        return CudaEfficient(), "torch's memory-efficient CUDA kernel: the one that takes float32 and padding"
-    if width > 256:
-        return CudaEfficient(), "torch's memory-efficient CUDA kernel: the one that takes heads wider than 256"
-    n_q, n_k = q.shape[-2], v.shape[-2]
-    plain = mask.window is None and mask.cu_seqlens_q is None
-    two_sided = mask.window is not None and not mask.is_causal
-    if two_sided and (mask.cu_seqlens_q is not None or n_q > n_k):
-        return CudaEfficient(), "torch's memory-efficient CUDA kernel: FlashAttention-2 misplaces such a window"
-    shorter = min(n_q, n_k)
-    flops = 4 * q.shape[0] * q.shape[1] * width * shorter * (n_k - shorter / 2)  # if causal
-    if (
-        torch.cuda.get_device_capability(q.device) >= (9, 0)
-        and plain
-        and width <= 128
-        and shorter >= _CUDNN_SHORTEST
-        and (not mask.is_causal or n_q == n_k or flops >= _CUDNN_CHUNK_FLOPS)
-    ):
-        return CudaCudnn(), "cuDNN, the fastest dense kernel torch has for this mask on Hopper and later"
-    if torch.cuda.get_device_capability(q.device) >= (8, 0):
-        return CudaFlash(), "FlashAttention-2 of torch"
-    return CudaEfficient(), "torch's memory-efficient CUDA kernel: FlashAttention-2 needs sm_80"
 
 
 class Kernel:

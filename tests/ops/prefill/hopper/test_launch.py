@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from flashsfa.mask import Mask
+from flashsfa.ops import plan
 from flashsfa.ops.prefill import fused as dense
 from flashsfa.ops.prefill.hopper import prefill
 from hopper_cases import BF16
@@ -28,8 +29,8 @@ from hopper_cases import BF16
 )
 @pytest.mark.parametrize("dtype", [BF16, torch.float32])
 def test_dense_queries_for_the_kernel(monkeypatch, n_q, n_k, rival, rules, faster, dtype):
-    monkeypatch.setattr(prefill, "_is_hopper", lambda _: True)
-    monkeypatch.setattr(dense, "choose_kernel", lambda *_: (rival(), ""))
+    monkeypatch.setattr(prefill, "is_hopper", lambda _: True)
+    monkeypatch.setattr(plan, "choose_kernel", lambda *_: (rival(), ""))
     q, k = (torch.empty(1, 2, n, 128, dtype=dtype, device="meta") for n in (n_q, n_k))
     packed = {}
     if lengths := rules.get("lengths"):
@@ -39,7 +40,7 @@ def test_dense_queries_for_the_kernel(monkeypatch, n_q, n_k, rival, rules, faste
             "max_seqlen_k": max(lengths),
         }
     mask = Mask(rules.get("is_causal", True), rules.get("window"), **packed)
-    assert prefill.is_faster(q, k, k, mask, 0.1) == (faster and dtype == BF16)
+    assert plan.hopper_is_faster(q, k, k, mask, 0.1) == (faster and dtype == BF16)
 
 
 @pytest.mark.parametrize(

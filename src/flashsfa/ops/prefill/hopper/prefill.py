@@ -14,7 +14,6 @@ from ....codes import FeatureCodes
 from ....mask import Mask
 from ...select.operators import prune_24_op
 from ...select.plain import empty_rows
-from .. import fused as dense
 from . import compiler, cuda
 from .compiler import Tile
 from .params import Params
@@ -31,7 +30,7 @@ _LONG_KEYS, _LONG_WORK_TILES = (
 def obstacle(q: Tensor, dense_dims: int, k: Tensor, v: Tensor, mask: Mask, scale: float) -> str | None:
     """Why the kernel cannot take these, with `dense_dims` features of a query in its dense channel (all of them for dense queries), or
     None if it can. Looks at no values."""
-    if not _is_hopper(q):
+    if not is_hopper(q):
         return "the sparse tensor cores of this kernel (wgmma) are Hopper's (sm_90)"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"the kernel takes float16 and bfloat16, not {q.dtype}"
@@ -41,29 +40,14 @@ def obstacle(q: Tensor, dense_dims: int, k: Tensor, v: Tensor, mask: Mask, scale
         return f"the kernel takes a dense channel of a multiple of 32 features, not {dense_dims}"
     if mask.key_padding_mask is not None:
         return "the kernel knows causality, windows and packed sequences, no padding"
-    sequences = _sequences(q, k, mask)
-    if 0 in (*q.shape, *k.shape, *sequences):
+    count, longest_q, longest_k = sequences(q, k, mask)
+    if 0 in (*q.shape, *k.shape, count, longest_q, longest_k):
         return "there is nothing to attend"
-    if sequences[0] * q.shape[1] * math.ceil(sequences[1] / 64) >= 1 << 31:
+    if count * q.shape[1] * math.ceil(longest_q / 64) >= 1 << 31:
         return "the kernel counts less than 2^31 tiles of queries, all sequences taken as long as the longest"
     if not ctypes.c_float(scale).value > 0:
         return f"row maxima are taken before scaling, which needs a positive scale in float32, not {scale}"
     return None
-
-
-def is_faster(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> bool:
-    """Whether dense queries q run here, and faster than on torch's kernels, as measured on an H100 (docs/notes/2026-11-27-prefill.md):
-    FlashAttention-2 splits the keys of few queries over more blocks, and cuDNN begins a block sooner."""
-    if not _is_hopper(q):
-        return False
-    _, longest_q, longest_k = _sequences(q, k, mask)
-    visible = _most_visible(longest_k, mask)
-    if longest_q < 512 or visible < 256:
-        return False
-    rival, _ = dense.choose_kernel(q, v, mask)
-    if isinstance(rival, dense.CudaCudnn) and visible < 2048:
-        return False
-    return obstacle(q, q.shape[-1], k, v, mask, scale) is None
 
 
 def default_tile(dtype: torch.dtype, head_dim: int, value_dim: int, dense_dims: int, *, long_context: bool) -> Tile:
@@ -111,11 +95,11 @@ def forward(
     """
     batch, heads, n_q, _ = q.shape
     n_k = k.shape[2]
-    sequences, longest_q, longest_k = _sequences(q, k, mask)
+    count, longest_q, longest_k = sequences(q, k, mask)
     longest_k = min(longest_k, n_k)  # who packs may name more
     multiprocessors = torch.cuda.get_device_properties(q.device).multi_processor_count
     if tile is None:
-        long_context = is_long_context(batch * heads * n_q, _most_visible(longest_k, mask), multiprocessors)
+        long_context = is_long_context(batch * heads * n_q, most_visible(longest_k, mask), multiprocessors)
         tile = default_tile(q.dtype, q.head_dim, v.shape[-1], q.dense_dims, long_context=long_context)
     with torch.cuda.device(q.device):
         kernel = _load(tile, v.device.index)
@@ -126,7 +110,7 @@ def forward(
         out = empty_rows(q.values, v.shape[-1])
         lse = v.new_empty((batch, heads, n_q), dtype=torch.float32)
         tiles_per_sequence = math.ceil(longest_q / tile.block_m) * heads
-        work_tiles = tiles_per_sequence * sequences
+        work_tiles = tiles_per_sequence * count
         thread_blocks = min(work_tiles, multiprocessors)
         # A counter must be zero first, 2 us: where a thread block gets two work tiles at most, they are dealt without one.
         counter = torch.zeros(1, dtype=torch.int32, device=q.device) if work_tiles > 2 * thread_blocks else None
@@ -162,11 +146,11 @@ def forward(
     return out, lse
 
 
-def _is_hopper(q: Tensor) -> bool:
+def is_hopper(q: Tensor) -> bool:
     return q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) == (9, 0)
 
 
-def _sequences(q: FeatureCodes | Tensor, k: Tensor, mask: Mask) -> tuple[int, int, int]:
+def sequences(q: FeatureCodes | Tensor, k: Tensor, mask: Mask) -> tuple[int, int, int]:
     """How many there are, and the most queries and keys of one."""
     if mask.cu_seqlens_q is None:
         return q.shape[0], q.shape[2], k.shape[2]
@@ -178,7 +162,7 @@ def is_long_context(queries: int, visible: int, multiprocessors: int) -> bool:
     return visible >= _LONG_KEYS and queries >= _LONG_WORK_TILES * 3 * 64 * multiprocessors
 
 
-def _most_visible(longest_k: int, mask: Mask) -> int:
+def most_visible(longest_k: int, mask: Mask) -> int:
     """Keys that a query sees at most."""
     if mask.window is None:
         return longest_k

@@ -1,0 +1,128 @@
+"""The backend has what vLLM asks of one, says what it cannot do, and is registered once."""
+
+import importlib
+import inspect
+import logging
+import types
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from vllm_server import CODING, HKV, TOPK, D, Server
+from vllm_stand_ins import HAS_VLLM, STAND_INS, KVCacheLayout, unset
+
+
+@pytest.mark.skipif(not HAS_VLLM, reason="needs vLLM, to compare the stand-ins with it")
+def test_stand_ins_have_the_signatures_of_vllm(vllm):
+    for content in STAND_INS.values():
+        for name, stand_in in content.items():
+            theirs = getattr(vllm, name)
+            functions = {name: (stand_in, theirs)} if inspect.isfunction(stand_in) else {
+                x: (getattr(stand_in, x), getattr(theirs, x)) for x, y in vars(stand_in).items()
+                if callable(getattr(stand_in, x)) and (x == "__init__" or not x.startswith("__"))
+                and isinstance(y, types.FunctionType | staticmethod | classmethod)
+            }  # fmt: skip
+            for mine, real in functions.values():
+                if mine is not unset and name not in ("CommonAttentionMetadata", "AttentionSpec", "SlidingWindowSpec"):
+                    assert list(inspect.signature(mine).parameters) == list(inspect.signature(real).parameters), name
+    assert {x.name: x.value for x in KVCacheLayout} == {x.name: x.value for x in vllm.KVCacheLayout}
+
+
+def test_the_backend_has_every_name_that_vllm_calls(vllm, serve):
+    from flashsfa.vllm import backend
+
+    pairs = [
+        (backend.SparseFeatureBackend, vllm.AttentionBackend),
+        (backend.SparseFeatureImpl, vllm.AttentionImpl),
+        (backend.SparseFeatureMetadataBuilder, vllm.AttentionMetadataBuilder),
+    ]
+    for mine, theirs in pairs:
+        assert issubclass(mine, theirs)
+        assert not inspect.isabstract(mine)
+        for name in set(vars(mine)) & set(vars(theirs)) - {"__module__", "__doc__", "__orig_bases__", "__parameters__"}:
+            if callable(getattr(mine, name)):
+                assert list(inspect.signature(getattr(mine, name)).parameters) == list(
+                    inspect.signature(getattr(theirs, name)).parameters
+                ), name
+    assert backend.SparseFeatureBackend.get_name() in vllm.AttentionBackendEnum.__members__
+    assert not backend.SparseFeatureBackend.forward_includes_kv_cache_update
+    if HAS_VLLM:
+        config = dict(kv_cache_dtype="auto", block_size=16, use_mla=False, has_sink=False, use_sparse=False,
+                      use_mm_prefix=False, use_per_head_quant_scales=False, device_capability=None, attn_type="decoder")  # fmt: skip
+        check = backend.SparseFeatureBackend.validate_configuration
+        assert check(head_size=128, dtype=torch.bfloat16, has_sliding_window=True, **config) == []
+        assert check(head_size=512, dtype=torch.bfloat16, **config) == ["head_size not supported"]
+        assert check(head_size=64, dtype=torch.bfloat16, **config | {"kv_cache_dtype": "fp8"})
+
+
+def test_what_cannot_run_is_refused(vllm, serve):
+    from flashsfa.vllm.backend import SparseFeatureBackend, SparseFeatureImpl
+
+    ordinary = (4, D, D**-0.5, HKV)
+    serve(**CODING)
+    for argument in (
+        {"alibi_slopes": [0.5] * 4}, {"logits_soft_cap": 30.0}, {"kv_sharing_target_layer_name": "model.layers.0"},
+        {"attn_type": "encoder_only"},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="flashsfa's vLLM backend"):
+            SparseFeatureImpl(*ordinary, **argument)
+    with pytest.raises(ValueError, match="speculative"):
+        Server(vllm, serve(**CODING, speculative=SimpleNamespace(num_speculative_tokens=None)))
+    serve(**CODING, layers=[0])
+    with pytest.raises(ValueError, match="codes every layer"):
+        SparseFeatureImpl(*ordinary)
+    serve(**CODING, query_pattern="1:2")
+    with pytest.raises(ValueError, match="query_pattern must be one of"):
+        SparseFeatureImpl(*ordinary)
+    serve(**CODING, has_basis=True)
+    with pytest.raises(ValueError, match="no local file"):
+        SparseFeatureImpl(*ordinary)
+    serve(**CODING, cache_dtype="int8")
+    with pytest.raises(ValueError, match="cache_dtype=None"):
+        SparseFeatureImpl(*ordinary)
+    serve()
+    with pytest.raises(ValueError, match=r"flashsfa\.enable.*--hf-overrides"):
+        SparseFeatureImpl(*ordinary)
+    spec = vllm.FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=32, head_size_v=32, dtype=torch.float16)
+    serve(topk=40)
+    with pytest.raises(ValueError, match="topk must be 1 to 32"):
+        SparseFeatureBackend.customize_spec(spec)
+
+
+def test_the_cache_spec_is_known_after_vllm_has_left_its_config(vllm, serve, monkeypatch):
+    from flashsfa.vllm import settings
+
+    serve(**CODING)
+    settings.current_settings()
+    monkeypatch.setattr(settings, "get_current_vllm_config_or_none", lambda: None)
+    assert settings.current_settings().topk == TOPK
+
+
+def test_the_backend_says_once_that_it_is_experimental(vllm, serve, caplog):
+    from flashsfa.vllm import backend
+
+    backend._warn_experimental.cache_clear()
+    serve(**CODING)
+    with caplog.at_level(logging.WARNING, logger="flashsfa"):
+        for _ in range(2):
+            backend.SparseFeatureImpl(4, D, 1.0, HKV)
+    assert [x.levelname for x in caplog.records if "experimental" in x.message] == ["WARNING"]
+
+
+def test_registering(vllm, caplog):
+    import flashsfa.vllm
+
+    custom = vllm.AttentionBackendEnum.CUSTOM
+    custom.clear_override()
+    flashsfa.vllm.register()
+    flashsfa.vllm.register()  # vLLM may load a plugin several times
+    assert custom.get_path() == "flashsfa.vllm.backend.SparseFeatureBackend"
+    module, name = custom.get_path().rsplit(".", 1)
+    assert inspect.isclass(getattr(importlib.import_module(module), name))
+    assert not caplog.records
+    vllm.register_backend(custom, "another.Backend")
+    flashsfa.vllm.register()
+    assert custom.get_path() == "another.Backend"
+    assert "another.Backend" in caplog.text
+    custom.clear_override()

@@ -1,0 +1,124 @@
+"""The backend, driven as vLLM drives it, equals the operator. No model runs inside vLLM here."""
+
+import pytest
+import torch
+
+from flashsfa import FeatureBasis
+from vllm_server import CODING, DENSE, DV, HKV, STEPS, D, Server
+from vllm_stand_ins import HAS_VLLM
+
+
+@pytest.mark.parametrize("layout", ["LBHNC", "BLHNC", "BHLNC", "LHBNC"])
+@pytest.mark.parametrize("window", [None, 12])
+def test_serving_equals_the_operator(vllm, serve, window, layout):
+    server = Server(vllm, serve(**CODING), window=window, layout=layout)
+    for i, new in enumerate(STEPS):
+        server.assert_attends(server.step(new, padding=i % 3))
+
+
+@pytest.mark.parametrize(("dtype", "hq", "hkv"), [(torch.bfloat16, 4, 2), (torch.float32, 3, 1), (torch.float32, 6, 2)])
+def test_dtypes_and_heads_with_dense_queries(vllm, serve, dtype, hq, hkv):
+    server = Server(vllm, serve(**CODING, topk_query=D), dtype=dtype, hq=hq, hkv=hkv)
+    for new in STEPS[:4]:
+        server.assert_attends(server.step(new), topk_query=D)
+
+
+def test_queries_in_a_pattern(vllm, serve):
+    queries = {"topk_query": 6, "query_pattern": "2:4"}
+    server = Server(vllm, serve(**CODING, **queries))
+    for new in STEPS[:4]:
+        server.assert_attends(server.step(new), **queries)
+
+
+def test_positions_in_the_channel(vllm, serve):
+    """vLLM's RoPE leaves the pairs of the channel apart: they are brought to the front, as a basis would."""
+    pytest.importorskip("transformers")
+    from flashsfa.huggingface.positions import channel_first
+
+    order = channel_first(torch.eye(D), DENSE).expand(HKV, -1, -1)
+    rope = {"rope_type": "proportional", "partial_rotary_factor": DENSE / D, "rope_theta": 1e4}
+    server = Server(vllm, serve(**CODING, positions="channel", model_type="qwen3", rope=rope))
+    for new in STEPS[:3]:
+        server.assert_attends(server.step(new), basis=FeatureBasis(order, order))
+    whole = {"rope_type": "default", "rope_theta": 1e4}
+    with pytest.raises(ValueError, match="does not turn the channel alone"):
+        Server(vllm, serve(**CODING, positions="channel", model_type="qwen3", rope=whole))
+    with pytest.raises(ValueError, match="Qwen3 models alone"):
+        Server(vllm, serve(**CODING, positions="channel", model_type="gpt2"))
+
+
+@pytest.mark.parametrize(("ranks", "rank"), [(1, 0), (2, 1), (4, 3)])
+def test_a_basis_beside_the_checkpoint(vllm, serve, ranks, rank):
+    key = torch.randn(3, HKV, D, D)  # three layers
+    basis = FeatureBasis(torch.linalg.inv(key).mT.contiguous(), key)
+    hkv = max(1, HKV // ranks)
+    server = Server(vllm, serve(basis, rank, ranks, **CODING), hq=2 * hkv, hkv=hkv)
+    first = rank * HKV // ranks
+    mine = FeatureBasis(basis.query[1, first : first + hkv], basis.key[1, first : first + hkv])
+    for new in STEPS[:3]:
+        server.assert_attends(server.step(new), basis=mine)
+
+
+@pytest.mark.parametrize(
+    ("layers", "factor", "has_basis", "words"),
+    [
+        (2, 1, True, "for 2 layers"),
+        (3, 9, True, "undo one another"),
+        (3, torch.nan, True, "NaN"),
+        (3, 1, False, "name none"),
+    ],
+)
+def test_a_basis_that_is_not_the_models_is_refused(vllm, serve, layers, factor, has_basis, words):
+    key = torch.randn(layers, HKV, D, D)
+    basis = FeatureBasis(torch.linalg.inv(key).mT.contiguous() * factor, key)
+    with pytest.raises(ValueError, match=words):
+        Server(vllm, serve(basis, **CODING, has_basis=has_basis), hq=2 * HKV, hkv=HKV).step(STEPS[0])
+
+
+@pytest.mark.skipif(not HAS_VLLM, reason="needs vLLM")
+@pytest.mark.parametrize("window", [None, 12])
+def test_vllms_own_attention_layer(vllm, serve, window, monkeypatch):
+    """vLLM builds the layer with the backend, updates its cache and calls it, through its forward context."""
+    from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
+    from vllm.forward_context import set_forward_context
+    from vllm.model_executor.layers.attention import Attention
+
+    import flashsfa.vllm
+    from flashsfa.vllm.backend import SparseFeatureBackend
+
+    flashsfa.vllm.register()
+    server = Server(vllm, serve(**CODING), window=window, dtype=torch.float16)
+    config = VllmConfig(device_config=DeviceConfig("cpu"))
+    name = server.layer.layer_name
+    with set_current_vllm_config(config):
+        layer = Attention(
+            server.hq, D, D**-0.5, HKV, prefix=name, per_layer_sliding_window=window, head_size_v=DV,
+            attn_backend=SparseFeatureBackend,
+        )  # fmt: skip
+    layer.kv_cache = server.kv_cache
+    assert layer.get_kv_cache_spec(config).head_size_v == DV
+
+    def run(query, key, value, slots, metadata):
+        with set_forward_context({name: metadata}, config, slot_mapping={name: slots}):
+            return layer(query.flatten(1), key.flatten(1), value.flatten(1)).unflatten(-1, (-1, DV))
+
+    monkeypatch.setattr(server, "run", run)
+    for new in STEPS:
+        server.assert_attends(server.step(new, padding=2))
+
+
+def test_padding_tokens_leave_every_page_but_the_null_block_alone(vllm, serve):
+    server = Server(vllm, serve(**CODING))
+    server.step({"a": 20})
+    before = server.kv_cache.clone()
+    k, v = torch.randn(3, HKV, D), torch.randn(3, HKV, DV)
+    server.impl.do_kv_cache_update(server.layer, k, v, server.kv_cache, torch.full((2,), -1))
+    assert torch.equal(server.kv_cache[1:].view(torch.uint8), before[1:].view(torch.uint8))
+
+
+def test_the_profiling_run_gives_zeros(vllm, serve):
+    server = Server(vllm, serve(**CODING))
+    q, k, v = torch.randn(3, 4, D), torch.randn(3, HKV, D), torch.randn(3, HKV, DV)
+    output = torch.empty(3, 4, DV)
+    server.impl.forward(server.layer, q, k, v, torch.tensor([]), None, output=output)
+    assert (output == 0).all()
