@@ -105,7 +105,7 @@ def decode(
     lse = np.empty((batch * kv_heads, rows), np.float32)
     with _one_at_a_time:
         _run(
-            grouped.numpy(), *parts, codes.topk, codes.dense_dims, *_flat(v), first, last, padding,
+            grouped.contiguous().numpy(), *parts, codes.topk, codes.dense_dims, *_flat(v), first, last, padding,
             chunks, kv_heads, n, cap, float(value_tolerance), out, lse,
         )  # fmt: skip
     shape = (batch, q.shape[1], m)

@@ -24,7 +24,7 @@ def announce() -> None:
 
 def _followed_by(other: Any, ours: Any) -> Any:
     def hook(**event: Any) -> Any:
-        if event["fn"].module.startswith(__package__):
+        if event["fn"].module.startswith("flashsfa."):
             ours((event["fn"].name, event["key"]))
         return other(**event) if other else None
 
