@@ -19,6 +19,7 @@ from ..budget import DENSE, FeatureBudget
 from ..checks import require
 from ..decode import FEW_QUERIES, attend_cached
 from ..mask import Mask, checked_window
+from ..ops.prefill import exact_band
 from ..scores import ScoreRules
 from ..stored import KVView
 from .positions import channel_first
@@ -31,7 +32,8 @@ class LayerCoding(nn.Module):
     """How one attention layer codes its queries and keys: budget, the place of its channel, and as buffers its basis.
 
     `channel` rotary features are brought to the front, where the dense channel is (`positions.channel_first`); 0 for none.
-    `cache_dtype` is that of the layer's growing cache: torch.int8, or None for that of what comes in.
+    `cache_dtype` is that of the layer's growing cache: torch.int8, or None for that of what comes in; `recent` and `first` tokens it
+    keeps as they come.
 
     The buffers follow the model from device to device, but keep their precision: rounded to 16 bits the two sides of a
     basis no longer undo one another. They are not part of the state dict: the checkpoint stays the dense
@@ -48,14 +50,12 @@ class LayerCoding(nn.Module):
         basis: FeatureBasis | None = None,
         channel: int = 0,
         cache_dtype: torch.dtype | None = None,
+        recent: int = 0,
+        first: int = 0,
     ) -> None:
         super().__init__()
-        self.budget, self.value_tolerance, self.channel, self.cache_dtype = (
-            budget,
-            value_tolerance,
-            channel,
-            cache_dtype,
-        )
+        self.budget, self.value_tolerance, self.channel = budget, value_tolerance, channel
+        self.cache_dtype, self.recent, self.first = cache_dtype, recent, first
         self._basis_digest = None if basis is None else _digest(basis.key)
         if basis is not None:
             for name in ("query", "key"):
@@ -105,8 +105,8 @@ class CachedKeys:
     Models pass it on as they do keys; a model that does more with them is told so.
 
     Attributes:
-        kv: codes and values; its values are those that are handed out beside these keys, and its lengths the slots filled so far
-            of a cache of fixed size.
+        kv: codes and values, and exact tokens; its values are those that are handed out beside these keys, and its lengths the
+            slots filled so far of a cache of fixed size.
         key_code: of the layer that coded them; None for lossless codes.
         dtype: of the values as they came, and so of the attention's output.
         positions: [N] int64 position in the sequence of each slot's token, negative for an empty slot; None where
@@ -128,8 +128,9 @@ class CachedKeys:
 
     @property
     def shape(self) -> torch.Size:
-        """[B, Hkv, N, D] of the keys that were coded."""
-        return self.kv.codes.shape
+        """[B, Hkv, N, D] of the keys held, coded or not."""
+        batch, heads, _, head_dim = self.kv.codes.shape
+        return torch.Size((batch, heads, self.kv.n, head_dim))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # what pickle and copy ask for
@@ -208,11 +209,18 @@ def _attend(
             budget = FeatureBudget.of(key.shape[-1], key.shape[-1])
         else:
             query, key, budget = coding.queries(query), coding.keys(key), coding.budget
-        out = sparse_feature_attention(
-            query, key, value, topk=budget.topk, topk_query=budget.topk_query, dense_dims=budget.dense_dims,
-            query_pattern=budget.query_pattern, is_causal=True, scale=scaling, softcap=softcap, sinks=s_aux,
-            window=sliding_window, key_padding_mask=padding,
-        )  # fmt: skip
+        if coding is not None and (coding.recent or coding.first):
+            mask, scores = (
+                Mask(True, checked_window(sliding_window), padding),
+                ScoreRules.of(query, scaling, softcap, s_aux),
+            )
+            out = exact_band.attend(query, key, value, budget, mask, scores, recent=coding.recent, first=coding.first)
+        else:
+            out = sparse_feature_attention(
+                query, key, value, topk=budget.topk, topk_query=budget.topk_query, dense_dims=budget.dense_dims,
+                query_pattern=budget.query_pattern, is_causal=True, scale=scaling, softcap=softcap, sinks=s_aux,
+                window=sliding_window, key_padding_mask=padding,
+            )  # fmt: skip
     else:
         _require_own_cache(coding, key, value)
         query = _cast(query, key.dtype if key.kv.v_scale is not None else value.dtype)
@@ -294,6 +302,11 @@ def _require_own_cache(coding: LayerCoding | None, key: CachedKeys, value: Tenso
         key.kv.v_scale is None or value is key.kv.v,
         "this model works on the values in its cache before it attends to them, which 8 bits do not allow: enable it with "
         "cache_dtype=None",
+    )
+    require(
+        not key.kv.exact or value is key.kv.v,
+        "this model works on the values in its cache before it attends to them, which exact tokens do not allow: enable it with "
+        "recent=0 and first=0",
     )
 
 
