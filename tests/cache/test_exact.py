@@ -12,6 +12,7 @@ from flashsfa.decode import attend_cached
 from flashsfa.mask import Mask
 from flashsfa.reference import sparse_rows
 from flashsfa.scores import ScoreRules
+from flashsfa.stored import ExactKV
 
 B, HKV, GROUP, D, DV, TOPK, DENSE = 2, 2, 3, 16, 12, 3, 4
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
@@ -185,6 +186,23 @@ def test_decode_and_prompts_run_one_softmax(recent, first, m, window, padded, qu
     budget = FeatureBudget.of(D, TOPK, topk_query=topk_query, dense_dims=DENSE, query_pattern=pattern)
     out = attend_cached(q, view, budget, Mask(True, window, padding), ScoreRules.of(q, None, 2.0, sinks))
     torch.testing.assert_close(out, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("window", [None, 12])
+@pytest.mark.parametrize("m", [2, 20])
+@pytest.mark.parametrize("recent", [0, 5])
+def test_a_chunk_beside_what_was_held_before_it(recent, m, window):
+    cache, model = both(recent, 3)
+    k, v = draw(30)
+    before = cache.append(k, v)
+    model.append(k, v)
+    k, v = draw(m)
+    cache.append(k, v)
+    model.held += [[k[:, :, i], v[:, :, i], 30 + i, True] for i in range(m)]
+    view, q = before.followed_by(ExactKV(k, v)), torch.randn(B, HKV * GROUP, m, D, dtype=torch.float64)
+    budget = FeatureBudget.of(D, TOPK, dense_dims=DENSE)
+    out = attend_cached(q, view, budget, Mask(True, window), ScoreRules.of(q))
+    torch.testing.assert_close(out, model.attend(q, window=window)[0], **CLOSE)
 
 
 @pytest.mark.parametrize("cropped", [0, 3, 30, 34, 35])

@@ -7,7 +7,7 @@ import flashsfa
 
 transformers = pytest.importorskip("transformers")
 from flashsfa.cache.contiguous import SparseKVCache  # noqa: E402
-from flashsfa.huggingface import SFASettings, SparseCache, StaticSparseCache  # noqa: E402
+from flashsfa.huggingface import SFASettings, SparseCache, StaticSparseCache, attention  # noqa: E402
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -163,3 +163,59 @@ def test_left_padding():
     found = model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
     alone = model.generate(ids[:1, 4:], attention_mask=mask[:1, 4:], max_new_tokens=4, do_sample=False)
     assert torch.equal(found[:1, 4:], alone)
+
+
+@pytest.mark.parametrize("queries", [{}, {"topk_query": "dense"}], ids=str)
+@pytest.mark.parametrize("layers", [None, [1]], ids=["all", "some"])
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+@pytest.mark.parametrize("sliding", [False, True], ids=["full", "sliding"])
+def test_a_dense_prompt_sees_its_own_keys_and_leaves_the_same_cache(sliding, cache_dtype, layers, queries, monkeypatch):
+    options = {"layers": layers, "cache_dtype": cache_dtype, **queries}
+    ids, model = tokens(20), make(sliding, prefill="dense", **options)
+    cache = SparseCache(model)
+    found = run(model, ids, cache)
+    torch.testing.assert_close(found, run(flashsfa.disable(make(sliding)), ids), **CLOSE)
+    store, sizes = cache.layers[1].store, (2, 15, 3)
+    kv = store.kv
+    assert (kv.first.k.shape[2], kv.v.shape[2], kv.recent.k.shape[2]) == sizes
+    seen, attend = [], attention.attend_cached
+    monkeypatch.setattr(attention, "attend_cached", lambda q, kv, *rest: (seen.append(kv), attend(q, kv, *rest))[1])
+    run(model, tokens(4), cache)
+    assert (seen[-1].first.k.shape[2], seen[-1].v.shape[2], seen[-1].recent.k.shape[2]) == (2, 15, 3 + 4)
+    run(model, tokens(1), cache)
+    assert (seen[-1].first.k.shape[2], seen[-1].v.shape[2], seen[-1].recent.k.shape[2]) == (2, 20, 3)
+
+
+@pytest.mark.parametrize("exact", [{"recent": 0, "first": 0}, {"recent": 3, "first": 2}], ids=str)
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+def test_one_by_one_a_dense_prompt_changes_nothing(exact, cache_dtype):
+    ids, options = tokens(20), {**exact, "cache_dtype": cache_dtype}
+    model = make(prefill="dense", **options)
+    expected = one_by_one(make(**options), ids)
+    torch.testing.assert_close(one_by_one(model, ids), expected, **CLOSE)
+    torch.testing.assert_close(run(model, ids), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_dense_prompts_where_there_are_none():
+    with pytest.raises(ValueError, match="prefill='coded'"):
+        StaticSparseCache(make(recent=0, first=0, prefill="dense"), 20)
+    with pytest.raises(ValueError, match="prefill must be one of coded, dense"):
+        make(prefill="sparse")
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"cache_dtype": "int8"}, {"recent": 0, "first": 0, "prefill": "dense"}], ids=str
+)
+def test_a_loss_is_that_of_decode(options):
+    perplexity = pytest.importorskip("flashsfa.evaluation.perplexity")
+    model, windows = make(**options), tokens(24, 3)
+    found = perplexity.window_losses(model, windows)
+    for loss, ids in zip(found, windows, strict=True):
+        expected = torch.nn.functional.cross_entropy(one_by_one(model, ids[None])[0, :-1], ids[1:])
+        assert loss == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_gradients_without_a_cache():
+    model, ids = make(cache_dtype="int8"), tokens(9)
+    model(ids, use_cache=False, labels=ids).loss.backward()
+    assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in model.parameters())

@@ -23,6 +23,7 @@ from ..ops.prefill import exact_band
 from ..scores import ScoreRules
 from ..stored import KVView
 from .positions import channel_first
+from .settings import SFASettings
 from .structure import require_no_dropout
 
 NAME = "sfa"
@@ -32,8 +33,8 @@ class LayerCoding(nn.Module):
     """How one attention layer codes its queries and keys: budget, the place of its channel, and as buffers its basis.
 
     `channel` rotary features are brought to the front, where the dense channel is (`positions.channel_first`); 0 for none.
-    `cache_dtype` is that of the layer's growing cache: torch.int8, or None for that of what comes in; `recent` and `first` tokens it
-    keeps as they come.
+    `cache_dtype` is that of the layer's growing cache: torch.int8, or None for that of what comes in; `settings` tell
+    which tokens it keeps, and shows to prompts, as they come.
 
     The buffers follow the model from device to device, but keep their precision: rounded to 16 bits the two sides of a
     basis no longer undo one another. They are not part of the state dict: the checkpoint stays the dense
@@ -50,12 +51,11 @@ class LayerCoding(nn.Module):
         basis: FeatureBasis | None = None,
         channel: int = 0,
         cache_dtype: torch.dtype | None = None,
-        recent: int = 0,
-        first: int = 0,
+        settings: SFASettings | None = None,
     ) -> None:
         super().__init__()
         self.budget, self.value_tolerance, self.channel = budget, value_tolerance, channel
-        self.cache_dtype, self.recent, self.first = cache_dtype, recent, first
+        self.cache_dtype, self.settings = cache_dtype, settings or SFASettings(budget.topk)
         self._basis_digest = None if basis is None else _digest(basis.key)
         if basis is not None:
             for name in ("query", "key"):
@@ -209,12 +209,15 @@ def _attend(
             budget = FeatureBudget.of(key.shape[-1], key.shape[-1])
         else:
             query, key, budget = coding.queries(query), coding.keys(key), coding.budget
-        if coding is not None and (coding.recent or coding.first):
+        if coding is not None and coding.settings.shows_exact:
             mask, scores = (
                 Mask(True, checked_window(sliding_window), padding),
                 ScoreRules.of(query, scaling, softcap, s_aux),
             )
-            out = exact_band.attend(query, key, value, budget, mask, scores, recent=coding.recent, first=coding.first)
+            out = exact_band.attend(
+                query, key, value, budget, mask, scores, recent=coding.settings.recent, first=coding.settings.first,
+                is_8_bit=coding.cache_dtype == torch.int8,
+            )  # fmt: skip
         else:
             out = sparse_feature_attention(
                 query, key, value, topk=budget.topk, topk_query=budget.topk_query, dense_dims=budget.dense_dims,

@@ -19,7 +19,7 @@ from ..checks import require, require_int
 from ..codes import topk_codes
 from ..contexts import lasting_tensors
 from ..decode import FEW_QUERIES
-from ..stored import KVView
+from ..stored import ExactKV, KVView
 from .attention import CachedKeys, LayerCoding
 from .structure import DENSE_LAYERS, dense_cache_layers, unwrap
 
@@ -73,9 +73,9 @@ class StaticSparseCache(Cache):
             "enable the model with cache_dtype=None",
         )
         require(
-            all(not coding.recent and not coding.first for coding in codings.values()),
-            "a static cache codes every token, and caches with recent or first tokens as they come are dynamic ones: use a dynamic "
-            "cache, or enable the model with recent=0 and first=0",
+            all(not coding.settings.shows_exact for coding in codings.values()),
+            "a static cache codes every token, and what keeps or shows some as they come are dynamic ones: use a dynamic cache, or "
+            "enable the model with recent=0, first=0 and prefill='coded'",
         )
         for index, dense in enumerate(dense_cache_layers(model)):
             if not isinstance(dense, CacheLayerMixin):  # the state of a layer without attention, of fixed size as it is
@@ -178,7 +178,10 @@ class SparseCacheLayer(_CodedLayer):
         _require_no_gradient(key_states, value_states)
         start, dtype = self._first_seen(), self.dtype if self.is_initialized else value_states.dtype
         keys = self._coding.keys(key_states.to(dtype))  # autocast leaves keys in float32
-        kv = self.store.append(keys, value_states.to(dtype))
+        earlier, own = self.store.kv if self.is_initialized else None, ExactKV(keys, value_states.to(dtype))
+        kv = self.store.append(own.k, own.v)
+        if self._coding.settings.prefill == "dense" and keys.shape[2] > 1:
+            kv = (kv.coded(0, 0) if earlier is None else earlier).followed_by(own)
         if not self.is_initialized:  # after all that may fail
             self.lazy_initialization(key_states, value_states)
         if start:
@@ -201,8 +204,8 @@ class SparseCacheLayer(_CodedLayer):
     def reset(self) -> None:
         coding = self._coding
         self.store = SparseKVCache(
-            coding.budget.topk, dense_dims=coding.budget.dense_dims, dtype=coding.cache_dtype, recent=coding.recent,
-            first=coding.first,
+            coding.budget.topk, dense_dims=coding.budget.dense_dims, dtype=coding.cache_dtype,
+            recent=coding.settings.recent, first=coding.settings.first,
         )  # fmt: skip
         self.is_initialized = False
 

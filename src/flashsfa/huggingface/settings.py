@@ -32,6 +32,7 @@ class SFASettings:
     query_pattern: str | None = None
     recent: int = 0
     first: int = 0
+    prefill: str = "coded"
 
     def __post_init__(self) -> None:
         require_int("topk", self.topk, 1)
@@ -54,6 +55,7 @@ class SFASettings:
         require_choice("query_pattern", self.query_pattern, ("2:4", None))
         require_int("recent", self.recent, 0, MOST_TOKENS)
         require_int("first", self.first, 0, MOST_TOKENS)
+        require_choice("prefill", self.prefill, ("coded", "dense"))
 
     @classmethod
     def from_config(cls, stored: Any) -> SFASettings:
@@ -77,6 +79,11 @@ class SFASettings:
             dense_dims=self.dense_dims,
             query_pattern=self.query_pattern,
         )
+
+    @property
+    def shows_exact(self) -> bool:
+        """Whether queries see keys or values that are not as dynamic caches hold coded ones."""
+        return bool(self.recent or self.first or self.prefill == "dense")
 
     def arguments(self) -> dict[str, Any]:
         """What `enable` takes for them, the basis apart."""

@@ -46,6 +46,7 @@ def enable(
     query_pattern: str | None = None,
     recent: int = 0,
     first: int = 0,
+    prefill: str = "coded",
 ) -> Any:
     """Switch a transformers causal language model to Sparse Feature Attention, in place.
 
@@ -76,6 +77,9 @@ def enable(
             would if they came one by one, in plain PyTorch.
         first: first tokens of each sequence that these caches keep as they come. In layers with a sliding window they are forgotten
             with the window, as other tokens are. Batches are then padded on the right, or not at all.
+        prefill: "coded" prompts attend to the keys that these caches hold; with "dense" the tokens of a call, if there are several,
+            attend to their own keys and values as they come, and to earlier ones as the cache holds them. What is cached is the
+            same. Without a cache, as for `recent`.
 
     Returns:
         model.
@@ -89,7 +93,7 @@ def enable(
     layers = None if layers is None else sorted(layers)
     settings = SFASettings(
         topk, topk_query, dense_dims, layers, value_tolerance, basis is not None, positions, cache_dtype, query_pattern,
-        recent, first,
+        recent, first, prefill,
     )  # fmt: skip
     budget = _check_settings(model, [module.layer_idx for module in modules], settings, basis)
     _warn_of_untested_version()
@@ -102,7 +106,7 @@ def enable(
             if layers is not None and module.layer_idx not in layers:
                 continue
             coding = LayerCoding(
-                budget, value_tolerance, None if basis is None else basis[place], channel, kept_dtype, recent, first
+                budget, value_tolerance, None if basis is None else basis[place], channel, kept_dtype, settings
             )
             module.sfa = coding.to(tensor_device(module))
         model.set_attn_implementation(NAME)

@@ -96,8 +96,8 @@ def _read(hf_config: Any) -> SFASettings:
         "vLLM's backend keeps codes and values in the model's dtype: enable the model with cache_dtype=None",
     )
     require(
-        not settings.recent and not settings.first,
-        "vLLM's backend codes every token: enable the model with recent=0 and first=0",
+        not settings.shows_exact,
+        "vLLM's backend codes every token: enable the model with recent=0, first=0 and prefill='coded'",
     )
     require(
         settings.positions is None or hf_config.model_type == "qwen3",
