@@ -219,3 +219,19 @@ def test_gradients_without_a_cache():
     model, ids = make(cache_dtype="int8"), tokens(9)
     model(ids, use_cache=False, labels=ids).loss.backward()
     assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["dictionary", "balanced"])
+def test_exact_tokens_have_no_part_in_the_gain_of_a_basis(kind):
+    """It makes up for what codes drop."""
+    ids, dense = tokens(20), flashsfa.disable(make())
+    expected = run(dense, ids)
+    basis = flashsfa.calibrate(dense, tokens(40), 3, dense_dims=2, kind=kind)
+    model = flashsfa.enable(dense, 3, dense_dims=2, topk_query="dense", basis=basis, recent=99)
+    cache = SparseCache(model)
+    in_steps = torch.cat([run(model, part, cache) for part in ids.split((10, 1, 9), dim=1)], dim=1)
+    for found in (run(model, ids), in_steps):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    model = flashsfa.enable(dense, 3, dense_dims=2, basis=basis, recent=3, first=2, prefill="dense")
+    torch.testing.assert_close(run(model, ids, SparseCache(model)), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(run(model, ids), one_by_one(model, ids), **CLOSE)

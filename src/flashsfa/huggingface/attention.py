@@ -21,7 +21,7 @@ from ..decode import FEW_QUERIES, attend_cached
 from ..mask import Mask, checked_window
 from ..ops.prefill import exact_band
 from ..scores import ScoreRules
-from ..stored import KVView
+from ..stored import ExactKV, KVView
 from .positions import channel_first
 from .settings import SFASettings
 from .structure import require_no_dropout
@@ -43,6 +43,7 @@ class LayerCoding(nn.Module):
 
     query: Tensor
     key: Tensor
+    gain: Tensor
 
     def __init__(
         self,
@@ -60,6 +61,9 @@ class LayerCoding(nn.Module):
         if basis is not None:
             for name in ("query", "key"):
                 self.register_buffer(name, getattr(basis, name), persistent=False)
+            gain = (basis.key.double() * basis.query.double()).sum(-2)  # [Hkv, D]
+            gain[:, : budget.dense_dims] = 1
+            self.register_buffer("gain", gain.to(basis.query.dtype), persistent=False)
 
     @classmethod
     def lossless(cls, head_dim: int) -> LayerCoding:
@@ -82,6 +86,22 @@ class LayerCoding(nn.Module):
         if self.channel:
             return channel_first(k, self.channel)
         return k if self._basis_digest is None else self._basis(k.device).transform_key(k)
+
+    def exact_keys(self, k: Tensor) -> Tensor:
+        """Keys k [B, Hkv, N, D] in the layer's coordinates, such that the layer's queries score them as the dense model does: the gain
+        of a basis makes up for what codes drop."""
+        if self._basis_digest is None:
+            return k
+        self._basis(k.device)
+        return (k / self.gain[:, None]).to(k.dtype)
+
+    def exact(self, kv: KVView) -> KVView:
+        """A cache's view with `exact_keys`."""
+
+        def change(part: ExactKV | None) -> ExactKV | None:
+            return None if part is None else replace(part, k=self.exact_keys(part.k))
+
+        return replace(kv, first=change(kv.first), recent=change(kv.recent)) if kv.exact else kv
 
     def _basis(self, device: torch.device) -> FeatureBasis:
         """The basis on the device of what it is for: that of an offloaded layer is known when it runs."""
@@ -215,7 +235,7 @@ def _attend(
                 ScoreRules.of(query, scaling, softcap, s_aux),
             )
             out = exact_band.attend(
-                query, key, value, budget, mask, scores, recent=coding.settings.recent, first=coding.settings.first,
+                query, key, coding.exact_keys(key), value, budget, mask, scores, recent=coding.settings.recent, first=coding.settings.first,
                 is_8_bit=coding.cache_dtype == torch.int8,
             )  # fmt: skip
         else:
@@ -230,6 +250,7 @@ def _attend(
         query = query if coding is None else coding.queries(query)
         budget = LayerCoding.lossless(query.shape[-1]).budget if coding is None else coding.budget
         kv = key.kv if value is key.kv.v else replace(key.kv, v=value)  # a model may have worked on the values
+        kv = kv if coding is None else coding.exact(kv)
         mask = Mask(True, checked_window(sliding_window), padding, kv_lens=kv.kv_lens)
         scores = ScoreRules.of(query, scaling, softcap, s_aux)
         tolerance = 0.0 if coding is None else coding.value_tolerance

@@ -23,10 +23,11 @@ _ROWS = 256  # queries a block
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, budget: FeatureBudget, mask: Mask, scores: ScoreRules, *,
+    q: Tensor, k: Tensor, exact_k: Tensor, v: Tensor, budget: FeatureBudget, mask: Mask, scores: ScoreRules, *,
     recent: int, first: int, is_8_bit: bool,
 ) -> Tensor:  # fmt: skip
-    """out [B, Hq, N_q, Dv] of q [B, Hq, N_q, D], k [B, Hkv, N_k, D] and v [B, Hkv, N_k, Dv], none of them coded yet. `mask` is causal;
+    """out [B, Hq, N_q, Dv] of q [B, Hq, N_q, D], k [B, Hkv, N_k, D] and v [B, Hkv, N_k, Dv], none of them coded yet; `exact_k` are the keys
+    as they score where they are exact. `mask` is causal;
     nothing is packed. With `is_8_bit` codes and their values are rounded as an 8-bit cache rounds them, straight through for
     gradients."""
     record.record(
@@ -45,7 +46,7 @@ def attend(
         seen = visible.any(-2)[..., None]  # [B or 1, 1, N_k, 1]
         # weight 0 times NaN is NaN
         keys, thin_keys, values, thin_values = (
-            x.to(dtype).where(seen, 0).repeat_interleave(group, 1) for x in (k, thin_k, v, thin_v)
+            x.to(dtype).where(seen, 0).repeat_interleave(group, 1) for x in (exact_k, thin_k, v, thin_v)
         )
         key = torch.arange(n_k, device=q.device)
         out = []
