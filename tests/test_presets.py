@@ -2,8 +2,8 @@
 
 import pytest
 
-from flashsfa.checks import require_budget
-from flashsfa.presets import default_budget, larger_budgets, query_features
+from flashsfa.budget import query_features, require_budget
+from flashsfa.presets import default_budget, larger_budgets
 
 
 def test_the_measured_head_size_and_shares_of_others():

@@ -23,6 +23,7 @@ from .budget import DENSE, query_features
 from .cache.contiguous import SparseKVCache
 from .checks import require
 from .decode import sparse_feature_decode
+from .evaluation.memory import fill_cache
 from .evaluation.perplexity import perplexity
 from .evaluation.subject import Progress
 from .evaluation.text import separate_texts, token_windows
@@ -52,6 +53,8 @@ class ConvertSettings:
     eval: str | None = None
     dtype: str = "bfloat16"
     cache_dtype: str | None = None  # as `enable`'s
+    recent: int = 0  # as `enable`'s
+    first: int = 0
     window: int = 768
     windows: int = 10
     contexts: tuple[int, ...] = (1024, 4096, 16384, 32768)
@@ -83,7 +86,8 @@ def convert(settings: ConvertSettings, output: Path, progress: Progress) -> dict
     dense_dims = usual.dense_dims if settings.dense_dims is None else settings.dense_dims
     topk_query = query_features(settings.topk_query, head_dim)
     budgets: dict[str, Any] = {"topk": topk, "topk_query": topk_query, "dense_dims": dense_dims}
-    enable(model, **budgets, cache_dtype=settings.cache_dtype)  # refuses a model or a budget before any long work
+    cached: dict[str, Any] = {"cache_dtype": settings.cache_dtype, "recent": settings.recent, "first": settings.first}
+    enable(model, **budgets, **cached)  # refuses a model or a budget before any long work
     disable(model)
 
     kind = settings.basis or default_kind(topk_query, head_dim)
@@ -99,6 +103,8 @@ def convert(settings: ConvertSettings, output: Path, progress: Progress) -> dict
     basis = FeatureBasis.from_layers(moments, kind, topk=topk, dense_dims=dense_dims)
     fit()
     kept = "" if settings.cache_dtype is None else f", {settings.cache_dtype}"
+    if settings.recent or settings.first:
+        kept += f", {settings.recent} newest and {settings.first} first tokens exact"
     variants: list[tuple[str, str, dict[str, Any] | None]] = [
         ("dense", "dense", None),
         ("plain_topk", f"top-{plain} alone{kept}", {"topk": plain, "topk_query": topk_query}),
@@ -127,13 +133,13 @@ def convert(settings: ConvertSettings, output: Path, progress: Progress) -> dict
         if options is None:
             disable(model)
         else:
-            enable(model, **options, cache_dtype=settings.cache_dtype)
+            enable(model, **options, **cached)
         report[name] = {
             "label": label,
             "perplexity": perplexity(model, evaluation, progress(f"perplexity: {label}", len(evaluation))),
         }
         if name in ("dense", "sfa"):
-            report[name] |= _generate(model, tokenizer, progress(f"generating: {label}", 1))
+            report[name] |= _generate(model, tokenizer, evaluation[0], progress(f"generating: {label}", 1))
     report["perplexity_increase"] = report["sfa"]["perplexity"] / report["dense"]["perplexity"] - 1
     report["attention_ms"] = _attention_times(model, settings, budgets, progress)
     _write(model, tokenizer, report, output)
@@ -164,19 +170,18 @@ def _windows(settings: ConvertSettings, tokenizer: Any) -> tuple[torch.Tensor, t
 
 
 @torch.no_grad()
-def _generate(model: Any, tokenizer: Any, progress: Callable[[], None]) -> dict[str, Any]:
-    """A greedy continuation, and the bytes per token of the cache that made it, read from its live tensors."""
+def _generate(model: Any, tokenizer: Any, window: torch.Tensor, progress: Callable[[], None]) -> dict[str, Any]:
+    """A greedy continuation, and the bytes per token of a cache that holds the tokens of `window`, read from its live tensors."""
     inputs = tokenizer(_PROMPT, return_tensors="pt").to(model.device)
     result = model.generate(**inputs, max_new_tokens=32, do_sample=False, return_dict_in_generate=True)
-    cache = result.past_key_values
-    tokens = cache.get_seq_length()
-    nbytes = cache_nbytes(cache)
+    cache = fill_cache(model, window)
+    tokens, nbytes = len(window), cache_nbytes(cache)
     _, kv_heads, _ = attention_shape(model)
     rows = tokens * len(cache.layers) * kv_heads
     progress()
     return {
         "text": tokenizer.decode(result.sequences[0], skip_special_tokens=True),
-        "cache": type(cache).__name__,
+        "cache": type(result.past_key_values).__name__,
         "kv_bytes_per_token": nbytes["total"] / tokens,
         "key_bytes_per_token_and_head": nbytes["keys"] / rows,
         "value_bytes_per_token_and_head": nbytes["values"] / rows,
@@ -199,7 +204,10 @@ def _attention_times(
     def row(n: int) -> dict[str, float]:
         q, k, v = (torch.randn(1, h, n, head_dim, device=model.device) for h in (heads, kv_heads, kv_heads))
         newest = q[:, :, -1:]
-        cache = SparseKVCache(budgets["topk"], dense_dims=budgets["dense_dims"], capacity=n, dtype=kept_dtype)
+        cache = SparseKVCache(
+            budgets["topk"], dense_dims=budgets["dense_dims"], capacity=n, dtype=kept_dtype, recent=settings.recent,
+            first=settings.first,
+        )  # fmt: skip
         kv = cache.append(k, v)
 
         def dense(queries: torch.Tensor, is_causal: bool) -> float:

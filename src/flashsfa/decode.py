@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from dataclasses import replace
 from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
@@ -15,6 +17,7 @@ from .checks import (
     may_look,
     refuse_transforms,
     require,
+    require_alike,
     require_float,
     require_no_gradient,
     require_padding,
@@ -27,9 +30,9 @@ from .contexts import without_autocast
 from .mask import Mask, checked_window
 from .ops.decode import plain
 from .ops.plan import plan_decode
-from .ops.prefill import operator
+from .ops.prefill import operator, pieces
 from .scores import ScoreRules
-from .stored import KVView
+from .stored import ExactKV, KVView
 
 FEW_QUERIES = 16  # up to here codes are read as they are; more queries repay scattering the keys' codes to rows once
 
@@ -89,7 +92,8 @@ def sparse_feature_decode(
     """Causal attention of the last M tokens over a cache of key codes. No gradients: refused where one is asked for.
 
     Runs on Triton kernels on a GPU, compiled by numba on the CPU where it is installed, and in plain PyTorch
-    elsewhere; `flashsfa.explain()` tells which.
+    elsewhere; `flashsfa.explain()` tells which. Tokens that a cache holds as they came (`SparseKVCache(recent=, first=)`) are scored
+    by the whole of q and k, whatever `topk_query`, in plain PyTorch; one softmax runs over these and the coded ones.
 
     Args:
         q: [B, Hq, M, D] queries of the newest M tokens; the last one stands at the last key.
@@ -102,7 +106,7 @@ def sparse_feature_decode(
         scale: 1/sqrt(D) by default.
         softcap, sinks: as in `sparse_feature_attention`.
         window: see only the `window` most recent keys.
-        key_padding_mask: [B, N] bool, True where a key is padding.
+        key_padding_mask: [B, N] bool, True where a key is padding; N counts exact tokens too.
         page_table: [B, max_pages] int32. Codes and v are then pools of pages [P, Hkv, page_size, ...], page_size a
             power of two from 16 to 256; key j of sequence b is slot j % page_size of page
             `page_table[b, j // page_size]`, and N = max_pages * page_size. Needs kv_lens; entries past a
@@ -135,7 +139,7 @@ def sparse_feature_decode(
         kv = KVView(codes, v, v_scale, kv_lens, page_table)  # type: ignore[arg-type]
     mask = Mask(True, checked_window(window), key_padding_mask, kv_lens=kv.kv_lens)
     _check(q, kv, mask, value_tolerance)
-    require_no_gradient(q, kv.codes.values, kv.codes.dense, kv.v)
+    require_no_gradient(q, kv.codes.values, kv.codes.dense, kv.v, *_exact_tensors(kv))
     refuse_transforms(
         "sparse_feature_decode", "use sparse_feature_attention with backend='reference'", q, kv.codes.values, kv.v
     )
@@ -151,19 +155,17 @@ def attend_cached(
     q: Tensor, kv: KVView, budget: FeatureBudget, mask: Mask, scores: ScoreRules, value_tolerance: float = 0.0
 ) -> Tensor:
     """The newest tokens' q [B, Hq, M, D] over all that a cache holds: decode for few queries, prefill for many. `mask` is causal and
-    has the view's lengths.
+    has the view's lengths; it counts exact tokens too.
 
     `value_tolerance` is a saving of decode; prefill is exact. No gradients: refused where one is asked for.
     """
     _check(q, kv, mask, value_tolerance)
-    require_no_gradient(q, kv.codes.values, kv.v)
+    require_no_gradient(q, kv.codes.values, kv.v, *_exact_tensors(kv))
     if q.shape[2] <= FEW_QUERIES:
         return _decode(q, kv, budget, mask, scores, value_tolerance)[0]
     kv = kv.widened(q.dtype)
     if mask.kv_lens is None:
-        return operator.attend(
-            q, kv.codes.to_dense(), kv.v, budget.with_keys_kept(), mask, scores, gradient_of_all=False, backend="auto"
-        )[0]  # fmt: skip
+        return _prefill(q, kv, budget.with_keys_kept(), mask, scores)
     # a chunk of a prompt in a compiled model, where the host does not know the number of keys
     q, k = code_queries(q, budget).to_dense(), kv.codes.to_dense()
     if scores.softcap is not None or scores.sinks is not None:
@@ -172,27 +174,86 @@ def attend_cached(
     return F.scaled_dot_product_attention(q, k, kv.v, visible, scale=scores.scale, enable_gqa=True)
 
 
+def _prefill(q: Tensor, kv: KVView, budget: FeatureBudget, mask: Mask, scores: ScoreRules) -> Tensor:
+    """Many queries, over the rows of all tokens. Sparse queries see coded tokens alone, and dense ones the exact tokens."""
+    rows, exact = kv.rows(), budget.with_queries_kept()
+
+    def attend(budget: FeatureBudget, mask: Mask, scores: ScoreRules) -> tuple[Tensor, Tensor]:
+        return operator.attend(q, rows.k, rows.v, budget, mask, scores, gradient_of_all=False, backend="auto")
+
+    if budget == exact or not kv.exact or not kv.v.shape[2]:
+        return attend(exact if kv.exact else budget, mask, scores)[0]
+    is_coded = torch.zeros(q.shape[0], kv.n, dtype=torch.bool, device=q.device)
+    is_coded[:, kv.n_first : kv.n_first + kv.v.shape[2]] = True
+    padding = torch.zeros_like(is_coded) if mask.key_padding_mask is None else mask.key_padding_mask
+    without_sinks = replace(scores, sinks=None)
+    out, lse = attend(budget, replace(mask, key_padding_mask=padding | ~is_coded), without_sinks)
+    pieces.merge(out, lse, *attend(exact, replace(mask, key_padding_mask=padding | is_coded), without_sinks))
+    return scores.with_sinks(out, lse)[0]
+
+
 def _decode(
     q: Tensor, kv: KVView, budget: FeatureBudget, mask: Mask, scores: ScoreRules, value_tolerance: float
 ) -> tuple[Tensor, Tensor]:
     """out [B, Hq, M, Dv] and lse [B, Hq, M] of checked inputs."""
+    if 0 in (*q.shape, kv.n):
+        return scores.with_sinks(*_nothing_seen(q, kv))
+    backend = plan_decode(q, kv).backend
+    if not kv.exact:
+        return scores.with_sinks(*_decode_coded(q, kv, budget, mask, scores, value_tolerance, backend))
+    parts = []
+    for (start, end), group in itertools.groupby(range(q.shape[2]), lambda i: _coded_range(i, q.shape[2], kv, mask)):
+        queries = list(group)
+        part = q[:, :, queries[0] : queries[-1] + 1]
+        coded, padding = kv.coded(start, end), mask.key_padding_mask
+        if start == end:
+            parts.append(_nothing_seen(part, coded))
+            continue
+        # All of these queries see all of these tokens, so to a kernel, in which a later query sees more, they are further heads.
+        heads = part.flatten(1, 2)[:, :, None]  # [B, Hq·m, 1, D]
+        here = None if padding is None else padding[:, kv.n_first + start : kv.n_first + end]
+        out, lse = _decode_coded(heads, coded, budget, Mask(True, None, here), scores, value_tolerance, backend)
+        parts.append((out.reshape(*part.shape[:3], -1), lse.reshape(part.shape[:3])))
+    out, lse = (torch.cat(x, dim=2) for x in zip(*parts, strict=True))
+    with without_autocast(q.device):
+        pieces.merge(out, lse, *plain.decode_exact(q, kv, mask, scores))
+    return scores.with_sinks(out, lse)
+
+
+def _coded_range(query: int, queries: int, kv: KVView, mask: Mask) -> tuple[int, int]:
+    """The coded tokens, counted from the first of them, that one of the newest `queries` tokens sees, padding apart."""
+    coded, behind = kv.v.shape[2], kv.n - queries + query + 1 - kv.n_first  # where the tokens that it sees end
+    end = min(max(behind, 0), coded)
+    start = 0 if mask.window is None else min(max(behind - mask.window, 0), end)
+    return start, end
+
+
+def _nothing_seen(q: Tensor, kv: KVView) -> tuple[Tensor, Tensor]:
+    """out and lse of queries that see no key."""
+    out = q.new_zeros((*q.shape[:3], kv.v.shape[-1]))
+    return out, torch.full(q.shape[:3], -math.inf, dtype=operator.lse_dtype(q.dtype), device=q.device)
+
+
+def _decode_coded(
+    q: Tensor, kv: KVView, budget: FeatureBudget, mask: Mask, scores: ScoreRules, value_tolerance: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    """As `_decode`, over coded tokens alone and without sinks."""
     if mask.kv_lens is not None and mask.kv_lens.device != q.device:
         mask = mask.with_lengths(mask.kv_lens.to(q.device))
     if budget.query_pattern is not None:  # the kernels know no pattern: they take the pruned rows as dense queries
         q, budget = code_queries(q, budget).to_dense(), budget.with_queries_kept()
-    if 0 in (*q.shape, kv.n):
-        out = q.new_zeros((*q.shape[:3], kv.v.shape[-1]))
-        lse = torch.full(q.shape[:3], -math.inf, dtype=operator.lse_dtype(q.dtype), device=q.device)
-        return scores.with_sinks(out, lse)
     run: Any = plain
-    backend = plan_decode(q, kv).backend
     if backend == "triton":
         from .ops.decode.triton import decode as run
     elif backend == "numba":
         from .ops.decode import cpu as run
     with without_autocast(q.device):
         topk_query = None if budget.keeps_queries else budget.topk_query
-        return scores.with_sinks(*run.decode(q, kv, mask, scores, value_tolerance, topk_query))
+        return run.decode(q, kv, mask, scores, value_tolerance, topk_query)
+
+
+def _exact_tensors(kv: KVView) -> list[Tensor]:
+    return [x for part in kv.exact for x in (part.k, part.v)]
 
 
 def _check(q: Tensor, kv: KVView, mask: Mask, value_tolerance: float) -> None:
@@ -231,7 +292,9 @@ def _check(q: Tensor, kv: KVView, mask: Mask, value_tolerance: float) -> None:
         lambda: f"query heads must be a multiple of kv heads, got {q.shape[1]} and {v.shape[1]}",
     )
     require_tolerance(value_tolerance)
-    batch, n = q.shape[0], v.shape[2]
+    for part in kv.exact:
+        _check_exact(q, kv, part)
+    batch, n = q.shape[0], kv.n
     if kv.page_table is None:
         require(v.shape[0] == batch, lambda: f"q has batch {batch}, codes and v {v.shape[0]}; they must agree")
     else:
@@ -259,6 +322,25 @@ def _check(q: Tensor, kv: KVView, mask: Mask, value_tolerance: float) -> None:
     else:  # past a sequence's length a buffer may hold anything
         for b, length in enumerate(kv_lens.tolist()):
             codes[b, :, :length].check_indices()
+
+
+def _check_exact(q: Tensor, kv: KVView, part: ExactKV) -> None:
+    """Checks of tokens that a view holds as they came."""
+    require_float("exact k", part.k)
+    require_float("exact v", part.v)
+    require_alike(q=q, k=part.k, v=part.v)
+    rows = (*kv.v.shape[:2], part.k.shape[2])
+    require(
+        part.k.shape == (*rows, kv.codes.head_dim) and part.v.shape == (*rows, kv.v.shape[-1]),
+        lambda: (
+            f"exact tokens {tuple(part.k.shape)} and {tuple(part.v.shape)} do not fit codes {tuple(kv.codes.shape)} and v "
+            f"{tuple(kv.v.shape)}"
+        ),
+    )
+    require(
+        kv.kv_lens is None and kv.page_table is None,
+        "exact tokens stand beside the codes of growing caches, without kv_lens or pages",
+    )
 
 
 def _check_pages(batch: int, v: Tensor, page_table: Tensor, kv_lens: Tensor | None) -> int:

@@ -1,4 +1,4 @@
-"""`KVView`: what a cache holds, as decode reads it."""
+"""`KVView`: what a cache holds, as decode reads it; `ExactKV`: tokens of it that are not coded."""
 
 from __future__ import annotations
 
@@ -12,8 +12,32 @@ from .codes import FeatureCodes
 
 
 @dataclass(frozen=True, eq=False)
+class ExactKV:
+    """Tokens held as they came: keys k [B, Hkv, E, D] and values v [B, Hkv, E, Dv], in order."""
+
+    k: Tensor
+    v: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return self.k.nbytes + self.v.nbytes
+
+    def map(self, change: Callable[..., Tensor], *others: ExactKV) -> ExactKV:
+        """Keys and values changed alike, together with their like of `others`."""
+        return ExactKV(change(self.k, *(x.k for x in others)), change(self.v, *(x.v for x in others)))
+
+    def tokens(self, start: int, end: int | None = None) -> ExactKV | None:
+        """The tokens `start` to `end`; None for none."""
+        part = self.map(lambda x: x[:, :, start:end])
+        return part if part.k.shape[2] else None
+
+
+@dataclass(frozen=True, eq=False)
 class KVView:
     """Stored keys and values: what a cache's `append` returns and `sparse_feature_decode` takes. Unpacks as `codes, v`.
+
+    The tokens of a sequence are `first`, the coded ones and `recent`, in this order.
 
     Attributes:
         codes: key codes [B, Hkv, N, ...], or pools of pages [P, Hkv, page_size, ...].
@@ -22,6 +46,7 @@ class KVView:
         kv_lens: [B] integer number of valid keys of each sequence; None for all N.
         page_table: [B, max_pages] int32 for pools of pages, else None: key j of sequence b is slot j % page_size of page
             `page_table[b, j // page_size]`.
+        first, recent: tokens before and after the coded ones that are held as they came; None for none.
     """
 
     codes: FeatureCodes
@@ -29,25 +54,63 @@ class KVView:
     v_scale: Tensor | None = None
     kv_lens: Tensor | None = None
     page_table: Tensor | None = None
+    first: ExactKV | None = None
+    recent: ExactKV | None = None
 
     def __iter__(self) -> Iterator[FeatureCodes | Tensor]:
         return iter((self.codes, self.v))
 
     @property
     def n(self) -> int:
-        """Keys that there is room for per sequence."""
-        return self.v.shape[2] if self.page_table is None else self.page_table.shape[1] * self.v.shape[2]
+        """Keys that there is room for per sequence, coded or not."""
+        if self.page_table is not None:
+            return self.page_table.shape[1] * self.v.shape[2]
+        return self.v.shape[2] + sum(part.k.shape[2] for part in self.exact)
+
+    @property
+    def exact(self) -> list[ExactKV]:
+        """Those of `first` and `recent` that there are."""
+        return [part for part in (self.first, self.recent) if part is not None]
+
+    @property
+    def n_first(self) -> int:
+        """Tokens before the coded ones."""
+        return 0 if self.first is None else self.first.k.shape[2]
 
     def tensors(self) -> list[Tensor]:
-        """Codes, values and their scales."""
+        """Codes, values and their scales; not the exact tokens."""
         parts = (self.codes.dense, self.codes.values, self.codes.indices, self.codes.scale, self.v, self.v_scale)
         return [x for x in parts if x is not None]
 
     def map(self, change: Callable[..., Tensor], *others: KVView) -> KVView:
-        """The view with each tensor of codes, values and scales changed alike, together with its like of `others`."""
+        """The view with each tensor of `tensors()` changed alike, together with its like of `others`."""
         v_scale = None if self.v_scale is None else change(self.v_scale, *(x.v_scale for x in others))
         codes = self.codes.map(change, *(x.codes for x in others))
         return KVView(codes, change(self.v, *(x.v for x in others)), v_scale, self.kv_lens, self.page_table)
+
+    def coded(self, start: int, end: int) -> KVView:
+        """The coded tokens `start` to `end`, counted from the first coded one, alone."""
+        return replace(self.map(lambda x: x[:, :, start:end]), first=None, recent=None)
+
+    def since(self, start: int) -> KVView:
+        """The view without the first `start` tokens."""
+        after_first = max(0, start - self.n_first)
+        after_coded = max(0, after_first - self.v.shape[2])
+        first = None if self.first is None else self.first.tokens(start)
+        recent = None if self.recent is None else self.recent.tokens(after_coded)
+        return replace(self.map(lambda x: x[:, :, after_first:]), first=first, recent=recent)
+
+    def followed_by(self, further: ExactKV) -> KVView:
+        """The view with `further` tokens behind, as they are."""
+        if self.recent is not None:
+            further = self.recent.map(lambda held, new: torch.cat((held, new), dim=2), further)
+        return replace(self, recent=further)
+
+    def rows(self) -> ExactKV:
+        """All tokens in order, the coded keys as sparse rows."""
+        parts = [self.first, ExactKV(self.codes.to_dense(), self.v), self.recent]
+        there = [part for part in parts if part is not None]
+        return there[0] if len(there) == 1 else there[0].map(lambda *x: torch.cat(x, dim=2), *there[1:])
 
     def contiguous_pages(self) -> KVView:
         """The pages gathered to [B, Hkv, max_pages * page_size, ...]; a view without pages as it is."""

@@ -117,6 +117,17 @@ def test_convert_to_an_eight_bit_cache(tiny, text, tmp_path, short):
     assert flashsfa.from_pretrained(output).config.sfa["cache_dtype"] == "int8"
 
 
+def test_convert_to_a_cache_with_exact_tokens(tiny, text, tmp_path, short):
+    output = tmp_path / "out"
+    assert main(arguments(tiny, text, output, "--recent", "1000", "--first", "3")) == 0
+    report = json.loads((output / "report.json").read_text())
+    assert report["sfa"]["kv_bytes_per_token"] == report["dense"]["kv_bytes_per_token"]
+    assert report["sfa"]["perplexity"] == pytest.approx(report["dense"]["perplexity"], rel=1e-3)
+    assert report["sfa"]["label"].endswith("1000 newest and 3 first tokens exact")
+    settings = flashsfa.from_pretrained(output).config.sfa
+    assert (settings["recent"], settings["first"]) == (1000, 3)
+
+
 @pytest.mark.parametrize("kilobytes", [1, 20])
 def test_full_disk_leaves_nothing(kilobytes, tiny, text, tmp_path, capsys, short):
     """No file may grow past a limit, which writers meet as they meet a full disk."""

@@ -21,7 +21,7 @@ from flashsfa.huggingface import SparseCache  # noqa: E402
 
 SWITCH = [
     ["--topk-query", 8], ["--dense-dims", 2], ["--basis", "pca"], ["--max-position", 50], ["--calibrate", __file__],
-    ["--cache-dtype", "int8"],
+    ["--cache-dtype", "int8"], ["--recent", 8], ["--first", 0],
 ]  # fmt: skip
 BUDGET = ["--topk", "2", "--dense-dims", "2", "--dtype", "float32", "--device", "cpu"]
 
@@ -97,6 +97,22 @@ def test_perplexity_of_an_eight_bit_cache(tiny, text, tmp_path):
             total += F.cross_entropy(torch.cat(steps[:-1]), window[1:]).item()
         assert found == pytest.approx(math.exp(total / 2), rel=1e-5)
         assert perplexity(flashsfa.enable(model, 2, dense_dims=2), windows) != pytest.approx(found, rel=1e-5)
+
+
+def test_perplexity_with_exact_tokens(tiny, text, tmp_path, capsys):
+    command = ["--text", text, "--window", 60, "--windows", 2, *BUDGET, "--topk-query", 8]
+    for name, more in (("codes", []), ("some", ["--recent", 8, "--first", 2]), ("all", ["--recent", 60, "--dense"])):
+        assert evaluate("perplexity", tiny, tmp_path / name, *command, *more) == 0
+    rows = {name: document(tmp_path / name)["results"] for name in ("codes", "some", "all")}
+    assert document(tmp_path / "some")["settings"]["sfa"]["recent"] == 8
+    assert rows["all"]["sfa"]["perplexity"] == pytest.approx(rows["all"]["dense"]["perplexity"], rel=1e-5)
+    assert rows["all"]["sfa"]["kv_bytes_per_token"] == rows["all"]["dense"]["kv_bytes_per_token"]
+    a_row, exact, coded = 2 * 2 / 60, 10 * 2 * 8 * 4, 50 * (8 * 4 + 4 * 4 + 2)
+    assert rows["some"]["sfa"]["kv_bytes_per_token"] == pytest.approx(a_row * (exact + coded))
+    assert rows["some"]["sfa"]["perplexity"] != rows["codes"]["sfa"]["perplexity"]
+    assert "as decode sees it" in capsys.readouterr().out
+    assert evaluate("perplexity", tiny, tmp_path / "none", *command, "--recent", -1) == 2
+    assert "--recent must be 0 to" in capsys.readouterr().err
 
 
 def test_converted_model_and_names(tiny, text, tmp_path, capsys):

@@ -85,6 +85,8 @@ def test_settings_are_stored_and_read(saved):
         ({"topk": 3, "positions": "rope"}, "positions must be one of channel, None; got 'rope'"),
         ({"topk": 3, "cache_dtype": 8}, "cache_dtype must be one of int8, None; got 8"),
         ({"topk": 3, "query_pattern": ["2:4"]}, "query_pattern must be one of"),
+        ({"topk": 3, "recent": -1}, "recent must be 0 to"),
+        ({"topk": 3, "first": 4.0}, "first must be an int, got 4.0"),
     ],
 )
 def test_settings_that_are_none(saved, stored, words):

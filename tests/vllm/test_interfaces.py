@@ -81,6 +81,10 @@ def test_what_cannot_run_is_refused(vllm, serve):
     serve(**CODING, cache_dtype="int8")
     with pytest.raises(ValueError, match="cache_dtype=None"):
         SparseFeatureImpl(*ordinary)
+    for exact in ({"recent": 32}, {"first": 4}):
+        serve(**CODING, **exact)
+        with pytest.raises(ValueError, match="codes every token"):
+            SparseFeatureImpl(*ordinary)
     serve()
     with pytest.raises(ValueError, match=r"flashsfa\.enable.*--hf-overrides"):
         SparseFeatureImpl(*ordinary)

@@ -1,7 +1,8 @@
 """`SparseKVCache`: the key codes and values of the tokens seen so far, in preallocated buffers.
 
 A key costs 2·M + 3·K bytes in 16-bit dtypes (M dense dims, K kept features) instead of 2·D; values stay dense. In 8 bits
-a key costs M + 2·K + 4 bytes and a value Dv + 4, the 4 being a float32 scale.
+a key costs M + 2·K + 4 bytes and a value Dv + 4, the 4 being a float32 scale. The newest tokens and the first ones of a
+sequence can be kept as they come: a token is coded once, when it is no longer among the newest.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ..budget import require_budget
 from ..checks import (
+    MOST_TOKENS,
     require,
     require_alike,
     require_int,
@@ -23,7 +25,7 @@ from ..checks import (
 from ..codes import FeatureCodes, quantize_rows, topk_codes
 from ..contexts import lasting_tensors
 from ..ops.select.operators import append, append_op, has_fused
-from ..stored import KVView
+from ..stored import ExactKV, KVView
 
 _GROWTH_TOKENS = 256
 
@@ -32,12 +34,15 @@ class SparseKVCache:
     """Codes and values of up to `capacity` tokens; grows by a quarter (at least 256 tokens) when full.
 
     A call that raises, for whatever reason, leaves the cache as it was. What `torch.inference_mode()` filled can be continued
-    outside of it.
+    outside of it. With `recent` or `first`, `len()` counts all tokens, and `codes`, `v` and `v_scale` are those of the coded ones.
 
     Args:
         topk, dense_dims: the key code, as in `topk_codes`.
-        capacity: tokens to allocate on the first `append`, which also fixes batch, heads, widths, dtype and device.
+        capacity: coded tokens to allocate on the first `append`, which also fixes batch, heads, widths, dtype and device.
         dtype: torch.int8 to keep codes and values in 8 bits with a scale a row; None to keep them as they come.
+        recent: newest tokens that are kept as they come, whatever `dtype`. After a `crop` that reached into coded tokens, which
+            stay coded, fewer.
+        first: first tokens of the sequence that are kept as they come, whatever `dtype`.
     """
 
     def __init__(
@@ -47,23 +52,28 @@ class SparseKVCache:
         dense_dims: int = 0,
         capacity: int = _GROWTH_TOKENS,
         dtype: torch.dtype | None = None,
+        recent: int = 0,
+        first: int = 0,
     ) -> None:
         require_int("topk", topk, 1, 256)
         require_int("dense_dims", dense_dims, 0, 255)
         require_int("capacity", capacity, 1)
+        require_int("recent", recent, 0, MOST_TOKENS)
+        require_int("first", first, 0, MOST_TOKENS)
         require(dtype in (None, torch.int8), f"dtype must be torch.int8 or None, got {dtype}")
         self.dtype, self.topk, self.dense_dims = dtype, topk, dense_dims
+        self.recent, self.first = recent, first
         self._first_capacity = capacity
-        self._length = 0
+        self._tokens = _Tokens()
         self._held: _Held | None = None
 
     def __len__(self) -> int:
         """Tokens held."""
-        return self._length
+        return self._tokens.held
 
     @property
     def capacity(self) -> int:
-        """Tokens that fit without growing."""
+        """Coded tokens that fit without growing."""
         return self._first_capacity if self._held is None else self._held.kv.v.shape[2]
 
     @property
@@ -73,17 +83,17 @@ class SparseKVCache:
 
     @property
     def kv(self) -> KVView:
-        """Codes, values and scales of the held tokens, [B, Hkv, N, ...]: views of the buffers."""
-        return self._view(self._buffers(), 0, self._length)
+        """Codes, values and scales of the held tokens, [B, Hkv, N, ...], and the exact ones: views of the buffers."""
+        return self._buffers().view(self._tokens)
 
     @property
     def codes(self) -> FeatureCodes:
-        """Codes of the held keys, [B, Hkv, N, ...]: a view of the buffers."""
+        """Codes of the coded keys, [B, Hkv, N, ...]: a view of the buffers."""
         return self.kv.codes
 
     @property
     def v(self) -> Tensor:
-        """[B, Hkv, N, Dv] held values: a view of the buffer."""
+        """[B, Hkv, N, Dv] values of the coded tokens: a view of the buffer."""
         return self.kv.v
 
     @property
@@ -93,17 +103,23 @@ class SparseKVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the held tokens: codes, values and scales."""
-        return 0 if self._held is None else sum(x.nbytes for x in self.kv.tensors())
+        """Bytes of the held tokens: codes, values, scales and exact tokens."""
+        return 0 if self._held is None else _nbytes(self.kv)
+
+    @property
+    def key_nbytes(self) -> int:
+        """Bytes of the keys among `nbytes`."""
+        return 0 if self._held is None else self.codes.nbytes + sum(part.k.nbytes for part in self.kv.exact)
 
     @property
     def nbytes_allocated(self) -> int:
-        """Bytes of the buffers."""
-        return 0 if self._held is None else sum(x.nbytes for x in self._held.kv.tensors())
+        """Bytes of the buffers. That of the newest tokens has room for twice as many."""
+        return 0 if self._held is None else _nbytes(self._held.kv)
 
     def append(self, k: Tensor, v: Tensor) -> KVView:
         """Code the keys k [B, Hkv, N, D], store them with v [B, Hkv, N, Dv], and return all that is held: what
-        `sparse_feature_decode` takes.
+        `sparse_feature_decode` takes. Of the tokens held and new, the `recent` newest and the `first` of the sequence stay as
+        they came.
 
         Raises `TypeError` or `ValueError` if k and v do not fit each other or the cache, or ask for a gradient.
         """
@@ -111,10 +127,10 @@ class SparseKVCache:
         require_no_gradient(k, v)
         require_budget(self.topk, k.shape[-1], self.dense_dims)
         require(v.shape[-1] >= 1, "v must have at least one feature")
-        start, end = self._length, self._length + k.shape[2]
-        held = self._held
+        step = self._tokens.step(k.shape[2], self.first, self.recent)
+        coded, held = self._tokens.coded + step.old + step.new, self._held
         if held is None:
-            held = self._allocate(max(self._first_capacity, end), k, v)
+            held = self._allocate(max(self._first_capacity, coded), k, v)
         else:
             for name, new, old in (("k", k, held.kv.codes.shape), ("v", v, held.kv.v.shape)):
                 if new.shape[:2] != old[:2] or new.shape[-1] != old[-1]:
@@ -122,24 +138,28 @@ class SparseKVCache:
                         f"{name} {tuple(new.shape)} does not fit a cache of [B, Hkv, D] = {[*old[:2], old[-1]]}"
                     )
             _require_like(held, k)
-            if end > self.capacity:
+            if coded > self.capacity:
                 more = max(_GROWTH_TOKENS, self.capacity // 4)
-                held = held.moved(0, self._length, max(end, self.capacity + more))
-        self._write(held.kv, k, v, start)
-        seen = self._view(held, 0, end)
-        self._held, self._length = held, end
+                held = held.with_coded(0, self._tokens.coded, max(coded, self.capacity + more))
+        held, tokens = self._write(held, k, v, step)
+        seen = held.view(tokens)
+        self._held, self._tokens = held, tokens
         return seen
 
     def allocate(self, k: Tensor, v: Tensor) -> None:
         """Allocate `capacity` zeroed tokens for the codes of keys such as k [B, Hkv, any, D] and values such as v, and
         hold them all: a cache of fixed size and address, filled by `append_at` and `write_at`."""
         require(self.dtype is None, "a cache of fixed size keeps codes and values as they come: leave dtype None")
+        require(
+            not self.recent and not self.first,
+            f"a cache of fixed size codes every token: leave recent and first 0, got {self.recent} and {self.first}",
+        )
         require_alike(k=k, v=v)
         require_budget(self.topk, k.shape[-1], self.dense_dims)
         held = self._allocate(self.capacity, k, v)
         for buffer in held.kv.tensors():
             buffer.zero_()
-        self._held, self._length = held, held.kv.v.shape[2]
+        self._held, self._tokens = held, _Tokens(coded=held.kv.v.shape[2])
 
     def append_at(self, k: Tensor, v: Tensor, start: Tensor) -> KVView:
         """Code the keys k [B, Hkv, N, D] and store them with v [B, Hkv, N, Dv] from token `start` ([] int64, on the
@@ -172,15 +192,19 @@ class SparseKVCache:
     def crop(self, length: int) -> None:
         """Forget all but the first `length` tokens; a negative `length` forgets that many from the end."""
         require_int("length", length)
-        kept = self._length + length if length < 0 else length
-        require(kept >= 0, lambda: f"cannot crop {self._length} tokens to {kept}")
-        self._length = min(kept, self._length)
+        kept = len(self) + length if length < 0 else length
+        require(kept >= 0, lambda: f"cannot crop {len(self)} tokens to {kept}")
+        self._tokens = self._tokens.cropped(kept)
 
     def keep_last(self, length: int, capacity: int) -> None:
-        """Forget all but the last `length` tokens and move them to buffers of `capacity` tokens."""
+        """Forget all but the last `length` tokens and move those of them that are coded to buffers of `capacity` tokens. The first
+        tokens of the sequence are forgotten like others, and none take their place."""
         require(0 <= length <= capacity, f"{length} tokens do not fit a capacity of {capacity}")
-        first = max(0, self._length - length)
-        self._held, self._length = self._buffers().moved(first, self._length, capacity), self._length - first
+        before, tokens = self._tokens, self._tokens.without(len(self) - length)
+        held = self._buffers().with_coded(before.coded - tokens.coded, before.coded, capacity)
+        if held.kv.first is not None and tokens.first < before.first:
+            held = held.with_first(before.first - tokens.first, before.first)
+        self._held, self._tokens = held, tokens
 
     def to(self, device: torch.device | str) -> None:
         """Move the buffers to `device`; further tokens must come from there."""
@@ -193,12 +217,28 @@ class SparseKVCache:
             index = index.to(self._held.kv.v.device)
             self._held = self._held.map(lambda x: x[index])
 
-    @staticmethod
-    def _view(held: _Held, first: int, end: int) -> KVView:
-        return held.kv.map(lambda x: x[:, :, first:end])
+    def _write(self, held: _Held, k: Tensor, v: Tensor, step: _Step) -> tuple[_Held, _Tokens]:
+        """Store k and v where nothing is held yet: the first tokens of the sequence and the newest as they are, and codes of those
+        that leave the newest. The buffers, others where they are full, and what they hold then."""
+        tokens, kv, fresh = self._tokens, held.kv, ExactKV(k, v)
+        if kv.first is not None and step.first:
+            _put(kv.first, fresh.tokens(0, step.first), tokens.first)
+        new = fresh.tokens(step.first, step.first + step.new)
+        if kv.recent is not None and step.old:
+            old = kv.recent.map(lambda x: x[:, :, tokens.slot : tokens.slot + step.old])
+            new = old if new is None else old.map(lambda *x: torch.cat(x, dim=2), new)
+        if new is not None:
+            self._code(kv, new.k, new.v, tokens.coded)
+        slot, kept = tokens.slot + step.old, tokens.recent - step.old
+        if kv.recent is not None and slot + kept + step.recent > kv.recent.k.shape[2]:
+            held, slot = held.with_recent(slot, slot + kept), 0
+        if held.kv.recent is not None and step.recent:
+            _put(held.kv.recent, fresh.tokens(k.shape[2] - step.recent), slot + kept)
+        coded = tokens.coded + step.old + step.new
+        return held, _Tokens(tokens.forgotten, tokens.first + step.first, coded, kept + step.recent, slot)
 
-    def _write(self, kv: KVView, k: Tensor, v: Tensor, start: int) -> None:
-        """Code k and write it with v at token `start`, where nothing is held yet."""
+    def _code(self, kv: KVView, k: Tensor, v: Tensor, start: int) -> None:
+        """Code k and write it with v at coded token `start`, where nothing is held yet."""
         if self.dtype is None and has_fused(k):
             append(k, v, kv.codes.dense, kv.codes.values, kv.codes.indices, kv.v, start)
             return
@@ -240,29 +280,132 @@ class SparseKVCache:
                 scale,
             )
             values = torch.empty((*rows, v.shape[-1]), dtype=kept, device=device)
-            return _Held(KVView(codes, values, v_scale), k.dtype)
+
+            def exact(tokens: int) -> ExactKV | None:
+                return ExactKV(k, v).map(lambda x: x.new_empty((*x.shape[:2], tokens, x.shape[3]))) if tokens else None
+
+            # with twice the room, the newest tokens move to a new buffer once in `recent` tokens at most
+            return _Held(
+                KVView(codes, values, v_scale, first=exact(self.first), recent=exact(2 * self.recent)), k.dtype
+            )
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """How many tokens are held, and where.
+
+    Attributes:
+        forgotten: tokens of the sequence before the held ones.
+        first, coded, recent: tokens in each of the three buffers, in the order of the sequence.
+        slot: where the newest tokens begin in their buffer; the other two begin at 0.
+    """
+
+    forgotten: int = 0
+    first: int = 0
+    coded: int = 0
+    recent: int = 0
+    slot: int = 0
+
+    @property
+    def held(self) -> int:
+        return self.first + self.coded + self.recent
+
+    def step(self, count: int, first: int, recent: int) -> _Step:
+        """Where `count` more tokens go, if `first` of the sequence and `recent` newest ones are exact."""
+        to_first = min(count, max(0, first - self.forgotten - self.held))
+        count -= to_first
+        leaving = max(0, self.recent + count - recent)
+        old = min(leaving, self.recent)
+        return _Step(to_first, old, leaving - old, count - (leaving - old))
+
+    def cropped(self, length: int) -> _Tokens:
+        """The first `length` of the held tokens."""
+        first = min(self.first, length)
+        coded = min(self.coded, length - first)
+        return replace(self, first=first, coded=coded, recent=min(self.recent, length - first - coded))
+
+    def without(self, count: int) -> _Tokens:
+        """The held tokens but the first `count`."""
+        count = max(0, count)
+        first = min(self.first, count)
+        coded = min(self.coded, count - first)
+        recent = count - first - coded
+        return _Tokens(
+            self.forgotten + count, self.first - first, self.coded - coded, self.recent - recent, self.slot + recent
+        )
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Where the tokens of an append go: the next `first` to the first ones, `old` of the newest held and the next `new` to the coded
+    ones, and the last `recent` to the newest."""
+
+    first: int
+    old: int
+    new: int
+    recent: int
 
 
 @dataclass(frozen=True)
 class _Held:
-    """Buffers of `capacity` tokens, and the dtype that keys and values come in."""
+    """Buffers of `capacity` coded tokens and of the exact ones, and the dtype that keys and values come in."""
 
     kv: KVView
     input_dtype: torch.dtype
 
+    def view(self, tokens: _Tokens) -> KVView:
+        """The tokens held."""
+        kv = self.kv.map(lambda x: x[:, :, : tokens.coded])
+        if not self.kv.exact:
+            return kv
+        first = None if kv.first is None else kv.first.tokens(0, tokens.first)
+        recent = None if kv.recent is None else kv.recent.tokens(tokens.slot, tokens.slot + tokens.recent)
+        return replace(kv, first=first, recent=recent)
+
     def map(self, change: Callable[[Tensor], Tensor]) -> _Held:
+        """Every buffer changed alike."""
         with lasting_tensors():
-            return replace(self, kv=self.kv.map(change))
+            first, recent = (None if x is None else x.map(change) for x in (self.kv.first, self.kv.recent))
+            return replace(self, kv=replace(self.kv.map(change), first=first, recent=recent))
 
-    def moved(self, first: int, end: int, capacity: int) -> _Held:
-        """New buffers of `capacity` tokens that begin with the tokens `first` to `end` of these."""
+    def with_coded(self, start: int, end: int, capacity: int) -> _Held:
+        """The coded tokens `start` to `end` at the front of new buffers of `capacity`."""
+        with lasting_tensors():
+            return replace(self, kv=self.kv.map(lambda x: _moved(x, start, end, capacity)))
 
-        def move(x: Tensor) -> Tensor:
-            new = torch.empty((*x.shape[:2], capacity, *x.shape[3:]), dtype=x.dtype, device=x.device)
-            new[:, :, : end - first] = x[:, :, first:end]
-            return new
+    def with_first(self, start: int, end: int) -> _Held:
+        """As `with_coded`, for the first tokens of the sequence."""
+        assert self.kv.first is not None
+        with lasting_tensors():
+            return replace(
+                self, kv=replace(self.kv, first=self.kv.first.map(lambda x: _moved(x, start, end, x.shape[2])))
+            )
 
-        return self.map(move)
+    def with_recent(self, start: int, end: int) -> _Held:
+        """As `with_coded`, for the newest tokens."""
+        assert self.kv.recent is not None
+        with lasting_tensors():
+            return replace(
+                self, kv=replace(self.kv, recent=self.kv.recent.map(lambda x: _moved(x, start, end, x.shape[2])))
+            )
+
+
+def _moved(x: Tensor, start: int, end: int, capacity: int) -> Tensor:
+    """A new buffer of `capacity` tokens that begins with the tokens `start` to `end` of x [B, H, N, C]."""
+    new = torch.empty((*x.shape[:2], capacity, *x.shape[3:]), dtype=x.dtype, device=x.device)
+    new[:, :, : end - start] = x[:, :, start:end]
+    return new
+
+
+def _put(buffer: ExactKV, tokens: ExactKV | None, start: int) -> None:
+    """Write `tokens` to the slots of `buffer` from `start` on."""
+    assert tokens is not None
+    for x, new in ((buffer.k, tokens.k), (buffer.v, tokens.v)):
+        x[:, :, start : start + new.shape[2]] = new
+
+
+def _nbytes(kv: KVView) -> int:
+    return sum(x.nbytes for x in kv.tensors()) + sum(part.nbytes for part in kv.exact)
 
 
 def _require_like(held: _Held, k: Tensor) -> None:

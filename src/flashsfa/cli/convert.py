@@ -57,7 +57,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    require_counts(options, topk=1, topk_query=1, dense_dims=0, max_position=1, window=2, windows=1)
+    require_counts(options, topk=1, topk_query=1, dense_dims=0, max_position=1, window=2, windows=1, recent=0, first=0)
     need("demo", "matplotlib", "rich", "transformers")
     from ..convert import ConvertSettings, convert
 
@@ -65,7 +65,7 @@ def _convert(options: argparse.Namespace) -> None:
         model=options.model, topk=options.topk, topk_query=options.topk_query or DENSE,
         dense_dims=options.dense_dims, basis=options.basis, calibrate=options.calibrate, eval=options.eval,
         dtype=options.dtype, cache_dtype=options.cache_dtype, window=options.window, windows=options.windows,
-        max_position=options.max_position, tokenizer=options.tokenizer,
+        max_position=options.max_position, tokenizer=options.tokenizer, recent=options.recent or 0, first=options.first or 0,
     )  # fmt: skip
     with progress() as bars:
         report = convert(settings, options.output, bars)

@@ -106,7 +106,7 @@ def _eval(options: argparse.Namespace) -> None:
     need("eval", "matplotlib", "rich", "transformers")
     from ..evaluation.subject import SubjectSettings
 
-    require_counts(options, topk=1, topk_query=1, dense_dims=0, max_position=2)
+    require_counts(options, topk=1, topk_query=1, dense_dims=0, max_position=2, recent=0, first=0)
     settings = SubjectSettings(**{field.name: getattr(options, field.name) for field in fields(SubjectSettings)})
     with progress() as bars:
         document, paths = options.measure(options, settings, bars)
@@ -152,7 +152,7 @@ def _perplexity_table(settings: dict[str, Any], results: dict[str, Any]) -> Tabl
     any_row = next(iter(results.values()))
     table = Table(
         "attention", "perplexity", "against dense", "KV cache bytes per token",
-        title=f"{settings['model']}: perplexity",
+        title=f"{settings['model']}: perplexity of each token as decode sees it",
         caption="of one window: --windows 2 or more show how far it could be off" if any_row["standard_error"] is None
         else f"± is the standard error over {any_row['windows']} windows; against dense, of the same windows in pairs",
     )  # fmt: skip

@@ -108,6 +108,15 @@ def add_budget(parser: argparse._ActionsContainer, context: str, *, with_topk_de
         "--cache-dtype", choices=("int8",), metavar="DTYPE",
         help="of the cache of codes: int8, a scale per row (default: as --dtype)",
     )  # fmt: skip
+    parser.add_argument(
+        "--recent",
+        type=int,
+        metavar="N",
+        help="newest tokens whose keys and values the cache keeps as they come (default: 0)",
+    )
+    parser.add_argument(
+        "--first", type=int, metavar="N", help="first tokens of a text that it keeps as they come (default: 0)"
+    )
 
 
 def _query_features(text: str) -> int | str:

@@ -100,7 +100,8 @@ def measure_tasks(
         content = _document("lm-eval", subject, tasks=tasks, include_path=include_path, **asked)
         for name in subject.variants(calibration, longest, progress):
             content["results"][name] = harness.evaluate(subject.model, subject.tokenizer, **asked)
-        if subject.switched and subject.switched["cache_dtype"] is not None:
+        kept = subject.switched or {"cache_dtype": None}
+        if kept["cache_dtype"] is not None and not (kept["recent"] or kept["first"] or kept["prefill"] == "dense"):
             content["settings"]["rounded"] = "what is generated; likelihoods use no cache"
         return _written(content, subject, output)
 
@@ -129,4 +130,6 @@ def _written(
 
 def _label(switched: dict[str, Any]) -> str:
     kept = "" if switched["cache_dtype"] is None else f", {switched['cache_dtype']}"
+    if switched["recent"] or switched["first"]:
+        kept += f", {switched['recent']} newest and {switched['first']} first tokens exact"
     return f"{switched['dense_dims']} dense features + top-{switched['topk']}{kept}"

@@ -10,17 +10,19 @@ from torch import Tensor
 from ..huggingface import SparseCache, cache_nbytes
 from ..huggingface.switch import is_enabled
 
-_TOKENS = 32
 
-
-@torch.no_grad()
 def cache_bytes_per_token(model: Any, ids: Tensor) -> float:
     """Bytes of keys and values that a token takes in all layers together, of a model of transformers, dense or switched.
 
     Args:
-        ids: [N] token ids; the first 32 are put into a cache.
+        ids: [N] token ids that are put into a cache; tokens that it keeps as they come count with the others.
     """
-    inputs = ids[None, :_TOKENS].to(model.device)
+    return cache_nbytes(fill_cache(model, ids))["total"] / len(ids)
+
+
+@torch.no_grad()
+def fill_cache(model: Any, ids: Tensor) -> Any:
+    """The cache of a model, dense or switched, that holds the tokens `ids` [N]."""
     cache = SparseCache(model) if is_enabled(model) else None
-    cache = model(input_ids=inputs, past_key_values=cache, use_cache=True).past_key_values
-    return cache_nbytes(cache)["total"] / inputs.shape[1]
+    inputs = ids[None].to(model.device)
+    return model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values

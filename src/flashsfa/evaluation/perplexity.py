@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import require
-from ..huggingface import SparseCache
+from ..huggingface import SFASettings, SparseCache
 from ..huggingface.switch import is_enabled
 
 _ROWS = 1024  # logits turned to float32 at a time: of a long window they would be the largest tensor by far
@@ -30,7 +30,8 @@ def perplexity(model: Any, windows: Tensor, progress: Callable[[], None] = lambd
 def window_losses(model: Any, windows: Tensor, progress: Callable[[], None] = lambda: None) -> list[float]:
     """The mean negative log-likelihood of all but the first token of each window, in nats per token.
 
-    A model whose cache is in 8 bits attends to the rounded keys and values that the cache holds.
+    Each token is scored as decode sees it: one whose cache is in 8 bits attends to the rounded keys and values that the cache
+    holds, and one that keeps its newest and first tokens as they came to these, and to the codes of the others.
 
     Args:
         model: a causal language model of transformers.
@@ -39,7 +40,8 @@ def window_losses(model: Any, windows: Tensor, progress: Callable[[], None] = la
 
     Raises `ValueError` if the mean is NaN, or so large that its exponential overflows.
     """
-    rounds = is_enabled(model) and model.config.sfa["cache_dtype"] is not None
+    settings = SFASettings.from_config(model.config.sfa) if is_enabled(model) else None
+    rounds = settings is not None and settings.cache_dtype is not None and not settings.shows_exact
     losses = []
     for window in windows:
         ids = window[None].to(model.device)

@@ -20,7 +20,17 @@ from .text import token_windows
 
 Progress = Callable[[str, int], Callable[[], None]]  # (description, steps) -> call once a step
 
-SWITCH_OPTIONS = ("topk", "topk_query", "dense_dims", "basis", "max_position", "calibrate", "cache_dtype")
+SWITCH_OPTIONS = (
+    "topk",
+    "topk_query",
+    "dense_dims",
+    "basis",
+    "max_position",
+    "calibrate",
+    "cache_dtype",
+    "recent",
+    "first",
+)
 
 _USUAL_TOKENS = 2048
 _CALIBRATION_TOKENS, _CALIBRATION_WINDOWS = 768, 10
@@ -40,6 +50,7 @@ class SubjectSettings:
         max_position: None for the longest context that is measured.
         calibrate: the text to calibrate on, for the record; None for `read_text`'s own.
         cache_dtype: as `enable`'s.
+        recent, first: as `enable`'s; None for 0.
         tokenizer: directory or hub name; None for the model's own.
     """
 
@@ -52,6 +63,8 @@ class SubjectSettings:
     max_position: int | None = None
     calibrate: str | None = None
     cache_dtype: str | None = None
+    recent: int | None = None
+    first: int | None = None
     dtype: str = "bfloat16"
     device: str = "auto"
     tokenizer: str | None = None
@@ -161,6 +174,8 @@ class Subject:
             "topk_query": query_features(settings.topk_query or DENSE, head_dim),
             "dense_dims": dense_dims,
             "cache_dtype": settings.cache_dtype,
+            "recent": settings.recent or 0,
+            "first": settings.first or 0,
         }
 
 

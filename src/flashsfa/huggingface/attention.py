@@ -19,9 +19,11 @@ from ..budget import DENSE, FeatureBudget
 from ..checks import require
 from ..decode import FEW_QUERIES, attend_cached
 from ..mask import Mask, checked_window
+from ..ops.prefill import exact_band
 from ..scores import ScoreRules
-from ..stored import KVView
+from ..stored import ExactKV, KVView
 from .positions import channel_first
+from .settings import SFASettings
 from .structure import require_no_dropout
 
 NAME = "sfa"
@@ -31,7 +33,8 @@ class LayerCoding(nn.Module):
     """How one attention layer codes its queries and keys: budget, the place of its channel, and as buffers its basis.
 
     `channel` rotary features are brought to the front, where the dense channel is (`positions.channel_first`); 0 for none.
-    `cache_dtype` is that of the layer's growing cache: torch.int8, or None for that of what comes in.
+    `cache_dtype` is that of the layer's growing cache: torch.int8, or None for that of what comes in; `settings` tell
+    which tokens it keeps, and shows to prompts, as they come.
 
     The buffers follow the model from device to device, but keep their precision: rounded to 16 bits the two sides of a
     basis no longer undo one another. They are not part of the state dict: the checkpoint stays the dense
@@ -40,6 +43,7 @@ class LayerCoding(nn.Module):
 
     query: Tensor
     key: Tensor
+    gain: Tensor
 
     def __init__(
         self,
@@ -48,18 +52,18 @@ class LayerCoding(nn.Module):
         basis: FeatureBasis | None = None,
         channel: int = 0,
         cache_dtype: torch.dtype | None = None,
+        settings: SFASettings | None = None,
     ) -> None:
         super().__init__()
-        self.budget, self.value_tolerance, self.channel, self.cache_dtype = (
-            budget,
-            value_tolerance,
-            channel,
-            cache_dtype,
-        )
+        self.budget, self.value_tolerance, self.channel = budget, value_tolerance, channel
+        self.cache_dtype, self.settings = cache_dtype, settings or SFASettings(budget.topk)
         self._basis_digest = None if basis is None else _digest(basis.key)
         if basis is not None:
             for name in ("query", "key"):
                 self.register_buffer(name, getattr(basis, name), persistent=False)
+            gain = (basis.key.double() * basis.query.double()).sum(-2)  # [Hkv, D]
+            gain[:, : budget.dense_dims] = 1
+            self.register_buffer("gain", gain.to(basis.query.dtype), persistent=False)
 
     @classmethod
     def lossless(cls, head_dim: int) -> LayerCoding:
@@ -83,6 +87,22 @@ class LayerCoding(nn.Module):
             return channel_first(k, self.channel)
         return k if self._basis_digest is None else self._basis(k.device).transform_key(k)
 
+    def exact_keys(self, k: Tensor) -> Tensor:
+        """Keys k [B, Hkv, N, D] in the layer's coordinates, such that the layer's queries score them as the dense model does: the gain
+        of a basis makes up for what codes drop."""
+        if self._basis_digest is None:
+            return k
+        self._basis(k.device)
+        return (k / self.gain[:, None]).to(k.dtype)
+
+    def exact(self, kv: KVView) -> KVView:
+        """A cache's view with `exact_keys`."""
+
+        def change(part: ExactKV | None) -> ExactKV | None:
+            return None if part is None else replace(part, k=self.exact_keys(part.k))
+
+        return replace(kv, first=change(kv.first), recent=change(kv.recent)) if kv.exact else kv
+
     def _basis(self, device: torch.device) -> FeatureBasis:
         """The basis on the device of what it is for: that of an offloaded layer is known when it runs."""
         if self.query.device != device:
@@ -105,8 +125,8 @@ class CachedKeys:
     Models pass it on as they do keys; a model that does more with them is told so.
 
     Attributes:
-        kv: codes and values; its values are those that are handed out beside these keys, and its lengths the slots filled so far
-            of a cache of fixed size.
+        kv: codes and values, and exact tokens; its values are those that are handed out beside these keys, and its lengths the
+            slots filled so far of a cache of fixed size.
         key_code: of the layer that coded them; None for lossless codes.
         dtype: of the values as they came, and so of the attention's output.
         positions: [N] int64 position in the sequence of each slot's token, negative for an empty slot; None where
@@ -128,8 +148,9 @@ class CachedKeys:
 
     @property
     def shape(self) -> torch.Size:
-        """[B, Hkv, N, D] of the keys that were coded."""
-        return self.kv.codes.shape
+        """[B, Hkv, N, D] of the keys held, coded or not."""
+        batch, heads, _, head_dim = self.kv.codes.shape
+        return torch.Size((batch, heads, self.kv.n, head_dim))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # what pickle and copy ask for
@@ -208,17 +229,28 @@ def _attend(
             budget = FeatureBudget.of(key.shape[-1], key.shape[-1])
         else:
             query, key, budget = coding.queries(query), coding.keys(key), coding.budget
-        out = sparse_feature_attention(
-            query, key, value, topk=budget.topk, topk_query=budget.topk_query, dense_dims=budget.dense_dims,
-            query_pattern=budget.query_pattern, is_causal=True, scale=scaling, softcap=softcap, sinks=s_aux,
-            window=sliding_window, key_padding_mask=padding,
-        )  # fmt: skip
+        if coding is not None and coding.settings.shows_exact:
+            mask, scores = (
+                Mask(True, checked_window(sliding_window), padding),
+                ScoreRules.of(query, scaling, softcap, s_aux),
+            )
+            out = exact_band.attend(
+                query, key, coding.exact_keys(key), value, budget, mask, scores, recent=coding.settings.recent, first=coding.settings.first,
+                is_8_bit=coding.cache_dtype == torch.int8,
+            )  # fmt: skip
+        else:
+            out = sparse_feature_attention(
+                query, key, value, topk=budget.topk, topk_query=budget.topk_query, dense_dims=budget.dense_dims,
+                query_pattern=budget.query_pattern, is_causal=True, scale=scaling, softcap=softcap, sinks=s_aux,
+                window=sliding_window, key_padding_mask=padding,
+            )  # fmt: skip
     else:
         _require_own_cache(coding, key, value)
         query = _cast(query, key.dtype if key.kv.v_scale is not None else value.dtype)
         query = query if coding is None else coding.queries(query)
         budget = LayerCoding.lossless(query.shape[-1]).budget if coding is None else coding.budget
         kv = key.kv if value is key.kv.v else replace(key.kv, v=value)  # a model may have worked on the values
+        kv = kv if coding is None else coding.exact(kv)
         mask = Mask(True, checked_window(sliding_window), padding, kv_lens=kv.kv_lens)
         scores = ScoreRules.of(query, scaling, softcap, s_aux)
         tolerance = 0.0 if coding is None else coding.value_tolerance
@@ -294,6 +326,11 @@ def _require_own_cache(coding: LayerCoding | None, key: CachedKeys, value: Tenso
         key.kv.v_scale is None or value is key.kv.v,
         "this model works on the values in its cache before it attends to them, which 8 bits do not allow: enable it with "
         "cache_dtype=None",
+    )
+    require(
+        not key.kv.exact or value is key.kv.v,
+        "this model works on the values in its cache before it attends to them, which exact tokens do not allow: enable it with "
+        "recent=0 and first=0",
     )
 
 

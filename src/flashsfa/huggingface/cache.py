@@ -19,7 +19,7 @@ from ..checks import require, require_int
 from ..codes import topk_codes
 from ..contexts import lasting_tensors
 from ..decode import FEW_QUERIES
-from ..stored import KVView
+from ..stored import ExactKV, KVView
 from .attention import CachedKeys, LayerCoding
 from .structure import DENSE_LAYERS, dense_cache_layers, unwrap
 
@@ -28,7 +28,7 @@ class SparseCache(DynamicCache):
     """The cache of a model that `enable` switched; it grows with the tokens, and `generate()` makes one by itself.
 
     Layers that were left dense keep transformers' own layer. With `enable(cache_dtype="int8")` the others keep codes and
-    values in 8 bits. A `DynamicCache` to whoever asks, for it does what that does.
+    values in 8 bits, with `enable(recent=, first=)` the newest and the first tokens as they come. A `DynamicCache` to whoever asks, for it does what that does.
 
     Args:
         model: the switched model.
@@ -61,7 +61,7 @@ class StaticSparseCache(Cache):
         model: the switched model.
         max_cache_len: tokens that fit.
 
-    Raises `ValueError` for a model that is not switched, or whose cache is in 8 bits.
+    Raises `ValueError` for a model that is not switched, or whose cache is in 8 bits or keeps exact tokens.
     """
 
     def __init__(self, model: Any, max_cache_len: int) -> None:
@@ -71,6 +71,11 @@ class StaticSparseCache(Cache):
             all(coding.cache_dtype is None for coding in codings.values()),
             "a static cache keeps codes and values as they come, and 8-bit caches are dynamic ones: use a dynamic cache, or "
             "enable the model with cache_dtype=None",
+        )
+        require(
+            all(not coding.settings.shows_exact for coding in codings.values()),
+            "a static cache codes every token, and what keeps or shows some as they come are dynamic ones: use a dynamic cache, or "
+            "enable the model with recent=0, first=0 and prefill='coded'",
         )
         for index, dense in enumerate(dense_cache_layers(model)):
             if not isinstance(dense, CacheLayerMixin):  # the state of a layer without attention, of fixed size as it is
@@ -94,8 +99,8 @@ def cache_nbytes(cache: Cache) -> dict[str, int]:
     for layer in cache.layers:
         if isinstance(layer, _CodedLayer):
             if layer.is_initialized and len(layer.store):
-                keys += layer.store.codes.nbytes
-                values += layer.store.nbytes - layer.store.codes.nbytes
+                keys += layer.store.key_nbytes
+                values += layer.store.nbytes - layer.store.key_nbytes
         elif getattr(layer, "keys", None) is not None:
             keys += layer.keys.nbytes
             values += layer.values.nbytes
@@ -173,11 +178,14 @@ class SparseCacheLayer(_CodedLayer):
         _require_no_gradient(key_states, value_states)
         start, dtype = self._first_seen(), self.dtype if self.is_initialized else value_states.dtype
         keys = self._coding.keys(key_states.to(dtype))  # autocast leaves keys in float32
-        kv = self.store.append(keys, value_states.to(dtype))
+        earlier, own = self.store.kv if self.is_initialized else None, ExactKV(keys, value_states.to(dtype))
+        kv = self.store.append(own.k, own.v)
+        if self._coding.settings.prefill == "dense" and keys.shape[2] > 1:
+            kv = (kv.coded(0, 0) if earlier is None else earlier).followed_by(own)
         if not self.is_initialized:  # after all that may fail
             self.lazy_initialization(key_states, value_states)
         if start:
-            kv = kv.map(lambda x: x[:, :, start:])
+            kv = kv.since(start)
         return CachedKeys(kv, self._coding.key_code, value_states.dtype), kv.v
 
     def _first_seen(self) -> int:
@@ -195,7 +203,10 @@ class SparseCacheLayer(_CodedLayer):
 
     def reset(self) -> None:
         coding = self._coding
-        self.store = SparseKVCache(coding.budget.topk, dense_dims=coding.budget.dense_dims, dtype=coding.cache_dtype)
+        self.store = SparseKVCache(
+            coding.budget.topk, dense_dims=coding.budget.dense_dims, dtype=coding.cache_dtype,
+            recent=coding.settings.recent, first=coding.settings.first,
+        )  # fmt: skip
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:

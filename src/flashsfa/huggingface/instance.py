@@ -31,7 +31,9 @@ def extend(model: Any, basis: FeatureBasis | None) -> None:
     )
     for name, function in zip(_METHODS, functions, strict=True):
         setattr(model, name, functools.partial(function, model))
-    model._sfa_hook = model.base_model.register_forward_pre_hook(_CallCheck(), with_kwargs=True)
+    model._sfa_hook = model.base_model.register_forward_pre_hook(
+        _CallCheck(model.config.sfa["first"] > 0), with_kwargs=True
+    )
 
 
 def retract(model: Any) -> None:
@@ -120,13 +122,15 @@ def _files_before_saving(model: Any, directory: str | Path) -> dict[str, float]:
 class _CallCheck:
     """Looks at each call of the model: refuses caches that sfa does not read, and warns of padding that shifts positions, once."""
 
-    def __init__(self) -> None:
-        self.warned = False
+    def __init__(self, keeps_first: bool) -> None:
+        self._keeps_first, self.warned = keeps_first, False
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         for argument in (*args, *kwargs.values()):
             require_readable(argument)
         mask = kwargs.get("attention_mask")
+        if self._keeps_first:
+            _require_first_tokens(mask, kwargs)
         if (
             self.warned
             or torch.compiler.is_compiling()
@@ -142,3 +146,16 @@ class _CallCheck:
             "them. Pass position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0), as generate() does",
             stacklevel=2,
         )
+
+
+def _require_first_tokens(mask: Any, kwargs: dict[str, Any]) -> None:
+    """Raise `ValueError` if a prompt begins with padding, which would be kept in place of the first tokens of its sequence."""
+    if torch.compiler.is_compiling() or not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+        return
+    rows = next((x for x in (kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None)
+    is_step = rows is not None and rows.shape[1] == 1 and mask.shape[1] > 1  # to look would be a device sync per token
+    require(
+        is_step or bool((mask[:, 0] != 0).all()),
+        "left-padded sequences begin with padding, which first would keep in place of their first tokens: run them one by one, "
+        "or enable the model with first=0",
+    )

@@ -7,7 +7,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from ..budget import DENSE, FeatureBudget
-from ..checks import require, require_bool, require_choice, require_int, require_tolerance
+from ..checks import MOST_TOKENS, require, require_bool, require_choice, require_int, require_tolerance
 
 # In a folder, for some programs load every *.safetensors file beside config.json as weights.
 BASIS_FILE = "sfa/basis.safetensors"
@@ -30,6 +30,9 @@ class SFASettings:
     positions: str | None = None
     cache_dtype: str | None = None
     query_pattern: str | None = None
+    recent: int = 0
+    first: int = 0
+    prefill: str = "coded"
 
     def __post_init__(self) -> None:
         require_int("topk", self.topk, 1)
@@ -50,6 +53,9 @@ class SFASettings:
         require_choice("positions", self.positions, ("channel", None))
         require_choice("cache_dtype", self.cache_dtype, ("int8", None))
         require_choice("query_pattern", self.query_pattern, ("2:4", None))
+        require_int("recent", self.recent, 0, MOST_TOKENS)
+        require_int("first", self.first, 0, MOST_TOKENS)
+        require_choice("prefill", self.prefill, ("coded", "dense"))
 
     @classmethod
     def from_config(cls, stored: Any) -> SFASettings:
@@ -73,6 +79,11 @@ class SFASettings:
             dense_dims=self.dense_dims,
             query_pattern=self.query_pattern,
         )
+
+    @property
+    def shows_exact(self) -> bool:
+        """Whether queries see keys or values that are not as dynamic caches hold coded ones."""
+        return bool(self.recent or self.first or self.prefill == "dense")
 
     def arguments(self) -> dict[str, Any]:
         """What `enable` takes for them, the basis apart."""

@@ -44,6 +44,9 @@ def enable(
     positions: str | None = None,
     cache_dtype: str | None = None,
     query_pattern: str | None = None,
+    recent: int = 0,
+    first: int = 0,
+    prefill: str = "coded",
 ) -> Any:
     """Switch a transformers causal language model to Sparse Feature Attention, in place.
 
@@ -69,6 +72,14 @@ def enable(
             None keeps them in the dtype that they come in.
         query_pattern: as in `sparse_feature_attention`, for prompts on Hopper's sparse tensor cores; for models that are trained
             with it, in others it costs quality (docs/explanation/prefill.md).
+        recent: newest tokens that dynamic and offloaded caches keep as they come; a token is coded when it is no longer among
+            them. Tokens of one call see the cache as it stands after the last of them; without such a cache each token sees what it
+            would if they came one by one, in plain PyTorch.
+        first: first tokens of each sequence that these caches keep as they come. In layers with a sliding window they are forgotten
+            with the window, as other tokens are. Batches are then padded on the right, or not at all.
+        prefill: "coded" prompts attend to the keys that these caches hold; with "dense" the tokens of a call, if there are several,
+            attend to their own keys and values as they come, and to earlier ones as the cache holds them. What is cached is the
+            same. Without a cache, as for `recent`.
 
     Returns:
         model.
@@ -81,8 +92,9 @@ def enable(
     dense_dims = default_dense_dims(model) if dense_dims is None else dense_dims
     layers = None if layers is None else sorted(layers)
     settings = SFASettings(
-        topk, topk_query, dense_dims, layers, value_tolerance, basis is not None, positions, cache_dtype, query_pattern
-    )
+        topk, topk_query, dense_dims, layers, value_tolerance, basis is not None, positions, cache_dtype, query_pattern,
+        recent, first, prefill,
+    )  # fmt: skip
     budget = _check_settings(model, [module.layer_idx for module in modules], settings, basis)
     _warn_of_untested_version()
     disable(model)
@@ -93,7 +105,9 @@ def enable(
         for place, module in enumerate(modules):
             if layers is not None and module.layer_idx not in layers:
                 continue
-            coding = LayerCoding(budget, value_tolerance, None if basis is None else basis[place], channel, kept_dtype)
+            coding = LayerCoding(
+                budget, value_tolerance, None if basis is None else basis[place], channel, kept_dtype, settings
+            )
             module.sfa = coding.to(tensor_device(module))
         model.set_attn_implementation(NAME)
         model.config.sfa = asdict(settings)

@@ -96,6 +96,10 @@ def _read(hf_config: Any) -> SFASettings:
         "vLLM's backend keeps codes and values in the model's dtype: enable the model with cache_dtype=None",
     )
     require(
+        not settings.shows_exact,
+        "vLLM's backend codes every token: enable the model with recent=0, first=0 and prefill='coded'",
+    )
+    require(
         settings.positions is None or hf_config.model_type == "qwen3",
         "vLLM's backend runs positions='channel' in Qwen3 models alone: vLLM's own GPT-2 has learned positions",
     )

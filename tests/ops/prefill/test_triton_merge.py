@@ -103,7 +103,8 @@ def test_no_rows(where):
 def test_chunks_on_both_sides_of_the_rule(width, n_q, n_k, threshold, dtype, monkeypatch):
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("cuDNN is chosen from Hopper on")
-    monkeypatch.setattr(dense, "_CUDNN_CHUNK_FLOPS", threshold)
+    monkeypatch.setattr(plan, "_CUDNN_CHUNK_FLOPS", threshold)
+    monkeypatch.setattr(plan, "_plans", {})
     q = torch.randn(2, 4, n_q, width, device="cuda", dtype=dtype)
     k, v = (torch.randn(2, 2, n_k, width, device="cuda", dtype=dtype) for _ in "kv")
     found = sparse_feature_attention(q, k, v, topk=width, is_causal=True, return_lse=True, backend="dense")

@@ -38,15 +38,38 @@ def decode(
     if topk_query is not None:
         q = topk_codes(q, topk_query, dense_dims=kv.codes.dense_dims).to_dense()
     kv = kv.contiguous_pages().widened(torch.float32)
-    codes, v = kv.codes, kv.v
-    m, n, group = q.shape[2], v.shape[2], q.shape[1] // v.shape[1]
-    # the query heads of a kv head and its M tokens are the rows of one small matrix
-    grouped = q.unflatten(1, (v.shape[1], group)).flatten(2, 3)  # [B, Hkv, G·M, D]
-    grouped = grouped.to(_compute_dtype(q.dtype))
+    grouped = _grouped(q, kv.v)
     grouped = grouped + (grouped * 0).sum(-1, keepdim=True)  # NaN shows in every score, as in a dense product
-    s = scores.cap(scores.scale * _products(grouped, codes))  # [B, Hkv, G·M, N]
-    if not mask.shows_all(m):
-        visible = mask.to_bool(m, n, q.device)[:, 0]  # [B or 1, M, N]
+    s = scores.cap(scores.scale * _products(grouped, kv.codes))  # [B, Hkv, G·M, N]
+    m = q.shape[2]
+    visible = None if mask.shows_all(m) else mask.to_bool(m, kv.v.shape[2], q.device)[:, 0]
+    return _weigh(q, s, kv.v, visible, value_tolerance)
+
+
+def decode_exact(q: Tensor, kv: KVView, mask: Mask, scores: ScoreRules) -> tuple[Tensor, Tensor]:
+    """Attention of the last M tokens over the exact tokens of a view, with q as it is. Arguments and results as `decode`'s; `mask`
+    is that of all tokens of the view."""
+    k, v = (torch.cat([getattr(part, name) for part in kv.exact], dim=2) for name in ("k", "v"))
+    grouped = _grouped(q, v)
+    s = scores.cap(scores.scale * (grouped @ k.to(grouped.dtype).mT))  # [B, Hkv, G·M, E]
+    visible = None
+    if not mask.shows_all(q.shape[2]):
+        first = torch.arange(kv.n_first, device=q.device)
+        recent = torch.arange(kv.n_first + kv.v.shape[2], kv.n, device=q.device)
+        visible = mask.to_bool(q.shape[2], kv.n, q.device)[:, 0, :, torch.cat((first, recent))]  # [B or 1, M, E]
+    return _weigh(q, s, v, visible, 0.0)
+
+
+def _grouped(q: Tensor, v: Tensor) -> Tensor:
+    """q [B, Hq, M, D] as [B, Hkv, G·M, D], in the dtype to compute in: the query heads of a kv head and its M tokens are the rows of
+    one small matrix."""
+    return q.unflatten(1, (v.shape[1], -1)).flatten(2, 3).to(_compute_dtype(q.dtype))
+
+
+def _weigh(q: Tensor, s: Tensor, v: Tensor, visible: Tensor | None, value_tolerance: float) -> tuple[Tensor, Tensor]:
+    """out [B, Hq, M, Dv] in q's dtype and lse [B, Hq, M] of scores s [B, Hkv, G·M, N], of which `visible` [B or 1, M, N] count."""
+    m, group = q.shape[2], q.shape[1] // v.shape[1]
+    if visible is not None:
         seen = visible.any(1)[:, None, :, None]  # [B or 1, 1, N, 1]
         if not has_values(seen) or not bool(seen.all()):
             v = v.where(seen, 0)  # weight 0 times whatever an unfilled buffer holds must be 0, NaN included

@@ -56,7 +56,7 @@ def forward(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: 
         out = q.new_zeros((*q.shape[:-1], v.shape[-1]))
         lse = torch.full(q.shape[:-1], -math.inf, dtype=lse_dtype(q.dtype), device=q.device)
     for piece in pieces:
-        _merge(out[..., piece.rows, :], lse[..., piece.rows], *attend(piece))
+        merge(out[..., piece.rows, :], lse[..., piece.rows], *attend(piece))
     return out[..., :v_dim], lse
 
 
@@ -173,7 +173,7 @@ def _restore_nan(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, piec
         out[:, :, rows] = rebuilt.where(again[..., None], out[:, :, rows])
 
 
-def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     """Fold a part over further keys into out [B, H, N, D] and lse [B, H, N], in place."""
     if out.is_cuda and triton_is_installed():
         from .triton import merge as merge_parts
