@@ -137,7 +137,7 @@ def test_full_budget_equals_dense(family, ids, mask):
     # in float64 Gemma 2's own attention gives NaN where a padded query of a sliding window sees nothing, and spreads it
     seen = mask.bool() & ~dense.isnan().any(-1)
     assert seen[1].all()
-    close = 1e-4 if family == "gemma2" else 1e-8  # its own attention takes the softmax in float32
+    close = 1e-3 if family == "gemma2" else 1e-8  # its own attention takes the softmax in float32
     torch.testing.assert_close(logits(model, ids, mask)[seen], dense[seen], rtol=close, atol=close)
 
 
