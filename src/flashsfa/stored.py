@@ -86,7 +86,8 @@ class KVView:
         """The view with each tensor of `tensors()` changed alike, together with its like of `others`."""
         v_scale = None if self.v_scale is None else change(self.v_scale, *(x.v_scale for x in others))
         codes = self.codes.map(change, *(x.codes for x in others))
-        return KVView(codes, change(self.v, *(x.v for x in others)), v_scale, self.kv_lens, self.page_table)
+        v = change(self.v, *(x.v for x in others))
+        return KVView(codes, v, v_scale, self.kv_lens, self.page_table, self.first, self.recent)
 
     def coded(self, start: int, end: int) -> KVView:
         """The coded tokens `start` to `end`, counted from the first coded one, alone."""
