@@ -294,10 +294,11 @@ def _check(q: Tensor, kv: KVView, mask: Mask, value_tolerance: float) -> None:
     require_tolerance(value_tolerance)
     for part in kv.exact:
         _check_exact(q, kv, part)
-    batch, n = q.shape[0], kv.n
+    batch = q.shape[0]
     if kv.page_table is None:
         require(v.shape[0] == batch, lambda: f"q has batch {batch}, codes and v {v.shape[0]}; they must agree")
-    else:
+        n = kv.n
+    else:  # looked at before the view counts by it
         n = _check_pages(batch, v, kv.page_table, kv.kv_lens)
     padding, kv_lens = mask.key_padding_mask, kv.kv_lens
     if padding is not None:
