@@ -52,6 +52,11 @@ class FeatureBudget:
         except TypeError:  # of what cannot be looked up, too
             return _resolve(head_dim, topk, topk_query, dense_dims, query_pattern)
 
+    @classmethod
+    def lossless(cls, head_dim: int) -> FeatureBudget:
+        """The code that keeps every feature: all but the last in the dense channel, which leaves top-1 of one."""
+        return cls.of(head_dim, 1, topk_query=DENSE, dense_dims=head_dim - 1)
+
     def with_keys_kept(self) -> FeatureBudget:
         """The budget for keys that are sparse already."""
         return replace(self, topk=self.head_dim)

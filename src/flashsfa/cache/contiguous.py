@@ -109,7 +109,10 @@ class SparseKVCache:
     @property
     def key_nbytes(self) -> int:
         """Bytes of the keys among `nbytes`."""
-        return 0 if self._held is None else self.codes.nbytes + sum(part.k.nbytes for part in self.kv.exact)
+        if self._held is None:
+            return 0
+        kv = self.kv
+        return kv.codes.nbytes + sum(part.k.nbytes for part in kv.exact)
 
     @property
     def nbytes_allocated(self) -> int:

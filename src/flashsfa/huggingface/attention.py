@@ -15,7 +15,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 
 from ..attention import sparse_feature_attention
 from ..basis import FeatureBasis
-from ..budget import DENSE, FeatureBudget
+from ..budget import FeatureBudget
 from ..checks import require
 from ..decode import FEW_QUERIES, attend_cached
 from ..mask import Mask, checked_window
@@ -68,7 +68,7 @@ class LayerCoding(nn.Module):
     @classmethod
     def lossless(cls, head_dim: int) -> LayerCoding:
         """The code that keeps every feature: all but the last in the dense channel, which leaves top-1 of one."""
-        return cls(FeatureBudget.of(head_dim, 1, topk_query=DENSE, dense_dims=head_dim - 1))
+        return cls(FeatureBudget.lossless(head_dim))
 
     @property
     def key_code(self) -> tuple[Any, ...]:
@@ -248,7 +248,7 @@ def _attend(
         _require_own_cache(coding, key, value)
         query = _cast(query, key.dtype if key.kv.v_scale is not None else value.dtype)
         query = query if coding is None else coding.queries(query)
-        budget = LayerCoding.lossless(query.shape[-1]).budget if coding is None else coding.budget
+        budget = FeatureBudget.lossless(query.shape[-1]) if coding is None else coding.budget
         kv = key.kv if value is key.kv.v else replace(key.kv, v=value)  # a model may have worked on the values
         kv = kv if coding is None else coding.exact(kv)
         mask = Mask(True, checked_window(sliding_window), padding, kv_lens=kv.kv_lens)

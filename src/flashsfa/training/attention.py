@@ -18,7 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from ..attention import sparse_feature_attention
 from ..basis import FeatureBasis
-from ..budget import DENSE, FeatureBudget
+from ..budget import FeatureBudget
 from ..huggingface.attention import LayerCoding
 from ..huggingface.switch import attention_layers
 from ..ops.select.plain import by_token
@@ -188,8 +188,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor
     if visible.window is None and visible.bounds is None:
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=visible.scale, enable_gqa=grouped)
-    # The code that keeps every feature: all but the last in the dense channel, which leaves top-1 of one.
-    return _attend(q, k, v, visible, FeatureBudget.of(q.shape[-1], 1, topk_query=DENSE, dense_dims=q.shape[-1] - 1))
+    return _attend(q, k, v, visible, FeatureBudget.lossless(q.shape[-1]))
 
 
 def sparse_attention(

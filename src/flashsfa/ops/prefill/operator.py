@@ -127,24 +127,15 @@ def _attention_op(
 
 @_attention_op.register_fake
 def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    padding: Tensor | None,
-    cu_q: Tensor | None,
-    cu_k: Tensor | None,
-    sinks: Tensor | None,
-    whole: Sequence[int],
-    real: Sequence[float],
-    backend: str,
+    q: Tensor, k: Tensor, v: Tensor, *flat: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    call = _unflatten(padding, cu_q, cu_k, sinks, whole, real, backend)
-    budget, lse = call.budget, v.new_empty(q.shape[:-1], dtype=lse_dtype(v.dtype))
-    q_code = (
-        empty_code(q, budget.topk_query, budget.dense_dims) if call.keep and not budget.keeps_queries else _no_code(q)
-    )
-    k_code = empty_code(k, budget.topk, budget.dense_dims) if call.keep and not budget.keeps_keys else _no_code(k)
-    return empty_rows(q, v.shape[-1]), lse, *q_code, *k_code
+    call, lse = _unflatten(*flat), v.new_empty(q.shape[:-1], dtype=lse_dtype(v.dtype))
+
+    def code(x: Tensor, topk: int, stays: bool) -> _Code:
+        return empty_code(x, topk, call.budget.dense_dims) if call.keep and not stays else _no_code(x)
+
+    q_code = code(q, call.budget.topk_query, call.budget.keeps_queries)
+    return empty_rows(q, v.shape[-1]), lse, *q_code, *code(k, call.budget.topk, call.budget.keeps_keys)
 
 
 def _run(
@@ -235,15 +226,11 @@ def _(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    padding: Tensor | None,
-    cu_q: Tensor | None,
-    cu_k: Tensor | None,
-    sinks: Tensor | None,
-    whole: Sequence[int],
-    real: Sequence[float],
-    backend: str,
+    *flat: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    head_dim, d_sinks = whole[0], v.new_empty(0) if sinks is None else torch.empty_like(sinks)
+    call = _unflatten(*flat)
+    head_dim, sinks = call.budget.head_dim, call.scores.sinks
+    d_sinks = v.new_empty(0) if sinks is None else torch.empty_like(sinks)
     return empty_rows(q_dense, head_dim), empty_rows(k_dense, head_dim), empty_rows(v, v.shape[-1]), d_sinks
 
 
