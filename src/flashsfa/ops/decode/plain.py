@@ -14,6 +14,7 @@ from torch import Tensor
 from ...checks import has_values
 from ...codes import FeatureCodes, topk_codes
 from ...mask import Mask
+from ...narrow import NarrowCodes, NarrowValues
 from ...scores import ScoreRules
 from ...stored import KVView
 
@@ -35,10 +36,30 @@ def decode(
     Returns:
         out [B, Hq, M, Dv] in q's dtype and lse [B, Hq, M] float32 (float64 for float64).
     """
-    if topk_query is not None:
-        q = topk_codes(q, topk_query, dense_dims=kv.codes.dense_dims).to_dense()
     kv = kv.contiguous_pages().widened(torch.float32)
-    codes, v = kv.codes, kv.v
+    q = coded_queries(q, topk_query, kv.codes.dense_dims)
+    out, lse = attend(q, kv.codes, kv.v, mask, scores, value_tolerance)
+    return out.to(q.dtype), lse
+
+
+def coded_queries(q: Tensor, topk_query: int | None, dense_dims: int) -> Tensor:
+    """q [..., D], zero but for the `topk_query` features kept beside its dense channel; as it is for None."""
+    return q if topk_query is None else topk_codes(q, topk_query, dense_dims=dense_dims).to_dense()
+
+
+def attend(
+    q: Tensor,
+    codes: FeatureCodes | NarrowCodes,
+    v: Tensor | NarrowValues,
+    mask: Mask,
+    scores: ScoreRules,
+    value_tolerance: float,
+) -> tuple[Tensor, Tensor]:
+    """As `decode`, over parts of any format, which become floats a block of keys at a time.
+
+    Returns:
+        out [B, Hq, M, Dv] and lse [B, Hq, M] in the dtype of the computation. Over rotated values the output is rotated.
+    """
     m, n, group = q.shape[2], v.shape[2], q.shape[1] // v.shape[1]
     # the query heads of a kv head and its M tokens are the rows of one small matrix
     grouped = q.unflatten(1, (v.shape[1], group)).flatten(2, 3)  # [B, Hkv, G·M, D]
@@ -47,28 +68,30 @@ def decode(
     s = scores.cap(scores.scale * _products(grouped, codes))  # [B, Hkv, G·M, N]
     if not mask.shows_all(m):
         visible = mask.to_bool(m, n, q.device)[:, 0]  # [B or 1, M, N]
-        seen = visible.any(1)[:, None, :, None]  # [B or 1, 1, N, 1]
+        seen = visible.any(1)[:, None]  # [B or 1, 1, N]
         if not has_values(seen) or not bool(seen.all()):
-            v = v.where(seen, 0)  # weight 0 times whatever an unfilled buffer holds must be 0, NaN included
+            # weight 0 times whatever an unfilled buffer holds must be 0, NaN included
+            v = v.where(seen) if isinstance(v, NarrowValues) else v.where(seen[..., None], 0)
         s = s.masked_fill(~visible.repeat(1, group, 1)[:, None], -math.inf)  # rows run over G, then M
     lse = s.logsumexp(-1)  # [B, Hkv, G·M]
     weights = (s - lse.clamp(min=torch.finfo(lse.dtype).min)[..., None]).exp_()
     out = _weigh_some(weights, v, value_tolerance) if value_tolerance > 0 else _weigh_all(weights, v)
-    out = out.unflatten(2, (group, m)).flatten(1, 2).to(q.dtype)  # [B, Hq, M, Dv]
-    return out, lse.unflatten(2, (group, m)).flatten(1, 2)
+    return out.unflatten(2, (group, m)).flatten(1, 2), lse.unflatten(2, (group, m)).flatten(1, 2)
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _products(q: Tensor, codes: FeatureCodes) -> Tensor:
+def _products(q: Tensor, codes: FeatureCodes | NarrowCodes) -> Tensor:
     """Products [B, Hkv, R, N] of q [B, Hkv, R, D] over coded keys, gathered feature by feature."""
     split, rows = codes.dense_dims, q.shape[2]
     q_dense, q_sparse = q[..., :split], q[..., split:]
-    scores = q.new_empty((*q.shape[:3], codes.values.shape[2]))
+    scores = q.new_empty((*q.shape[:3], codes.shape[2]))
     for keys in _blocks(scores.shape[-1]):
-        block = codes[:, :, keys]
+        block: FeatureCodes | NarrowCodes = codes[:, :, keys]
+        if isinstance(block, NarrowCodes):
+            block = block.to_codes(q.dtype)
         # an unfilled buffer may hold any index; its scores are masked
         where = block.indices.long().clamp(max=codes.sparse_dims - 1)
         where = where.flatten(2)[:, :, None].expand(-1, -1, rows, -1)  # [B, Hkv, R, n·K]
@@ -88,17 +111,17 @@ def _blocks(n: int) -> list[slice]:
     return [slice(start, start + _BLOCK_KEYS) for start in range(0, n, _BLOCK_KEYS)]
 
 
-def _weigh_all(weights: Tensor, v: Tensor) -> Tensor:
+def _weigh_all(weights: Tensor, v: Tensor | NarrowValues) -> Tensor:
     """weights [B, Hkv, R, N] times v [B, Hkv, N, Dv], in the dtype of the weights."""
-    if v.dtype == weights.dtype:
+    if isinstance(v, Tensor) and v.dtype == weights.dtype:
         return weights @ v
     out = weights.new_zeros((*weights.shape[:3], v.shape[-1]))
     for keys in _blocks(v.shape[2]):  # widen V a block at a time, never whole
-        out += weights[..., keys] @ v[:, :, keys].to(weights.dtype)
+        out += weights[..., keys] @ _rows(v[:, :, keys], weights.dtype)
     return out
 
 
-def _weigh_some(weights: Tensor, v: Tensor, tolerance: float) -> Tensor:
+def _weigh_some(weights: Tensor, v: Tensor | NarrowValues, tolerance: float) -> Tensor:
     """As `_weigh_all`, leaving out the lightest rows of V whose weights sum to at most `tolerance` for every query
     of the kv head. The rest is renormalised: dropping a share t moves the output by at most 2·t·max‖v‖."""
     ascending, order = weights.sort(-1)  # [B, Hkv, R, N]
@@ -110,5 +133,9 @@ def _weigh_some(weights: Tensor, v: Tensor, tolerance: float) -> Tensor:
             rows = needed[b, h].nonzero()[:, 0]
             kept = weights[b, h][:, rows]  # [R, n]
             total = kept.sum(-1, keepdim=True)
-            out[b, h] = (kept / total.where(total > 0, 1)) @ v[b, h][rows].to(weights.dtype)
+            out[b, h] = (kept / total.where(total > 0, 1)) @ _rows(v[b, h][rows], weights.dtype)
     return out
+
+
+def _rows(v: Tensor | NarrowValues, dtype: torch.dtype) -> Tensor:
+    return v.rows(dtype) if isinstance(v, NarrowValues) else v.to(dtype)
