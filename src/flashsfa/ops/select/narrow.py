@@ -28,13 +28,15 @@ def pack(numbers: Tensor, bits: int) -> Tensor:
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """The `count` numbers that `pack` wrote: [..., count] uint8."""
+    mask = 2**bits - 1
+    if 8 % bits == 0:
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+        return (packed[..., None] >> shifts & mask).flatten(-2)[..., :count]
     first_bit = torch.arange(count, device=packed.device) * bits
     byte, shift = first_bit // 8, (first_bit % 8).to(torch.int16)
-    numbers = packed[..., byte].to(torch.int16)
-    if 8 % bits:
-        next_byte = (byte + 1).clamp(max=packed.shape[-1] - 1)  # at the end it is not needed, nor read past
-        numbers = numbers | packed[..., next_byte].to(torch.int16) << 8
-    return (numbers >> shift & 2**bits - 1).to(torch.uint8)
+    next_byte = (byte + 1).clamp(max=packed.shape[-1] - 1)  # the last number needs none: its own byte again
+    both = packed[..., byte].to(torch.int16) | packed[..., next_byte].to(torch.int16) << 8
+    return (both >> shift & mask).to(torch.uint8)
 
 
 def pack_bitmap(indices: Tensor, width: int) -> Tensor:
