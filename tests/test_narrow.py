@@ -169,6 +169,7 @@ def test_codes_in_8_bits_are_not_quantised_again():
         ({"dense": torch.zeros(2, 4)}, "dense of 4 entries in 8 bits must be torch.int8"),
         ({"dense": torch.zeros(3, 4, dtype=torch.int8)}, "all parts share rows and device"),
         ({"dense_scale": None}, "dense in 8 bits need a scale in torch.bfloat16, got none"),
+        ({"dense_scale": torch.zeros(2, 1, dtype=torch.bfloat16)}, "all parts share rows and device"),
         ({"value_scale": torch.zeros(2)}, "values in 4 bits need a scale in torch.bfloat16, got torch.float32"),
         ({"indices": torch.zeros(2, 2, dtype=torch.int32)}, "bitmap indices of 5 in 16 must be uint8"),
         ({"format": CodeFormat(8, 16)}, "values of 5 entries in 16 bits must be floating"),

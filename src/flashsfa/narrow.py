@@ -65,6 +65,16 @@ class _Rows:
             require(len(index) <= leading, lambda: f"{len(index)} indices for {leading} leading dimensions")
         return self._changed(lambda name, x: x[whole if name in self._wide else index])
 
+    def _check_rows(self) -> None:
+        tensors = self.tensors()
+        rows, device = tensors[0].shape[:-1], tensors[0].device
+        leading = [getattr(self, name).shape[:-1] for name in self._wide]
+        leading += [x.shape for x in (getattr(self, name) for name in self._scales) if x is not None]
+        require(
+            all(shape == rows for shape in leading) and all(x.device == device for x in tensors),
+            lambda: f"all parts share rows and device; got {', '.join(f'{_words(x)} on {x.device}' for x in tensors)}",
+        )
+
     def _changed(self, change: Callable[[str, Tensor], Tensor]) -> Self:
         parts = {name: getattr(self, name) for name in (*self._wide, *self._scales)}
         changed = {name: None if x is None else change(name, x) for name, x in parts.items()}
@@ -113,7 +123,7 @@ class NarrowCodes(_Rows):
                 f"{self.indices.dtype} {tuple(self.indices.shape)}"
             ),
         )
-        _check_alike(self.tensors(), self.dense.shape[:-1])
+        self._check_rows()
 
     @classmethod
     def encode(cls, codes: FeatureCodes, format: CodeFormat) -> NarrowCodes:
@@ -192,7 +202,7 @@ class NarrowValues(_Rows):
             and (self.centre is None or self.centre.dtype == torch.bfloat16),
             lambda: f"values of 4 bits need a bfloat16 centre, and others have none; got {_words(self.centre)}",
         )
-        _check_alike(self.tensors(), self.kept.shape[:-1])
+        self._check_rows()
 
     @classmethod
     def encode(cls, v: Tensor, format: CodeFormat) -> NarrowValues:
@@ -201,16 +211,13 @@ class NarrowValues(_Rows):
         Raises `TypeError` or `ValueError` for what is no floating tensor, or a width that the format cannot hold."""
         require_float("v", v)
         format.require_v_dim(v.shape[-1])
-        scale = centre = None
+        kept, scale, centre = v, None, None
         if format.v_bits == 8:
-            v, scale = quantize_rows(v)
-            kept = v
+            kept, scale = quantize_rows(v)
         elif format.v_bits == 4:
             rotated = rotate(v.float())
             centre = centre_of(rotated)
             kept, scale = to_4_bits(rotated, centre)
-        else:
-            kept = v
         return cls(kept, scale, centre, v.shape[-1], format.v_bits)
 
     @property
@@ -224,8 +231,9 @@ class NarrowValues(_Rows):
 
     def to_dense(self, dtype: torch.dtype) -> Tensor:
         """[..., Dv] the values in a floating dtype, rotated back."""
-        rows = self.rows(dtype)
-        return rotate(rows) if self.is_rotated else rows
+        if not self.is_rotated:
+            return self.rows(dtype)
+        return rotate(self.rows(torch.promote_types(torch.float32, dtype))).to(dtype)
 
     def where(self, seen: Tensor) -> NarrowValues:
         """The values, read as zeros where `seen` (bool, broadcast against `...`) is False, whatever an unfilled buffer holds there."""
@@ -279,15 +287,6 @@ def _check_part(
             f"{name} in {bits} bits need {f'a scale in {scale_dtype}' if wanted else 'no scale'}, got {_words(scale)}"
         ),
     )
-
-
-def _check_alike(tensors: list[Tensor], rows: torch.Size) -> None:
-    first = tensors[0]
-    for x in tensors:
-        require(
-            x.shape[: len(rows)] == rows and x.device == first.device,
-            lambda: f"all parts share rows and device; got {', '.join(f'{_words(t)} on {t.device}' for t in tensors)}",
-        )
 
 
 def _words(x: Tensor | None) -> str:
