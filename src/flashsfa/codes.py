@@ -110,8 +110,11 @@ class FeatureCodes:
     @property
     def nbytes(self) -> int:
         """Bytes of the code itself: M + K values, K indices and the scale of a row."""
-        scale = 0 if self.scale is None else self.scale.nbytes
-        return self.dense.nbytes + self.values.nbytes + self.indices.nbytes + scale
+        return sum(x.nbytes for x in self.tensors())
+
+    def tensors(self) -> list[Tensor]:
+        """The parts that there are."""
+        return [self.dense, self.values, self.indices, *([] if self.scale is None else [self.scale])]
 
     def to_dense(self) -> Tensor:
         """The coded rows as [..., D], with zeros where nothing was kept; float32 for 8-bit codes. Rows [B, H, N, D] are a

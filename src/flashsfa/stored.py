@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .codes import FeatureCodes
+from .narrow import NarrowCodes, NarrowValues
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +43,7 @@ class KVView:
 
     Attributes:
         codes: key codes [B, Hkv, N, ...], or pools of pages [P, Hkv, page_size, ...].
-        v: [B, Hkv, N, Dv] values, or a pool of pages.
+        v: [B, Hkv, N, Dv] values, or a pool of pages; `NarrowValues` where a format packs them.
         v_scale: [B, Hkv, N] float32 factor of each row of an int8 v, else None.
         kv_lens: [B] integer number of valid keys of each sequence; None for all N.
         page_table: [B, max_pages] int32 for pools of pages, else None: key j of sequence b is slot j % page_size of page
@@ -49,16 +51,21 @@ class KVView:
         first, recent: tokens before and after the coded ones that are held as they came; None for none.
     """
 
-    codes: FeatureCodes
-    v: Tensor
+    codes: FeatureCodes | NarrowCodes
+    v: Tensor | NarrowValues
     v_scale: Tensor | None = None
     kv_lens: Tensor | None = None
     page_table: Tensor | None = None
     first: ExactKV | None = None
     recent: ExactKV | None = None
 
-    def __iter__(self) -> Iterator[FeatureCodes | Tensor]:
+    def __iter__(self) -> Iterator[FeatureCodes | NarrowCodes | Tensor | NarrowValues]:
         return iter((self.codes, self.v))
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether codes or values are packed in the widths of a format, which `widened` turns into floats."""
+        return not isinstance(self.codes, FeatureCodes) or isinstance(self.v, NarrowValues)
 
     @property
     def n(self) -> int:
@@ -79,14 +86,17 @@ class KVView:
 
     def tensors(self) -> list[Tensor]:
         """Codes, values and their scales; not the exact tokens."""
-        parts = (self.codes.dense, self.codes.values, self.codes.indices, self.codes.scale, self.v, self.v_scale)
-        return [x for x in parts if x is not None]
+        values = self.v.tensors() if isinstance(self.v, NarrowValues) else [self.v]
+        return [*self.codes.tensors(), *values, *([] if self.v_scale is None else [self.v_scale])]
 
     def map(self, change: Callable[..., Tensor], *others: KVView) -> KVView:
-        """The view with each tensor of `tensors()` changed alike, together with its like of `others`."""
+        """The view with each tensor of `tensors()` changed alike, together with its like of `others`, which keep them the same way."""
         v_scale = None if self.v_scale is None else change(self.v_scale, *(x.v_scale for x in others))
-        codes = self.codes.map(change, *(x.codes for x in others))
-        v = change(self.v, *(x.v for x in others))
+        codes: Any = self.codes.map(change, *(x.codes for x in others))  # type: ignore[arg-type]
+        if isinstance(self.v, NarrowValues):
+            v: Tensor | NarrowValues = self.v.map(change, *(x.v for x in others))  # type: ignore[arg-type]
+        else:
+            v = change(self.v, *(x.v for x in others))
         return KVView(codes, v, v_scale, self.kv_lens, self.page_table, self.first, self.recent)
 
     def coded(self, start: int, end: int) -> KVView:
@@ -107,9 +117,11 @@ class KVView:
             further = self.recent.map(lambda held, new: torch.cat((held, new), dim=2), further)
         return replace(self, recent=further)
 
-    def rows(self) -> ExactKV:
-        """All tokens in order, the coded keys as sparse rows."""
-        parts = [self.first, ExactKV(self.codes.to_dense(), self.v), self.recent]
+    def rows(self, dtype: torch.dtype) -> ExactKV:
+        """All tokens in order in `dtype`, the coded keys as sparse rows."""
+        coded = self.widened(dtype)
+        assert isinstance(coded.codes, FeatureCodes) and isinstance(coded.v, Tensor)
+        parts = [self.first, ExactKV(coded.codes.to_dense(), coded.v), self.recent]
         there = [part for part in parts if part is not None]
         return there[0] if len(there) == 1 else there[0].map(lambda *x: torch.cat(x, dim=2), *there[1:])
 
@@ -117,9 +129,8 @@ class KVView:
         """The pages gathered to [B, Hkv, max_pages * page_size, ...]; a view without pages as it is."""
         if self.page_table is None:
             return self
-        pages = self.page_table.long().clamp(
-            0, self.v.shape[0] - 1
-        )  # entries past a sequence's length may hold anything
+        # entries past a sequence's length may hold anything
+        pages = self.page_table.long().clamp(0, self.v.shape[0] - 1)
 
         def gather(pool: Tensor) -> Tensor:
             return pool[pages].transpose(1, 2).flatten(2, 3)  # [B, max_pages, Hkv, page_size, ...] before
@@ -127,8 +138,14 @@ class KVView:
         return replace(self.map(gather), page_table=None)
 
     def widened(self, dtype: torch.dtype) -> KVView:
-        """8-bit codes and values in `dtype`, their scales taken in; others as they are."""
-        codes = self.codes if self.codes.scale is None else self.codes.to(dtype)
-        if self.v_scale is None:
-            return replace(self, codes=codes)
-        return replace(self, codes=codes, v=(self.v.float() * self.v_scale[..., None]).to(dtype), v_scale=None)
+        """Codes and values of fewer bits in `dtype`, their scales taken in; others as they are."""
+        codes, v = self.codes, self.v
+        if isinstance(codes, NarrowCodes):
+            codes = codes.to_codes(dtype)
+        elif codes.scale is not None:
+            codes = codes.to(dtype)
+        if isinstance(v, NarrowValues):
+            v = v.to_dense(dtype)
+        elif self.v_scale is not None:
+            v = (v.float() * self.v_scale[..., None]).to(dtype)
+        return replace(self, codes=codes, v=v, v_scale=None)

@@ -14,6 +14,8 @@ from torch import Tensor
 from ...checks import has_values
 from ...codes import FeatureCodes, topk_codes
 from ...mask import Mask
+from ...narrow import NarrowCodes, NarrowValues
+from ...rotation import rotate
 from ...scores import ScoreRules
 from ...stored import KVView
 
@@ -37,7 +39,8 @@ def decode(
     """
     if topk_query is not None:
         q = topk_codes(q, topk_query, dense_dims=kv.codes.dense_dims).to_dense()
-    kv = kv.contiguous_pages().widened(torch.float32)
+    kv = kv.contiguous_pages()
+    kv = kv if kv.is_narrow else kv.widened(torch.float32)
     grouped = _grouped(q, kv.v)
     grouped = grouped + (grouped * 0).sum(-1, keepdim=True)  # NaN shows in every score, as in a dense product
     s = scores.cap(scores.scale * _products(grouped, kv.codes))  # [B, Hkv, G·M, N]
@@ -60,23 +63,28 @@ def decode_exact(q: Tensor, kv: KVView, mask: Mask, scores: ScoreRules) -> tuple
     return _weigh(q, s, v, visible, 0.0)
 
 
-def _grouped(q: Tensor, v: Tensor) -> Tensor:
+def _grouped(q: Tensor, v: Tensor | NarrowValues) -> Tensor:
     """q [B, Hq, M, D] as [B, Hkv, G·M, D], in the dtype to compute in: the query heads of a kv head and its M tokens are the rows of
     one small matrix."""
     return q.unflatten(1, (v.shape[1], -1)).flatten(2, 3).to(_compute_dtype(q.dtype))
 
 
-def _weigh(q: Tensor, s: Tensor, v: Tensor, visible: Tensor | None, value_tolerance: float) -> tuple[Tensor, Tensor]:
+def _weigh(
+    q: Tensor, s: Tensor, v: Tensor | NarrowValues, visible: Tensor | None, value_tolerance: float
+) -> tuple[Tensor, Tensor]:
     """out [B, Hq, M, Dv] in q's dtype and lse [B, Hq, M] of scores s [B, Hkv, G·M, N], of which `visible` [B or 1, M, N] count."""
     m, group = q.shape[2], q.shape[1] // v.shape[1]
     if visible is not None:
-        seen = visible.any(1)[:, None, :, None]  # [B or 1, 1, N, 1]
+        seen = visible.any(1)[:, None]  # [B or 1, 1, N]
         if not has_values(seen) or not bool(seen.all()):
-            v = v.where(seen, 0)  # weight 0 times whatever an unfilled buffer holds must be 0, NaN included
+            # weight 0 times whatever an unfilled buffer holds must be 0, NaN included
+            v = v.where(seen) if isinstance(v, NarrowValues) else v.where(seen[..., None], 0)
         s = s.masked_fill(~visible.repeat(1, group, 1)[:, None], -math.inf)  # rows run over G, then M
     lse = s.logsumexp(-1)  # [B, Hkv, G·M]
     weights = (s - lse.clamp(min=torch.finfo(lse.dtype).min)[..., None]).exp_()
     out = _weigh_some(weights, v, value_tolerance) if value_tolerance > 0 else _weigh_all(weights, v)
+    if isinstance(v, NarrowValues) and v.is_rotated:
+        out = rotate(out)
     out = out.unflatten(2, (group, m)).flatten(1, 2).to(q.dtype)  # [B, Hq, M, Dv]
     return out, lse.unflatten(2, (group, m)).flatten(1, 2)
 
@@ -85,13 +93,15 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _products(q: Tensor, codes: FeatureCodes) -> Tensor:
+def _products(q: Tensor, codes: FeatureCodes | NarrowCodes) -> Tensor:
     """Products [B, Hkv, R, N] of q [B, Hkv, R, D] over coded keys, gathered feature by feature."""
     split, rows = codes.dense_dims, q.shape[2]
     q_dense, q_sparse = q[..., :split], q[..., split:]
-    scores = q.new_empty((*q.shape[:3], codes.values.shape[2]))
+    scores = q.new_empty((*q.shape[:3], codes.shape[2]))
     for keys in _blocks(scores.shape[-1]):
-        block = codes[:, :, keys]
+        block: FeatureCodes | NarrowCodes = codes[:, :, keys]
+        if isinstance(block, NarrowCodes):
+            block = block.to_codes(q.dtype)
         # an unfilled buffer may hold any index; its scores are masked
         where = block.indices.long().clamp(max=codes.sparse_dims - 1)
         where = where.flatten(2)[:, :, None].expand(-1, -1, rows, -1)  # [B, Hkv, R, n·K]
@@ -111,17 +121,17 @@ def _blocks(n: int) -> list[slice]:
     return [slice(start, start + _BLOCK_KEYS) for start in range(0, n, _BLOCK_KEYS)]
 
 
-def _weigh_all(weights: Tensor, v: Tensor) -> Tensor:
+def _weigh_all(weights: Tensor, v: Tensor | NarrowValues) -> Tensor:
     """weights [B, Hkv, R, N] times v [B, Hkv, N, Dv], in the dtype of the weights."""
-    if v.dtype == weights.dtype:
+    if isinstance(v, Tensor) and v.dtype == weights.dtype:
         return weights @ v
     out = weights.new_zeros((*weights.shape[:3], v.shape[-1]))
     for keys in _blocks(v.shape[2]):  # widen V a block at a time, never whole
-        out += weights[..., keys] @ v[:, :, keys].to(weights.dtype)
+        out += weights[..., keys] @ _rows(v[:, :, keys], weights.dtype)
     return out
 
 
-def _weigh_some(weights: Tensor, v: Tensor, tolerance: float) -> Tensor:
+def _weigh_some(weights: Tensor, v: Tensor | NarrowValues, tolerance: float) -> Tensor:
     """As `_weigh_all`, leaving out the lightest rows of V whose weights sum to at most `tolerance` for every query
     of the kv head. The rest is renormalised: dropping a share t moves the output by at most 2·t·max‖v‖."""
     ascending, order = weights.sort(-1)  # [B, Hkv, R, N]
@@ -133,5 +143,9 @@ def _weigh_some(weights: Tensor, v: Tensor, tolerance: float) -> Tensor:
             rows = needed[b, h].nonzero()[:, 0]
             kept = weights[b, h][:, rows]  # [R, n]
             total = kept.sum(-1, keepdim=True)
-            out[b, h] = (kept / total.where(total > 0, 1)) @ v[b, h][rows].to(weights.dtype)
+            out[b, h] = (kept / total.where(total > 0, 1)) @ _rows(v[b, h][rows], weights.dtype)
     return out
+
+
+def _rows(v: Tensor | NarrowValues, dtype: torch.dtype) -> Tensor:
+    return v.rows(dtype) if isinstance(v, NarrowValues) else v.to(dtype)

@@ -1,0 +1,116 @@
+"""`CodeFormat`: in how many bits a cache keeps each part of a key's code and of a value, and what that takes in bytes.
+
+All bytes are per token and kv head, to the last scale and padding bit. Scales take two bytes (bfloat16), but for those of
+8-bit values, which take four (float32, `quantize_rows`).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from .budget import require_budget
+from .checks import require, require_choice, require_int
+
+INDEX_FORMS = ("uint8", "packed", "bitmap")
+AUTO = "auto"
+ROTATION_WIDTH = 16  # a value of 4 bits is a whole number of blocks at least this wide, over which its rotation mixes
+
+
+@dataclass(frozen=True)
+class CodeFormat:
+    """Widths of what a cache keeps. 16 bits mean the model's own dtype, which is counted as two bytes.
+
+    Attributes:
+        dense_bits: of a feature of the dense channel, 16 or 8.
+        value_bits: of a kept entry of the sparse part, 16, 8 or 4.
+        index: "uint8", a byte per kept entry; "packed", the bits that a position in the sparse part needs; "bitmap", a bit
+            per feature of the sparse part; "auto", the smallest of these for the budget, the first one where two are equal.
+        v_bits: of a feature of a value, 16, 8 or 4. With 4 the values are rotated first (`rotation.rotate`).
+
+    Raises `TypeError` or `ValueError` for other widths.
+    """
+
+    dense_bits: int = 8
+    value_bits: int = 4
+    index: str = AUTO
+    v_bits: int = 4
+
+    def __post_init__(self) -> None:
+        for name, widths in (("dense_bits", (16, 8)), ("value_bits", (16, 8, 4)), ("v_bits", (16, 8, 4))):
+            bits = getattr(self, name)
+            require_int(name, bits)
+            require(bits in widths, f"{name} must be {' or '.join(map(str, widths))}, got {bits}")
+        require_choice("index", self.index, (AUTO, *INDEX_FORMS))
+
+    @classmethod
+    def named(cls, name: str) -> CodeFormat:
+        """The format of a `name` such as `d8s4v4` or `d8s4v4-packed`. Raises `ValueError` for what is no such name."""
+        found = re.fullmatch(rf"d(16|8)s(16|8|4)v(16|8|4)(?:-({'|'.join(INDEX_FORMS)}))?", name)
+        require(found is not None, f"{name!r} names no format; names are such as d8s4v4, d16s8v8, d8s4v4-packed")
+        assert found is not None
+        dense_bits, value_bits, v_bits, index = found.groups()
+        return cls(int(dense_bits), int(value_bits), index or AUTO, int(v_bits))
+
+    def suffix(self, topk: int, sparse_dims: int) -> str:
+        """What the format adds to the name of a key code, such as `-d8s4v4` in `22+k12-d8s4v4`. The form of the indices is named
+        where it is not the smallest. Codes and values in 16 bits with indices of a byte add nothing."""
+        form = self.index_form(topk, sparse_dims)
+        if (self.dense_bits, self.value_bits, form, self.v_bits) == (16, 16, "uint8", 16):
+            return ""
+        smallest = CodeFormat().index_form(topk, sparse_dims)
+        bits = f"-d{self.dense_bits}s{self.value_bits}v{self.v_bits}"
+        return bits if form == smallest else f"{bits}-{form}"
+
+    def index_form(self, topk: int, sparse_dims: int) -> str:
+        """The form that the indices take, with "auto" decided."""
+        if self.index != AUTO:
+            return self.index
+        return min(INDEX_FORMS, key=lambda form: _index_bytes(form, topk, sparse_dims))
+
+    def index_bytes(self, topk: int, sparse_dims: int) -> int:
+        """Of the indices of a key."""
+        return _index_bytes(self.index_form(topk, sparse_dims), topk, sparse_dims)
+
+    def key_bytes(self, head_dim: int, dense_dims: int, topk: int) -> int:
+        """Of a key. Raises `ValueError` for a budget that does not fit the head."""
+        require_budget(topk, head_dim, dense_dims)
+        parts = _part_bytes(dense_dims, self.dense_bits) + _part_bytes(topk, self.value_bits)
+        return parts + self.index_bytes(topk, head_dim - dense_dims)
+
+    def v_bytes(self, v_dim: int) -> int:
+        """Of a value. Raises `ValueError` for a width that the format cannot hold."""
+        self.require_v_dim(v_dim)
+        return {16: 2 * v_dim, 8: v_dim + 4, 4: v_dim // 2 + 4}[self.v_bits]  # scale; or scale and centre
+
+    def require_v_dim(self, v_dim: int) -> None:
+        """Values of width `v_dim` can be kept in this format."""
+        require_int("v_dim", v_dim, 1)
+        require(
+            self.v_bits != 4 or v_dim % ROTATION_WIDTH == 0,
+            lambda: (
+                f"values of 4 bits are rotated in blocks of a power of two, so v_dim must be a multiple of {ROTATION_WIDTH}, "
+                f"got {v_dim}; take v_bits=8"
+            ),
+        )
+
+
+def index_bits(sparse_dims: int) -> int:
+    """Bits of a packed index into a sparse part."""
+    return max(1, (sparse_dims - 1).bit_length())
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """Of `count` numbers of `bits` bits, one after another."""
+    return -(-count * bits // 8)
+
+
+def _index_bytes(form: str, topk: int, sparse_dims: int) -> int:
+    if form == "uint8":
+        return topk
+    return packed_bytes(topk, index_bits(sparse_dims)) if form == "packed" else packed_bytes(sparse_dims, 1)
+
+
+def _part_bytes(width: int, bits: int) -> int:
+    scale = 2 if bits < 16 and width else 0
+    return packed_bytes(width, bits) + scale

@@ -1,0 +1,92 @@
+"""Rows in 8 and 4 bits, and small numbers packed into bytes. Plain PyTorch for every device, without a host sync.
+
+Rows are quantised against their scale as it is stored, in bfloat16: as wide a range as float32, and its rounding moves the
+step, not the result. A row that holds NaN or infinity has a scale of NaN, and so is NaN when read.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MOST_8_BIT = 127
+CENTRE_4_BIT = 7.5  # the levels 0 to 15 lie around it
+
+
+def pack(numbers: Tensor, bits: int) -> Tensor:
+    """`numbers` [..., n] uint8 below 2**bits, one after another from the lowest bit on: [..., ceil(n * bits / 8)] uint8."""
+    if 8 % bits:  # some lie across two bytes: bit by bit
+        numbers = (numbers[..., None] >> torch.arange(bits, device=numbers.device, dtype=torch.uint8) & 1).flatten(-2)
+        bits = 1
+    per_byte = 8 // bits
+    numbers = torch.nn.functional.pad(numbers, (0, -numbers.shape[-1] % per_byte))
+    packed = numbers[..., ::per_byte].clone(memory_format=torch.contiguous_format)
+    for slot in range(1, per_byte):
+        packed |= numbers[..., slot::per_byte] << slot * bits
+    return packed
+
+
+def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The `count` numbers that `pack` wrote: [..., count] uint8."""
+    mask = 2**bits - 1
+    if 8 % bits == 0:
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+        return (packed[..., None] >> shifts & mask).flatten(-2)[..., :count]
+    first_bit = torch.arange(count, device=packed.device) * bits
+    byte, shift = first_bit // 8, (first_bit % 8).to(torch.int16)
+    next_byte = (byte + 1).clamp(max=packed.shape[-1] - 1)  # the last number needs none: its own byte again
+    both = packed[..., byte].to(torch.int16) | packed[..., next_byte].to(torch.int16) << 8
+    return (both >> shift & mask).to(torch.uint8)
+
+
+def pack_bitmap(indices: Tensor, width: int) -> Tensor:
+    """Ascending, distinct indices [..., K] uint8 below `width` as a bit each of [..., ceil(width / 8)] uint8."""
+    bits = torch.zeros((*indices.shape[:-1], width), dtype=torch.uint8, device=indices.device)
+    return pack(bits.scatter_(-1, indices.long(), 1), 1)
+
+
+def unpack_bitmap(packed: Tensor, width: int, count: int) -> Tensor:
+    """The indices [..., count] uint8 that `pack_bitmap` wrote. Other bitmaps give indices below `width`, whatever they hold."""
+    bits = unpack(packed, 1, width).bool()
+    slot = (bits.cumsum(-1) - 1).clamp(max=count).where(bits, count)  # those not set go past the end
+    which = torch.arange(width, device=packed.device, dtype=torch.uint8).expand(slot.shape)
+    return which.new_zeros((*slot.shape[:-1], count + 1)).scatter_(-1, slot, which)[..., :count]
+
+
+def to_8_bits(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., C], C >= 1, in int8 and the bfloat16 scale [...] of each row: x ≈ int8 · scale, to half a scale."""
+    wide = x.float()
+    scale = _stored(wide.abs().amax(-1) / MOST_8_BIT)
+    return _steps(wide, scale).round().clamp(-MOST_8_BIT, MOST_8_BIT).to(torch.int8), scale
+
+
+def to_4_bits(x: Tensor, centre: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x [..., C], C >= 1, in 4 bits and the bfloat16 scale [...] of each row: x ≈ centre + (level - 7.5) · scale, to half a scale.
+
+    The levels 0 to 15 are packed, two per byte. Zero is no level around a centre of zero: it comes back as half a scale.
+    """
+    wide = x.float() if centre is None else x.float() - centre.float()[..., None]
+    scale = _stored(wide.abs().amax(-1) / CENTRE_4_BIT)
+    levels = (_steps(wide, scale).floor() + 8).clamp(0, 15).to(torch.uint8)
+    return pack(levels, 4), scale
+
+
+def from_4_bits(packed: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """[..., width] levels less 7.5, in `dtype`: times the scale, around the centre, the rows of `to_4_bits`."""
+    return unpack(packed, 4, width).to(dtype) - CENTRE_4_BIT
+
+
+def centre_of(x: Tensor) -> Tensor:
+    """[...] bfloat16 middle of the range of each row of x [..., C]."""
+    low, high = x.float().aminmax(dim=-1)
+    return (low / 2 + high / 2).to(torch.bfloat16)
+
+
+def _stored(scale: Tensor) -> Tensor:
+    return (scale + scale * 0).to(torch.bfloat16)  # infinity becomes NaN
+
+
+def _steps(wide: Tensor, scale: Tensor) -> Tensor:
+    """Rows in steps of their scale; zeros where that is zero or NaN."""
+    scale = scale.float()[..., None]
+    return (wide / scale).where(scale > 0, 0.0)
