@@ -5,9 +5,9 @@ from itertools import product
 import pytest
 import torch
 
-from flashsfa import topk_codes
+from flashsfa.coder import Coder
 from flashsfa.formats import INDEX_FORMS, CodeFormat
-from flashsfa.narrow import NarrowCodes, NarrowValues
+from flashsfa.narrow import NarrowRows
 
 # (head_dim, dense_dims, topk)
 BUDGETS = [(1, 0, 1), (2, 1, 1), (7, 0, 3), (64, 0, 8), (64, 22, 12), (64, 28, 11), (64, 63, 1), (65, 1, 64)]
@@ -17,9 +17,9 @@ FORMATS = [CodeFormat(d, s, i) for d, s, i in product((16, 8), (16, 8, 4), ("aut
 
 @pytest.mark.parametrize(("head_dim", "dense_dims", "topk"), BUDGETS)
 def test_key_bytes_are_those_of_the_tensors(head_dim, dense_dims, topk):
-    codes = topk_codes(torch.randn(2, 3, head_dim).bfloat16(), topk, dense_dims=dense_dims)
+    k, v = torch.randn(1, 2, 3, head_dim).bfloat16(), torch.randn(1, 2, 3, 16).bfloat16()
     for form in FORMATS:
-        stored = NarrowCodes.encode(codes, form)
+        stored = Coder(topk, dense_dims, form).encode(k, v).codes
         assert stored.nbytes == 6 * form.key_bytes(head_dim, dense_dims, topk), form
         storage = sum(x.untyped_storage().nbytes() for x in stored.tensors())
         assert storage == stored.nbytes, "a view of something larger keeps the larger"
@@ -31,11 +31,11 @@ def test_value_bytes_are_those_of_the_tensors(v_dim, v_bits):
     form = CodeFormat(v_bits=v_bits)
     v = torch.randn(2, 3, v_dim).bfloat16()
     if v_bits == 4 and v_dim % 16:
-        for refused in (lambda: form.v_bytes(v_dim), lambda: NarrowValues.encode(v, form)):
-            with pytest.raises(ValueError, match=f"v_dim must be a multiple of 16, got {v_dim}; take v_bits=8"):
+        for refused in (lambda: form.v_bytes(v_dim), lambda: NarrowRows.encode(v, v_bits)):
+            with pytest.raises(ValueError, match=f"width must be a multiple of 16, got {v_dim}; take 8 bits"):
                 refused()
     else:
-        assert NarrowValues.encode(v, form).nbytes == 6 * form.v_bytes(v_dim)
+        assert NarrowRows.encode(v, v_bits).nbytes == 6 * form.v_bytes(v_dim)
 
 
 @pytest.mark.parametrize(
@@ -119,5 +119,5 @@ def test_bad_fields(fields, error, message):
 def test_budgets_that_do_not_fit():
     with pytest.raises(ValueError, match="topk must be 1 to 42"):
         CodeFormat().key_bytes(64, 22, 43)
-    with pytest.raises(ValueError, match="v_dim must be at least 1"):
+    with pytest.raises(ValueError, match="width must be at least 1"):
         CodeFormat(v_bits=16).v_bytes(0)

@@ -7,7 +7,7 @@ import torch
 
 from flashsfa import topk_codes
 from flashsfa.formats import INDEX_FORMS, CodeFormat
-from flashsfa.narrow import NarrowCodes, NarrowValues
+from flashsfa.narrow import NarrowCodes, NarrowRows
 from flashsfa.rotation import rotate
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -134,7 +134,7 @@ INDICES = [0, slice(1, 3), (1, 2), (slice(None), -1), (..., 0), (None, 1), (0, .
 @pytest.mark.parametrize("index", INDICES)
 def test_indexing_equals_indexing_what_is_read(index):
     codes = NarrowCodes.encode(topk_codes(torch.randn(4, 5, 3, 32), 5, dense_dims=2), NARROW)
-    values = NarrowValues.encode(torch.randn(4, 5, 3, 32), NARROW)
+    values = NarrowRows.encode(torch.randn(4, 5, 3, 32), 4)
     assert torch.equal(codes[index].to_codes(torch.float32).to_dense(), codes.to_codes(torch.float32)[index].to_dense())
     rows = index if isinstance(index, tuple) else (index,)
     whole = (*rows, slice(None)) if Ellipsis in rows else rows
@@ -146,7 +146,7 @@ def test_indexing_equals_indexing_what_is_read(index):
 
 def test_map_goes_through_all_parts_of_several():
     codes = [NarrowCodes.encode(topk_codes(torch.randn(1, 3, 32), 5, dense_dims=2), NARROW) for _ in range(2)]
-    values = [NarrowValues.encode(torch.randn(1, 3, 32), NARROW) for _ in range(2)]
+    values = [NarrowRows.encode(torch.randn(1, 3, 32), 4) for _ in range(2)]
     for a, b in (codes, values):
         both = a.map(lambda *x: torch.cat(x, dim=1), b)
         assert both.shape == (1, 6, 32)
@@ -197,7 +197,7 @@ def test_compiled_whole():
     def there_and_back(x):
         codes = NarrowCodes.encode(topk_codes(x, 5, dense_dims=4), CodeFormat(8, 4, "bitmap"))
         packed = NarrowCodes.encode(topk_codes(x, 5, dense_dims=4), CodeFormat(8, 4, "packed"))
-        v = NarrowValues.encode(x, NARROW)
+        v = NarrowRows.encode(x, 4)
         return codes.to_codes(x.dtype).to_dense(), packed.to_codes(x.dtype).to_dense(), v.to_dense(x.dtype)
 
     x = torch.randn(2, 3, 48)
@@ -215,7 +215,7 @@ def test_compiled_whole():
 def test_values_come_back_to_half_a_step(bits, rows, v_dim):
     """For 4 bits of the range of the rotated row."""
     v = rows(2, 50, v_dim)
-    stored = NarrowValues.encode(v, CodeFormat(v_bits=bits))
+    stored = NarrowRows.encode(v, bits)
     assert stored.shape == v.shape
     kept = rotate(v) if stored.is_rotated else v
     steps = {16: math.inf, 8: 127, 4: 7.5}[bits]
@@ -230,7 +230,7 @@ def test_values_come_back_to_half_a_step(bits, rows, v_dim):
 def test_constant_rows_cost_nothing():
     """The step shrinks with the range around the middle, not with the size of the row."""
     v = torch.full((3, 16), 0.3) * torch.tensor([1.0, -1000.0, 0.0])[:, None]
-    read = NarrowValues.encode(rotate(v), NARROW).rows(torch.float32)
+    read = NarrowRows.encode(rotate(v), 4).rows(torch.float32)
     torch.testing.assert_close(read, v, rtol=1e-4, atol=0)
 
 
@@ -239,7 +239,7 @@ def test_constant_rows_cost_nothing():
 def test_values_with_nan_or_infinity(bits, bad):
     v = torch.randn(3, 16)
     v[1, 5] = bad
-    read = NarrowValues.encode(v, CodeFormat(v_bits=bits)).to_dense(torch.float32)
+    read = NarrowRows.encode(v, bits).to_dense(torch.float32)
     assert not read[1, 5].isfinite()
     assert read[[0, 2]].isfinite().all()
     if bits < 16:
@@ -251,7 +251,7 @@ def test_hidden_rows_read_as_zero_whatever_they_hold(bits):
     v = torch.randn(2, 3, 5, 16)
     v[:, :, 2] = math.nan
     seen = torch.arange(5) != 2
-    stored = NarrowValues.encode(v, CodeFormat(v_bits=bits))
+    stored = NarrowRows.encode(v, bits)
     read = stored.where(seen[None, None]).rows(torch.float32)
     assert torch.equal(read[:, :, 2], torch.zeros(2, 3, 16))
     assert torch.equal(read[:, :, seen], stored.rows(torch.float32)[:, :, seen])
@@ -260,26 +260,26 @@ def test_hidden_rows_read_as_zero_whatever_they_hold(bits):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"bits": 2}, "v_bits must be"),
-        ({"v_dim": 24}, "v_dim must be a multiple of 16"),
-        ({"v_dim": 48}, "kept of 48 entries in 4 bits must be torch.uint8 \\[..., 24\\]"),
+        ({"bits": 2}, "16, 8 or 4 bits, got 2"),
+        ({"width": 24}, "width must be a multiple of 16"),
+        ({"width": 48}, "kept of 48 entries in 4 bits must be torch.uint8 \\[..., 24\\]"),
         ({"scale": None}, "kept in 4 bits need a scale in torch.bfloat16"),
-        ({"centre": None}, "values of 4 bits need a bfloat16 centre"),
-        ({"centre": torch.zeros(2)}, "values of 4 bits need a bfloat16 centre"),
+        ({"centre": None}, "rows of 4 bits need a bfloat16 centre"),
+        ({"centre": torch.zeros(2)}, "rows of 4 bits need a bfloat16 centre"),
         ({"scale": torch.zeros(3, dtype=torch.bfloat16)}, "all parts share rows"),
     ],
 )
 def test_values_that_do_not_fit(change, message):
-    stored = NarrowValues.encode(torch.randn(2, 32), NARROW)
+    stored = NarrowRows.encode(torch.randn(2, 32), 4)
     parts = {name: getattr(stored, name) for name in stored.__dataclass_fields__}
     with pytest.raises(ValueError, match=message):
-        NarrowValues(**(parts | change))
+        NarrowRows(**(parts | change))
 
 
 @pytest.mark.parametrize("x", [torch.ones(2, 16, dtype=torch.int64), [1.0]])
 def test_values_are_floating_tensors(x):
     with pytest.raises(TypeError, match="v must be"):
-        NarrowValues.encode(x, NARROW)
+        NarrowRows.encode(x, 4)
 
 
 # ---- the rotation
@@ -311,6 +311,6 @@ def test_rotation_spreads_an_outlier():
     """Which is why 4 bits hold what follows it: less than half of the error without it."""
     v = torch.randn(100, 64)
     v[:, 3] *= 30
-    rotated = NarrowValues.encode(v, NARROW).to_dense(torch.float32)
-    unrotated = NarrowValues.encode(rotate(v), NARROW).rows(torch.float32)  # rotated twice before it is quantised
+    rotated = NarrowRows.encode(v, 4).to_dense(torch.float32)
+    unrotated = NarrowRows.encode(rotate(v), 4).rows(torch.float32)  # rotated twice before it is quantised
     assert 2 * (rotated - v).norm() < (unrotated - v).norm()

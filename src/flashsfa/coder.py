@@ -11,7 +11,7 @@ from .budget import require_budget
 from .checks import require, require_int
 from .codes import quantize_rows, topk_codes
 from .formats import CodeFormat
-from .narrow import NarrowCodes, NarrowValues
+from .narrow import NarrowCodes, NarrowRows
 from .stored import ExactKV, KVView
 
 
@@ -20,9 +20,10 @@ class Coder:
     """The key code of a cache, and in how many bits it keeps codes and values.
 
     Attributes:
-        topk, dense_dims: the key code, as in `topk_codes`.
+        topk, dense_dims: the key code, as in `topk_codes`. With topk = head_dim every feature is kept.
         bits: torch.int8 for codes and values in 8 bits with a float32 scale a row, a `CodeFormat` for its widths, None for codes
-            and values as they come.
+            and values as they come. In a `CodeFormat` keys of which every feature is kept are rows without indices, of its
+            `value_bits`.
     """
 
     topk: int
@@ -38,23 +39,26 @@ class Coder:
         )
 
     def require_fit(self, head_dim: int, v_dim: int) -> None:
-        """Raise `ValueError` for keys or values of a width that this code cannot hold."""
+        """Raise `ValueError` for keys or values of a width that cannot be kept so."""
         require_budget(self.topk, head_dim, self.dense_dims)
         require(v_dim >= 1, "v must have at least one feature")
         if isinstance(self.bits, CodeFormat):
             self.bits.require_v_dim(v_dim)
+            self.bits.key_bytes(head_dim, self.dense_dims, self.topk)
 
     def encode(self, k: Tensor, v: Tensor) -> KVView:
         """k [B, Hkv, N, D] and v [B, Hkv, N, Dv] as a cache keeps them."""
+        bits = self.bits
+        if isinstance(bits, CodeFormat):
+            values = NarrowRows.encode(v, bits.v_bits)
+            if self.topk == k.shape[-1]:
+                return KVView(NarrowRows.encode(k, bits.value_bits), values)
+            return KVView(NarrowCodes.encode(topk_codes(k, self.topk, dense_dims=self.dense_dims), bits), values)
         codes = topk_codes(k, self.topk, dense_dims=self.dense_dims)
-        if self.bits is None:
-            return KVView(codes, v)
-        if isinstance(self.bits, CodeFormat):
-            return KVView(NarrowCodes.encode(codes, self.bits), NarrowValues.encode(v, self.bits))
-        return KVView(codes.quantize(), *quantize_rows(v))
+        return KVView(codes, v) if bits is None else KVView(codes.quantize(), *quantize_rows(v))
 
     def rounded(self, k: Tensor, v: Tensor) -> ExactKV:
-        """k and v as decode reads them from such a cache; their gradients are those of the kept features, straight through rounding."""
+        """k and v as decode reads them from such a cache. Gradients reach the kept features, straight through the rounding."""
         thin_k = topk_codes(k, self.topk, dense_dims=self.dense_dims).to_dense()
         if self.bits is None:
             return ExactKV(thin_k, v)
@@ -65,5 +69,3 @@ class Coder:
         """Unfilled buffers of `capacity` tokens for keys such as k and values such as v."""
         none = self.encode(k[:, :, :0].detach(), v[:, :, :0].detach())
         return none.map(lambda x: x.new_empty((*x.shape[:2], capacity, *x.shape[3:])))
-
-

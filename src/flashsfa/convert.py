@@ -28,6 +28,7 @@ from .evaluation.perplexity import perplexity
 from .evaluation.subject import Progress
 from .evaluation.text import separate_texts, token_windows
 from .files import require_place, whole_folder
+from .formats import cache_bits
 from .huggingface import disable, enable
 from .huggingface.cache import cache_nbytes
 from .huggingface.calibration import gather_moments
@@ -199,7 +200,7 @@ def _attention_times(
     """
     heads, kv_heads, head_dim = attention_shape(model)
     step = progress("timing attention", len(settings.contexts))
-    kept_dtype = None if settings.cache_dtype is None else getattr(torch, settings.cache_dtype)
+    kept_dtype = cache_bits(settings.cache_dtype)
 
     def row(n: int) -> dict[str, float]:
         q, k, v = (torch.randn(1, h, n, head_dim, device=model.device) for h in (heads, kv_heads, kv_heads))

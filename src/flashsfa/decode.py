@@ -28,11 +28,12 @@ from .checks import (
 from .codes import FeatureCodes, code_queries
 from .contexts import without_autocast
 from .mask import Mask, checked_window
+from .narrow import NarrowCodes, NarrowRows
 from .ops.decode import plain
 from .ops.plan import plan_decode
 from .ops.prefill import operator, pieces
 from .scores import ScoreRules
-from .stored import ExactKV, KVView
+from .stored import ExactKV, KeyCodes, KVView
 
 FEW_QUERIES = 16  # up to here codes are read as they are; more queries repay scattering the keys' codes to rows once
 
@@ -56,8 +57,8 @@ class DecodeOptions(TypedDict, total=False):
 @overload
 def sparse_feature_decode(
     q: Tensor,
-    codes: FeatureCodes | KVView,
-    v: Tensor | None = ...,
+    codes: KeyCodes | KVView,
+    v: Tensor | NarrowRows | None = ...,
     *,
     return_lse: Literal[False] = ...,
     **options: Unpack[DecodeOptions],
@@ -65,16 +66,16 @@ def sparse_feature_decode(
 @overload
 def sparse_feature_decode(
     q: Tensor,
-    codes: FeatureCodes | KVView,
-    v: Tensor | None = ...,
+    codes: KeyCodes | KVView,
+    v: Tensor | NarrowRows | None = ...,
     *,
     return_lse: Literal[True],
     **options: Unpack[DecodeOptions],
 ) -> tuple[Tensor, Tensor]: ...
 def sparse_feature_decode(
     q: Tensor,
-    codes: FeatureCodes | KVView,
-    v: Tensor | None = None,
+    codes: KeyCodes | KVView,
+    v: Tensor | NarrowRows | None = None,
     *,
     kv_lens: Tensor | None = None,
     topk_query: int | str | None = None,
@@ -132,20 +133,22 @@ def sparse_feature_decode(
         kv = codes
     else:
         require(
-            isinstance(codes, FeatureCodes),
+            isinstance(codes, (FeatureCodes, NarrowCodes, NarrowRows)),
             lambda: f"codes must be FeatureCodes or what append returned, got {type(codes).__name__}; see topk_codes",
         )
-        require_tensor("v", v)
+        if not isinstance(v, NarrowRows):
+            require_tensor("v", v)
         kv = KVView(codes, v, v_scale, kv_lens, page_table)  # type: ignore[arg-type]
     mask = Mask(True, checked_window(window), key_padding_mask, kv_lens=kv.kv_lens)
     _check(q, kv, mask, value_tolerance)
-    require_no_gradient(q, kv.codes.values, kv.codes.dense, kv.v, *_exact_tensors(kv))
+    require_no_gradient(q, *kv.tensors(), *_exact_tensors(kv))
     refuse_transforms(
-        "sparse_feature_decode", "use sparse_feature_attention with backend='reference'", q, kv.codes.values, kv.v
+        "sparse_feature_decode", "use sparse_feature_attention with backend='reference'", q, *kv.tensors()
     )
     scores = ScoreRules.of(q, scale, softcap, sinks)
+    topk, dense_dims = kv.key_budget
     budget = FeatureBudget.of(
-        q.shape[-1], kv.codes.topk, topk_query=topk_query, dense_dims=kv.codes.dense_dims, query_pattern=query_pattern
+        q.shape[-1], topk, topk_query=topk_query, dense_dims=dense_dims, query_pattern=query_pattern
     )
     out, lse = _decode(q, kv, budget, mask, scores, value_tolerance)
     return (out, lse) if return_lse else out
@@ -160,23 +163,22 @@ def attend_cached(
     `value_tolerance` is a saving of decode; prefill is exact. No gradients: refused where one is asked for.
     """
     _check(q, kv, mask, value_tolerance)
-    require_no_gradient(q, kv.codes.values, kv.v, *_exact_tensors(kv))
+    require_no_gradient(q, *kv.tensors(), *_exact_tensors(kv))
     if q.shape[2] <= FEW_QUERIES:
         return _decode(q, kv, budget, mask, scores, value_tolerance)[0]
-    kv = kv.widened(q.dtype)
     if mask.kv_lens is None:
         return _prefill(q, kv, budget.with_keys_kept(), mask, scores)
     # a chunk of a prompt in a compiled model, where the host does not know the number of keys
-    q, k = code_queries(q, budget).to_dense(), kv.codes.to_dense()
+    q, rows = code_queries(q, budget).to_dense(), kv.rows(q.dtype)
     if scores.softcap is not None or scores.sinks is not None:
-        return reference.attend(q, k, kv.v, mask, scores)[0]
-    visible = mask.to_bool(q.shape[2], k.shape[2], q.device)
-    return F.scaled_dot_product_attention(q, k, kv.v, visible, scale=scores.scale, enable_gqa=True)
+        return reference.attend(q, rows.k, rows.v, mask, scores)[0]
+    visible = mask.to_bool(q.shape[2], rows.k.shape[2], q.device)
+    return F.scaled_dot_product_attention(q, rows.k, rows.v, visible, scale=scores.scale, enable_gqa=True)
 
 
 def _prefill(q: Tensor, kv: KVView, budget: FeatureBudget, mask: Mask, scores: ScoreRules) -> Tensor:
     """Many queries, over the rows of all tokens. Sparse queries see coded tokens alone, and dense ones the exact tokens."""
-    rows, exact = kv.rows(), budget.with_queries_kept()
+    rows, exact = kv.rows(q.dtype), budget.with_queries_kept()
 
     def attend(budget: FeatureBudget, mask: Mask, scores: ScoreRules) -> tuple[Tensor, Tensor]:
         return operator.attend(q, rows.k, rows.v, budget, mask, scores, gradient_of_all=False, backend="auto")
@@ -261,18 +263,16 @@ def _check(q: Tensor, kv: KVView, mask: Mask, value_tolerance: float) -> None:
     # past a sequence's length a buffer may hold anything, NaN too
     may_hold_nan = kv.kv_lens is not None
     require_float("q", q)
-    wanted = {"codes": (codes.values, codes.scale), "dense": (codes.dense, codes.scale), "v": (v, kv.v_scale)}
-    for name, (x, scale) in wanted.items():
-        if scale is None:
-            require_float(name, x, may_hold_nan=may_hold_nan)
-            if x.dtype != q.dtype:
-                raise TypeError(f"{name} is {x.dtype} but q is {q.dtype}; cast them to one dtype")
-        elif x.dtype != torch.int8:
-            raise TypeError(f"{name} with a scale must be int8, got {x.dtype}")
-        if x.device != device:
-            raise ValueError(f"{name} is on {x.device} but q is on {device}; move them together")
-        if x.ndim != 4:
-            raise ValueError(f"{name} must be [B, H, N, D], got shape {tuple(x.shape)}")
+    if isinstance(codes, FeatureCodes):
+        _check_stored(q, "codes", codes.values, codes.scale, may_hold_nan)
+        _check_stored(q, "dense", codes.dense, codes.scale, may_hold_nan)
+    if isinstance(v, Tensor):
+        _check_stored(q, "v", v, kv.v_scale, may_hold_nan)
+    for name, held in (("codes", codes), ("v", v)):
+        if held.device != device:
+            raise ValueError(f"{name} is on {held.device} but q is on {device}; move them together")
+        if len(held.shape) != 4:
+            raise ValueError(f"{name} must be [B, H, N, D], got shape {tuple(held.shape)}")
     if q.ndim != 4:
         raise ValueError(f"q must be [B, H, N, D], got shape {tuple(q.shape)}")
     v_scale = kv.v_scale
@@ -282,10 +282,10 @@ def _check(q: Tensor, kv: KVView, mask: Mask, value_tolerance: float) -> None:
             v_scale.shape == v.shape[:3] and v_scale.dtype == torch.float32 and v_scale.device == device,
             lambda: f"v_scale must be float32 [B, Hkv, N] = {tuple(v.shape[:3])} on {device}",
         )
-    require(q.shape[-1] == codes.head_dim, lambda: f"q has head_dim {q.shape[-1]}, the codes {codes.head_dim}")
+    require(q.shape[-1] == codes.shape[-1], lambda: f"q has head_dim {q.shape[-1]}, the codes {codes.shape[-1]}")
     require(
-        codes.values.shape[:3] == v.shape[:3],
-        lambda: f"codes {tuple(codes.values.shape[:3])} and v {tuple(v.shape[:3])} must agree on [B, Hkv, N]",
+        codes.shape[:3] == v.shape[:3],
+        lambda: f"codes {tuple(codes.shape[:3])} and v {tuple(v.shape[:3])} must agree on [B, Hkv, N]",
     )
     require(
         v.shape[1] > 0 and q.shape[1] % v.shape[1] == 0,
@@ -314,15 +314,24 @@ def _check(q: Tensor, kv: KVView, mask: Mask, value_tolerance: float) -> None:
                 bool((kv_lens >= 0).all()) and bool((kv_lens <= n).all()),
                 lambda: f"kv_lens must be 0 to the {n} keys held, got {kv_lens.tolist()}",
             )
-    if not may_look(v):
+    if not may_look(q):
         return
-    if kv_lens is None:
-        codes.check_indices()
-    elif kv.page_table is not None:
-        _check_page_ids(kv.page_table, kv_lens.to(v.device), v)
-    else:  # past a sequence's length a buffer may hold anything
-        for b, length in enumerate(kv_lens.tolist()):
+    if kv_lens is not None and kv.page_table is not None:
+        _check_page_ids(kv.page_table, kv_lens.to(device), v)
+    elif isinstance(codes, FeatureCodes):
+        lengths = [codes.shape[2]] * batch if kv_lens is None else kv_lens.tolist()
+        for b, length in enumerate(lengths):  # past it a buffer may hold anything
             codes[b, :, :length].check_indices()
+
+
+def _check_stored(q: Tensor, name: str, x: Tensor, scale: Tensor | None, may_hold_nan: bool) -> None:
+    """Checks of codes or values that are not packed: of the dtype of q, or int8 with a scale."""
+    if scale is None:
+        require_float(name, x, may_hold_nan=may_hold_nan)
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} is {x.dtype} but q is {q.dtype}; cast them to one dtype")
+    elif x.dtype != torch.int8:
+        raise TypeError(f"{name} with a scale must be int8, got {x.dtype}")
 
 
 def _check_exact(q: Tensor, kv: KVView, part: ExactKV) -> None:
@@ -332,7 +341,7 @@ def _check_exact(q: Tensor, kv: KVView, part: ExactKV) -> None:
     require_alike(q=q, k=part.k, v=part.v)
     rows = (*kv.v.shape[:2], part.k.shape[2])
     require(
-        part.k.shape == (*rows, kv.codes.head_dim) and part.v.shape == (*rows, kv.v.shape[-1]),
+        part.k.shape == (*rows, kv.codes.shape[-1]) and part.v.shape == (*rows, kv.v.shape[-1]),
         lambda: (
             f"exact tokens {tuple(part.k.shape)} and {tuple(part.v.shape)} do not fit codes {tuple(kv.codes.shape)} and v "
             f"{tuple(kv.v.shape)}"
@@ -344,7 +353,7 @@ def _check_exact(q: Tensor, kv: KVView, part: ExactKV) -> None:
     )
 
 
-def _check_pages(batch: int, v: Tensor, page_table: Tensor, kv_lens: Tensor | None) -> int:
+def _check_pages(batch: int, v: Tensor | NarrowRows, page_table: Tensor, kv_lens: Tensor | None) -> int:
     """Checks of paged caches; the number of keys that the table has room for."""
     page_size = v.shape[2]
     require_page_size(page_size)
@@ -359,7 +368,7 @@ def _check_pages(batch: int, v: Tensor, page_table: Tensor, kv_lens: Tensor | No
     return page_table.shape[1] * page_size
 
 
-def _check_page_ids(page_table: Tensor, kv_lens: Tensor, v: Tensor) -> None:
+def _check_page_ids(page_table: Tensor, kv_lens: Tensor, v: Tensor | NarrowRows) -> None:
     pages, page_size = v.shape[0], v.shape[2]
     used = torch.arange(page_table.shape[1], device=v.device) * page_size < kv_lens[:, None]
     ids = page_table[used]

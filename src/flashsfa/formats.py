@@ -9,12 +9,15 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import torch
+
 from .budget import require_budget
 from .checks import require, require_choice, require_int
 
+NAMES = "int4, int8, or widths such as d8s4v4 or d8s4v4-packed"
 INDEX_FORMS = ("uint8", "packed", "bitmap")
 AUTO = "auto"
-ROTATION_WIDTH = 16  # a value of 4 bits is a whole number of blocks at least this wide, over which its rotation mixes
+ROTATION_WIDTH = 16  # a row of 4 bits is a whole number of blocks at least this wide, over which its rotation mixes
 
 
 @dataclass(frozen=True)
@@ -23,10 +26,10 @@ class CodeFormat:
 
     Attributes:
         dense_bits: of a feature of the dense channel, 16 or 8.
-        value_bits: of a kept entry of the sparse part, 16, 8 or 4.
+        value_bits: of a kept entry of the sparse part, 16, 8 or 4; of all features where a key keeps every one.
         index: "uint8", a byte per kept entry; "packed", the bits that a position in the sparse part needs; "bitmap", a bit
             per feature of the sparse part; "auto", the smallest of these for the budget, the first one where two are equal.
-        v_bits: of a feature of a value, 16, 8 or 4. With 4 the values are rotated first (`rotation.rotate`).
+        v_bits: of a feature of a value, 16, 8 or 4. Rows of 4 bits are rotated first (`rotation.rotate`).
 
     Raises `TypeError` or `ValueError` for other widths.
     """
@@ -47,7 +50,7 @@ class CodeFormat:
     def named(cls, name: str) -> CodeFormat:
         """The format of a `name` such as `d8s4v4` or `d8s4v4-packed`. Raises `ValueError` for what is no such name."""
         found = re.fullmatch(rf"d(16|8)s(16|8|4)v(16|8|4)(?:-({'|'.join(INDEX_FORMS)}))?", name)
-        require(found is not None, f"{name!r} names no format; names are such as d8s4v4, d16s8v8, d8s4v4-packed")
+        require(found is not None, f"{name!r} names no format of a cache; there are {NAMES}")
         assert found is not None
         dense_bits, value_bits, v_bits, index = found.groups()
         return cls(int(dense_bits), int(value_bits), index or AUTO, int(v_bits))
@@ -73,26 +76,45 @@ class CodeFormat:
         return _index_bytes(self.index_form(topk, sparse_dims), topk, sparse_dims)
 
     def key_bytes(self, head_dim: int, dense_dims: int, topk: int) -> int:
-        """Of a key. Raises `ValueError` for a budget that does not fit the head."""
+        """Of a key; with topk = head_dim of a row of `value_bits` without indices. Raises `ValueError` for a budget that does not
+        fit the head, or a width that the format cannot hold."""
         require_budget(topk, head_dim, dense_dims)
+        if topk == head_dim:
+            return row_bytes(head_dim, self.value_bits)
         parts = _part_bytes(dense_dims, self.dense_bits) + _part_bytes(topk, self.value_bits)
         return parts + self.index_bytes(topk, head_dim - dense_dims)
 
     def v_bytes(self, v_dim: int) -> int:
         """Of a value. Raises `ValueError` for a width that the format cannot hold."""
-        self.require_v_dim(v_dim)
-        return {16: 2 * v_dim, 8: v_dim + 4, 4: v_dim // 2 + 4}[self.v_bits]  # scale; or scale and centre
+        return row_bytes(v_dim, self.v_bits)
 
     def require_v_dim(self, v_dim: int) -> None:
         """Values of width `v_dim` can be kept in this format."""
-        require_int("v_dim", v_dim, 1)
-        require(
-            self.v_bits != 4 or v_dim % ROTATION_WIDTH == 0,
-            lambda: (
-                f"values of 4 bits are rotated in blocks of a power of two, so v_dim must be a multiple of {ROTATION_WIDTH}, "
-                f"got {v_dim}; take v_bits=8"
-            ),
-        )
+        row_bytes(v_dim, self.v_bits)
+
+
+def row_bytes(width: int, bits: int) -> int:
+    """Of a row of `width` features in 16, 8 or 4 bits, with its scale, and in 4 bits its centre. Raises `ValueError` for a width
+    that 4 bits cannot hold."""
+    require_int("width", width, 1)
+    require(bits in (16, 8, 4), f"rows are kept in 16, 8 or 4 bits, got {bits}")
+    require(
+        bits != 4 or width % ROTATION_WIDTH == 0,
+        lambda: (
+            f"rows of 4 bits are rotated in blocks of a power of two, so their width must be a multiple of {ROTATION_WIDTH}, got "
+            f"{width}; take 8 bits"
+        ),
+    )
+    return {16: 2 * width, 8: width + 4, 4: width // 2 + 4}[bits]
+
+
+def cache_bits(name: str | None) -> torch.dtype | CodeFormat | None:
+    """What a `cache_dtype` names: torch.int8 for "int8", the default `CodeFormat` for "int4", that of a name such as "d8s8v4", None
+    for None. Raises `ValueError` for other names."""
+    if name is None or (isinstance(name, str) and name == "int8"):
+        return None if name is None else torch.int8
+    require(isinstance(name, str), lambda: f"cache_dtype must be a name or None, got {type(name).__name__}")
+    return CodeFormat() if name == "int4" else CodeFormat.named(name)
 
 
 def index_bits(sparse_dims: int) -> int:

@@ -1,6 +1,6 @@
 """Keys' codes and values in the widths of a `CodeFormat`: what a compressed cache holds.
 
-Made from `FeatureCodes` and values by `NarrowCodes.encode` and `NarrowValues.encode`, and read a block of keys at a time.
+Made from `FeatureCodes` and rows by `NarrowCodes.encode` and `NarrowRows.encode`, and read a block of keys at a time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from .budget import require_budget
 from .checks import require, require_float
 from .codes import FeatureCodes, quantize_rows
-from .formats import CodeFormat, index_bits, packed_bytes
+from .formats import CodeFormat, index_bits, packed_bytes, row_bytes
 from .ops.select.narrow import (
     centre_of,
     from_4_bits,
@@ -171,14 +171,14 @@ class NarrowCodes(_Rows):
 
 
 @dataclass(frozen=True, eq=False)
-class NarrowValues(_Rows):
-    """Values of tokens with any leading shape `...` in the width of a format.
+class NarrowRows(_Rows):
+    """Rows with any leading shape `...` in 16, 8 or 4 bits: values, and keys that keep every feature.
 
     Attributes:
-        kept: [..., Dv] as they came for 16 bits, int8 for 8; for 4 bits [..., Dv / 2] uint8, two per byte, of the rotated values.
+        kept: [..., C] as they came for 16 bits, int8 for 8; for 4 bits [..., C / 2] uint8, two per byte, of the rotated rows.
         scale: [...] step of each row: float32 for 8 bits, bfloat16 for 4, None for 16.
         centre: [...] bfloat16 middle of each row for 4 bits, else None.
-        v_dim: width Dv.
+        width: C.
         bits: 16, 8 or 4.
 
     Raises `ValueError` for parts whose shapes, dtypes or devices do not fit.
@@ -190,35 +190,35 @@ class NarrowValues(_Rows):
     kept: Tensor
     scale: Tensor | None
     centre: Tensor | None
-    v_dim: int
+    width: int
     bits: int
 
     def __post_init__(self) -> None:
-        CodeFormat(v_bits=self.bits).require_v_dim(self.v_dim)
+        row_bytes(self.width, self.bits)
         scale_dtype = torch.float32 if self.bits == 8 else torch.bfloat16
-        _check_part("kept", self.kept, self.scale, self.v_dim, self.bits, scale_dtype)
+        _check_part("kept", self.kept, self.scale, self.width, self.bits, scale_dtype)
         require(
             (self.centre is not None) == (self.bits == 4)
             and (self.centre is None or self.centre.dtype == torch.bfloat16),
-            lambda: f"values of 4 bits need a bfloat16 centre, and others have none; got {_words(self.centre)}",
+            lambda: f"rows of 4 bits need a bfloat16 centre, and others have none; got {_words(self.centre)}",
         )
         self._check_rows()
 
     @classmethod
-    def encode(cls, v: Tensor, format: CodeFormat) -> NarrowValues:
-        """v [..., Dv] in `format`, to half a step of its row; a row with NaN or infinity as NaN.
+    def encode(cls, x: Tensor, bits: int) -> NarrowRows:
+        """x [..., C] in `bits`, to half a step of its row; a row with NaN or infinity as NaN.
 
-        Raises `TypeError` or `ValueError` for what is no floating tensor, or a width that the format cannot hold."""
-        require_float("v", v)
-        format.require_v_dim(v.shape[-1])
-        kept, scale, centre = v, None, None
-        if format.v_bits == 8:
-            kept, scale = quantize_rows(v)
-        elif format.v_bits == 4:
-            rotated = rotate(v.float())
+        Raises `TypeError` or `ValueError` for what is no floating tensor, or a width that these bits cannot hold."""
+        require_float("x", x)
+        row_bytes(x.shape[-1], bits)
+        kept, scale, centre = x, None, None
+        if bits == 8:
+            kept, scale = quantize_rows(x)
+        elif bits == 4:
+            rotated = rotate(x.float())
             centre = centre_of(rotated)
             kept, scale = to_4_bits(rotated, centre)
-        return cls(kept, scale, centre, v.shape[-1], format.v_bits)
+        return cls(kept, scale, centre, x.shape[-1], bits)
 
     @property
     def is_rotated(self) -> bool:
@@ -226,17 +226,17 @@ class NarrowValues(_Rows):
         return self.bits == 4
 
     def rows(self, dtype: torch.dtype) -> Tensor:
-        """[..., Dv] the values as they are kept, rotated or not, in a floating dtype, their scales taken in."""
-        return _decode_part(self.kept, self.scale, self.v_dim, self.bits, dtype, self.centre)
+        """[..., C] the rows as they are kept, rotated or not, in a floating dtype, their scales taken in."""
+        return _decode_part(self.kept, self.scale, self.width, self.bits, dtype, self.centre)
 
     def to_dense(self, dtype: torch.dtype) -> Tensor:
-        """[..., Dv] the values in a floating dtype, rotated back."""
+        """[..., C] the rows in a floating dtype, rotated back."""
         if not self.is_rotated:
             return self.rows(dtype)
         return rotate(self.rows(torch.promote_types(torch.float32, dtype))).to(dtype)
 
-    def where(self, seen: Tensor) -> NarrowValues:
-        """The values, read as zeros where `seen` (bool, broadcast against `...`) is False, whatever an unfilled buffer holds there."""
+    def where(self, seen: Tensor) -> NarrowRows:
+        """The rows, read as zeros where `seen` (bool, broadcast against `...`) is False, whatever an unfilled buffer holds there."""
         if self.scale is None:
             return replace(self, kept=self.kept.where(seen[..., None], 0))
         centre = None if self.centre is None else self.centre.where(seen, 0)
@@ -244,8 +244,8 @@ class NarrowValues(_Rows):
 
     @property
     def shape(self) -> torch.Size:
-        """The leading shape `...` followed by `v_dim`."""
-        return torch.Size((*self.kept.shape[:-1], self.v_dim))
+        """The leading shape `...` followed by `width`."""
+        return torch.Size((*self.kept.shape[:-1], self.width))
 
 
 # ---- one part of a row

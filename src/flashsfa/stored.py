@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from .codes import FeatureCodes
-from .narrow import NarrowCodes, NarrowValues
+from .codes import FeatureCodes, all_dense_codes
+from .narrow import NarrowCodes, NarrowRows
+
+KeyCodes: TypeAlias = FeatureCodes | NarrowCodes | NarrowRows  # how the keys of a cache may be held
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,8 +44,8 @@ class KVView:
     The tokens of a sequence are `first`, the coded ones and `recent`, in this order.
 
     Attributes:
-        codes: key codes [B, Hkv, N, ...], or pools of pages [P, Hkv, page_size, ...].
-        v: [B, Hkv, N, Dv] values, or a pool of pages; `NarrowValues` where a format packs them.
+        codes: key codes [B, Hkv, N, ...], or pools of pages [P, Hkv, page_size, ...]; `NarrowRows` of keys that keep every feature.
+        v: [B, Hkv, N, Dv] values, or a pool of pages; `NarrowRows` where a format packs them.
         v_scale: [B, Hkv, N] float32 factor of each row of an int8 v, else None.
         kv_lens: [B] integer number of valid keys of each sequence; None for all N.
         page_table: [B, max_pages] int32 for pools of pages, else None: key j of sequence b is slot j % page_size of page
@@ -51,21 +53,30 @@ class KVView:
         first, recent: tokens before and after the coded ones that are held as they came; None for none.
     """
 
-    codes: FeatureCodes | NarrowCodes
-    v: Tensor | NarrowValues
+    codes: KeyCodes
+    v: Tensor | NarrowRows
     v_scale: Tensor | None = None
     kv_lens: Tensor | None = None
     page_table: Tensor | None = None
     first: ExactKV | None = None
     recent: ExactKV | None = None
 
-    def __iter__(self) -> Iterator[FeatureCodes | NarrowCodes | Tensor | NarrowValues]:
+    def __iter__(self) -> Iterator[KeyCodes | Tensor | NarrowRows]:
         return iter((self.codes, self.v))
 
     @property
     def is_narrow(self) -> bool:
         """Whether codes or values are packed in the widths of a format, which `widened` turns into floats."""
-        return not isinstance(self.codes, FeatureCodes) or isinstance(self.v, NarrowValues)
+        return not isinstance(self.codes, FeatureCodes) or isinstance(self.v, NarrowRows)
+
+    @property
+    def key_budget(self) -> tuple[int, int]:
+        """topk and dense_dims of the key code."""
+        return (
+            (self.codes.shape[-1], 0)
+            if isinstance(self.codes, NarrowRows)
+            else (self.codes.topk, self.codes.dense_dims)
+        )
 
     @property
     def n(self) -> int:
@@ -86,15 +97,15 @@ class KVView:
 
     def tensors(self) -> list[Tensor]:
         """Codes, values and their scales; not the exact tokens."""
-        values = self.v.tensors() if isinstance(self.v, NarrowValues) else [self.v]
+        values = self.v.tensors() if isinstance(self.v, NarrowRows) else [self.v]
         return [*self.codes.tensors(), *values, *([] if self.v_scale is None else [self.v_scale])]
 
     def map(self, change: Callable[..., Tensor], *others: KVView) -> KVView:
         """The view with each tensor of `tensors()` changed alike, together with its like of `others`, which keep them the same way."""
         v_scale = None if self.v_scale is None else change(self.v_scale, *(x.v_scale for x in others))
         codes: Any = self.codes.map(change, *(x.codes for x in others))  # type: ignore[arg-type]
-        if isinstance(self.v, NarrowValues):
-            v: Tensor | NarrowValues = self.v.map(change, *(x.v for x in others))  # type: ignore[arg-type]
+        if isinstance(self.v, NarrowRows):
+            v: Tensor | NarrowRows = self.v.map(change, *(x.v for x in others))  # type: ignore[arg-type]
         else:
             v = change(self.v, *(x.v for x in others))
         return KVView(codes, v, v_scale, self.kv_lens, self.page_table, self.first, self.recent)
@@ -120,7 +131,8 @@ class KVView:
     def rows(self, dtype: torch.dtype) -> ExactKV:
         """All tokens in order in `dtype`, the coded keys as sparse rows."""
         coded = self.widened(dtype)
-        assert isinstance(coded.codes, FeatureCodes) and isinstance(coded.v, Tensor)
+        assert isinstance(coded.codes, FeatureCodes)
+        assert isinstance(coded.v, Tensor)
         parts = [self.first, ExactKV(coded.codes.to_dense(), coded.v), self.recent]
         there = [part for part in parts if part is not None]
         return there[0] if len(there) == 1 else there[0].map(lambda *x: torch.cat(x, dim=2), *there[1:])
@@ -140,11 +152,13 @@ class KVView:
     def widened(self, dtype: torch.dtype) -> KVView:
         """Codes and values of fewer bits in `dtype`, their scales taken in; others as they are."""
         codes, v = self.codes, self.v
-        if isinstance(codes, NarrowCodes):
+        if isinstance(codes, NarrowRows):
+            codes = all_dense_codes(codes.to_dense(dtype))
+        elif isinstance(codes, NarrowCodes):
             codes = codes.to_codes(dtype)
         elif codes.scale is not None:
             codes = codes.to(dtype)
-        if isinstance(v, NarrowValues):
+        if isinstance(v, NarrowRows):
             v = v.to_dense(dtype)
         elif self.v_scale is not None:
             v = (v.float() * self.v_scale[..., None]).to(dtype)

@@ -301,7 +301,12 @@ def softcap(model):
         ({}, None, {"value_tolerance": 1.0}, "value_tolerance"),
         ({}, None, {"topk_query": 8, "query_pattern": "2:4"}, "at most half"),
         ({}, None, {"query_pattern": "1:2"}, "query_pattern must be one of 2:4, None; got '1:2'"),
-        ({}, None, {"cache_dtype": "fp8"}, "cache_dtype must be one of int8, None; got 'fp8'"),
+        (
+            {},
+            None,
+            {"cache_dtype": "fp8"},
+            "'fp8' names no format of a cache; there are int4, int8, or widths such as d8s4v4",
+        ),
         ({}, None, {"layers": [0, 2]}, "do not exist"),
         ({}, None, {"layers": []}, "each layer to switch once"),
         ({}, None, {"layers": [1, 1]}, "each layer to switch once"),

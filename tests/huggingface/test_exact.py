@@ -17,7 +17,7 @@ CLOSE = {"rtol": 1e-8, "atol": 1e-8}
 EXACT = [(3, 2), (0, 2), (3, 0), (9, 4)]
 
 
-def make(sliding=False, **options):
+def make(sliding=False, topk=3, **options):
     sizes = {"hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 6}
     sizes |= {"num_key_value_heads": 2, "vocab_size": 61, "max_position_embeddings": 512, "initializer_range": 0.3}
     config = transformers.Qwen3Config(
@@ -27,7 +27,7 @@ def make(sliding=False, **options):
     )  # fmt: skip
     torch.manual_seed(1)
     model = transformers.Qwen3ForCausalLM(config).double().eval()
-    return flashsfa.enable(model, 3, **{"dense_dims": 2, "recent": 3, "first": 2, **options})
+    return flashsfa.enable(model, topk, **{"dense_dims": 2, "recent": 3, "first": 2, **options})
 
 
 def run(model, ids, cache=None, **options):
@@ -90,7 +90,7 @@ def test_changes(change, sliding, layers):
     "options", [{}, {"num_beams": 3}, {"prefill_chunk_size": 9}, {"prompt_lookup_num_tokens": 3}], ids=str
 )
 @pytest.mark.parametrize("sliding", [False, True], ids=["full", "sliding"])
-@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+@pytest.mark.parametrize("cache_dtype", [None, "int8", "int4"])
 def test_generate(sliding, options, cache_dtype):
     """With a ring that holds all, dense; with a small one, through the same cache."""
     ids = tokens(24, 1 if "prompt_lookup_num_tokens" in options else 2)
@@ -167,7 +167,7 @@ def test_left_padding():
 
 @pytest.mark.parametrize("queries", [{}, {"topk_query": "dense"}], ids=str)
 @pytest.mark.parametrize("layers", [None, [1]], ids=["all", "some"])
-@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+@pytest.mark.parametrize("cache_dtype", [None, "int8", "int4"])
 @pytest.mark.parametrize("sliding", [False, True], ids=["full", "sliding"])
 def test_a_dense_prompt_sees_its_own_keys_and_leaves_the_same_cache(sliding, cache_dtype, layers, queries, monkeypatch):
     options = {"layers": layers, "cache_dtype": cache_dtype, **queries}
@@ -187,7 +187,7 @@ def test_a_dense_prompt_sees_its_own_keys_and_leaves_the_same_cache(sliding, cac
 
 
 @pytest.mark.parametrize("exact", [{"recent": 0, "first": 0}, {"recent": 3, "first": 2}], ids=str)
-@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+@pytest.mark.parametrize("cache_dtype", [None, "int8", "int4", "d16s8v8"])
 def test_one_by_one_a_dense_prompt_changes_nothing(exact, cache_dtype):
     ids, options = tokens(20), {**exact, "cache_dtype": cache_dtype}
     model = make(prefill="dense", **options)
@@ -204,7 +204,17 @@ def test_dense_prompts_where_there_are_none():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"cache_dtype": "int8"}, {"recent": 0, "first": 0, "prefill": "dense"}], ids=str
+    "options",
+    [
+        {},
+        {"cache_dtype": "int8"},
+        {"cache_dtype": "int4"},
+        {"topk": 16, "dense_dims": 0, "cache_dtype": "int4"},
+        {"topk": 16, "dense_dims": 0, "cache_dtype": "d8s8v8", "recent": 0, "first": 0},
+        {"recent": 0, "first": 0, "prefill": "dense"},
+        {"recent": 0, "first": 0, "cache_dtype": "d8s4v4-uint8"},
+    ],
+    ids=str,
 )
 def test_a_loss_is_that_of_decode(options):
     perplexity = pytest.importorskip("flashsfa.evaluation.perplexity")
@@ -215,8 +225,9 @@ def test_a_loss_is_that_of_decode(options):
         assert loss == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_gradients_without_a_cache():
-    model, ids = make(cache_dtype="int8"), tokens(9)
+@pytest.mark.parametrize("cache_dtype", ["int8", "int4"])
+def test_gradients_without_a_cache(cache_dtype):
+    model, ids = make(cache_dtype=cache_dtype), tokens(9)
     model(ids, use_cache=False, labels=ids).loss.backward()
     assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in model.parameters())
 

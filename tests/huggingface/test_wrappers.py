@@ -93,7 +93,7 @@ def test_the_model_inside_is_switched(wrap, ids):
     found = greedy(core, ids, return_dict_in_generate=True).past_key_values
     assert type(found) is SparseCache
     assert {type(x).__name__ for x in found.layers} == {"SparseCacheLayer"}
-    assert found.layers[0].store.dtype == torch.int8
+    assert found.layers[0].store.coder.bits == torch.int8
     assert len(SparseCache(model).layers) == 2
     flashsfa.enable(model, 3)
     assert len(StaticSparseCache(model, 32).layers) == 2

@@ -1,8 +1,8 @@
 """`SparseKVCache`: the key codes and values of the tokens seen so far, in preallocated buffers.
 
 A key costs 2·M + 3·K bytes in 16-bit dtypes (M dense dims, K kept features) instead of 2·D; values stay dense. In 8 bits
-a key costs M + 2·K + 4 bytes and a value Dv + 4, the 4 being a float32 scale. The newest tokens and the first ones of a
-sequence can be kept as they come: a token is coded once, when it is no longer among the newest.
+a key costs M + 2·K + 4 bytes and a value Dv + 4, the 4 being a float32 scale; `CodeFormat` counts what narrower ones cost. The
+newest tokens and the first ones of a sequence can be kept as they come: a token is coded once, when it is no longer among the newest.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..budget import require_budget
 from ..checks import (
     MOST_TOKENS,
     require,
@@ -22,10 +21,13 @@ from ..checks import (
     require_keys_and_values,
     require_no_gradient,
 )
-from ..codes import FeatureCodes, quantize_rows, topk_codes
+from ..coder import Coder
+from ..codes import FeatureCodes
 from ..contexts import lasting_tensors
+from ..formats import CodeFormat
+from ..narrow import NarrowRows
 from ..ops.select.operators import append, append_op, has_fused
-from ..stored import ExactKV, KVView
+from ..stored import ExactKV, KeyCodes, KVView
 
 _GROWTH_TOKENS = 256
 
@@ -39,7 +41,8 @@ class SparseKVCache:
     Args:
         topk, dense_dims: the key code, as in `topk_codes`.
         capacity: coded tokens to allocate on the first `append`, which also fixes batch, heads, widths, dtype and device.
-        dtype: torch.int8 to keep codes and values in 8 bits with a scale a row; None to keep them as they come.
+        dtype: torch.int8 to keep codes and values in 8 bits with a scale a row, a `CodeFormat` for its widths, None to keep them as
+            they come.
         recent: newest tokens that are kept as they come, whatever `dtype`. After a `crop` that reached into coded tokens, which
             stay coded, fewer.
         first: first tokens of the sequence that are kept as they come, whatever `dtype`.
@@ -51,21 +54,28 @@ class SparseKVCache:
         *,
         dense_dims: int = 0,
         capacity: int = _GROWTH_TOKENS,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | CodeFormat | None = None,
         recent: int = 0,
         first: int = 0,
     ) -> None:
-        require_int("topk", topk, 1, 256)
-        require_int("dense_dims", dense_dims, 0, 255)
+        self.coder = Coder(topk, dense_dims, dtype)
         require_int("capacity", capacity, 1)
         require_int("recent", recent, 0, MOST_TOKENS)
         require_int("first", first, 0, MOST_TOKENS)
-        require(dtype in (None, torch.int8), f"dtype must be torch.int8 or None, got {dtype}")
-        self.dtype, self.topk, self.dense_dims = dtype, topk, dense_dims
         self.recent, self.first = recent, first
         self._first_capacity = capacity
         self._tokens = _Tokens()
         self._held: _Held | None = None
+
+    @property
+    def topk(self) -> int:
+        """Budget of the key code."""
+        return self.coder.topk
+
+    @property
+    def dense_dims(self) -> int:
+        """Width of the dense channel of the key code."""
+        return self.coder.dense_dims
 
     def __len__(self) -> int:
         """Tokens held."""
@@ -87,18 +97,18 @@ class SparseKVCache:
         return self._buffers().view(self._tokens)
 
     @property
-    def codes(self) -> FeatureCodes:
+    def codes(self) -> KeyCodes:
         """Codes of the coded keys, [B, Hkv, N, ...]: a view of the buffers."""
         return self.kv.codes
 
     @property
-    def v(self) -> Tensor:
+    def v(self) -> Tensor | NarrowRows:
         """[B, Hkv, N, Dv] values of the coded tokens: a view of the buffer."""
         return self.kv.v
 
     @property
     def v_scale(self) -> Tensor | None:
-        """[B, Hkv, N] float32 scales of `v`, None unless the cache keeps 8 bits."""
+        """[B, Hkv, N] float32 scales of a `v` in int8, else None."""
         return None if self._held is None else self.kv.v_scale
 
     @property
@@ -128,8 +138,7 @@ class SparseKVCache:
         """
         require_keys_and_values(k, v)
         require_no_gradient(k, v)
-        require_budget(self.topk, k.shape[-1], self.dense_dims)
-        require(v.shape[-1] >= 1, "v must have at least one feature")
+        self.coder.require_fit(k.shape[-1], v.shape[-1])
         step = self._tokens.step(k.shape[2], self.first, self.recent)
         coded, held = self._tokens.coded + step.old + step.new, self._held
         if held is None:
@@ -152,13 +161,13 @@ class SparseKVCache:
     def allocate(self, k: Tensor, v: Tensor) -> None:
         """Allocate `capacity` zeroed tokens for the codes of keys such as k [B, Hkv, any, D] and values such as v, and
         hold them all: a cache of fixed size and address, filled by `append_at` and `write_at`."""
-        require(self.dtype is None, "a cache of fixed size keeps codes and values as they come: leave dtype None")
+        require(self.coder.bits is None, "a cache of fixed size keeps codes and values as they come: leave dtype None")
         require(
             not self.recent and not self.first,
             f"a cache of fixed size codes every token: leave recent and first 0, got {self.recent} and {self.first}",
         )
         require_alike(k=k, v=v)
-        require_budget(self.topk, k.shape[-1], self.dense_dims)
+        self.coder.require_fit(k.shape[-1], v.shape[-1])
         held = self._allocate(self.capacity, k, v)
         for buffer in held.kv.tensors():
             buffer.zero_()
@@ -171,6 +180,8 @@ class SparseKVCache:
         kv = self._buffers().kv
         self._check_width(k.shape[-1], v)
         require_no_gradient(k, v)
+        assert isinstance(kv.codes, FeatureCodes)
+        assert isinstance(kv.v, Tensor)
         require_alike(cache=kv.v, k=k, v=v)
         append_op(k.detach(), v.detach(), kv.codes.dense, kv.codes.values, kv.codes.indices, kv.v, start)
         return self.kv
@@ -187,6 +198,7 @@ class SparseKVCache:
                 f"dense_dims={self.dense_dims}"
             ),
         )
+        assert isinstance(kv.v, Tensor)
         require_alike(cache=kv.v, codes=codes.values, v=v)
         for buffer, new in zip(kv.tensors(), KVView(codes, v).tensors(), strict=True):
             buffer.index_copy_(2, slots, new.detach())
@@ -242,22 +254,20 @@ class SparseKVCache:
 
     def _code(self, kv: KVView, k: Tensor, v: Tensor, start: int) -> None:
         """Code k and write it with v at coded token `start`, where nothing is held yet."""
-        if self.dtype is None and has_fused(k):
+        if self.coder.bits is None and has_fused(k):
+            assert isinstance(kv.codes, FeatureCodes)
+            assert isinstance(kv.v, Tensor)
             append(k, v, kv.codes.dense, kv.codes.values, kv.codes.indices, kv.v, start)
             return
-        fresh, v_scale = topk_codes(k, self.topk, dense_dims=self.dense_dims), None
-        if self.dtype is not None:
-            fresh = fresh.quantize()
-            v, v_scale = quantize_rows(v)
-        for buffer, new in zip(kv.tensors(), KVView(fresh, v, v_scale).tensors(), strict=True):
+        for buffer, new in zip(kv.tensors(), self.coder.encode(k, v).tensors(), strict=True):
             buffer[:, :, start : start + new.shape[2]] = new
 
     def _check_width(self, head_dim: int, v: Tensor) -> None:
         kv = self._buffers().kv
         require(
-            head_dim == kv.codes.head_dim and v.shape[-1] == kv.v.shape[-1],
+            head_dim == kv.codes.shape[-1] and v.shape[-1] == kv.v.shape[-1],
             lambda: (
-                f"keys of head_dim {head_dim} and v {tuple(v.shape)} do not fit a cache of {kv.codes.head_dim} and "
+                f"keys of head_dim {head_dim} and v {tuple(v.shape)} do not fit a cache of {kv.codes.shape[-1]} and "
                 f"{tuple(kv.v.shape)}"
             ),
         )
@@ -269,28 +279,14 @@ class SparseKVCache:
 
     def _allocate(self, capacity: int, k: Tensor, v: Tensor) -> _Held:
         """New buffers of `capacity` tokens for keys such as k and values such as v."""
-        rows, device = (*k.shape[:2], capacity), k.device
-        kept = k.dtype if self.dtype is None else self.dtype
-        scale = v_scale = None
+
+        def exact(tokens: int) -> ExactKV | None:
+            return ExactKV(k, v).map(lambda x: x.new_empty((*x.shape[:2], tokens, x.shape[3]))) if tokens else None
+
         with lasting_tensors():
-            if self.dtype is not None:
-                scale, v_scale = (torch.empty(rows, dtype=torch.float32, device=device) for _ in range(2))
-            codes = FeatureCodes(
-                torch.empty((*rows, self.dense_dims), dtype=kept, device=device),
-                torch.empty((*rows, self.topk), dtype=kept, device=device),
-                torch.empty((*rows, self.topk), dtype=torch.uint8, device=device),
-                k.shape[-1],
-                scale,
-            )
-            values = torch.empty((*rows, v.shape[-1]), dtype=kept, device=device)
-
-            def exact(tokens: int) -> ExactKV | None:
-                return ExactKV(k, v).map(lambda x: x.new_empty((*x.shape[:2], tokens, x.shape[3]))) if tokens else None
-
+            kv = self.coder.empty(capacity, k, v)
             # with twice the room, the newest tokens move to a new buffer once in `recent` tokens at most
-            return _Held(
-                KVView(codes, values, v_scale, first=exact(self.first), recent=exact(2 * self.recent)), k.dtype
-            )
+            return _Held(replace(kv, first=exact(self.first), recent=exact(2 * self.recent)), k.dtype)
 
 
 @dataclass(frozen=True)

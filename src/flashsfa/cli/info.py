@@ -144,6 +144,7 @@ def _cache_bytes(source: str, settings: SFASettings) -> tuple[int, int]:
     from transformers import AutoConfig
 
     from .. import SparseKVCache
+    from ..formats import cache_bits
     from ..huggingface.structure import DENSE_LAYERS, attention_shape, dense_cache_layers
 
     model = SimpleNamespace(config=AutoConfig.from_pretrained(source, trust_remote_code=False))
@@ -151,8 +152,7 @@ def _cache_bytes(source: str, settings: SFASettings) -> tuple[int, int]:
     layers = sum(isinstance(layer, DENSE_LAYERS) for layer in dense_cache_layers(model))
     switched = layers if settings.layers is None else len(settings.layers)
     token = torch.zeros(1, kv_heads, 1, head_dim, dtype=getattr(model.config, "dtype", None) or torch.float32)
-    cache_dtype = None if settings.cache_dtype is None else getattr(torch, settings.cache_dtype)
-    cache = SparseKVCache(settings.topk, dense_dims=settings.dense_dims, dtype=cache_dtype)
+    cache = SparseKVCache(settings.topk, dense_dims=settings.dense_dims, dtype=cache_bits(settings.cache_dtype))
     cache.append(token, token)
     dense = 2 * token.nbytes
     return switched * cache.nbytes + (layers - switched) * dense, layers * dense

@@ -8,6 +8,7 @@ from pathlib import Path
 from ..basis import KINDS
 from ..budget import DENSE
 from ..checks import MOST_TOKENS, require_int
+from ..formats import NAMES, cache_bits
 from ..presets import default_budget
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -20,6 +21,14 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         is_value = action.default not in (None, False, ()) and action.default != []
         return super()._get_help_string(action) if is_value else action.help
+
+
+def _cache_dtype(name: str) -> str:
+    try:
+        cache_bits(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return name
 
 
 def some_text(text: str) -> str:
@@ -105,8 +114,8 @@ def add_budget(parser: argparse._ActionsContainer, context: str, *, with_topk_de
         "--max-position", type=int, metavar="N", help=f"longest context in tokens to calibrate for (default: {context})"
     )
     parser.add_argument(
-        "--cache-dtype", choices=("int8",), metavar="DTYPE",
-        help="of the cache of codes: int8, a scale per row (default: as --dtype)",
+        "--cache-dtype", metavar="DTYPE", type=_cache_dtype,
+        help=f"of the cache of codes: {NAMES} (default: as --dtype)",
     )  # fmt: skip
     parser.add_argument(
         "--recent",

@@ -17,8 +17,11 @@ from ..attention import sparse_feature_attention
 from ..basis import FeatureBasis
 from ..budget import FeatureBudget
 from ..checks import require
+from ..coder import Coder
 from ..decode import FEW_QUERIES, attend_cached
+from ..formats import cache_bits
 from ..mask import Mask, checked_window
+from ..narrow import NarrowRows
 from ..ops.prefill import exact_band
 from ..scores import ScoreRules
 from ..stored import ExactKV, KVView
@@ -33,8 +36,7 @@ class LayerCoding(nn.Module):
     """How one attention layer codes its queries and keys: budget, the place of its channel, and as buffers its basis.
 
     `channel` rotary features are brought to the front, where the dense channel is (`positions.channel_first`); 0 for none.
-    `cache_dtype` is that of the layer's growing cache: torch.int8, or None for that of what comes in; `settings` tell
-    which tokens it keeps, and shows to prompts, as they come.
+    `coder` is that of the layer's growing cache; `settings` tell which tokens it keeps, and shows to prompts, as they come.
 
     The buffers follow the model from device to device, but keep their precision: rounded to 16 bits the two sides of a
     basis no longer undo one another. They are not part of the state dict: the checkpoint stays the dense
@@ -51,12 +53,12 @@ class LayerCoding(nn.Module):
         value_tolerance: float = 0.0,
         basis: FeatureBasis | None = None,
         channel: int = 0,
-        cache_dtype: torch.dtype | None = None,
         settings: SFASettings | None = None,
     ) -> None:
         super().__init__()
         self.budget, self.value_tolerance, self.channel = budget, value_tolerance, channel
-        self.cache_dtype, self.settings = cache_dtype, settings or SFASettings(budget.topk)
+        self.settings = settings or SFASettings(budget.topk)
+        self.coder = Coder(budget.topk, budget.dense_dims, cache_bits(self.settings.cache_dtype))
         self._basis_digest = None if basis is None else _digest(basis.key)
         if basis is not None:
             for name in ("query", "key"):
@@ -125,8 +127,7 @@ class CachedKeys:
     Models pass it on as they do keys; a model that does more with them is told so.
 
     Attributes:
-        kv: codes and values, and exact tokens; its values are those that are handed out beside these keys, and its lengths the
-            slots filled so far of a cache of fixed size.
+        kv: codes and values, and exact tokens; its lengths are the slots filled so far of a cache of fixed size.
         key_code: of the layer that coded them; None for lossless codes.
         dtype: of the values as they came, and so of the attention's output.
         positions: [N] int64 position in the sequence of each slot's token, negative for an empty slot; None where
@@ -151,6 +152,11 @@ class CachedKeys:
         """[B, Hkv, N, D] of the keys held, coded or not."""
         batch, heads, _, head_dim = self.kv.codes.shape
         return torch.Size((batch, heads, self.kv.n, head_dim))
+
+    @property
+    def values(self) -> Tensor:
+        """What is handed out beside these keys."""
+        return self.kv.v.kept if isinstance(self.kv.v, NarrowRows) else self.kv.v
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # what pickle and copy ask for
@@ -230,14 +236,11 @@ def _attend(
         else:
             query, key, budget = coding.queries(query), coding.keys(key), coding.budget
         if coding is not None and coding.settings.shows_exact:
-            mask, scores = (
-                Mask(True, checked_window(sliding_window), padding),
-                ScoreRules.of(query, scaling, softcap, s_aux),
-            )
-            out = exact_band.attend(
-                query, key, coding.exact_keys(key), value, budget, mask, scores, recent=coding.settings.recent, first=coding.settings.first,
-                is_8_bit=coding.cache_dtype == torch.int8,
-            )  # fmt: skip
+            exact, coded = ExactKV(coding.exact_keys(key), value), coding.coder.rounded(key, value)
+            mask = Mask(True, checked_window(sliding_window), padding)
+            scores = ScoreRules.of(query, scaling, softcap, s_aux)
+            recent, first = coding.settings.recent, coding.settings.first
+            out = exact_band.attend(query, exact, coded, budget, mask, scores, recent=recent, first=first)
         else:
             out = sparse_feature_attention(
                 query, key, value, topk=budget.topk, topk_query=budget.topk_query, dense_dims=budget.dense_dims,
@@ -246,10 +249,10 @@ def _attend(
             )  # fmt: skip
     else:
         _require_own_cache(coding, key, value)
-        query = _cast(query, key.dtype if key.kv.v_scale is not None else value.dtype)
+        query = _cast(query, value.dtype if value.is_floating_point() else key.dtype)
         query = query if coding is None else coding.queries(query)
         budget = FeatureBudget.lossless(query.shape[-1]) if coding is None else coding.budget
-        kv = key.kv if value is key.kv.v else replace(key.kv, v=value)  # a model may have worked on the values
+        kv = key.kv if value is key.values else replace(key.kv, v=value)  # a model may have worked on the values
         kv = kv if coding is None else coding.exact(kv)
         mask = Mask(True, checked_window(sliding_window), padding, kv_lens=kv.kv_lens)
         scores = ScoreRules.of(query, scaling, softcap, s_aux)
@@ -323,12 +326,12 @@ def _require_own_cache(coding: LayerCoding | None, key: CachedKeys, value: Tenso
         "the cache was made for other settings than the model has now: make a new one after enable",
     )
     require(
-        key.kv.v_scale is None or value is key.kv.v,
-        "this model works on the values in its cache before it attends to them, which 8 bits do not allow: enable it with "
+        value is key.values or (key.kv.v_scale is None and not key.kv.is_narrow),
+        "this model works on the values in its cache before it attends to them, which fewer bits do not allow: enable it with "
         "cache_dtype=None",
     )
     require(
-        not key.kv.exact or value is key.kv.v,
+        not key.kv.exact or value is key.values,
         "this model works on the values in its cache before it attends to them, which exact tokens do not allow: enable it with "
         "recent=0 and first=0",
     )

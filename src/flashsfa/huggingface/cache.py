@@ -68,8 +68,8 @@ class StaticSparseCache(Cache):
         require_int("max_cache_len", max_cache_len, 1)
         codings, layers = _codings(model), []
         require(
-            all(coding.cache_dtype is None for coding in codings.values()),
-            "a static cache keeps codes and values as they come, and 8-bit caches are dynamic ones: use a dynamic cache, or "
+            all(coding.coder.bits is None for coding in codings.values()),
+            "a static cache keeps codes and values as they come, and caches of fewer bits are dynamic ones: use a dynamic cache, or "
             "enable the model with cache_dtype=None",
         )
         require(
@@ -177,16 +177,19 @@ class SparseCacheLayer(_CodedLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[CachedKeys, Tensor]:
         _require_no_gradient(key_states, value_states)
         start, dtype = self._first_seen(), self.dtype if self.is_initialized else value_states.dtype
-        keys = self._coding.keys(key_states.to(dtype))  # autocast leaves keys in float32
-        earlier, own = self.store.kv if self.is_initialized else None, ExactKV(keys, value_states.to(dtype))
+        earlier = self.store.kv if self.is_initialized else None
+        own = ExactKV(
+            self._coding.keys(key_states.to(dtype)), value_states.to(dtype)
+        )  # autocast leaves keys in float32
         kv = self.store.append(own.k, own.v)
-        if self._coding.settings.prefill == "dense" and keys.shape[2] > 1:
+        if self._coding.settings.prefill == "dense" and own.k.shape[2] > 1:
             kv = (kv.coded(0, 0) if earlier is None else earlier).followed_by(own)
         if not self.is_initialized:  # after all that may fail
             self.lazy_initialization(key_states, value_states)
         if start:
             kv = kv.since(start)
-        return CachedKeys(kv, self._coding.key_code, value_states.dtype), kv.v
+        keys = CachedKeys(kv, self._coding.key_code, value_states.dtype)
+        return keys, keys.values
 
     def _first_seen(self) -> int:
         """The first token held that the next query sees."""
@@ -202,11 +205,10 @@ class SparseCacheLayer(_CodedLayer):
         return -1
 
     def reset(self) -> None:
-        coding = self._coding
+        coder, settings = self._coding.coder, self._coding.settings
         self.store = SparseKVCache(
-            coding.budget.topk, dense_dims=coding.budget.dense_dims, dtype=coding.cache_dtype,
-            recent=coding.settings.recent, first=coding.settings.first,
-        )  # fmt: skip
+            coder.topk, dense_dims=coder.dense_dims, dtype=coder.bits, recent=settings.recent, first=settings.first
+        )
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -319,11 +321,12 @@ class StaticSparseLayer(_CodedLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self._coding is not None
-        keys = self._coding.keys(key_states.to(self.dtype))  # autocast leaves keys in float32
-        seen, positions = self._store(keys, value_states.to(self.dtype), was_empty)
+        coordinates = self._coding.keys(key_states.to(self.dtype))  # autocast leaves keys in float32
+        seen, positions = self._store(coordinates, value_states.to(self.dtype), was_empty)
         self._kv_lens.add_(count)  # in place: `seen` may hold this tensor
         self._is_empty = False
-        return CachedKeys(seen, self._key_code, value_states.dtype, positions=positions, is_static=True), seen.v
+        keys = CachedKeys(seen, self._key_code, value_states.dtype, positions=positions, is_static=True)
+        return keys, keys.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.max_cache_len, 0

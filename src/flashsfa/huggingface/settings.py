@@ -8,6 +8,7 @@ from typing import Any
 
 from ..budget import DENSE, FeatureBudget
 from ..checks import MOST_TOKENS, require, require_bool, require_choice, require_int, require_tolerance
+from ..formats import cache_bits
 
 # In a folder, for some programs load every *.safetensors file beside config.json as weights.
 BASIS_FILE = "sfa/basis.safetensors"
@@ -51,7 +52,7 @@ class SFASettings:
         require_tolerance(self.value_tolerance)
         require_bool("has_basis", self.has_basis)
         require_choice("positions", self.positions, ("channel", None))
-        require_choice("cache_dtype", self.cache_dtype, ("int8", None))
+        cache_bits(self.cache_dtype)
         require_choice("query_pattern", self.query_pattern, ("2:4", None))
         require_int("recent", self.recent, 0, MOST_TOKENS)
         require_int("first", self.first, 0, MOST_TOKENS)

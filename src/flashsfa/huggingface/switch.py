@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
@@ -66,10 +65,12 @@ def enable(
         value_tolerance: as in `sparse_feature_decode`.
         positions: "channel" turns the dense channel alone by RoPE and leaves the sparse features free of position: for
             GPT-2 (whose learned positions are dropped) and Qwen3 models that are trained so. None for the model's own.
-        cache_dtype: "int8" keeps the codes and values of the switched layers' dynamic and offloaded caches in 8 bits with
-            a float32 scale a row: a key costs M + 2·K + 4 bytes (M dense dims, K kept features), a value Dv + 4. A
-            prompt attends to the rounded ones too; calls without such a cache round nothing, and static caches are refused.
-            None keeps them in the dtype that they come in.
+        cache_dtype: in how many bits the switched layers' dynamic and offloaded caches keep codes and values. "int8": 8 bits with a
+            float32 scale a row; a key costs M + 2·K + 4 bytes (M dense dims, K kept features), a value Dv + 4. "int4": the
+            dense channel in 8 bits, kept features and values in 4, indices as small as they go; other widths by a name such as
+            "d8s8v4" (`CodeFormat`, which counts the bytes). With topk = head_dim keys are rows without indices, in the width
+            after the s. None keeps all in the dtype that it comes in. A prompt attends to the rounded ones too; calls
+            without such a cache round nothing, and static caches are refused.
         query_pattern: as in `sparse_feature_attention`, for prompts on Hopper's sparse tensor cores; for models that are trained
             with it, in others it costs quality (docs/explanation/prefill.md).
         recent: newest tokens that dynamic and offloaded caches keep as they come; a token is coded when it is no longer among
@@ -101,13 +102,10 @@ def enable(
     try:
         model._sfa_dense_attention = model.config._attn_implementation
         channel = 0 if positions is None else move_to_channel(model, dense_dims)
-        kept_dtype = None if cache_dtype is None else getattr(torch, cache_dtype)
         for place, module in enumerate(modules):
             if layers is not None and module.layer_idx not in layers:
                 continue
-            coding = LayerCoding(
-                budget, value_tolerance, None if basis is None else basis[place], channel, kept_dtype, settings
-            )
+            coding = LayerCoding(budget, value_tolerance, None if basis is None else basis[place], channel, settings)
             module.sfa = coding.to(tensor_device(module))
         model.set_attn_implementation(NAME)
         model.config.sfa = asdict(settings)

@@ -155,8 +155,12 @@ class DecodePlan:
 def plan_decode(q: Tensor, kv: KVView) -> DecodePlan:
     """The plan for q [B, Hq, M, D] over the codes among stored keys and values; recorded for `explain()`."""
     if torch.compiler.is_compiling():
-        return _plan_decode(q.device.type, q.dtype, True, kv.page_table is not None, True)
-    plan = _plan_decode(q.device.type, q.dtype, has_values(q), kv.page_table is not None, False)
+        return _NARROW if kv.is_narrow else _plan_decode(q.device.type, q.dtype, True, kv.page_table is not None, True)
+    plan = (
+        _NARROW
+        if kv.is_narrow
+        else _plan_decode(q.device.type, q.dtype, has_values(q), kv.page_table is not None, False)
+    )
     if kv.exact and not kv.v.shape[2]:
         record.record("decode", "torch", "every token is held as it came")
         return plan
@@ -169,6 +173,9 @@ def plan_decode(q: Tensor, kv: KVView) -> DecodePlan:
         reason += "; tokens held as they came in plain PyTorch beside"
     record.record("decode", plan.backend, reason, fallback=plan.backend == "torch")
     return plan
+
+
+_NARROW = DecodePlan("torch", "no fused kernel reads codes or values of mixed widths yet")
 
 
 @functools.cache

@@ -10,10 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from decode_cases import DecodeRules, decode
 from flashsfa import topk_codes
 from flashsfa.formats import INDEX_FORMS, CodeFormat
-from flashsfa.narrow import NarrowCodes, NarrowValues
+from flashsfa.narrow import NarrowCodes, NarrowRows
 from flashsfa.ops.decode import plain
-from flashsfa.ops.decode.narrow import decode_narrow
 from flashsfa.scores import ScoreRules
+from flashsfa.stored import KVView
 
 FORMATS = [CodeFormat(d, s, "auto", v) for d, s, v in product((16, 8), (16, 8, 4), (16, 8, 4))]
 FORMATS += [CodeFormat(index=index) for index in INDEX_FORMS]
@@ -24,11 +24,15 @@ BEST = CodeFormat()
 def stored(n, form, *, batch=2, heads=2, d=32, d_v=32, topk=5, dense_dims=9, dtype=torch.float32):
     """Codes and values of random tokens in `form`."""
     k, v = (torch.randn(batch, heads, n, width).to(dtype) for width in (d, d_v))
-    return NarrowCodes.encode(topk_codes(k, topk, dense_dims=dense_dims), form), NarrowValues.encode(v, form)
+    return NarrowCodes.encode(topk_codes(k, topk, dense_dims=dense_dims), form), NarrowRows.encode(v, form.v_bits)
 
 
 def queries(m, *, batch=2, heads=4, d=32, dtype=torch.float32):
     return torch.randn(batch, heads, m, d).to(dtype)
+
+
+def decode_narrow(q, codes, v, mask, scores, tolerance=0.0, topk_query=None):
+    return plain.decode(q, KVView(codes, v), mask, scores, tolerance, topk_query)
 
 
 def assert_as_what_it_reads(q, codes, v, rules=None, *, tolerance=0.0, topk_query=None, softcap=None):
@@ -142,7 +146,7 @@ def test_what_an_unfilled_buffer_holds_reaches_nothing(form):
 def test_nan_of_a_seen_token_is_seen(form, bad):
     k, v, q = torch.randn(1, 1, 9, 32), torch.randn(1, 1, 9, 32), queries(1, batch=1, heads=1)
     v[0, 0, 4, 7] = bad
-    codes, values = NarrowCodes.encode(topk_codes(k, 5, dense_dims=9), form), NarrowValues.encode(v, form)
+    codes, values = NarrowCodes.encode(topk_codes(k, 5, dense_dims=9), form), NarrowRows.encode(v, form.v_bits)
     out, lse = decode_narrow(q, codes, values, DecodeRules().mask, ScoreRules(0.3))
     assert out.isnan().all()
     assert lse.isfinite().all()

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...checks import has_values
 from ...codes import FeatureCodes, topk_codes
 from ...mask import Mask
-from ...narrow import NarrowCodes, NarrowValues
+from ...narrow import NarrowCodes, NarrowRows
 from ...rotation import rotate
 from ...scores import ScoreRules
 from ...stored import KVView
@@ -38,7 +38,7 @@ def decode(
         out [B, Hq, M, Dv] in q's dtype and lse [B, Hq, M] float32 (float64 for float64).
     """
     if topk_query is not None:
-        q = topk_codes(q, topk_query, dense_dims=kv.codes.dense_dims).to_dense()
+        q = topk_codes(q, topk_query, dense_dims=kv.key_budget[1]).to_dense()
     kv = kv.contiguous_pages()
     kv = kv if kv.is_narrow else kv.widened(torch.float32)
     grouped = _grouped(q, kv.v)
@@ -63,14 +63,14 @@ def decode_exact(q: Tensor, kv: KVView, mask: Mask, scores: ScoreRules) -> tuple
     return _weigh(q, s, v, visible, 0.0)
 
 
-def _grouped(q: Tensor, v: Tensor | NarrowValues) -> Tensor:
+def _grouped(q: Tensor, v: Tensor | NarrowRows) -> Tensor:
     """q [B, Hq, M, D] as [B, Hkv, G·M, D], in the dtype to compute in: the query heads of a kv head and its M tokens are the rows of
     one small matrix."""
     return q.unflatten(1, (v.shape[1], -1)).flatten(2, 3).to(_compute_dtype(q.dtype))
 
 
 def _weigh(
-    q: Tensor, s: Tensor, v: Tensor | NarrowValues, visible: Tensor | None, value_tolerance: float
+    q: Tensor, s: Tensor, v: Tensor | NarrowRows, visible: Tensor | None, value_tolerance: float
 ) -> tuple[Tensor, Tensor]:
     """out [B, Hq, M, Dv] in q's dtype and lse [B, Hq, M] of scores s [B, Hkv, G·M, N], of which `visible` [B or 1, M, N] count."""
     m, group = q.shape[2], q.shape[1] // v.shape[1]
@@ -78,12 +78,12 @@ def _weigh(
         seen = visible.any(1)[:, None]  # [B or 1, 1, N]
         if not has_values(seen) or not bool(seen.all()):
             # weight 0 times whatever an unfilled buffer holds must be 0, NaN included
-            v = v.where(seen) if isinstance(v, NarrowValues) else v.where(seen[..., None], 0)
+            v = v.where(seen) if isinstance(v, NarrowRows) else v.where(seen[..., None], 0)
         s = s.masked_fill(~visible.repeat(1, group, 1)[:, None], -math.inf)  # rows run over G, then M
     lse = s.logsumexp(-1)  # [B, Hkv, G·M]
     weights = (s - lse.clamp(min=torch.finfo(lse.dtype).min)[..., None]).exp_()
     out = _weigh_some(weights, v, value_tolerance) if value_tolerance > 0 else _weigh_all(weights, v)
-    if isinstance(v, NarrowValues) and v.is_rotated:
+    if isinstance(v, NarrowRows) and v.is_rotated:
         out = rotate(out)
     out = out.unflatten(2, (group, m)).flatten(1, 2).to(q.dtype)  # [B, Hq, M, Dv]
     return out, lse.unflatten(2, (group, m)).flatten(1, 2)
@@ -93,25 +93,30 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _products(q: Tensor, codes: FeatureCodes | NarrowCodes) -> Tensor:
-    """Products [B, Hkv, R, N] of q [B, Hkv, R, D] over coded keys, gathered feature by feature."""
-    split, rows = codes.dense_dims, q.shape[2]
-    q_dense, q_sparse = q[..., :split], q[..., split:]
+def _products(q: Tensor, codes: FeatureCodes | NarrowCodes | NarrowRows) -> Tensor:
+    """Products [B, Hkv, R, N] of q [B, Hkv, R, D] over coded keys, which become floats a block at a time."""
+    if isinstance(codes, NarrowRows) and codes.is_rotated:
+        q = rotate(q)
     scores = q.new_empty((*q.shape[:3], codes.shape[2]))
     for keys in _blocks(scores.shape[-1]):
-        block: FeatureCodes | NarrowCodes = codes[:, :, keys]
-        if isinstance(block, NarrowCodes):
-            block = block.to_codes(q.dtype)
-        # an unfilled buffer may hold any index; its scores are masked
-        where = block.indices.long().clamp(max=codes.sparse_dims - 1)
-        where = where.flatten(2)[:, :, None].expand(-1, -1, rows, -1)  # [B, Hkv, R, n·K]
-        shared = q_sparse.gather(-1, where).unflatten(-1, (-1, codes.topk))  # [B, Hkv, R, n, K]
-        values = block.values.to(q.dtype)[..., None]  # [B, Hkv, n, K, 1]
-        part = (shared.transpose(2, 3) @ values).squeeze(-1).mT  # [B, Hkv, R, n]
-        if split:
-            part = part + q_dense @ block.dense.to(q.dtype).mT
-        scores[..., keys] = part
+        block: FeatureCodes | NarrowCodes | NarrowRows = codes[:, :, keys]
+        if isinstance(block, NarrowRows):
+            scores[..., keys] = q @ block.rows(q.dtype).mT
+        else:
+            scores[..., keys] = _gathered(q, block if isinstance(block, FeatureCodes) else block.to_codes(q.dtype))
     return scores
+
+
+def _gathered(q: Tensor, codes: FeatureCodes) -> Tensor:
+    """Products [B, Hkv, R, n] of q [B, Hkv, R, D] over a block of codes, gathered feature by feature."""
+    q_dense, q_sparse = q[..., : codes.dense_dims], q[..., codes.dense_dims :]
+    # an unfilled buffer may hold any index; its scores are masked
+    where = codes.indices.long().clamp(max=codes.sparse_dims - 1)
+    where = where.flatten(2)[:, :, None].expand(-1, -1, q.shape[2], -1)  # [B, Hkv, R, n·K]
+    shared = q_sparse.gather(-1, where).unflatten(-1, (-1, codes.topk))  # [B, Hkv, R, n, K]
+    values = codes.values.to(q.dtype)[..., None]  # [B, Hkv, n, K, 1]
+    products = (shared.transpose(2, 3) @ values).squeeze(-1).mT  # [B, Hkv, R, n]
+    return products + q_dense @ codes.dense.to(q.dtype).mT if codes.dense_dims else products
 
 
 def _blocks(n: int) -> list[slice]:
@@ -121,7 +126,7 @@ def _blocks(n: int) -> list[slice]:
     return [slice(start, start + _BLOCK_KEYS) for start in range(0, n, _BLOCK_KEYS)]
 
 
-def _weigh_all(weights: Tensor, v: Tensor | NarrowValues) -> Tensor:
+def _weigh_all(weights: Tensor, v: Tensor | NarrowRows) -> Tensor:
     """weights [B, Hkv, R, N] times v [B, Hkv, N, Dv], in the dtype of the weights."""
     if isinstance(v, Tensor) and v.dtype == weights.dtype:
         return weights @ v
@@ -131,7 +136,7 @@ def _weigh_all(weights: Tensor, v: Tensor | NarrowValues) -> Tensor:
     return out
 
 
-def _weigh_some(weights: Tensor, v: Tensor | NarrowValues, tolerance: float) -> Tensor:
+def _weigh_some(weights: Tensor, v: Tensor | NarrowRows, tolerance: float) -> Tensor:
     """As `_weigh_all`, leaving out the lightest rows of V whose weights sum to at most `tolerance` for every query
     of the kv head. The rest is renormalised: dropping a share t moves the output by at most 2·t·max‖v‖."""
     ascending, order = weights.sort(-1)  # [B, Hkv, R, N]
@@ -147,5 +152,5 @@ def _weigh_some(weights: Tensor, v: Tensor | NarrowValues, tolerance: float) -> 
     return out
 
 
-def _rows(v: Tensor | NarrowValues, dtype: torch.dtype) -> Tensor:
-    return v.rows(dtype) if isinstance(v, NarrowValues) else v.to(dtype)
+def _rows(v: Tensor | NarrowRows, dtype: torch.dtype) -> Tensor:
+    return v.rows(dtype) if isinstance(v, NarrowRows) else v.to(dtype)
