@@ -278,7 +278,7 @@ def test_values_that_do_not_fit(change, message):
 
 @pytest.mark.parametrize("x", [torch.ones(2, 16, dtype=torch.int64), [1.0]])
 def test_values_are_floating_tensors(x):
-    with pytest.raises(TypeError, match="v must be"):
+    with pytest.raises(TypeError, match="x must be"):
         NarrowRows.encode(x, 4)
 
 

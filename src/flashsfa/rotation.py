@@ -1,9 +1,14 @@
-"""The Hadamard rotation that spreads an outlier of a value over its features, so that 4 bits hold it."""
+"""The Hadamard rotation that spreads an outlier of a row over its features, so that 4 bits hold it."""
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
+
+from .checks import has_values
+from .contexts import lasting_tensors, without_autocast
 
 
 def rotate(x: Tensor) -> Tensor:
@@ -14,10 +19,18 @@ def rotate(x: Tensor) -> Tensor:
     as well folded into the weights: rotate the output features of a head's value projection, and its input features of the output
     projection. Computed in x's dtype; differentiable.
     """
-    block = x.shape[-1] & -x.shape[-1]
-    half = 1
-    while half < block:
-        first, second = x.unflatten(-1, (-1, 2, half)).unbind(-2)
-        x = torch.stack((first + second, first - second), dim=-2).flatten(-3)
-        half *= 2
-    return x * block**-0.5
+    width = x.shape[-1] & -x.shape[-1]
+    is_real = has_values(x)  # what is traced must not be kept
+    matrix = (_hadamard if is_real else _hadamard.__wrapped__)(width, x.dtype, x.device)
+    with without_autocast(x.device):
+        return (x.unflatten(-1, (-1, width)) @ matrix).flatten(-2)
+
+
+@functools.cache
+def _hadamard(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The orthonormal, symmetric Hadamard matrix [width, width] of a power of two."""
+    with lasting_tensors():
+        matrix = torch.full((1, 1), width**-0.5, dtype=dtype, device=device)
+        while len(matrix) < width:
+            matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+        return matrix
