@@ -14,16 +14,24 @@ PACKAGE = Path(__file__).parents[1] / "src" / "flashsfa"
 # it shows what the others hold. Nor does that of ops, which holds words alone.
 FLOORS = (
     ("checks", "contexts", "extras", "files"),  # 1: what everything needs, and nothing of attention
-    ("budget", "mask", "scores", "reference"),  # 2: the types of the rules, and the exact operator in plain PyTorch
+    (
+        "budget",
+        "formats",
+        "mask",
+        "reference",
+        "rotation",
+        "scores",
+    ),  # 2: the types of the rules, and the exact operator in plain PyTorch
     (
         "ops.record",
         "ops.compiled",
         "ops.triton",
         "ops.select",
     ),  # 3: the record of what ran, what kernels share, and coding
-    ("codes",),  # 4: the type of the codes, over the operators that make them
+    ("codes", "narrow", "axes"),  # 4: the types of the codes, over the operators that make them
     (
         "stored",
+        "coder",
         "ops.prefill",
         "ops.decode",
         "ops.plan",
