@@ -13,13 +13,14 @@ PACKAGE = Path(__file__).parents[1] / "src" / "flashsfa"
 # Lowest first. A name stands for a module, or for a package with all that it holds. The package's own __init__ stands on no floor:
 # it shows what the others hold. Nor does that of ops, which holds words alone.
 FLOORS = (
-    ("checks", "contexts", "extras", "files", "rotation"),  # 1: what everything needs, and nothing of attention
+    ("checks", "contexts", "extras", "files"),  # 1: what everything needs, and nothing of attention
     (
         "budget",
-        "mask",
-        "scores",
         "formats",
+        "mask",
         "reference",
+        "rotation",
+        "scores",
     ),  # 2: the types of the rules, and the exact operator in plain PyTorch
     (
         "ops.record",

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .axes import AxisBits, AxisCodes
 from .budget import require_budget
 from .checks import require, require_int
-from .codes import quantize_rows, topk_codes
+from .codes import FeatureCodes, quantize_rows, topk_codes
 from .formats import CodeFormat
 from .narrow import NarrowCodes, NarrowRows
-from .stored import ExactKV, KVView
+from .stored import ExactKV, KeyCodes, KVView
 
 
 @dataclass(frozen=True)
@@ -24,43 +25,69 @@ class Coder:
         bits: torch.int8 for codes and values in 8 bits with a float32 scale a row, a `CodeFormat` for its widths, None for codes
             and values as they come. In a `CodeFormat` keys of which every feature is kept are rows without indices, of its
             `value_bits`.
+        axes: in place of topk (None then) and of the widths of keys: how many bits each axis of the keys has. Their calibration is
+            that of a `FeatureBasis`, in whose coordinates the keys come.
     """
 
-    topk: int
+    topk: int | None
     dense_dims: int = 0
     bits: torch.dtype | CodeFormat | None = None
+    axes: AxisBits | None = None
 
     def __post_init__(self) -> None:
-        require_int("topk", self.topk, 1, 256)
+        require(
+            (self.topk is None) == (self.axes is not None),
+            "keys are kept by topk or in axes, and one of them must be given",
+        )
+        if self.topk is not None:
+            require_int("topk", self.topk, 1, 256)
         require_int("dense_dims", self.dense_dims, 0, 255)
+        require(
+            self.axes is None or (not self.dense_dims and self.axes.bits.ndim == 2),
+            "axes are those of one layer, [H, D], and have no dense channel beside: leave dense_dims 0",
+        )
         require(
             self.bits in (None, torch.int8) or isinstance(self.bits, CodeFormat),
             f"dtype must be torch.int8, a CodeFormat or None, got {self.bits}",
         )
 
-    def require_fit(self, head_dim: int, v_dim: int) -> None:
-        """Raise `ValueError` for keys or values of a width that cannot be kept so."""
-        require_budget(self.topk, head_dim, self.dense_dims)
+    def require_fit(self, k: Tensor, v: Tensor) -> None:
+        """Raise `ValueError` for keys [B, Hkv, N, D] or values [B, Hkv, N, Dv] of a shape that cannot be kept so."""
+        head_dim, v_dim = k.shape[-1], v.shape[-1]
         require(v_dim >= 1, "v must have at least one feature")
+        if self.axes is not None:
+            heads = tuple(self.axes.bits.shape)
+            require(
+                (k.shape[1], head_dim) == heads, lambda: f"k {tuple(k.shape)} does not fit axes [Hkv, D] = {[*heads]}"
+            )
+        else:
+            assert self.topk is not None
+            require_budget(self.topk, head_dim, self.dense_dims)
+            if isinstance(self.bits, CodeFormat):
+                self.bits.key_bytes(head_dim, self.dense_dims, self.topk)
         if isinstance(self.bits, CodeFormat):
             self.bits.require_v_dim(v_dim)
-            self.bits.key_bytes(head_dim, self.dense_dims, self.topk)
 
     def encode(self, k: Tensor, v: Tensor) -> KVView:
         """k [B, Hkv, N, D] and v [B, Hkv, N, Dv] as a cache keeps them."""
-        bits = self.bits
-        if isinstance(bits, CodeFormat):
-            values = NarrowRows.encode(v, bits.v_bits)
-            if self.topk == k.shape[-1]:
-                return KVView(NarrowRows.encode(k, bits.value_bits), values)
-            return KVView(NarrowCodes.encode(topk_codes(k, self.topk, dense_dims=self.dense_dims), bits), values)
-        codes = topk_codes(k, self.topk, dense_dims=self.dense_dims)
-        return KVView(codes, v) if bits is None else KVView(codes.quantize(), *quantize_rows(v))
+        codes: KeyCodes
+        if self.axes is not None:
+            codes = AxisCodes.encode(k, self.axes.to(k.device))
+        elif isinstance(self.bits, CodeFormat) and self.topk == k.shape[-1]:
+            codes = NarrowRows.encode(k, self.bits.value_bits)
+        else:
+            codes = self._features(k)
+            if self.bits is not None:
+                is_8_bit = self.bits == torch.int8
+                codes = codes.quantize() if is_8_bit else NarrowCodes.encode(codes, self.bits)  # type: ignore[arg-type]
+        if isinstance(self.bits, CodeFormat):
+            return KVView(codes, NarrowRows.encode(v, self.bits.v_bits))
+        return KVView(codes, v) if self.bits is None else KVView(codes, *quantize_rows(v))
 
     def rounded(self, k: Tensor, v: Tensor) -> ExactKV:
         """k and v as decode reads them from such a cache. Gradients reach the kept features, straight through the rounding."""
-        thin_k = topk_codes(k, self.topk, dense_dims=self.dense_dims).to_dense()
-        if self.bits is None:
+        thin_k = k if self.axes is not None else self._features(k).to_dense()
+        if self.axes is None and self.bits is None:
             return ExactKV(thin_k, v)
         kept = self.encode(k.detach(), v.detach()).rows(torch.promote_types(torch.float32, k.dtype))
         return ExactKV(thin_k + (kept.k - thin_k.detach()), v + (kept.v - v.detach()))
@@ -69,3 +96,7 @@ class Coder:
         """Unfilled buffers of `capacity` tokens for keys such as k and values such as v."""
         none = self.encode(k[:, :, :0].detach(), v[:, :, :0].detach())
         return none.map(lambda x: x.new_empty((*x.shape[:2], capacity, *x.shape[3:])))
+
+    def _features(self, k: Tensor) -> FeatureCodes:
+        assert self.topk is not None
+        return topk_codes(k, self.topk, dense_dims=self.dense_dims)

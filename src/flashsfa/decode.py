@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
+from .axes import AxisCodes
 from .budget import FeatureBudget
 from .checks import (
     may_look,
@@ -133,7 +134,7 @@ def sparse_feature_decode(
         kv = codes
     else:
         require(
-            isinstance(codes, (FeatureCodes, NarrowCodes, NarrowRows)),
+            isinstance(codes, (FeatureCodes, NarrowCodes, NarrowRows, AxisCodes)),
             lambda: f"codes must be FeatureCodes or what append returned, got {type(codes).__name__}; see topk_codes",
         )
         if not isinstance(v, NarrowRows):

@@ -30,7 +30,7 @@ from .ops.select.narrow import (
 from .rotation import rotate
 
 
-class _Rows:
+class Rows:
     """What codes and values share: tensors [..., C], named in `_wide`, and [...] or None, named in `_scales`."""
 
     _wide: ClassVar[tuple[str, ...]]
@@ -77,12 +77,14 @@ class _Rows:
 
     def _changed(self, change: Callable[[str, Tensor], Tensor]) -> Self:
         parts = {name: getattr(self, name) for name in (*self._wide, *self._scales)}
-        changed = {name: None if x is None else change(name, x) for name, x in parts.items()}
-        return replace(self, **changed)  # type: ignore[type-var]
+        return self._replaced({name: None if x is None else change(name, x) for name, x in parts.items()})
+
+    def _replaced(self, parts: dict[str, Tensor | None]) -> Self:
+        return replace(self, **parts)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True, eq=False)
-class NarrowCodes(_Rows):
+class NarrowCodes(Rows):
     """Codes of rows with any leading shape `...`, as `FeatureCodes`, in the widths of a format.
 
     Attributes:
@@ -171,7 +173,7 @@ class NarrowCodes(_Rows):
 
 
 @dataclass(frozen=True, eq=False)
-class NarrowRows(_Rows):
+class NarrowRows(Rows):
     """Rows with any leading shape `...` in 16, 8 or 4 bits: values, and keys that keep every feature.
 
     Attributes:

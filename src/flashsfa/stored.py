@@ -9,10 +9,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from .axes import AxisCodes
 from .codes import FeatureCodes, all_dense_codes
 from .narrow import NarrowCodes, NarrowRows
 
-KeyCodes: TypeAlias = FeatureCodes | NarrowCodes | NarrowRows  # how the keys of a cache may be held
+# How the keys of a cache may be held.
+KeyCodes: TypeAlias = FeatureCodes | NarrowCodes | NarrowRows | AxisCodes
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +46,8 @@ class KVView:
     The tokens of a sequence are `first`, the coded ones and `recent`, in this order.
 
     Attributes:
-        codes: key codes [B, Hkv, N, ...], or pools of pages [P, Hkv, page_size, ...]; `NarrowRows` of keys that keep every feature.
+        codes: key codes [B, Hkv, N, ...], or pools of pages [P, Hkv, page_size, ...]; `NarrowRows` of keys that keep every feature,
+            `AxisCodes` of keys in a number of bits per axis.
         v: [B, Hkv, N, Dv] values, or a pool of pages; `NarrowRows` where a format packs them.
         v_scale: [B, Hkv, N] float32 factor of each row of an int8 v, else None.
         kv_lens: [B] integer number of valid keys of each sequence; None for all N.
@@ -72,11 +75,8 @@ class KVView:
     @property
     def key_budget(self) -> tuple[int, int]:
         """topk and dense_dims of the key code."""
-        return (
-            (self.codes.shape[-1], 0)
-            if isinstance(self.codes, NarrowRows)
-            else (self.codes.topk, self.codes.dense_dims)
-        )
+        codes = self.codes
+        return (codes.shape[-1], 0) if isinstance(codes, (NarrowRows, AxisCodes)) else (codes.topk, codes.dense_dims)
 
     @property
     def n(self) -> int:
@@ -152,7 +152,7 @@ class KVView:
     def widened(self, dtype: torch.dtype) -> KVView:
         """Codes and values of fewer bits in `dtype`, their scales taken in; others as they are."""
         codes, v = self.codes, self.v
-        if isinstance(codes, NarrowRows):
+        if isinstance(codes, (NarrowRows, AxisCodes)):
             codes = all_dense_codes(codes.to_dense(dtype))
         elif isinstance(codes, NarrowCodes):
             codes = codes.to_codes(dtype)

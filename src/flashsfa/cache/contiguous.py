@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..axes import AxisBits
 from ..checks import (
     MOST_TOKENS,
     require,
@@ -40,6 +41,7 @@ class SparseKVCache:
 
     Args:
         topk, dense_dims: the key code, as in `topk_codes`.
+        axes: in place of topk, the bits [Hkv, D] of each axis of keys that come in the coordinates of a basis.
         capacity: coded tokens to allocate on the first `append`, which also fixes batch, heads, widths, dtype and device.
         dtype: torch.int8 to keep codes and values in 8 bits with a scale a row, a `CodeFormat` for its widths, None to keep them as
             they come.
@@ -50,15 +52,16 @@ class SparseKVCache:
 
     def __init__(
         self,
-        topk: int,
+        topk: int | None = None,
         *,
         dense_dims: int = 0,
+        axes: AxisBits | None = None,
         capacity: int = _GROWTH_TOKENS,
         dtype: torch.dtype | CodeFormat | None = None,
         recent: int = 0,
         first: int = 0,
     ) -> None:
-        self.coder = Coder(topk, dense_dims, dtype)
+        self.coder = Coder(topk, dense_dims, dtype, axes)
         require_int("capacity", capacity, 1)
         require_int("recent", recent, 0, MOST_TOKENS)
         require_int("first", first, 0, MOST_TOKENS)
@@ -68,8 +71,8 @@ class SparseKVCache:
         self._held: _Held | None = None
 
     @property
-    def topk(self) -> int:
-        """Budget of the key code."""
+    def topk(self) -> int | None:
+        """Budget of the key code; None for keys in bits per axis."""
         return self.coder.topk
 
     @property
@@ -138,7 +141,7 @@ class SparseKVCache:
         """
         require_keys_and_values(k, v)
         require_no_gradient(k, v)
-        self.coder.require_fit(k.shape[-1], v.shape[-1])
+        self.coder.require_fit(k, v)
         step = self._tokens.step(k.shape[2], self.first, self.recent)
         coded, held = self._tokens.coded + step.old + step.new, self._held
         if held is None:
@@ -167,7 +170,7 @@ class SparseKVCache:
             f"a cache of fixed size codes every token: leave recent and first 0, got {self.recent} and {self.first}",
         )
         require_alike(k=k, v=v)
-        self.coder.require_fit(k.shape[-1], v.shape[-1])
+        self.coder.require_fit(k, v)
         held = self._allocate(self.capacity, k, v)
         for buffer in held.kv.tensors():
             buffer.zero_()

@@ -11,13 +11,14 @@ import math
 import torch
 from torch import Tensor
 
+from ...axes import AxisCodes
 from ...checks import has_values
 from ...codes import FeatureCodes, topk_codes
 from ...mask import Mask
-from ...narrow import NarrowCodes, NarrowRows
+from ...narrow import NarrowRows
 from ...rotation import rotate
 from ...scores import ScoreRules
-from ...stored import KVView
+from ...stored import KeyCodes, KVView
 
 _BLOCK_KEYS = 2048  # keys a block: its gathered features stay in the CPU's cache
 
@@ -93,15 +94,17 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _products(q: Tensor, codes: FeatureCodes | NarrowCodes | NarrowRows) -> Tensor:
+def _products(q: Tensor, codes: KeyCodes) -> Tensor:
     """Products [B, Hkv, R, N] of q [B, Hkv, R, D] over coded keys, which become floats a block at a time."""
     if isinstance(codes, NarrowRows) and codes.is_rotated:
         q = rotate(q)
     scores = q.new_empty((*q.shape[:3], codes.shape[2]))
     for keys in _blocks(scores.shape[-1]):
-        block: FeatureCodes | NarrowCodes | NarrowRows = codes[:, :, keys]
+        block: KeyCodes = codes[:, :, keys]
         if isinstance(block, NarrowRows):
             scores[..., keys] = q @ block.rows(q.dtype).mT
+        elif isinstance(block, AxisCodes):
+            scores[..., keys] = q @ block.to_dense(q.dtype).mT
         else:
             scores[..., keys] = _gathered(q, block if isinstance(block, FeatureCodes) else block.to_codes(q.dtype))
     return scores
