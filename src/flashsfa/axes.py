@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .checks import has_values, may_look, require, require_float, require_int
+from .contexts import lasting_tensors
 from .narrow import Rows
 
 WIDTHS = (0, 2, 4, 8)
@@ -47,6 +48,7 @@ class AxisBits:
     layout: AxisLayout = field(
         init=False, repr=False
     )  # made at once: a trace that came first would leave its own tensors here
+    copies: dict[torch.device, AxisBits] = field(init=False, repr=False, default_factory=dict)  # on other devices
 
     def __post_init__(self) -> None:
         bits, parts = self.bits, self.tensors()
@@ -89,10 +91,14 @@ class AxisBits:
         return [self.bits, self.step, self.centre]
 
     def to(self, device: torch.device | str) -> AxisBits:
-        """The same on `device`."""
-        if torch.device(device) == self.device:
+        """The same on `device`, moved there once."""
+        target = torch.device(device)
+        if target == self.device:
             return self
-        return AxisBits(*(x.to(device) for x in self.tensors()))
+        if target not in self.copies:
+            with lasting_tensors():
+                self.copies[target] = AxisBits(*(x.to(target) for x in self.tensors()))
+        return self.copies[target]
 
     def __getitem__(self, layer: int) -> AxisBits:
         return AxisBits(*(x[layer] for x in self.tensors()))

@@ -28,13 +28,15 @@ from .evaluation.perplexity import perplexity
 from .evaluation.subject import Progress
 from .evaluation.text import separate_texts, token_windows
 from .files import require_place, whole_folder
-from .formats import cache_bits
+from .formats import ROTATION_WIDTH, CodeFormat, cache_bits
 from .huggingface import disable, enable
+from .huggingface.attention import LayerCoding
 from .huggingface.cache import cache_nbytes
 from .huggingface.calibration import gather_moments
 from .huggingface.switch import attention_shape
 from .models import BUNDLED_NAME, is_converted, load_model
-from .presets import default_budget
+from .presets import default_budget, default_key_bytes, largest_budget
+from .stored import KVView
 
 _PROMPT = "The history of science is"
 _LONGEST_PREFILL = 4096  # prefill is quadratic: longer contexts are timed for decode alone
@@ -45,21 +47,50 @@ class ConvertSettings:
     """Arguments of `flashsfa convert`; see its help."""
 
     model: str | None = None
-    topk: int | None = None  # None for that of `default_budget`
-    topk_query: int | str = DENSE
-    dense_dims: int | None = None  # as topk
+    key_bytes: int | None = None  # None for `default_key_bytes`, where no topk is given
+    topk: int | None = None
+    topk_query: int | str | None = None  # None for "dense"
+    dense_dims: int | None = None  # None for that of `default_budget`
     basis: str | None = None  # None for `default_kind`
     max_position: int | None = None
     calibrate: str | None = None
     eval: str | None = None
     dtype: str = "bfloat16"
-    cache_dtype: str | None = None  # as `enable`'s
-    recent: int = 0  # as `enable`'s
-    first: int = 0
+    cache_dtype: str | None = "int4"  # this and the next three as `enable`'s
+    recent: int = 32
+    first: int = 4
+    prefill: str = "dense"
     window: int = 768
     windows: int = 10
     contexts: tuple[int, ...] = (1024, 4096, 16384, 32768)
     tokenizer: str | None = None  # as `load_model`'s
+
+    def __post_init__(self) -> None:
+        if self.topk is None:
+            others = {"topk_query": self.topk_query, "dense_dims": self.dense_dims, "basis": self.basis}
+            given = [f"--{name.replace('_', '-')}" for name, value in others.items() if value is not None]
+            require(not given, f"{', '.join(given)} goes with --topk: without it keys are kept in bits per axis")
+        require(
+            self.topk is None or self.key_bytes is None,
+            "--topk and --key-bytes are two ways to say what a key keeps: give one of them",
+        )
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """A way to keep the cache that is measured.
+
+    Attributes:
+        label: as people read it.
+        options: `enable`'s; None for the dense model.
+        fit: `FeatureBasis.from_layers`'; None for no basis.
+        is_candidate: whether it may be what is written.
+    """
+
+    label: str
+    options: dict[str, Any] | None = None
+    fit: dict[str, Any] | None = None
+    is_candidate: bool = False
 
 
 def convert(settings: ConvertSettings, output: Path, progress: Progress) -> dict[str, Any]:
@@ -82,69 +113,101 @@ def convert(settings: ConvertSettings, output: Path, progress: Progress) -> dict
     loaded()
     calibration, evaluation = _windows(settings, tokenizer)
     *_, head_dim = attention_shape(model)
-    usual = default_budget(head_dim)
-    topk = usual.topk if settings.topk is None else settings.topk
-    dense_dims = usual.dense_dims if settings.dense_dims is None else settings.dense_dims
-    topk_query = query_features(settings.topk_query, head_dim)
-    budgets: dict[str, Any] = {"topk": topk, "topk_query": topk_query, "dense_dims": dense_dims}
-    cached: dict[str, Any] = {"cache_dtype": settings.cache_dtype, "recent": settings.recent, "first": settings.first}
-    enable(model, **budgets, **cached)  # refuses a model or a budget before any long work
-    disable(model)
+    variants = _variants(settings, head_dim)
+    for variant in variants.values():  # refuses a model or a budget before any long work
+        if variant.options is not None and "topk" in variant.options:
+            enable(model, **variant.options)
+            disable(model)
 
-    kind = settings.basis or default_kind(topk_query, head_dim)
     moments = gather_moments(
         model, calibration, max_position=settings.max_position, progress=progress("calibrating", len(calibration))
     )
-    # A pure top-k code of at most the same bytes, for comparison: 2 M + 3 K bytes at 16 bits, M + 2 K + 4 at 8.
-    more = 2 * dense_dims // 3 if settings.cache_dtype is None else dense_dims // 2
-    plain = min(head_dim, topk + more)
-    fit = progress(f"fitting the basis: {kind}", 2)
-    plain_basis = FeatureBasis.from_layers(moments, kind, topk=plain)
-    fit()
-    basis = FeatureBasis.from_layers(moments, kind, topk=topk, dense_dims=dense_dims)
-    fit()
-    kept = "" if settings.cache_dtype is None else f", {settings.cache_dtype}"
-    if settings.recent or settings.first:
-        kept += f", {settings.recent} newest and {settings.first} first tokens exact"
-    variants: list[tuple[str, str, dict[str, Any] | None]] = [
-        ("dense", "dense", None),
-        ("plain_topk", f"top-{plain} alone{kept}", {"topk": plain, "topk_query": topk_query}),
-        (
-            "basis",
-            f"top-{plain}, {kind} basis{kept}",
-            {"topk": plain, "topk_query": topk_query, "basis": plain_basis},
-        ),
-        (
-            "sfa",
-            f"{dense_dims} dense + top-{topk}, {kind} basis{kept}",
-            {**budgets, "basis": basis},
-        ),
-    ]
     report: dict[str, Any] = {
-        "settings": {
-            **asdict(settings),
-            "model": settings.model or BUNDLED_NAME,
-            **budgets,
-            "basis": kind,
-            "head_dim": head_dim,
-        },
+        "settings": {**asdict(settings), "model": settings.model or BUNDLED_NAME, "head_dim": head_dim},
         "versions": _versions(),
     }
-    for name, label, options in variants:
-        if options is None:
-            disable(model)
-        else:
-            enable(model, **options, **cached)
-        report[name] = {
-            "label": label,
-            "perplexity": perplexity(model, evaluation, progress(f"perplexity: {label}", len(evaluation))),
-        }
-        if name in ("dense", "sfa"):
-            report[name] |= _generate(model, tokenizer, evaluation[0], progress(f"generating: {label}", 1))
-    report["perplexity_increase"] = report["sfa"]["perplexity"] / report["dense"]["perplexity"] - 1
-    report["attention_ms"] = _attention_times(model, settings, budgets, progress)
+    rows: dict[str, Any] = {}
+    chosen, chosen_basis = "", None
+    for name, variant in variants.items():
+        basis = None
+        if variant.fit is not None:
+            fitted = progress(f"fitting the basis: {variant.label}", 1)
+            basis = FeatureBasis.from_layers(moments, **variant.fit)
+            fitted()
+        _switch(model, variant, basis)
+        step = progress(f"perplexity: {variant.label}", len(evaluation))
+        rows[name] = {"label": variant.label, "perplexity": perplexity(model, evaluation, step)}
+        rows[name] |= _cache_bytes(model, evaluation[0])
+        if variant.is_candidate and (not chosen or rows[name]["perplexity"] < rows[chosen]["perplexity"]):
+            chosen, chosen_basis = name, basis
+    texts = {"dense": _continued(disable(model), tokenizer, progress("generating: dense", 1))}
+    best = variants[chosen]
+    _switch(model, best, chosen_basis)
+    texts["sfa"] = _continued(model, tokenizer, progress(f"generating: {best.label}", 1))
+    report |= {
+        "variants": rows,
+        "chosen": chosen,
+        "switched": model.config.sfa | {"basis": None if best.fit is None else best.fit["kind"]},
+        "perplexity_increase": rows[chosen]["perplexity"] / rows["dense"]["perplexity"] - 1,
+        "texts": texts,
+        "attention_ms": _attention_times(model, settings, progress),
+    }
     _write(model, tokenizer, report, output)
     return report
+
+
+def _variants(settings: ConvertSettings, head_dim: int) -> dict[str, _Variant]:
+    """What is measured, by name: the dense model, its keys and values in 8 and 4 bits, and what may be written."""
+    exact: dict[str, Any] = {"recent": settings.recent, "first": settings.first, "prefill": settings.prefill}
+    whole: dict[str, Any] = {"topk": head_dim, "dense_dims": 0, "topk_query": DENSE, **exact}
+    bits = cache_bits(settings.cache_dtype)
+    kept = "16 bits" if bits is None else settings.cache_dtype
+    variants = {"dense": _Variant("dense"), "dense_int8": _Variant("dense, int8", {**whole, "cache_dtype": "d8s8v8"})}
+    if head_dim % ROTATION_WIDTH == 0:
+        variants["dense_int4"] = _Variant("dense, int4", {**whole, "cache_dtype": "d8s4v4"})
+    if settings.topk is not None:
+        budget = default_budget(head_dim).dense_dims if settings.dense_dims is None else settings.dense_dims
+        queries = query_features(settings.topk_query or DENSE, head_dim)
+        kind = settings.basis or default_kind(queries, head_dim)
+        variants["topk"] = _top_k(
+            budget, settings.topk, queries, kind, f", {kept}", {**exact, "cache_dtype": settings.cache_dtype}, True
+        )
+        return variants
+    usual = default_budget(head_dim)
+    variants["topk_16"] = _top_k(
+        usual.dense_dims, usual.topk, head_dim, "dictionary", ", 16 bits, nothing exact", {}, False
+    )
+    key_bytes = default_key_bytes(head_dim) if settings.key_bytes is None else settings.key_bytes
+    form = CodeFormat(v_bits=bits.v_bits if isinstance(bits, CodeFormat) else 16 if bits is None else 8)
+    fitting = largest_budget(head_dim, key_bytes, form)
+    if fitting is not None:
+        named = {**exact, "cache_dtype": f"d{form.dense_bits}s{form.value_bits}v{form.v_bits}"}
+        variants["topk"] = _top_k(*fitting, head_dim, "dictionary", f", {kept}", named, True)
+    fit = {"kind": "whitened", "key_bytes": key_bytes}
+    variants["axes"] = _Variant(
+        f"bits per axis, {key_bytes} bytes a key, values {kept}",
+        {**exact, "cache_dtype": settings.cache_dtype},
+        fit,
+        True,
+    )
+    return variants
+
+
+def _top_k(
+    dense_dims: int, topk: int, queries: int, kind: str, kept: str, options: dict[str, Any], is_candidate: bool
+) -> _Variant:
+    return _Variant(
+        f"{dense_dims} dense + top-{topk}{kept}",
+        {"topk": topk, "dense_dims": dense_dims, "topk_query": queries, **options},
+        {"kind": kind, "topk": topk, "dense_dims": dense_dims},
+        is_candidate,
+    )
+
+
+def _switch(model: Any, variant: _Variant, basis: FeatureBasis | None) -> None:
+    disable(model)
+    if variant.options is not None:
+        enable(model, basis=basis, **variant.options)
 
 
 def _write(model: Any, tokenizer: Any, report: dict[str, Any], output: Path) -> None:
@@ -171,18 +234,21 @@ def _windows(settings: ConvertSettings, tokenizer: Any) -> tuple[torch.Tensor, t
 
 
 @torch.no_grad()
-def _generate(model: Any, tokenizer: Any, window: torch.Tensor, progress: Callable[[], None]) -> dict[str, Any]:
-    """A greedy continuation, and the bytes per token of a cache that holds the tokens of `window`, read from its live tensors."""
+def _continued(model: Any, tokenizer: Any, progress: Callable[[], None]) -> str:
+    """A greedy continuation."""
     inputs = tokenizer(_PROMPT, return_tensors="pt").to(model.device)
-    result = model.generate(**inputs, max_new_tokens=32, do_sample=False, return_dict_in_generate=True)
+    ids = model.generate(**inputs, max_new_tokens=32, do_sample=False)[0]
+    progress()
+    return tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _cache_bytes(model: Any, window: torch.Tensor) -> dict[str, float]:
+    """Bytes of a cache that holds the tokens of `window`, exact ones included, read from its live tensors."""
     cache = fill_cache(model, window)
     tokens, nbytes = len(window), cache_nbytes(cache)
     _, kv_heads, _ = attention_shape(model)
     rows = tokens * len(cache.layers) * kv_heads
-    progress()
     return {
-        "text": tokenizer.decode(result.sequences[0], skip_special_tokens=True),
-        "cache": type(result.past_key_values).__name__,
         "kv_bytes_per_token": nbytes["total"] / tokens,
         "key_bytes_per_token_and_head": nbytes["keys"] / rows,
         "value_bytes_per_token_and_head": nbytes["values"] / rows,
@@ -190,38 +256,50 @@ def _generate(model: Any, tokenizer: Any, window: torch.Tensor, progress: Callab
 
 
 @torch.no_grad()
-def _attention_times(
-    model: Any, settings: ConvertSettings, budgets: dict[str, Any], progress: Progress
-) -> list[dict[str, float]]:
-    """Median milliseconds of one layer's attention with the model's head counts and widths, dense (SDPA) and sparse.
+def _attention_times(model: Any, settings: ConvertSettings, progress: Progress) -> list[dict[str, float]]:
+    """Median milliseconds of one layer's attention with the model's head counts and widths, dense (SDPA) and as the model is switched.
 
-    In float32, where torch's CPU kernels are at their best; decode over the cache that is asked for, prefill over plain keys
-    and values.
+    In float32, where torch's CPU kernels are at their best. A prompt is coded, and attends as `prefill` says.
     """
     heads, kv_heads, head_dim = attention_shape(model)
+    coding = next(module.sfa for module in model.modules() if isinstance(getattr(module, "sfa", None), LayerCoding))
+    budget, coder = coding.budget, coding.coder
     step = progress("timing attention", len(settings.contexts))
-    kept_dtype = cache_bits(settings.cache_dtype)
 
     def row(n: int) -> dict[str, float]:
         q, k, v = (torch.randn(1, h, n, head_dim, device=model.device) for h in (heads, kv_heads, kv_heads))
         newest = q[:, :, -1:]
-        cache = SparseKVCache(
-            budgets["topk"], dense_dims=budgets["dense_dims"], capacity=n, dtype=kept_dtype, recent=settings.recent,
-            first=settings.first,
-        )  # fmt: skip
-        kv = cache.append(k, v)
 
-        def dense(queries: torch.Tensor, is_causal: bool) -> float:
-            sdpa = F.scaled_dot_product_attention
-            return _median_ms(lambda: sdpa(queries, k, v, is_causal=is_causal, enable_gqa=True))
+        def cached() -> KVView:
+            cache = SparseKVCache(
+                coder.topk, dense_dims=coder.dense_dims, axes=coder.axes, dtype=coder.bits, capacity=n,
+                recent=settings.recent, first=settings.first,
+            )  # fmt: skip
+            return cache.append(k, v)
 
-        def prefill() -> Any:
-            return sparse_feature_attention(q, k, v, is_causal=True, **budgets)
+        def dense(queries: torch.Tensor, is_causal: bool) -> torch.Tensor:
+            return F.scaled_dot_product_attention(queries, k, v, is_causal=is_causal, enable_gqa=True)
 
-        times = {"context": n, "decode_dense": dense(newest, False)}
-        times["decode_sfa"] = _median_ms(lambda: sparse_feature_decode(newest, kv, topk_query=budgets["topk_query"]))
+        def prompt() -> None:
+            cached()
+            if settings.prefill == "dense":
+                dense(q, True)
+            else:
+                sparse_feature_attention(
+                    q,
+                    k,
+                    v,
+                    topk=budget.topk,
+                    topk_query=budget.topk_query,
+                    dense_dims=budget.dense_dims,
+                    is_causal=True,
+                )
+
+        kv = cached()
+        times = {"context": n, "decode_dense": _median_ms(lambda: dense(newest, False))}
+        times["decode_sfa"] = _median_ms(lambda: sparse_feature_decode(newest, kv, topk_query=budget.topk_query))
         if n <= _LONGEST_PREFILL:
-            times |= {"prefill_dense": dense(q, True), "prefill_sfa": _median_ms(prefill)}
+            times |= {"prefill_dense": _median_ms(lambda: dense(q, True)), "prefill_sfa": _median_ms(prompt)}
         step()
         return times
 

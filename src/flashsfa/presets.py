@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .formats import CodeFormat
+
 MEASURED_HEAD_DIM = 64
 
 
@@ -36,6 +38,7 @@ class Preset:
         return Preset(max(0, dense_dims), min(topk, head_dim), self.loss)
 
 
+_KEY_BYTES = 30
 _DEFAULT = Preset(22, 12, 0.043)
 _PRESETS = (Preset(16, 8, 0.218), Preset(24, 8, 0.082), _DEFAULT, Preset(32, 8, 0.026), Preset(28, 12, 0.019))
 
@@ -43,6 +46,21 @@ _PRESETS = (Preset(16, 8, 0.218), Preset(24, 8, 0.082), _DEFAULT, Preset(32, 8, 
 def default_budget(head_dim: int) -> Preset:
     """What `flashsfa convert` takes where no budget is asked for: 22 dense features and 12 others of 64, and so in proportion."""
     return _DEFAULT.scaled(head_dim)
+
+
+def default_key_bytes(head_dim: int) -> int:
+    """Bytes of a key in bits per axis where nothing is asked for: 30 of 64 features, and so in proportion."""
+    return max(1, round(_KEY_BYTES * head_dim / MEASURED_HEAD_DIM))
+
+
+def largest_budget(head_dim: int, key_bytes: int, form: CodeFormat) -> tuple[int, int] | None:
+    """dense_dims and topk, in the shares of `default_budget`, of the largest key code that `form` holds in `key_bytes`; None for no
+    code."""
+    for dense_dims in range(head_dim - 1, -1, -1):
+        topk = max(1, round(dense_dims * _DEFAULT.topk / _DEFAULT.dense_dims))
+        if dense_dims + topk < head_dim and form.key_bytes(head_dim, dense_dims, topk) <= key_bytes:
+            return dense_dims, topk
+    return None
 
 
 def larger_budgets(dense_dims: int, topk: int, head_dim: int) -> list[Preset]:

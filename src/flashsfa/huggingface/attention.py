@@ -58,13 +58,15 @@ class LayerCoding(nn.Module):
         super().__init__()
         self.budget, self.value_tolerance, self.channel = budget, value_tolerance, channel
         self.settings = settings or SFASettings(budget.topk)
-        self.coder = Coder(budget.topk, budget.dense_dims, cache_bits(self.settings.cache_dtype))
+        axes = None if basis is None else basis.axes
+        bits = cache_bits(self.settings.cache_dtype)
+        self.coder = Coder(budget.topk, budget.dense_dims, bits) if axes is None else Coder(None, 0, bits, axes)
         self._basis_digest = None if basis is None else _digest(basis.key)
         if basis is not None:
             for name in ("query", "key"):
                 self.register_buffer(name, getattr(basis, name), persistent=False)
             gain = (basis.key.double() * basis.query.double()).sum(-2)  # [Hkv, D]
-            gain[:, : budget.dense_dims] = 1
+            gain[:, : budget.head_dim if axes is not None else budget.dense_dims] = 1
             self.register_buffer("gain", gain.to(basis.query.dtype), persistent=False)
 
     @classmethod
@@ -75,7 +77,8 @@ class LayerCoding(nn.Module):
     @property
     def key_code(self) -> tuple[Any, ...]:
         """What a cached key depends on: two layers of one key code can go on with each other's caches."""
-        return (self.budget.topk, self.budget.dense_dims, self.channel, self._basis_digest)
+        in_axes = None if self.coder.axes is None else self.coder.axes.key_bytes
+        return (self.budget.topk, self.budget.dense_dims, self.channel, self._basis_digest, in_axes)
 
     def queries(self, q: Tensor) -> Tensor:
         """q [B, Hq, N, D] in the layer's coordinates."""

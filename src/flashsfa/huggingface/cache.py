@@ -68,7 +68,7 @@ class StaticSparseCache(Cache):
         require_int("max_cache_len", max_cache_len, 1)
         codings, layers = _codings(model), []
         require(
-            all(coding.coder.bits is None for coding in codings.values()),
+            all(coding.coder.bits is None and coding.coder.axes is None for coding in codings.values()),
             "a static cache keeps codes and values as they come, and caches of fewer bits are dynamic ones: use a dynamic cache, or "
             "enable the model with cache_dtype=None",
         )
@@ -207,8 +207,9 @@ class SparseCacheLayer(_CodedLayer):
     def reset(self) -> None:
         coder, settings = self._coding.coder, self._coding.settings
         self.store = SparseKVCache(
-            coder.topk, dense_dims=coder.dense_dims, dtype=coder.bits, recent=settings.recent, first=settings.first
-        )
+            coder.topk, dense_dims=coder.dense_dims, axes=coder.axes, dtype=coder.bits, recent=settings.recent,
+            first=settings.first,
+        )  # fmt: skip
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -17,12 +17,12 @@ BASIS_FILE = "sfa/basis.safetensors"
 @dataclass(frozen=True)
 class SFASettings:
     """What `enable` was told; stored as `config.sfa` and so in config.json. Fields as `enable`'s arguments, and whether
-    a basis belongs to them, which a saved model keeps in `BASIS_FILE`.
+    a basis belongs to them, which a saved model keeps in `BASIS_FILE`. `topk` is None where that basis says how keys are kept.
 
     Raises `TypeError` or `ValueError` for a field that is none; whether the budgets fit a model is for `enable` to say.
     """
 
-    topk: int
+    topk: int | None
     topk_query: int | str | None = None
     dense_dims: int = 0
     layers: list[int] | None = None
@@ -36,7 +36,10 @@ class SFASettings:
     prefill: str = "coded"
 
     def __post_init__(self) -> None:
-        require_int("topk", self.topk, 1)
+        if self.topk is None:
+            self._check_axes()
+        else:
+            require_int("topk", self.topk, 1)
         if self.topk_query not in (None, DENSE):
             require_int("topk_query", self.topk_query, 1)
         require_int("dense_dims", self.dense_dims, 0)
@@ -75,11 +78,21 @@ class SFASettings:
         """The budget of a head. Raises `ValueError` if it does not fit."""
         return FeatureBudget.of(
             head_dim,
-            self.topk,
+            head_dim if self.topk is None else self.topk,
             topk_query=self.topk_query,
             dense_dims=self.dense_dims,
             query_pattern=self.query_pattern,
         )
+
+    def _check_axes(self) -> None:
+        """Keys in the bits of their axes have every feature, and so have the queries."""
+        require(self.has_basis, "without topk a basis says how keys are kept: calibrate with key_bytes, or give topk")
+        others = {
+            "topk_query": self.topk_query not in (None, DENSE), "dense_dims": bool(self.dense_dims),
+            "query_pattern": self.query_pattern is not None, "positions": self.positions is not None,
+        }  # fmt: skip
+        given = [name for name, is_given in others.items() if is_given]
+        require(not given, lambda: f"{', '.join(given)} goes with topk: a basis with bits per axis has neither")
 
     @property
     def shows_exact(self) -> bool:

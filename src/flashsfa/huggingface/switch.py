@@ -33,7 +33,7 @@ TESTED_VERSIONS = ((5, 17), (5, 23))  # of transformers: the suite ran on 5.17, 
 
 def enable(
     model: Any,
-    topk: int,
+    topk: int | None = None,
     *,
     topk_query: int | str | None = None,
     dense_dims: int | None = None,
@@ -56,11 +56,12 @@ def enable(
     Args:
         model: a model whose attention goes through transformers' AttentionInterface (GPT-2, Llama, Qwen3 ...), bare or in the
             wrappers of PEFT, torch.compile or distributed training.
-        topk, topk_query: budgets, as in `sparse_feature_attention`.
+        topk, topk_query: budgets, as in `sparse_feature_attention`. Without them keys are kept as the basis says, in a number of bits
+            per axis.
         dense_dims: as in `sparse_feature_attention`; None for `default_dense_dims`, the part of a head that carries
             positions in a model with partial rotary embeddings (GPT-NeoX, Phi, StableLM, GLM-4), 0 in others.
         basis: [L, Hkv, D, D] coordinates from `calibrate`, for these budgets: its gain, and a dictionary, fit no others;
-            None for the model's own. L counts the layers with attention, in their order.
+            None for the model's own. One that was calibrated with key_bytes takes the place of budgets. L counts the layers with attention, in their order.
         layers: indices of the model's layers to switch, where others without attention count too; None for all.
         value_tolerance: as in `sparse_feature_decode`.
         positions: "channel" turns the dense channel alone by RoPE and leaves the sparse features free of position: for
@@ -90,7 +91,8 @@ def enable(
     whole, model = model, unwrap(model)
     modules: list[Any] = attention_layers(model)
     require_switchable(model, modules)
-    dense_dims = default_dense_dims(model) if dense_dims is None else dense_dims
+    if dense_dims is None:
+        dense_dims = 0 if topk is None else default_dense_dims(model)
     layers = None if layers is None else sorted(layers)
     settings = SFASettings(
         topk, topk_query, dense_dims, layers, value_tolerance, basis is not None, positions, cache_dtype, query_pattern,
@@ -197,6 +199,12 @@ def _check_settings(model: Any, present: list[int], settings: SFASettings, basis
         require(
             tuple(basis.query.shape) == tuple(basis.key.shape) == expected,
             f"the basis is {tuple(basis.query.shape)} but {name} needs [L, Hkv, D, D] = {expected}; calibrate on this model",
+        )
+        require(
+            (settings.topk is None) == (basis.axes is not None),
+            "a basis with bits per axis takes the place of topk: leave topk out"
+            if settings.topk is not None
+            else "this basis has no bits per axis: give the topk that it was calibrated for, or calibrate with key_bytes",
         )
         basis.check(settings.topk, settings.dense_dims)
     return budget

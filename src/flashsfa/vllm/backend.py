@@ -81,8 +81,8 @@ class SparseFeatureBackend(AttentionBackend):
         """`spec` with cells of `PageLayout.token_bytes`: keys and values of unequal width."""
         if spec.state_content_bytes is not None:
             return spec
-        settings = current_settings()
-        layout = PageLayout(spec.head_size, spec.head_size_v, settings.topk, settings.dense_dims, spec.dtype)
+        budget = current_settings().budget(spec.head_size)
+        layout = PageLayout(spec.head_size, spec.head_size_v, budget.topk, budget.dense_dims, spec.dtype)
         return replace(spec, state_content_bytes=layout.token_bytes)
 
 
@@ -273,7 +273,8 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
         return output
 
     def _layout(self, value: Tensor) -> PageLayout:
-        return PageLayout(self.head_size, value.shape[-1], self.settings.topk, self.settings.dense_dims, value.dtype)
+        budget = self._budget
+        return PageLayout(self.head_size, value.shape[-1], budget.topk, budget.dense_dims, value.dtype)
 
     def _coordinates(self, layer: Any, x: Tensor, side: str) -> Tensor:
         """Queries or keys [T, H, D] with the channel in front, or in the layer's basis, which its first use loads."""

@@ -92,6 +92,10 @@ def _read(hf_config: Any) -> SFASettings:
     settings = SFASettings.from_config(stored)
     require(settings.layers is None, "vLLM's backend codes every layer: enable the model with layers=None")
     require(
+        settings.topk is not None,
+        "vLLM's backend keeps the largest features of a key: enable the model with topk, and a basis of the same",
+    )
+    require(
         settings.cache_dtype is None,
         "vLLM's backend keeps codes and values in the model's dtype: enable the model with cache_dtype=None",
     )
