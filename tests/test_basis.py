@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from flashsfa import FeatureBasis, topk_codes
+from flashsfa.axes import AxisBits, AxisCodes
 from flashsfa.basis import KINDS, Moments
 
 pytestmark = pytest.mark.cpu  # calibration and its linear algebra
@@ -57,6 +58,8 @@ def test_streamed_moments_equal_one_shot():
     assert (parts.count, parts.query_count) == (whole.count, whole.query_count) == (400, 400 * G)
     torch.testing.assert_close(parts.key_outer, whole.key_outer)
     torch.testing.assert_close(parts.query_outer, whole.query_outer)
+    torch.testing.assert_close(parts.key_sum, whole.key_sum)
+    torch.testing.assert_close(whole.key_sum, k.sum((0, 2)))
 
 
 def test_the_default_device_does_not_matter():
@@ -81,6 +84,35 @@ def test_moments_in_the_new_coordinates(kind):
         torch.testing.assert_close(query, torch.eye(D).double().expand(H, D, D), rtol=0, atol=1e-4)
     if kind == "balanced":
         torch.testing.assert_close(query, key, rtol=1e-3, atol=1e-4 * float(key.abs().max()))
+
+
+@pytest.mark.parametrize("key_bytes", [1, 3, 8])
+def test_bits_per_axis_keep_scores(key_bytes):
+    """The sides undo one another, axes with more bits come first, and scores are those of dense keys up to their rounding."""
+    q, k = draw()
+    k = k + 5 * torch.randn(1, H, 1, D)  # a mean that is no rounding of any axis
+    basis = FeatureBasis.from_moments(moments_of((q, k)), "whitened", key_bytes=key_bytes)
+    basis.check()
+    assert basis.axes.key_bytes == key_bytes
+    rotated, rows = basis.transform_query(q), basis.transform_key(k)
+    assert (scores(rotated, rows) - scores(q, k)).abs().max() <= 1e-4 * scores(q, k).abs().max()
+    torch.testing.assert_close(basis.axes.centre, rows.mean((0, 2)).float(), rtol=1e-4, atol=1e-4)
+    lost = AxisCodes.encode(rows, basis.axes).to_dense(torch.float64) - rows
+    assert (
+        lost.square().mean()
+        < {1: 0.7, 3: 0.15, 8: 1e-3}[key_bytes] * (rows - rows.mean((0, 2))[:, None]).square().mean()
+    )
+    # whitened: the error of a key is, over the queries, that of its scores
+    torch.testing.assert_close(scores(rotated, lost).square().mean(), lost.square().sum(-1).mean(), rtol=0.1, atol=0)
+
+
+def test_axes_with_bits_are_principal_about_the_mean():
+    q, k = draw()
+    k = k + 20 * torch.randn(1, H, 1, D)
+    rows = FeatureBasis.from_moments(moments_of((q, k)), "whitened", key_bytes=4).transform_key(k)
+    apart = (rows - rows.mean((0, 2))[:, None]).transpose(0, 1).flatten(1, 2)
+    spread = apart.mT @ apart
+    assert (spread - spread.diagonal(dim1=-2, dim2=-1).diag_embed()).abs().max() <= 1e-4 * spread.abs().max()
 
 
 def test_dictionary_loses_less_than_its_start():
@@ -121,6 +153,27 @@ def test_save_and_load(tmp_path):
         assert torch.equal(loaded[i].key, layer.key)
 
 
+def test_save_and_load_bits_per_axis(tmp_path):
+    moments = [moments_of(draw()), moments_of(draw())]
+    layers = [FeatureBasis.from_moments(x, "whitened", key_bytes=3) for x in moments]
+    FeatureBasis.from_layers(moments, "whitened", key_bytes=3).save(tmp_path / "basis.safetensors")
+    loaded = FeatureBasis.load(tmp_path / "basis.safetensors")
+    loaded.check()
+    assert loaded.axes.bits.shape == (2, H, D)
+    for i, layer in enumerate(layers):
+        for found, expected in zip(tensors_of(loaded[i]), tensors_of(layer), strict=True):
+            assert torch.equal(found, expected)
+
+
+def tensors_of(basis):
+    return [basis.query, basis.key, *basis.axes.tensors()]
+
+
+ONE = torch.eye(D).expand(H, D, D)
+AXES = {"bits": torch.full((H, D), 2, dtype=torch.uint8), "step": torch.ones(H, D), "centre": torch.zeros(H, D)}
+WITH_AXES = {"query": ONE, "key": ONE} | {f"axes.{name}": x for name, x in AXES.items()}
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -135,6 +188,13 @@ def test_save_and_load(tmp_path):
         ({"query": torch.eye(D).expand(H, D, D), "key": torch.eye(D).expand(H, D, D) > 0}, "torch.bool"),
         ({"query": torch.full((H, D, D), torch.nan), "key": torch.ones(H, D, D)}, "NaN or infinity stands in query"),
         ({"query": torch.ones(H, D, D), "key": torch.full((H, D, D), torch.inf)}, "NaN or infinity stands in key"),
+        ({name: x for name, x in WITH_AXES.items() if name != "axes.step"}, "but axes.bits, axes.centre, key, query"),
+        ({name: x for name, x in WITH_AXES.items() if name != "key"}, "axes.step, query"),
+        (WITH_AXES | {"axes.bits": AXES["bits"] + 1}, "an axis has 0, 2, 4 or 8 bits; got 3"),
+        (WITH_AXES | {"axes.bits": AXES["bits"].int()}, "axis bits need bits in uint8"),
+        (WITH_AXES | {"axes.step": -AXES["step"]}, "steps of axes must be finite and at least 0"),
+        (WITH_AXES | {"axes.centre": AXES["centre"][:1]}, "axis bits need bits, step and centre"),
+        (WITH_AXES | {f"axes.{name}": x[:1] for name, x in AXES.items()}, r"axes.bits is \(1, 8\) but key \(2, 8, 8\)"),
     ],
 )
 def test_broken_file(tmp_path, content, words):
@@ -164,6 +224,10 @@ def test_bases_of_all_kinds_are_sound(kind, keys):
         FeatureBasis.from_moments(moments_of((q, k)), kind, topk=topk, dense_dims=dense_dims).check(topk, dense_dims)
     if kind != "dictionary":
         FeatureBasis.from_moments(moments_of((q, k)), kind).check(2, 1)
+        FeatureBasis.from_moments(moments_of((q, k)), kind).check()
+    if kind == "whitened":
+        for key_bytes in (1, 5, 8):
+            FeatureBasis.from_moments(moments_of((q, k)), kind, key_bytes=key_bytes).check()
 
 
 @pytest.mark.parametrize(
@@ -186,6 +250,10 @@ def test_sides_that_do_not_undo_one_another_are_refused(damage, words):
     basis.check(2, 2)
     with pytest.raises((ValueError, TypeError), match=words):
         FeatureBasis(*damage(basis.query, basis.key)).check(2, 2)
+    basis = FeatureBasis.from_moments(moments_of(draw()), "whitened", key_bytes=3)
+    basis.check()
+    with pytest.raises((ValueError, TypeError), match=words):
+        FeatureBasis(*damage(basis.query, basis.key), basis.axes).check()
 
 
 def test_a_gain_of_another_budget_is_refused():
@@ -193,6 +261,21 @@ def test_a_gain_of_another_budget_is_refused():
     for topk, dense_dims in ((2, 3), (6, 2)):
         with pytest.raises(ValueError, match="another budget"):
             basis.check(topk, dense_dims)
+
+
+def test_bits_per_axis_fit_no_budget_and_no_gain():
+    moments = moments_of(draw())
+    basis = FeatureBasis.from_moments(moments, "whitened", key_bytes=3)
+    with pytest.raises(ValueError, match="has bits per axis, 3 bytes of a key, and fits no topk=2: calibrate"):
+        basis.check(2, 0)
+    gained = FeatureBasis.from_moments(moments, "whitened", topk=2)
+    for axes in (None, basis.axes):
+        with pytest.raises(ValueError, match="or have a gain, which is for top-k alone"):
+            FeatureBasis(gained.query, gained.key, axes).check()
+    with pytest.raises(
+        ValueError, match=r"bits per axis of the basis must be \[..., H, D\] = \(2, 8\), got \(2, 2, 8\)"
+    ):
+        FeatureBasis(basis.query, basis.key, AxisBits.stack([basis.axes, basis.axes])).check()
 
 
 @pytest.mark.parametrize("kind", ["dictionary", "whitened", "balanced", "pca"])
@@ -213,3 +296,11 @@ def test_errors():
         FeatureBasis.from_moments(moments_of(draw()))
     with pytest.raises(ValueError, match="no token"):
         FeatureBasis.from_moments(Moments(H, D))
+    for kind, options in (("pca", {}), ("dictionary", {}), ("whitened", {"topk": 2}), ("whitened", {"dense_dims": 1})):
+        with pytest.raises(
+            ValueError, match="key_bytes go with a basis 'whitened' and without topk and dense_dims; got"
+        ):
+            FeatureBasis.from_moments(moments_of(draw()), kind, key_bytes=3, **options)
+    for key_bytes in (0, D + 1):
+        with pytest.raises(ValueError, match=f"key_bytes must be 1 to {D}, got {key_bytes}"):
+            FeatureBasis.from_moments(moments_of(draw()), "whitened", key_bytes=key_bytes)

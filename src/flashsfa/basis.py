@@ -1,7 +1,8 @@
 """`FeatureBasis`: a change of coordinates per kv head that makes a dense checkpoint's queries and keys sparse.
 
 q' = q Q and k' = k K with KᵀQ = 1, so q'·k' = q·k: before top-k no score changes. Q and K are chosen so that
-what top-k drops matters least. Then Q is enlarged by a gain for what is dropped.
+what top-k drops matters least. Then Q is enlarged by a gain for what is dropped. In place of top-k each axis may have a fixed
+number of bits (`AxisBits`); such a basis has no gain.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .axes import AxisBits
 from .checks import FLOAT_DTYPES, require, require_float
 from .codes import topk_codes
 from .files import whole_file
@@ -20,6 +22,7 @@ from .files import whole_file
 _log = logging.getLogger("flashsfa")
 
 KINDS = ("dictionary", "balanced", "whitened", "pca", "identity")
+_SIDES, _AXES = ("query", "key"), ("axes.bits", "axes.step", "axes.centre")  # tensors of a file
 _MAX_CONDITION = 1e8
 _SAMPLE_KEYS = 4096  # keys a head that the dictionary is fitted to
 _DICTIONARY_ROUNDS = 15
@@ -39,13 +42,15 @@ class FeatureBasis:
     Attributes:
         query: [..., H, D, D] Q.
         key: [..., H, D, D] K, with KᵀQ the diagonal matrix of gains: 1 for the dense channel.
+        axes: the bits [..., H, D] of each axis of a key; None for keys that top-k codes.
     """
 
     query: Tensor
     key: Tensor
+    axes: AxisBits | None = None
 
     def __getitem__(self, layer: int) -> FeatureBasis:
-        return FeatureBasis(self.query[layer], self.key[layer])
+        return FeatureBasis(self.query[layer], self.key[layer], None if self.axes is None else self.axes[layer])
 
     def transform_query(self, q: Tensor) -> Tensor:
         """q [B, Hq, N, D] in the coordinates of its kv head."""
@@ -64,7 +69,13 @@ class FeatureBasis:
 
     @classmethod
     def from_moments(
-        cls, moments: Moments, kind: str = "dictionary", *, topk: int | None = None, dense_dims: int = 0
+        cls,
+        moments: Moments,
+        kind: str = "dictionary",
+        *,
+        topk: int | None = None,
+        dense_dims: int = 0,
+        key_bytes: int | None = None,
     ) -> FeatureBasis:
         """The basis of one layer from its calibration moments. docs/explanation/method.md derives the kinds.
 
@@ -76,11 +87,18 @@ class FeatureBasis:
                 scores most; keys on their principal axes, largest first. "pca": principal axes of the keys alone.
                 "identity": no change.
             topk, dense_dims: the key code that a dictionary is fitted to, and the gain; without topk there is none.
+            key_bytes: in place of topk, bytes of a key whose axes are kept in a fixed number of bits each (`AxisBits.fit`). For
+                "whitened" alone, where the error of an axis is that of scores. The axes are then the principal ones of keys
+                about their mean, ordered by their bits.
 
-        Raises `ValueError` for an unknown kind, a dictionary without `topk`, or moments of no token or with NaN; a nearly
-        singular moment matrix is regularised, with a warning.
+        Raises `ValueError` for an unknown kind, a dictionary without `topk`, `key_bytes` that do not fit, or moments of no token or
+        with NaN; a nearly singular moment matrix is regularised, with a warning.
         """
         require(kind in KINDS, f"basis must be one of {', '.join(KINDS)}; got {kind!r}")
+        require(
+            key_bytes is None or (kind == "whitened" and topk is None and dense_dims == 0),
+            f"key_bytes go with a basis 'whitened' and without topk and dense_dims; got {kind!r}, topk={topk}, dense_dims={dense_dims}",
+        )
         require(moments.count > 0, "no token was seen: calibrate on some text first")
         require(
             bool(moments.key_outer.isfinite().all() and moments.query_outer.isfinite().all()),
@@ -89,7 +107,11 @@ class FeatureBasis:
         heads, head_dim, _ = moments.key_outer.shape
         if kind == "identity":
             return cls.identity(heads, head_dim)
-        key_moment = _regularised(moments.key_outer / moments.count, "key")
+        key_moment = moments.key_outer / moments.count
+        if key_bytes is not None:  # the mean of each axis is kept beside: what is left are the keys around it
+            mean = moments.key_sum / moments.count
+            key_moment = key_moment - mean[:, :, None] * mean[:, None, :]
+        key_moment = _regularised(key_moment, "key")
         if kind == "pca":
             query = key = torch.linalg.eigh(key_moment).eigenvectors.flip(-1)
         else:
@@ -109,18 +131,33 @@ class FeatureBasis:
             query, key = query @ rotation, key @ rotation
         if topk is not None:
             query = query * _gain(moments.sample.double() @ key, topk, dense_dims)
-        return cls(query.float(), key.float())
+        if key_bytes is None:
+            return cls(query.float(), key.float())
+        order, axes = AxisBits.fit(moments.sample @ key.float(), key_bytes)
+        columns = order[:, None].expand_as(key)
+        return cls(query.gather(-1, columns).float(), key.gather(-1, columns).float(), axes)
 
     @classmethod
     def from_layers(
-        cls, moments: list[Moments], kind: str = "dictionary", *, topk: int | None = None, dense_dims: int = 0
+        cls,
+        moments: list[Moments],
+        kind: str = "dictionary",
+        *,
+        topk: int | None = None,
+        dense_dims: int = 0,
+        key_bytes: int | None = None,
     ) -> FeatureBasis:
         """One basis of many layers, with the layer as leading dimension; arguments as in `from_moments`."""
-        layers = [cls.from_moments(layer, kind, topk=topk, dense_dims=dense_dims) for layer in moments]
-        return cls(*(torch.stack([getattr(x, name) for x in layers]) for name in ("query", "key")))
+        layers = [
+            cls.from_moments(layer, kind, topk=topk, dense_dims=dense_dims, key_bytes=key_bytes) for layer in moments
+        ]
+        query, key = (torch.stack([getattr(x, name) for x in layers]) for name in ("query", "key"))
+        axes = [x.axes for x in layers if x.axes is not None]
+        return cls(query, key, AxisBits.stack(axes) if axes else None)
 
-    def check(self, topk: int, dense_dims: int) -> None:
-        """Raise `ValueError` unless the two sides undo one another, up to the gain of codes of this budget.
+    def check(self, topk: int | None = None, dense_dims: int = 0) -> None:
+        """Raise `ValueError` unless the two sides undo one another, up to the gain of codes of this budget. Without topk there is
+        no gain; a basis with bits per axis takes none.
 
         Their entries may be as large as a condition number of 1e8 makes them, and are rounded to float32.
         """
@@ -132,13 +169,21 @@ class FeatureBasis:
             and self.key.shape[-1] == self.key.shape[-2],
             f"the sides of a basis must both be [..., H, D, D], got {tuple(self.query.shape)} and {tuple(self.key.shape)}",
         )
+        if self.axes is not None:
+            bits, expected = tuple(self.axes.bits.shape), tuple(self.key.shape[:-1])
+            require(bits == expected, f"the bits per axis of the basis must be [..., H, D] = {expected}, got {bits}")
+            require(
+                topk is None,
+                f"the basis has bits per axis, {self.axes.key_bytes} bytes of a key, and fits no topk={topk}: calibrate for that",
+            )
         query, key = (x.detach().to("cpu", torch.float64) for x in (self.query, self.key))
         require(bool(query.isfinite().all() and key.isfinite().all()), "the basis holds NaN or infinity")
         sizes = key.norm(dim=-2)[..., :, None] * query.norm(dim=-2)[..., None, :]  # [..., H, D, D] of the columns
         product, slack = key.mT @ query, _ROUNDING * sizes
         gain, room = product.diagonal(dim1=-2, dim2=-1), slack.diagonal(dim1=-2, dim2=-1)  # [..., H, D]
         sparse, apart = gain[..., dense_dims:], room[..., dense_dims:]
-        largest = (sparse.shape[-1] / topk) ** _GAIN_POWER  # codes keep at least their share of a key's square
+        share = 1 if topk is None else topk / sparse.shape[-1]  # of a key's square, which codes keep at least
+        largest = (1 / share) ** _GAIN_POWER
         sound = (
             ((product - torch.diag_embed(gain)).abs() <= slack).all()
             and ((gain - 1).abs() <= room)[..., :dense_dims].all()
@@ -146,18 +191,24 @@ class FeatureBasis:
             and (sparse >= 1 - apart).all()
             and (sparse <= largest + apart).all()
         )
+        gained = (
+            "have a gain, which is for top-k alone"
+            if topk is None
+            else f"its gain is that of another budget than topk={topk}, dense_dims={dense_dims}"
+        )
         require(
-            bool(sound),
-            f"the two sides of the basis do not undo one another, or its gain is that of another budget than topk={topk}, "
-            f"dense_dims={dense_dims}: calibrate the model again",
+            bool(sound), f"the two sides of the basis do not undo one another, or {gained}: calibrate the model again"
         )
 
     def save(self, path: str | Path) -> None:
         """Write to a safetensors file, whole or not at all."""
         from safetensors.torch import save_file
 
+        tensors = {name: getattr(self, name) for name in _SIDES}
+        if self.axes is not None:
+            tensors |= dict(zip(_AXES, self.axes.tensors(), strict=True))
         with whole_file(path) as beside:
-            save_file({name: getattr(self, name).contiguous() for name in ("query", "key")}, beside)
+            save_file({name: x.contiguous() for name, x in tensors.items()}, beside)
 
     @classmethod
     def load(cls, path: str | Path) -> FeatureBasis:
@@ -170,22 +221,34 @@ class FeatureBasis:
         except SafetensorError as error:
             raise ValueError(f"{path} holds no feature basis: the file is damaged ({error})") from error
         require(
-            set(tensors) == {"query", "key"},
+            set(tensors) in ({*_SIDES}, {*_SIDES, *_AXES}),
             lambda: (
-                f"{path} holds no feature basis, which is two tensors key and query, but {', '.join(sorted(tensors)) or 'none'}"
+                f"{path} holds no feature basis, which is two tensors key and query, or these and {', '.join(_AXES)}, but "
+                f"{', '.join(sorted(tensors)) or 'none'}"
             ),
         )
-        for name, x in tensors.items():
+        sides = {name: tensors[name] for name in _SIDES}
+        for name, x in sides.items():
             require(
                 x.dtype in FLOAT_DTYPES and x.ndim in (3, 4) and x.shape == tensors["key"].shape,
                 f"{path} holds no feature basis: {name} is {tuple(x.shape)} of {x.dtype}",
             )
             require(bool(x.isfinite().all()), f"{path} holds no feature basis: NaN or infinity stands in {name}")
-        return cls(**tensors)
+        if len(tensors) == len(sides):
+            return cls(**sides)
+        try:
+            axes = AxisBits(*(tensors[name] for name in _AXES))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} holds no feature basis: {error}") from error
+        require(
+            axes.bits.shape == sides["key"].shape[:-1],
+            f"{path} holds no feature basis: {_AXES[0]} is {tuple(axes.bits.shape)} but key {tuple(sides['key'].shape)}",
+        )
+        return cls(**sides, axes=axes)
 
 
 class Moments:
-    """Second moments of a layer's queries and keys, streamed in float64, and a uniform sample of its keys.
+    """Second moments of a layer's queries and keys and the sum of its keys, streamed in float64, and a uniform sample of keys.
 
     Memory a head is O(D²) and 4096 keys, for any amount of text.
     """
@@ -194,6 +257,7 @@ class Moments:
         square = (num_kv_heads, head_dim, head_dim)
         self.key_outer = torch.zeros(square, dtype=torch.float64, device="cpu")
         self.query_outer = torch.zeros(square, dtype=torch.float64, device="cpu")
+        self.key_sum = torch.zeros(num_kv_heads, head_dim, dtype=torch.float64, device="cpu")
         self.count = self.query_count = 0
         self.sample = torch.zeros(num_kv_heads, 0, head_dim, device="cpu")  # [H, S, D] keys
         self._lots = torch.zeros(0, device="cpu")  # [S] each token draws a lot, and the highest stay
@@ -205,6 +269,7 @@ class Moments:
         keys = k.detach().transpose(0, 1).flatten(1, 2)  # [H, B·N, D]
         queries = q.detach().unflatten(1, (heads, -1)).transpose(0, 1).flatten(1, 3).double()  # [H, B·G·N, D]
         self.key_outer += (keys.mT.double() @ keys.double()).cpu()
+        self.key_sum += keys.double().sum(1).cpu()
         self.query_outer += (queries.mT @ queries).cpu()
         self.count += keys.shape[1]
         self.query_count += queries.shape[1]

@@ -12,9 +12,17 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from ..basis import FeatureBasis, Moments
-from ..checks import require, require_tensor
+from ..checks import require, require_int, require_tensor
 from .attention import attention_mask, dense_forward
-from .structure import attention_layers, default_dense_dims, require_switchable, tensor_device, text_config, unwrap
+from .structure import (
+    attention_layers,
+    attention_shape,
+    default_dense_dims,
+    require_switchable,
+    tensor_device,
+    text_config,
+    unwrap,
+)
 
 _NAME = "sfa_calibration"
 
@@ -27,7 +35,8 @@ def calibrate(
     text: str | None = None,
     tokenizer: Any = None,
     dense_dims: int | None = None,
-    kind: str = "dictionary",
+    key_bytes: int | None = None,
+    kind: str | None = None,
     max_position: int | None = None,
     progress: Callable[[], None] | None = None,
 ) -> FeatureBasis:
@@ -37,24 +46,34 @@ def calibrate(
         model: a causal language model of transformers that `enable` can switch, in the wrappers that it takes.
         windows: [S, W] int64 token ids; 8000 tokens suffice, fewer than 4000 cost quality.
         topk, dense_dims: the budget that `enable` will be given, with the same default.
+        key_bytes: in place of these: bytes of a key whose axes have a fixed number of bits each.
         text, tokenizer: in place of windows: a text of some 40,000 characters or more, and the model's tokenizer. It is cut into
             windows of up to 1024 tokens, of which 16 are taken evenly across it.
         kind: "dictionary", "balanced" (for sparse queries), "whitened", "pca" or "identity"; see
-            `FeatureBasis.from_moments`.
+            `FeatureBasis.from_moments`. None: "dictionary" for topk, "whitened" for key_bytes.
         max_position, progress: as in `gather_moments`.
 
     Raises `TypeError` or `ValueError` for what does not fit, before the model runs.
     """
-    if topk is None:
-        raise TypeError("topk is needed: the budget that enable will be given")
+    if (topk is None) == (key_bytes is None) or (key_bytes is not None and dense_dims is not None):
+        raise TypeError(
+            "calibrate needs topk, with or without dense_dims, or key_bytes alone; got "
+            f"topk={topk}, dense_dims={dense_dims}, key_bytes={key_bytes}"
+        )
     if text is not None:
         require(windows is None and tokenizer is not None, "text goes with a tokenizer, and takes the place of windows")
         windows = _windows(model, text, tokenizer)
     require(windows is not None, "calibrate needs windows of token ids, or text and tokenizer")
     assert windows is not None
-    dense_dims = default_dense_dims(model) if dense_dims is None else dense_dims
+    kind = kind or ("dictionary" if key_bytes is None else "whitened")
+    if key_bytes is not None:
+        require_int("key_bytes", key_bytes, 1, attention_shape(model)[2])
+        require(kind == "whitened", f"key_bytes go with the kind 'whitened', got {kind!r}")
+        dense_dims = 0
+    elif dense_dims is None:
+        dense_dims = default_dense_dims(model)
     moments = gather_moments(model, windows, max_position=max_position, progress=progress)
-    return FeatureBasis.from_layers(moments, kind, topk=topk, dense_dims=dense_dims)
+    return FeatureBasis.from_layers(moments, kind, topk=topk, dense_dims=dense_dims, key_bytes=key_bytes)
 
 
 _WINDOW, _WINDOWS, _FEWEST_TOKENS = 1024, 16, 4000
