@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -100,10 +102,10 @@ def gather_moments(
     """Moments of each attention layer's queries and keys, after RoPE, over windows [S, W] of token ids.
 
     Args:
-        max_position: longest context the model will be used with. Rotated keys look different at positions that
-            calibration has not seen, so the windows are moved there: all tokens but the first (the one that
-            attention sinks into) are placed at offsets spread evenly up to it, a single window at its end. None: the
-            positions of the windows.
+        max_position: longest context the model will be used with. Rotated keys look different at positions that calibration has
+            not seen, so queries and keys of all tokens but the first (the one that attention sinks into) are turned on, each token
+            by positions drawn evenly up to there. In a model whose rotation is not found so, the windows are moved there, at
+            offsets spread evenly, a single one at the end. None: the positions of the windows.
         progress: called after each window. None for a bar of its own on a terminal.
     """
     require_tensor("windows", windows)
@@ -125,36 +127,97 @@ def gather_moments(
         f"max_position must hold the windows' {length} tokens and be at most the model's {limit}, got {furthest}",
     )
     moments: dict[int, Moments] = {}
+    device, turn = tensor_device(model), None
+    shifts, draws = torch.zeros(length, dtype=torch.int64), torch.Generator().manual_seed(0)
+    if furthest > length:
+        turn = _rotary_turn(model, modules, windows[:1, :_CHECKED_TOKENS].to(device), furthest)
 
     def record(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         seen = moments.setdefault(module.layer_idx, Moments(key.shape[1], key.shape[-1]))
-        seen.update(query, key)
+        seen.update(*((query, key) if turn is None else turn(query, key, shifts)))
         return dense_forward(module, query, key, value, *args, **kwargs)
 
-    AttentionInterface.register(_NAME, record)
-    AttentionMaskInterface.register(_NAME, attention_mask)
-    before, device = model.config._attn_implementation, tensor_device(model)
-    model.set_attn_implementation(_NAME)
-    try:
+    with _attention(model, record):
         # a bar on a terminal alone, unless the caller shows progress
         for index, window in enumerate(
             tqdm(windows, "calibrating", disable=None if progress is None else True, leave=False)
         ):
-            window = window.to(device)
             positions = torch.arange(length)
-            positions[1:] += (furthest - length) * (index + 1 if count == 1 else index) // max(1, count - 1)
-            model(
-                input_ids=window[None],
-                position_ids=positions[None].to(device),
-                attention_mask=torch.ones_like(window)[None],  # without one, the gap would read as packed sequences
-                use_cache=False,
-            )
+            if turn is not None:
+                shifts[1:] = torch.randint(furthest - length + 1, (length - 1,), generator=draws)
+            else:
+                positions[1:] += (furthest - length) * (index + 1 if count == 1 else index) // max(1, count - 1)
+            _run(model, window[None].to(device), positions)
             if progress is not None:
                 progress()
-    finally:
-        model.set_attn_implementation(before)
     silent = [module.layer_idx for module in modules if module.layer_idx not in moments]
     require(
         not silent, f"layers {silent} of {type(model).__name__} called no attention function: it cannot be switched"
     )
     return [moments[layer] for layer in sorted(moments)]
+
+
+Turn = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+_CHECKED_TOKENS = 8
+
+
+@contextmanager
+def _attention(model: Any, function: Callable[..., Any]) -> Iterator[None]:
+    """The model's attention is `function`."""
+    AttentionInterface.register(_NAME, function)
+    AttentionMaskInterface.register(_NAME, attention_mask)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(_NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _run(model: Any, ids: Tensor, positions: Tensor) -> None:
+    """The model over ids [B, N] at `positions` [N]."""
+    mask = torch.ones_like(ids)  # without one, a gap would read as packed sequences
+    model(input_ids=ids, position_ids=positions[None].to(ids.device), attention_mask=mask, use_cache=False)
+
+
+def _rotary_turn(model: Any, modules: list[Any], ids: Tensor, furthest: int) -> Turn | None:
+    """What turns queries [B, Hq, N, D] and keys [B, H, N, D] on by shifts [N] of position, as the model's own rotation does.
+
+    None for a model where it is not found, or does not give the keys that the model itself has at positions further on.
+    """
+    rotary = next((part for name, part in model.named_modules() if name.endswith("rotary_emb")), None)
+    apply = getattr(sys.modules.get(type(modules[0]).__module__), "apply_rotary_pos_emb", None)
+    if rotary is None or apply is None:
+        return None
+
+    def turn(q: Tensor, k: Tensor, shifts: Tensor) -> tuple[Tensor, Tensor]:
+        q, k = q.float(), k.float()
+        cos, sin = (
+            x / getattr(rotary, "attention_scaling", 1.0) for x in rotary(q, position_ids=shifts[None].to(q.device))
+        )
+        width = cos.shape[-1]  # the leading features alone are turned where rotary embeddings are partial
+        turned = apply(q[..., :width], k[..., :width], cos, sin)
+        return tuple(torch.cat((x, y[..., width:]), dim=-1) for x, y in zip(turned, (q, k), strict=True))  # type: ignore[return-value]
+
+    keys: list[dict[int, tuple[Tensor, Tensor]]] = [{}, {}]
+    positions = torch.arange(ids.shape[1])
+    shift = furthest - ids.shape[1]
+    for held, start in zip(keys, (0, shift), strict=True):
+
+        def record(module: Any, query: Tensor, key: Tensor, *args: Any, held: dict = held, **kwargs: Any) -> Any:
+            held[module.layer_idx] = (query, key)
+            return dense_forward(module, query, key, *args, **kwargs)
+
+        with _attention(model, record):
+            _run(model, ids, positions + start)
+    try:
+        for layer, near in keys[0].items():
+            for turned, far in zip(turn(*near, torch.full_like(positions, shift)), keys[1][layer], strict=True):
+                if not (turned - far.float()).norm() <= _SAME * far.float().norm():
+                    return None
+    except (TypeError, ValueError, RuntimeError, KeyError):  # rotations of other signatures
+        return None
+    return turn
+
+
+_SAME = 0.05  # of a key: 16-bit models round their rotation, and another rotation is as far off as another key
