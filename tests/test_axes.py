@@ -208,6 +208,18 @@ def test_nan_and_infinity_are_refused(bad):
             AxisCodes.encode(keys, axes)
 
 
+def test_what_a_key_holds_stays_in_its_own_bits(monkeypatch):
+    """Where values are not looked at, NaN and infinity too; then that axis alone reads otherwise."""
+    monkeypatch.setattr("flashsfa.axes.may_look", lambda keys: False)
+    axes, keys = fitted()
+    expected = AxisCodes.encode(keys, axes).to_dense(torch.float32)
+    for bad in (math.nan, math.inf, -math.inf, 3e38):
+        spoilt = keys.clone()
+        spoilt[..., 3] = bad
+        read = AxisCodes.encode(spoilt, axes).to_dense(torch.float32)
+        assert torch.equal(read[..., torch.arange(16) != 3], expected[..., torch.arange(16) != 3])
+
+
 def test_no_gradient_reaches_the_keys():
     axes, keys = fitted()
     codes = AxisCodes.encode(keys.requires_grad_(), axes)
@@ -315,13 +327,23 @@ def test_bits_go_where_they_help_most():
     assert error_of(keys, 3) <= 1.1 * torch.stack(losses).min()
 
 
-@pytest.mark.parametrize("keys", ["zeros", "one", "constant axes", "spikes"])
+def test_a_sample_in_16_bits_is_fitted_in_32():
+    keys = decaying(2, 300, 16).bfloat16()
+    found, expected = AxisBits.fit(keys, 6), AxisBits.fit(keys.float(), 6)
+    assert torch.equal(found[0], expected[0])
+    for x, y in zip(found[1].tensors(), expected[1].tensors(), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("keys", ["zeros", "one", "constant axes", "spikes", "tiny"])
 def test_samples_with_little_in_them(keys):
     rows = torch.zeros(2, 50, 8)
     if keys == "one":
         rows = torch.randn(2, 1, 8)
     if keys == "constant axes":
         rows[..., 0], rows[..., 3] = torch.randn(2, 50), 5.0
+    if keys == "tiny":
+        rows = torch.randn(2, 50, 8) * 1e-42
     if keys == "spikes":
         rows[:, 7] = 1e4 * torch.randn(2, 8)
     order, axes = AxisBits.fit(rows, 3)
@@ -329,7 +351,7 @@ def test_samples_with_little_in_them(keys):
     ordered = rows.gather(-1, order[:, None].expand_as(rows))[None]
     read = AxisCodes.encode(ordered, axes).to_dense(torch.float32)
     assert (read - ordered).square().sum() <= (ordered - ordered.mean(2, keepdim=True)).square().sum() + 1e-6
-    if keys in ("zeros", "one"):
+    if keys in ("zeros", "one", "tiny"):
         torch.testing.assert_close(read, ordered)
 
 
@@ -385,6 +407,7 @@ def test_samples_that_do_not_fit(keys, key_bytes, error, words):
 def test_bits_that_do_not_fit(change, error, words):
     bits = torch.tensor(change.get("bits", [[8, 4, 2, 2]]), dtype=torch.uint8)
     parts = {"bits": bits, "step": torch.ones(bits.shape), "centre": torch.zeros(bits.shape)}
+    change = {name: x if x.is_meta else x.to(bits.device) for name, x in change.items() if name != "bits"}
     with pytest.raises(error, match=words) as raised:
-        AxisBits(**(parts | change | {"bits": bits}))
+        AxisBits(**(parts | change))
     assert "\n" not in str(raised.value)

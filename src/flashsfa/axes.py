@@ -130,6 +130,7 @@ class AxisBits:
         )
         require_int("key_bytes", key_bytes, 1, keys.shape[-1])
         require(bool(keys.isfinite().all()), "the sample of keys holds NaN or infinity: calibrate again")
+        keys = keys.to(torch.promote_types(torch.float32, keys.dtype))
         centre = keys.mean(1)
         steps, errors = _quantisers(keys - centre[:, None])
         choice = _allocate(errors, 8 * key_bytes)
@@ -149,7 +150,7 @@ class AxisLayout(NamedTuple):
         axis, is_start: int64 and uint8, the axis whose level starts in a slot, and 1 where there is one.
         origin: float32, what level 0 is read as.
         low: float32, where level 0 begins.
-        per_step: float32, 1 / step; 0 for a step of 0.
+        per_step: float32, 1 / step; 0 for a step of 0 or next to it.
     """
 
     byte: Tensor
@@ -220,6 +221,7 @@ class AxisCodes(Rows):
         layout = axes.layout
         wide = torch.promote_types(torch.float32, keys.dtype)
         places = (keys.detach().to(wide) - _per_token(layout.low)) * _per_token(layout.per_step)
+        places = places.nan_to_num(0.0)  # whatever a key holds, its levels stay in their own bits
         levels = places.floor().clamp(min=0).minimum(_per_token(layout.top).to(wide)).to(torch.uint8)
         fields = _gather(levels << _per_token(layout.shift), layout.axis) * _per_token(layout.is_start)
         packed = fields.unflatten(-1, (axes.key_bytes, 8 // _SLOT)).sum(-1, dtype=torch.uint8)  # they share no bit
@@ -282,7 +284,9 @@ def _gather(x: Tensor, index: Tensor) -> Tensor:
 
 
 def _inverse(step: Tensor) -> Tensor:
-    return (1 / step).where(step > 0, 0)
+    """1 / step; 0 where the step is 0, or too small for that."""
+    inverse = 1 / step
+    return inverse.where(inverse.isfinite(), 0)
 
 
 def _quantisers(rows: Tensor) -> tuple[Tensor, Tensor]:

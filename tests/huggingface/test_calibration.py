@@ -31,7 +31,7 @@ def test_bits_per_axis(model, windows, options, tmp_path):
     assert basis.axes.key_bytes == 3
     basis.save(tmp_path / "basis.safetensors")
     layer = flashsfa.FeatureBasis.load(tmp_path / "basis.safetensors")[1]
-    codes = AxisCodes.encode(layer.transform_key(torch.randn(1, 2, 5, 8)), layer.axes)
+    codes = AxisCodes.encode(layer.transform_key(torch.randn(1, 2, 5, 8, device="cpu")), layer.axes)
     assert codes.packed.shape == (1, 2, 5, 3)
 
 
