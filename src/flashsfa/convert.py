@@ -35,7 +35,7 @@ from .huggingface.cache import cache_nbytes
 from .huggingface.calibration import gather_moments
 from .huggingface.switch import attention_shape
 from .models import BUNDLED_NAME, is_converted, load_model
-from .presets import default_budget, default_key_bytes, largest_budget
+from .presets import default_budget, default_key_bytes, largest_budget, require_one_way
 from .stored import KVView
 
 _PROMPT = "The history of science is"
@@ -52,7 +52,7 @@ class ConvertSettings:
     topk_query: int | str | None = None  # None for "dense"
     dense_dims: int | None = None  # None for that of `default_budget`
     basis: str | None = None  # None for `default_kind`
-    max_position: int | None = None
+    max_position: int | None = None  # as `gather_moments`'
     calibrate: str | None = None
     eval: str | None = None
     dtype: str = "bfloat16"
@@ -66,14 +66,7 @@ class ConvertSettings:
     tokenizer: str | None = None  # as `load_model`'s
 
     def __post_init__(self) -> None:
-        if self.topk is None:
-            others = {"topk_query": self.topk_query, "dense_dims": self.dense_dims, "basis": self.basis}
-            given = [f"--{name.replace('_', '-')}" for name, value in others.items() if value is not None]
-            require(not given, f"{', '.join(given)} goes with --topk: without it keys are kept in bits per axis")
-        require(
-            self.topk is None or self.key_bytes is None,
-            "--topk and --key-bytes are two ways to say what a key keeps: give one of them",
-        )
+        require_one_way(self.key_bytes, self.topk, self.topk_query, self.dense_dims, self.basis)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .checks import require
 from .formats import CodeFormat
 
 MEASURED_HEAD_DIM = 64
@@ -38,7 +39,6 @@ class Preset:
         return Preset(max(0, dense_dims), min(topk, head_dim), self.loss)
 
 
-_KEY_BYTES = 30
 _DEFAULT = Preset(22, 12, 0.043)
 _PRESETS = (Preset(16, 8, 0.218), Preset(24, 8, 0.082), _DEFAULT, Preset(32, 8, 0.026), Preset(28, 12, 0.019))
 
@@ -48,9 +48,25 @@ def default_budget(head_dim: int) -> Preset:
     return _DEFAULT.scaled(head_dim)
 
 
+def require_one_way(
+    key_bytes: int | None, topk: int | None, topk_query: int | str | None, dense_dims: int | None, basis: str | None
+) -> None:
+    """Raise `ValueError` unless options of a command say in one way what a key keeps: by its bytes, or by `topk` and what goes with
+    it."""
+    require(
+        topk is None or key_bytes is None,
+        "--topk and --key-bytes are two ways to say what a key keeps: give one of them",
+    )
+    others = {"topk_query": topk_query, "dense_dims": dense_dims, "basis": basis}
+    given = [f"--{name.replace('_', '-')}" for name, value in others.items() if value is not None]
+    require(
+        topk is not None or not given, f"{', '.join(given)} goes with --topk: without it keys are kept in bits per axis"
+    )
+
+
 def default_key_bytes(head_dim: int) -> int:
-    """Bytes of a key in bits per axis where nothing is asked for: 30 of 64 features, and so in proportion."""
-    return max(1, round(_KEY_BYTES * head_dim / MEASURED_HEAD_DIM))
+    """Bytes of a key in bits per axis where nothing is asked for: half a byte per feature."""
+    return max(1, head_dim // 2)
 
 
 def largest_budget(head_dim: int, key_bytes: int, form: CodeFormat) -> tuple[int, int] | None:

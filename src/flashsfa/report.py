@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-_DENSE, _SPARSE, _GREY = "#4c566a", "#2a9d8f", "#c9ced6"
+_DENSE, _SPARSE, _OTHER, _GREY = "#4c566a", "#2a9d8f", "#8fa3b0", "#c9ced6"
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
@@ -29,34 +29,40 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 
 def _draw_quality(axes: Any, report: dict[str, Any]) -> None:
-    names = ("dense", "sfa", "basis", "plain_topk")
-    values = [report[name]["perplexity"] for name in names]
-    bars = axes.barh([report[name]["label"] for name in names], values, color=(_DENSE, _SPARSE, _GREY, _GREY))
-    dense = values[0]
-    labels = [f"{dense:.2f}", *(f"{value:.2f}  ({100 * (value / dense - 1):+.1f} %)" for value in values[1:])]
-    axes.bar_label(bars, labels, padding=3)
+    """What each cache loses, in percent of the dense model's perplexity."""
+    rows = {name: row for name, row in report["variants"].items() if name != "dense"}
+    dense = report["variants"]["dense"]["perplexity"]
+    losses = [100 * (row["perplexity"] / dense - 1) for row in rows.values()]
+    bars = axes.barh([row["label"] for row in rows.values()], losses, color=_colors(report, rows))
+    axes.bar_label(bars, [f"{loss:+.2f} %" for loss in losses], padding=3)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.5 * max(values))
-    axes.set_xlabel("perplexity, lower is better")
-    axes.set_title("Quality, on the same windows of text")
+    axes.axvline(0, color=_DENSE, linewidth=1)
+    low, high = min(0.0, *losses), max(0.5, *losses)
+    axes.set_xlim(1.25 * low, 1.25 * high)
+    axes.set_xlabel(f"perplexity against dense ({dense:.2f}), lower is better")
+    axes.set_title("Loss, on the same windows of text, each token scored as decode sees it")
 
 
 def _draw_memory(axes: Any, report: dict[str, Any]) -> None:
-    parts = [report[name] for name in ("dense", "sfa")]
-    labels = ("dense", "Sparse Feature Attention")
-    keys = [part["key_bytes_per_token_and_head"] for part in parts]
-    values = [part["value_bytes_per_token_and_head"] for part in parts]
-    axes.bar(labels, values, color=_GREY, width=0.5)
-    axes.bar(labels, keys, bottom=values, color=(_DENSE, _SPARSE), width=0.5)
+    rows = report["variants"]
+    names = [row["label"] for row in rows.values()]
+    keys = [row["key_bytes_per_token_and_head"] for row in rows.values()]
+    values = [row["value_bytes_per_token_and_head"] for row in rows.values()]
+    axes.barh(names, keys, color=_colors(report, rows))
+    bars = axes.barh(names, values, left=keys, color=_GREY)
     whole = keys[0] + values[0]
-    for x, (key, value) in enumerate(zip(keys, values, strict=True)):
-        axes.text(x, value + key / 2, f"keys {key:.0f}", ha="center", va="center", color="white")
-        axes.text(x, value / 2, f"values {value:.0f}", ha="center", va="center")
-        saved = f"  ({100 * ((key + value) / whole - 1):+.0f} %)" if x else ""
-        axes.text(x, key + value + 0.02 * whole, f"{key + value:.0f}{saved}", ha="center", va="bottom")
-    axes.set_ylim(0, 1.12 * whole)
-    axes.set_ylabel("bytes per token and kv head")
-    axes.set_title("KV cache, measured on the live cache")
+    sums = [key + value for key, value in zip(keys, values, strict=True)]
+    axes.bar_label(bars, [f"{x:.0f}  ({100 * x / whole:.0f} %)" for x in sums], padding=3)
+    axes.invert_yaxis()
+    axes.set_yticks(range(len(names)), [""] * len(names))  # those of the panel beside, and dense on top
+    axes.text(0, 0, "  dense", va="center", color="white")
+    axes.set_xlim(0, 1.25 * whole)
+    axes.set_xlabel("bytes per token and kv head: keys (dark) and values (light)")
+    axes.set_title("KV cache, measured on the live cache, exact tokens included")
+
+
+def _colors(report: dict[str, Any], rows: dict[str, Any]) -> list[str]:
+    return [_SPARSE if name == report["chosen"] else _DENSE if name.startswith("dense") else _OTHER for name in rows]
 
 
 def _draw_times(axes: Any, phase: str, rows: list[dict[str, float]]) -> None:

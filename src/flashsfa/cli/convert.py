@@ -40,7 +40,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "-o", "--output", type=some_path, required=True, metavar="DIR", help="new directory for model and report"
     )
-    add_budget(parser, "the window", with_topk_default=True)
+    add_budget(parser, "the model's positions", cache_dtype="int4", recent=32, first=4, prefill="dense")
     parser.add_argument(
         "--calibrate", type=some_text, metavar="TEXT", help=f"file or folder to calibrate on (default: {HELP_TOPICS})"
     )
@@ -57,15 +57,18 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    require_counts(options, topk=1, topk_query=1, dense_dims=0, max_position=1, window=2, windows=1, recent=0, first=0)
+    require_counts(
+        options, key_bytes=1, topk=1, topk_query=1, dense_dims=0, max_position=1, window=2, windows=1, recent=0, first=0
+    )
     need("demo", "matplotlib", "rich", "transformers")
     from ..convert import ConvertSettings, convert
 
     settings = ConvertSettings(
-        model=options.model, topk=options.topk, topk_query=options.topk_query or DENSE,
+        model=options.model, key_bytes=options.key_bytes, topk=options.topk, topk_query=options.topk_query,
         dense_dims=options.dense_dims, basis=options.basis, calibrate=options.calibrate, eval=options.eval,
-        dtype=options.dtype, cache_dtype=options.cache_dtype, window=options.window, windows=options.windows,
-        max_position=options.max_position, tokenizer=options.tokenizer, recent=options.recent or 0, first=options.first or 0,
+        dtype=options.dtype, cache_dtype=options.cache_dtype, recent=options.recent, first=options.first,
+        prefill=options.prefill, window=options.window, windows=options.windows, max_position=options.max_position,
+        tokenizer=options.tokenizer,
     )  # fmt: skip
     with progress() as bars:
         report = convert(settings, options.output, bars)
@@ -77,34 +80,40 @@ def _print_report(report: dict[str, Any], output: Path) -> None:
     screen.print(_quality(report))
     screen.print(_times(report["attention_ms"]))
     for name, title in VARIANTS.items():
-        screen.print(f"{title} continues: {report[name]['text']}")
+        screen.print(f"{title} continues: {report['texts'][name]}")
     screen.print()
     screen.print(_pays_from(report["attention_ms"]))
+    rows = report["variants"]
+    chosen, dense = rows[report["chosen"]], rows["dense"]
+    saved = 1 - chosen["kv_bytes_per_token"] / dense["kv_bytes_per_token"]
+    screen.print(f"Written: {chosen['label']}, {100 * saved:.0f} % of the cache saved")
     screen.print(
-        f"Loss: perplexity {report['sfa']['perplexity']:.2f} against {report['dense']['perplexity']:.2f} dense, "
-        f"{100 * report['perplexity_increase']:+.1f} %"
+        f"Loss: perplexity {chosen['perplexity']:.2f} against {dense['perplexity']:.2f} dense, "
+        f"{100 * report['perplexity_increase']:+.2f} %"
     )
     if report["perplexity_increase"] > _LARGE_LOSS:
-        _print_advice(report["settings"])
+        _print_advice(report)
     print(f"model, report.json and report.png are in {output}")
 
 
 def _quality(report: dict[str, Any]) -> Table:
     from rich.table import Table
 
-    dense = report["dense"]
+    dense = report["variants"]["dense"]
     table = Table(
-        "attention", "perplexity", "against dense", "key bytes per token and head", "KV cache bytes per token",
-        title="Quality and memory",
-    )  # fmt: skip
-    for name in ("dense", "plain_topk", "basis", "sfa"):
-        row = report[name]
-        measured = "key_bytes_per_token_and_head" in row
+        "cache",
+        "perplexity",
+        "against dense",
+        "key + value bytes",
+        "of dense",
+        title="Quality and bytes per token and kv head",
+    )
+    for name, row in report["variants"].items():
+        keys, values = row["key_bytes_per_token_and_head"], row["value_bytes_per_token_and_head"]
         table.add_row(
-            row["label"], f"{row['perplexity']:.2f}", f"{100 * (row['perplexity'] / dense['perplexity'] - 1):+.1f} %",
-            f"{row['key_bytes_per_token_and_head']:.0f}" if measured else "",
-            f"{row['kv_bytes_per_token']:.0f} ({100 * (row['kv_bytes_per_token'] / dense['kv_bytes_per_token'] - 1):+.0f} %)"
-            if measured else "",
+            row["label"], f"{row['perplexity']:.2f}", f"{100 * (row['perplexity'] / dense['perplexity'] - 1):+.2f} %",
+            f"{keys:.1f} + {values:.1f}", f"{100 * row['kv_bytes_per_token'] / dense['kv_bytes_per_token']:.0f} %",
+            style="bold" if name == report["chosen"] else None,
         )  # fmt: skip
     return table
 
@@ -131,14 +140,18 @@ def _pays_from(rows: list[dict[str, float]]) -> str:
     return f"Decode here: faster than dense from {min(won)} tokens on"
 
 
-def _print_advice(settings: dict[str, Any]) -> None:
+def _print_advice(report: dict[str, Any]) -> None:
     from rich.table import Table
 
-    screen = console()
+    screen, settings, head_dim = console(), report["switched"], report["settings"]["head_dim"]
     screen.print(f"That is much (over {100 * _LARGE_LOSS:.0f} %).", end=" ")
-    if settings["topk_query"] != settings["head_dim"]:
+    if settings["topk"] is None:
+        screen.print("Give a key more bytes (--key-bytes).")
+    elif settings["topk_query"] not in (DENSE, head_dim):
         screen.print("Queries are not cached: keep them dense first, with --topk-query dense.")
-    larger = larger_budgets(settings["dense_dims"], settings["topk"], settings["head_dim"])
+    if not (settings["recent"] and settings["first"]):
+        screen.print("Keep the newest and the first tokens as they come: --recent 32 --first 4.")
+    larger = [] if settings["topk"] is None else larger_budgets(settings["dense_dims"], settings["topk"], head_dim)
     if larger:
         table = Table("options", "key bytes in 16 bits, per token and head", "loss of SmolLM2-135M")
         for preset in larger:
@@ -149,9 +162,8 @@ def _print_advice(settings: dict[str, Any]) -> None:
             )
         screen.print("Keep more features:")
         screen.print(table)
-        if settings["head_dim"] != MEASURED_HEAD_DIM:
+        if head_dim != MEASURED_HEAD_DIM:
             screen.print(f"These losses are those of the same shares of heads of {MEASURED_HEAD_DIM}.")
     screen.print(
-        "Calibrate on text of the kind that the model will read (--calibrate), at the contexts to come (--max-position), "
-        "or train the model on (flashsfa train distill)."
+        "Calibrate on text of the kind that the model will read (--calibrate), or train the model on (flashsfa train distill)."
     )

@@ -93,9 +93,9 @@ def _add_subject(parser: argparse.ArgumentParser, context: str) -> None:
     add_dtype(parser, "of the weights")
     add_device(parser)
     switch = parser.add_argument_group(
-        "switching a dense model", "as flashsfa convert does; --topk switches it, the others say how"
+        "switching a dense model", "--key-bytes or --topk switches it, the others say how"
     )
-    add_budget(switch, context, with_topk_default=False)
+    add_budget(switch, context)
     switch.add_argument(
         "--calibrate", type=some_text, metavar="TEXT",
         help=f"file or folder to calibrate on (default: {HELP_TOPICS}); a TEXT that is measured on too is split in two",
@@ -106,7 +106,7 @@ def _eval(options: argparse.Namespace) -> None:
     need("eval", "matplotlib", "rich", "transformers")
     from ..evaluation.subject import SubjectSettings
 
-    require_counts(options, topk=1, topk_query=1, dense_dims=0, max_position=2, recent=0, first=0)
+    require_counts(options, key_bytes=1, topk=1, topk_query=1, dense_dims=0, max_position=2, recent=0, first=0)
     settings = SubjectSettings(**{field.name: getattr(options, field.name) for field in fields(SubjectSettings)})
     with progress() as bars:
         document, paths = options.measure(options, settings, bars)

@@ -128,7 +128,7 @@ def _print_model(source: str) -> None:
     for name, value in vars(settings).items():
         if name not in ("has_basis", "positions"):
             print(f"  {name}: {value}")
-    kind = report.get("settings", {}).get("basis", "of a kind that no report.json names")
+    kind = report.get("basis", "of a kind that no report.json names")
     print(f"  basis: {kind if settings.has_basis else 'none'}")
     print(f"  positions: {'on the dense features alone (channel)' if settings.positions else 'as in the dense model'}")
     print(f"  KV cache: {sparse} bytes per token, dense {dense} ({100 * (sparse / dense - 1):+.0f} %)")
@@ -143,8 +143,11 @@ def _cache_bytes(source: str, settings: SFASettings) -> tuple[int, int]:
     import torch
     from transformers import AutoConfig
 
-    from .. import SparseKVCache
+    from .. import FeatureBasis, SparseKVCache
+    from ..checks import require
     from ..formats import cache_bits
+    from ..huggingface.loading import find_file
+    from ..huggingface.settings import BASIS_FILE
     from ..huggingface.structure import DENSE_LAYERS, attention_shape, dense_cache_layers
 
     model = SimpleNamespace(config=AutoConfig.from_pretrained(source, trust_remote_code=False))
@@ -152,7 +155,16 @@ def _cache_bytes(source: str, settings: SFASettings) -> tuple[int, int]:
     layers = sum(isinstance(layer, DENSE_LAYERS) for layer in dense_cache_layers(model))
     switched = layers if settings.layers is None else len(settings.layers)
     token = torch.zeros(1, kv_heads, 1, head_dim, dtype=getattr(model.config, "dtype", None) or torch.float32)
-    cache = SparseKVCache(settings.topk, dense_dims=settings.dense_dims, dtype=cache_bits(settings.cache_dtype))
+    axes = None
+    if settings.topk is None:
+        basis = FeatureBasis.load(find_file(source, BASIS_FILE))
+        require(
+            basis.axes is not None, f"{source} names no topk, and {BASIS_FILE} has no bits per axis: it was changed"
+        )
+        axes = basis.axes[0]
+    cache = SparseKVCache(
+        settings.topk, dense_dims=settings.dense_dims, axes=axes, dtype=cache_bits(settings.cache_dtype)
+    )
     cache.append(token, token)
     dense = 2 * token.nbytes
     return switched * cache.nbytes + (layers - switched) * dense, layers * dense
@@ -167,6 +179,6 @@ def _report(source: str) -> dict[str, Any]:
         return {}
     try:
         report = json.loads(file.read_bytes())
-        return {"settings": dict(report["settings"]), "perplexity_increase": float(report["perplexity_increase"])}
+        return {"basis": str(report["switched"]["basis"]), "perplexity_increase": float(report["perplexity_increase"])}
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{file} is no report of flashsfa convert: move it away") from error

@@ -9,8 +9,9 @@ from ..basis import KINDS
 from ..budget import DENSE
 from ..checks import MOST_TOKENS, require_int
 from ..formats import NAMES, cache_bits
-from ..presets import default_budget
+from ..presets import default_budget, default_key_bytes
 
+PREFILLS = ("coded", "dense")
 DTYPES = ("bfloat16", "float16", "float32")
 HELP_TOPICS = "topics of Python's help"  # the text that is read where none is named
 
@@ -23,7 +24,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action) if is_value else action.help
 
 
-def _cache_dtype(name: str) -> str:
+def _cache_dtype(name: str) -> str | None:
+    if name == "auto":
+        return None
     try:
         cache_bits(name)
     except ValueError as error:
@@ -89,14 +92,26 @@ def add_dtype(parser: argparse.ArgumentParser, help: str) -> None:
     )
 
 
-def add_budget(parser: argparse._ActionsContainer, context: str, *, with_topk_default: bool) -> None:
-    """The options that say how a dense model is switched; it is calibrated for `context` where nothing else is said."""
+def add_budget(
+    parser: argparse._ActionsContainer,
+    context: str,
+    *,
+    cache_dtype: str | None = None,
+    recent: int = 0,
+    first: int = 0,
+    prefill: str | None = None,
+) -> None:
+    """The options that say how a dense model is switched, with the defaults that a command has; it is calibrated for `context` where
+    nothing else is said."""
     small, large = default_budget(64), default_budget(128)
-    by_head_size = "(default: by head size, {} of 64, {} of 128)"
+    parser.add_argument(
+        "--key-bytes", type=int, metavar="N",
+        help="bytes of a key, shared out once over the axes of a calibrated basis"
+        + ("" if cache_dtype is None else f" (default: half a byte per feature, {default_key_bytes(64)} of 64)"),
+    )  # fmt: skip
     parser.add_argument(
         "--topk", type=int, metavar="K",
-        help="kept features of a key beside the dense ones"
-        + (" " + by_head_size.format(small.topk, large.topk) if with_topk_default else ""),
+        help="in place of --key-bytes, kept features of a key beside the dense ones",
     )  # fmt: skip
     parser.add_argument(
         "--topk-query", type=_query_features, metavar="K",
@@ -104,28 +119,33 @@ def add_budget(parser: argparse._ActionsContainer, context: str, *, with_topk_de
     )  # fmt: skip
     parser.add_argument(
         "--dense-dims", type=int, metavar="M",
-        help=f"leading features that are always kept {by_head_size.format(small.dense_dims, large.dense_dims)}",
+        help="leading features that are always kept, with --topk (default: by head size, "
+        f"{small.dense_dims} of 64, {large.dense_dims} of 128)",
     )  # fmt: skip
     parser.add_argument(
         "--basis", choices=KINDS, metavar="KIND",
-        help=f"calibrated coordinates: {_listed(KINDS)} (default: dictionary for dense queries, balanced for sparse ones)",
+        help=f"calibrated coordinates, with --topk: {_listed(KINDS)} (default: dictionary for dense queries, balanced for sparse ones)",
     )  # fmt: skip
     parser.add_argument(
         "--max-position", type=int, metavar="N", help=f"longest context in tokens to calibrate for (default: {context})"
     )
     parser.add_argument(
-        "--cache-dtype", metavar="DTYPE", type=_cache_dtype,
-        help=f"of the cache of codes: {NAMES} (default: as --dtype)",
+        "--cache-dtype", metavar="DTYPE", type=_cache_dtype, default=cache_dtype,
+        help=f"of the cache: {NAMES}; auto for that of --dtype" + ("" if cache_dtype else " (default: auto)"),
     )  # fmt: skip
     parser.add_argument(
-        "--recent",
-        type=int,
-        metavar="N",
-        help="newest tokens whose keys and values the cache keeps as they come (default: 0)",
-    )
+        "--recent", type=int, metavar="N", default=recent or None,
+        help="newest tokens whose keys and values the cache keeps as they come" + ("" if recent else " (default: 0)"),
+    )  # fmt: skip
     parser.add_argument(
-        "--first", type=int, metavar="N", help="first tokens of a text that it keeps as they come (default: 0)"
-    )
+        "--first", type=int, metavar="N", default=first or None,
+        help="first tokens of a text that it keeps as they come" + ("" if first else " (default: 0)"),
+    )  # fmt: skip
+    parser.add_argument(
+        "--prefill", choices=PREFILLS, metavar="HOW", default=prefill,
+        help="what a prompt attends to: coded, the keys as they are cached, or dense, its own keys as they come"
+        + ("" if prefill else " (default: coded)"),
+    )  # fmt: skip
 
 
 def _query_features(text: str) -> int | str:

@@ -132,4 +132,7 @@ def _label(switched: dict[str, Any]) -> str:
     kept = "" if switched["cache_dtype"] is None else f", {switched['cache_dtype']}"
     if switched["recent"] or switched["first"]:
         kept += f", {switched['recent']} newest and {switched['first']} first tokens exact"
-    return f"{switched['dense_dims']} dense features + top-{switched['topk']}{kept}"
+    keys = "bits per axis"
+    if switched["topk"] is not None:
+        keys = f"{switched['dense_dims']} dense features + top-{switched['topk']}"
+    return f"{keys}{kept}"

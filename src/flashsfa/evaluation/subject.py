@@ -15,12 +15,13 @@ from ..checks import require
 from ..huggingface import calibrate, disable, enable
 from ..huggingface.switch import attention_shape
 from ..models import BUNDLED_NAME, is_converted, load_model
-from ..presets import default_budget
+from ..presets import default_budget, require_one_way
 from .text import token_windows
 
 Progress = Callable[[str, int], Callable[[], None]]  # (description, steps) -> call once a step
 
 SWITCH_OPTIONS = (
+    "key_bytes",
     "topk",
     "topk_query",
     "dense_dims",
@@ -30,6 +31,7 @@ SWITCH_OPTIONS = (
     "cache_dtype",
     "recent",
     "first",
+    "prefill",
 )
 
 _USUAL_TOKENS = 2048
@@ -40,22 +42,23 @@ _CALIBRATION_TOKENS, _CALIBRATION_WINDOWS = 768, 10
 class SubjectSettings:
     """Which model, and how it is measured. Fields as the options of `flashsfa eval`; see its help.
 
-    Those in `SWITCH_OPTIONS` say how a dense model is switched: without `topk`, all of them must be None.
+    Those in `SWITCH_OPTIONS` say how a dense model is switched: without `key_bytes` or `topk`, all of them must be None.
 
     Attributes:
-        topk: None to leave a dense model as it is.
+        key_bytes, topk: one of them, as in `flashsfa convert`; None for both leaves a dense model as it is.
         topk_query: a number, or "dense", which is also what None stands for.
         dense_dims: None for that of `default_budget`.
         basis: None for "dictionary" with dense queries and "balanced" with sparse ones.
         max_position: None for the longest context that is measured.
         calibrate: the text to calibrate on, for the record; None for `read_text`'s own.
         cache_dtype: as `enable`'s.
-        recent, first: as `enable`'s; None for 0.
+        recent, first, prefill: as `enable`'s; None for 0, 0 and "coded".
         tokenizer: directory or hub name; None for the model's own.
     """
 
     model: str | None = None
     dense: bool = False
+    key_bytes: int | None = None
     topk: int | None = None
     topk_query: int | str | None = None
     dense_dims: int | None = None
@@ -65,6 +68,7 @@ class SubjectSettings:
     cache_dtype: str | None = None
     recent: int | None = None
     first: int | None = None
+    prefill: str | None = None
     dtype: str = "bfloat16"
     device: str = "auto"
     tokenizer: str | None = None
@@ -92,21 +96,24 @@ class Subject:
             not (converted and given),
             f"{self.name} is converted already and brings its settings along; leave out {', '.join(given)}",
         )
+        self._switches = settings.topk is not None or settings.key_bytes is not None
         require(
-            not given or settings.topk is not None,
-            f"without --topk {self.name} stays dense; leave out {', '.join(given)}, or give --topk to switch it",
+            not given or self._switches,
+            f"without --key-bytes or --topk {self.name} stays dense; leave out {', '.join(given)}, or give one of them to switch it",
         )
         require(
-            converted or settings.topk is not None or settings.dense,
-            f"{self.name} is no converted model's directory: give --topk to switch a dense model, --dense to measure it as it is, or both",
+            converted or self._switches or settings.dense,
+            f"{self.name} is no converted model's directory: give --key-bytes or --topk to switch a dense model, --dense to measure it "
+            "as it is, or both",
         )
+        require_one_way(settings.key_bytes, settings.topk, settings.topk_query, settings.dense_dims, settings.basis)
         dtype = getattr(torch, settings.dtype)
         self.model, self.tokenizer = load_model(settings.model, dtype, settings.tokenizer)
         self.model.to(self._device)
         if converted:
             self.switched = self.model.config.sfa
         elif settings.topk is not None:
-            enable(self.model, **self._budgets())  # refuses a model or a budget before any long work
+            enable(self.model, **self._options())  # refuses a model or a budget before any long work
             disable(self.model)
 
     @property
@@ -130,7 +137,7 @@ class Subject:
 
     def calibration_windows(self, text: str, longest: int) -> Tensor | None:
         """[S, W] token ids to calibrate on; None for a model that is not calibrated here."""
-        if self.settings.topk is None:
+        if not self._switches:
             return None
         return token_windows(
             self.tokenizer, text, length=min(_CALIBRATION_TOKENS, longest), count=_CALIBRATION_WINDOWS,
@@ -145,14 +152,14 @@ class Subject:
             longest: tokens of the longest context that will be measured.
         """
         if calibration is not None:
-            budgets = self._budgets()
-            kind = self.settings.basis or default_kind(budgets["topk_query"], attention_shape(self.model)[2])
-            furthest = self.settings.max_position or longest
-            basis = calibrate(
-                self.model, calibration, budgets["topk"], dense_dims=budgets["dense_dims"], kind=kind,
-                max_position=furthest, progress=progress("calibrating", len(calibration)),
-            )  # fmt: skip
-            enable(self.model, basis=basis, **budgets)
+            options, kind, furthest = self._options(), "whitened", self.settings.max_position or longest
+            fit: dict[str, Any] = {"key_bytes": self.settings.key_bytes}
+            if self.settings.topk is not None:
+                kind = self.settings.basis or default_kind(options["topk_query"], attention_shape(self.model)[2])
+                fit = {"topk": options["topk"], "dense_dims": options["dense_dims"]}
+            bar = progress("calibrating", len(calibration))
+            basis = calibrate(self.model, calibration, kind=kind, max_position=furthest, progress=bar, **fit)
+            enable(self.model, basis=basis, **options)
             calibrated = {"basis": kind, "max_position": furthest, "calibrate": self.settings.calibrate}
             self.switched = self.model.config.sfa | calibrated
         if self.switched is not None:
@@ -165,18 +172,19 @@ class Subject:
     def _limit(self) -> int | None:
         return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
-    def _budgets(self) -> dict[str, Any]:
+    def _options(self) -> dict[str, Any]:
+        """`enable`'s, the basis apart."""
         settings = self.settings
         *_, head_dim = attention_shape(self.model)
+        options: dict[str, Any] = {
+            "cache_dtype": settings.cache_dtype, "recent": settings.recent or 0, "first": settings.first or 0,
+            "prefill": settings.prefill or "coded",
+        }  # fmt: skip
+        if settings.topk is None:
+            return options
         dense_dims = default_budget(head_dim).dense_dims if settings.dense_dims is None else settings.dense_dims
-        return {
-            "topk": settings.topk,
-            "topk_query": query_features(settings.topk_query or DENSE, head_dim),
-            "dense_dims": dense_dims,
-            "cache_dtype": settings.cache_dtype,
-            "recent": settings.recent or 0,
-            "first": settings.first or 0,
-        }
+        queries = query_features(settings.topk_query or DENSE, head_dim)
+        return {"topk": settings.topk, "topk_query": queries, "dense_dims": dense_dims, **options}
 
 
 def _device(name: str) -> torch.device:

@@ -105,7 +105,7 @@ def gather_moments(
         max_position: longest context the model will be used with. Rotated keys look different at positions that calibration has
             not seen, so queries and keys of all tokens but the first (the one that attention sinks into) are turned on, each token
             by positions drawn evenly up to there. In a model whose rotation is not found so, the windows are moved there, at
-            offsets spread evenly, a single one at the end. None: the positions of the windows.
+            offsets spread evenly, a single one at the end. None: as far as the model has positions.
         progress: called after each window. None for a bar of its own on a terminal.
     """
     require_tensor("windows", windows)
@@ -121,7 +121,7 @@ def gather_moments(
         f"{windows.min()} to {windows.max()}",
     )
     limit = getattr(text_config(model), "max_position_embeddings", None)
-    furthest = length if max_position is None else max_position
+    furthest = max_position if max_position is not None else max(length, limit or length)
     require(
         length <= furthest and (limit is None or furthest <= limit),
         f"max_position must hold the windows' {length} tokens and be at most the model's {limit}, got {furthest}",
