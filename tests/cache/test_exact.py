@@ -242,7 +242,7 @@ def test_fused_kernels(backend, m, window, tolerance, monkeypatch):
     q = torch.randn(B, HKV * GROUP, m, D)
     out = sparse_feature_decode(q, view, window=window, value_tolerance=tolerance)
     expected = model.attend(q, window=window)[0]
-    largest = v.norm(dim=-1).max() if not tolerance else view.rows().v.norm(dim=-1).max()
+    largest = v.norm(dim=-1).max() if not tolerance else view.rows(torch.float32).v.norm(dim=-1).max()
     assert (out - expected).norm(dim=-1).max() <= 2 * tolerance * largest + 1e-5 * largest
     if backend == "numba":
         assert "plain PyTorch beside" in explain()
@@ -297,8 +297,6 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(TypeError, match="recent must be an int"):
         SparseKVCache(TOPK, recent=2.0)
     k, v = draw(3)
-    with pytest.raises(ValueError, match="codes every token"):
-        SparseKVCache(TOPK, recent=2).allocate(k, v)
     view = SparseKVCache(TOPK, recent=2).append(k, v)
     q = torch.randn(B, HKV * GROUP, 1, D, dtype=torch.float64)
     with pytest.raises(ValueError, match="key_padding_mask"):

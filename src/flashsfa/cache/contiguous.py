@@ -26,6 +26,7 @@ from ..codes import FeatureCodes, quantize_rows, topk_codes
 from ..contexts import lasting_tensors
 from ..ops.select.operators import append, append_op, has_fused
 from ..stored import ExactKV, KVView
+from .exact import ExactSlots
 
 _GROWTH_TOKENS = 256
 
@@ -151,29 +152,51 @@ class SparseKVCache:
 
     def allocate(self, k: Tensor, v: Tensor) -> None:
         """Allocate `capacity` zeroed tokens for the codes of keys such as k [B, Hkv, any, D] and values such as v, and
-        hold them all: a cache of fixed size and address, filled by `append_at` and `write_at`."""
+        hold them all: a cache of fixed size and address, filled by `append_at` and `write_at`. It codes every token, and holds the
+        `first` ones and the `recent` newest as they came beside."""
         require(self.dtype is None, "a cache of fixed size keeps codes and values as they come: leave dtype None")
-        require(
-            not self.recent and not self.first,
-            f"a cache of fixed size codes every token: leave recent and first 0, got {self.recent} and {self.first}",
-        )
         require_alike(k=k, v=v)
         require_budget(self.topk, k.shape[-1], self.dense_dims)
         held = self._allocate(self.capacity, k, v)
         for buffer in held.kv.tensors():
             buffer.zero_()
+        with lasting_tensors():
+            exact = ExactSlots(self.first, self.recent).empty(k, v)
+        held = replace(held, kv=replace(held.kv, first=None, recent=exact))
         self._held, self._tokens = held, _Tokens(coded=held.kv.v.shape[2])
 
-    def append_at(self, k: Tensor, v: Tensor, start: Tensor) -> KVView:
+    def append_at(self, k: Tensor, v: Tensor, start: Tensor, slot: Tensor | None = None) -> KVView:
         """Code the keys k [B, Hkv, N, D] and store them with v [B, Hkv, N, Dv] from token `start` ([] int64, on the
         device) of an allocated cache on, in place, in one launch on a GPU and without a host sync; return all that is held.
-        Whether they fit is the caller's to know."""
+        Exact tokens take a few launches more, and have their positions in the sequence. `slot` is where in the buffers the codes go, if
+        not to `start`. Whether they fit is the caller's to know."""
         kv = self._buffers().kv
         self._check_width(k.shape[-1], v)
         require_no_gradient(k, v)
         require_alike(cache=kv.v, k=k, v=v)
-        append_op(k.detach(), v.detach(), kv.codes.dense, kv.codes.values, kv.codes.indices, kv.v, start)
+        append_op(
+            k.detach(),
+            v.detach(),
+            kv.codes.dense,
+            kv.codes.values,
+            kv.codes.indices,
+            kv.v,
+            start if slot is None else slot,
+        )
+        self.keep_exact(k, v, start)
         return self.kv
+
+    def keep_exact(self, k: Tensor, v: Tensor, start: Tensor) -> None:
+        """Of the keys k and values v at token `start` and the next ones, keep as they come what is among the first tokens or the
+        newest, as `append_at` does; their codes are written by `write_at`."""
+        held = self._buffers().kv.recent
+        if held is None:
+            return
+        new = ExactSlots(self.first, self.recent).written(held, ExactKV(k.detach(), v.detach()), start.reshape(1))
+        for buffer, x in ((held.k, new.k), (held.v, new.v), (held.positions, new.positions)):
+            assert buffer is not None
+            assert x is not None
+            buffer.copy_(x)
 
     def write_at(self, codes: FeatureCodes, v: Tensor, slots: Tensor) -> KVView:
         """Overwrite the tokens `slots` [N] (int64, on the device) of an allocated cache with codes and v
@@ -359,7 +382,7 @@ class _Held:
     def view(self, tokens: _Tokens) -> KVView:
         """The tokens held."""
         kv = self.kv.map(lambda x: x[:, :, : tokens.coded])
-        if not self.kv.exact:
+        if not self.kv.exact or self.kv.is_placed:
             return kv
         first = None if kv.first is None else kv.first.tokens(0, tokens.first)
         recent = None if kv.recent is None else kv.recent.tokens(tokens.slot, tokens.slot + tokens.recent)
