@@ -72,8 +72,7 @@ def enable(
             None keeps them in the dtype that they come in.
         query_pattern: as in `sparse_feature_attention`, for prompts on Hopper's sparse tensor cores; for models that are trained
             with it, in others it costs quality (docs/explanation/prefill.md).
-        recent: newest tokens that dynamic and offloaded caches keep as they come; a token is coded when it is no longer among
-            them. Tokens of one call see the cache as it stands after the last of them; without such a cache each token sees what it
+        recent: newest tokens that caches keep as they come, static ones beside their codes; others are coded. Tokens of one call see the cache as it stands after the last of them; without such a cache each token sees what it
             would if they came one by one, in plain PyTorch.
         first: first tokens of each sequence that these caches keep as they come. In layers with a sliding window they are forgotten
             with the window, as other tokens are. Batches are then padded on the right, or not at all.
