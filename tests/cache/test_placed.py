@@ -211,5 +211,9 @@ def test_what_does_not_fit_is_refused():
         decode(recent=ExactKV(exact.k, exact.v, exact.positions[:, 1:]))
     with pytest.raises(ValueError, match="leave first None"):
         decode(recent=exact, first=exact)
+    cache = SparseKVCache(TOPK, recent=2)
+    cache.allocate(*draw(0))
+    with pytest.raises(ValueError, match="append_at"):
+        cache.append(*draw(1))
     with pytest.raises(ValueError, match="must be 0 to"):
         PagedSparseKVCache(TOPK, pages=2, recent=-1)

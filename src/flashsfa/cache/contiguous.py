@@ -127,6 +127,10 @@ class SparseKVCache:
 
         Raises `TypeError` or `ValueError` if k and v do not fit each other or the cache, or ask for a gradient.
         """
+        require(
+            self._held is None or not self._held.kv.is_placed,
+            "a cache of fixed size is filled by append_at, not append",
+        )
         require_keys_and_values(k, v)
         require_no_gradient(k, v)
         require_budget(self.topk, k.shape[-1], self.dense_dims)
@@ -235,7 +239,11 @@ class SparseKVCache:
     def to(self, device: torch.device | str) -> None:
         """Move the buffers to `device`; further tokens must come from there."""
         if self._held is not None:
-            self._held = self._held.map(lambda x: x.to(device))
+            held = self._held.map(lambda x: x.to(device))
+            recent = held.kv.recent
+            if recent is not None and recent.positions is not None:
+                recent = replace(recent, positions=recent.positions.to(device))
+            self._held = replace(held, kv=replace(held.kv, recent=recent))
 
     def select_batch(self, index: Tensor) -> None:
         """Keep the batch rows `index` [B'] (int64), in that order, repeats allowed: beam search, batch filters."""
