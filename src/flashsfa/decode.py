@@ -167,7 +167,7 @@ def attend_cached(
     require_no_gradient(q, *kv.tensors(), *_exact_tensors(kv))
     if q.shape[2] <= FEW_QUERIES:
         return _decode(q, kv, budget, mask, scores, value_tolerance)[0]
-    if mask.kv_lens is None:
+    if mask.kv_lens is None or kv.exact:
         return _prefill(q, kv, budget.with_keys_kept(), mask, scores)
     # a chunk of a prompt in a compiled model, where the host does not know the number of keys
     q, rows = code_queries(q, budget).to_dense(), kv.rows(q.dtype)
@@ -182,16 +182,15 @@ def _prefill(q: Tensor, kv: KVView, budget: FeatureBudget, mask: Mask, scores: S
     rows, exact = kv.rows(q.dtype), budget.with_queries_kept()
 
     def attend(budget: FeatureBudget, mask: Mask, scores: ScoreRules) -> tuple[Tensor, Tensor]:
+        if mask.kv_lens is not None:
+            return reference.attend(code_queries(q, budget).to_dense(), rows.k, rows.v, mask, scores)
         return operator.attend(q, rows.k, rows.v, budget, mask, scores, gradient_of_all=False, backend="auto")
 
     if budget == exact or not kv.exact or not kv.v.shape[2]:
         return attend(exact if kv.exact else budget, mask, scores)[0]
-    is_coded = torch.zeros(q.shape[0], kv.n, dtype=torch.bool, device=q.device)
-    is_coded[:, kv.n_first : kv.n_first + kv.v.shape[2]] = True
-    padding = torch.zeros_like(is_coded) if mask.key_padding_mask is None else mask.key_padding_mask
-    without_sinks = replace(scores, sinks=None)
-    out, lse = attend(budget, replace(mask, key_padding_mask=padding | ~is_coded), without_sinks)
-    pieces.merge(out, lse, *attend(exact, replace(mask, key_padding_mask=padding | is_coded), without_sinks))
+    is_exact, without_sinks = kv.is_exact().expand(q.shape[0], -1), replace(scores, sinks=None)
+    out, lse = attend(budget, mask.hiding(is_exact), without_sinks)
+    pieces.merge(out, lse, *attend(exact, mask.hiding(~is_exact), without_sinks))
     return scores.with_sinks(out, lse)[0]
 
 
@@ -204,6 +203,20 @@ def _decode(
     backend = plan_decode(q, kv).backend
     if not kv.exact:
         return scores.with_sinks(*_decode_coded(q, kv, budget, mask, scores, value_tolerance, backend))
+    if kv.is_placed:
+        coded, rest = replace(kv, recent=None), mask.hiding(kv.is_exact().expand(q.shape[0], -1))
+        out, lse = _decode_coded(q, coded, budget, rest, scores, value_tolerance, backend)
+    else:
+        out, lse = _decode_between(q, kv, budget, mask, scores, value_tolerance, backend)
+    with without_autocast(q.device):
+        pieces.merge(out, lse, *plain.decode_exact(q, kv, mask, scores))
+    return scores.with_sinks(out, lse)
+
+
+def _decode_between(
+    q: Tensor, kv: KVView, budget: FeatureBudget, mask: Mask, scores: ScoreRules, value_tolerance: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    """As `_decode_coded`, over the coded tokens after the first and before the newest exact ones."""
     parts = []
     for (start, end), group in itertools.groupby(range(q.shape[2]), lambda i: _coded_range(i, q.shape[2], kv, mask)):
         queries = list(group)
@@ -217,10 +230,7 @@ def _decode(
         here = None if padding is None else padding[:, kv.n_first + start : kv.n_first + end]
         out, lse = _decode_coded(heads, coded, budget, Mask(True, None, here), scores, value_tolerance, backend)
         parts.append((out.reshape(*part.shape[:3], -1), lse.reshape(part.shape[:3])))
-    out, lse = (torch.cat(x, dim=2) for x in zip(*parts, strict=True))
-    with without_autocast(q.device):
-        pieces.merge(out, lse, *plain.decode_exact(q, kv, mask, scores))
-    return scores.with_sinks(out, lse)
+    return torch.cat([out for out, _ in parts], dim=2), torch.cat([lse for _, lse in parts], dim=2)
 
 
 def _coded_range(query: int, queries: int, kv: KVView, mask: Mask) -> tuple[int, int]:
@@ -337,10 +347,10 @@ def _check_stored(q: Tensor, name: str, x: Tensor, scale: Tensor | None, may_hol
 
 def _check_exact(q: Tensor, kv: KVView, part: ExactKV) -> None:
     """Checks of tokens that a view holds as they came."""
-    require_float("exact k", part.k)
-    require_float("exact v", part.v)
+    require_float("exact k", part.k, may_hold_nan=kv.is_placed)
+    require_float("exact v", part.v, may_hold_nan=kv.is_placed)
     require_alike(q=q, k=part.k, v=part.v)
-    rows = (*kv.v.shape[:2], part.k.shape[2])
+    rows = (q.shape[0], kv.v.shape[1], part.k.shape[2])
     require(
         part.k.shape == (*rows, kv.codes.shape[-1]) and part.v.shape == (*rows, kv.v.shape[-1]),
         lambda: (
@@ -348,9 +358,26 @@ def _check_exact(q: Tensor, kv: KVView, part: ExactKV) -> None:
             f"{tuple(kv.v.shape)}"
         ),
     )
+    positions = part.positions
+    if positions is None:
+        require(
+            kv.kv_lens is None and kv.page_table is None,
+            "exact tokens beside kv_lens or pages need positions: the keys in place of whose codes they stand",
+        )
+        return
+    require_tensor("positions", positions)
     require(
-        kv.kv_lens is None and kv.page_table is None,
-        "exact tokens stand beside the codes of growing caches, without kv_lens or pages",
+        part is kv.recent and kv.first is None,
+        "exact tokens with positions are all in recent, the first ones too: leave first None",
+    )
+    require(
+        positions.shape in ((1, part.k.shape[2]), (q.shape[0], part.k.shape[2]))
+        and positions.dtype == torch.int64
+        and positions.device == q.device,
+        lambda: (
+            f"positions must be int64 [B or 1, E] with B = {q.shape[0]}, E = {part.k.shape[2]} on {q.device}, got "
+            f"{positions.dtype} {tuple(positions.shape)} on {positions.device}"
+        ),
     )
 
 

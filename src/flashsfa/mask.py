@@ -83,15 +83,37 @@ class Mask:
                 visible[rows, keys] = (local >= start[:, None]) & (local < end[:, None])
             return visible[None, None]
         lengths = torch.tensor([n_k], device=device) if self.kv_lens is None else self.kv_lens.clamp(max=n_k)
-        position = (lengths[:, None] - n_q + torch.arange(n_q, device=device))[:, None, :, None]  # [B or 1, 1, N_q, 1]
-        visible = (key < lengths[:, None])[:, None, None].expand(-1, -1, n_q, -1)  # [B or 1, 1, N_q, N_k]
+        visible = self._sees(key, lengths, n_q, n_k)
+        if self.key_padding_mask is not None:
+            visible = visible & ~self.key_padding_mask[:, None, None]
+        return visible
+
+    def sees(self, keys: Tensor, n_q: int, n_k: int) -> Tensor:
+        """[B or 1, 1, N_q, E] bool, what `to_bool` has at `keys` [B or 1, E], in any order; False for what is none of the N_k keys.
+        Nothing is packed."""
+        lengths = torch.tensor([n_k], device=keys.device) if self.kv_lens is None else self.kv_lens.clamp(max=n_k)
+        visible = self._sees(keys[:, None, None], lengths, n_q, n_k)
+        if self.key_padding_mask is not None:
+            padding = self.key_padding_mask
+            at = keys.clamp(0, n_k - 1).expand(len(padding), -1)
+            visible = visible & ~padding.gather(1, at)[:, None, None]
+        return visible
+
+    def hiding(self, keys: Tensor) -> Mask:
+        """The same mask without the keys [B, N_k] bool, as if they were padding."""
+        return replace(self, key_padding_mask=keys if self.key_padding_mask is None else self.key_padding_mask | keys)
+
+    def _sees(self, key: Tensor, lengths: Tensor, n_q: int, n_k: int) -> Tensor:
+        """[B or 1, 1, N_q, E] bool for keys [E] or [B or 1, 1, 1, E], padding apart."""
+        position = (lengths[:, None] - n_q + torch.arange(n_q, device=key.device))[
+            :, None, :, None
+        ]  # [B or 1, 1, N_q, 1]
+        visible = ((key >= 0) & (key < lengths[:, None, None, None])).expand(-1, -1, n_q, -1)
         if self.is_causal:
             visible = visible & (key <= position)
         if self.window is not None:
             window = min(self.window, n_q + n_k)
             visible = visible & (key > position - window) & (key < position + window)
-        if self.key_padding_mask is not None:
-            visible = visible & ~self.key_padding_mask[:, None, None]
         return visible
 
     def shows_all(self, n_q: int) -> bool:

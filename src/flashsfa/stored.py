@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .axes import AxisCodes
@@ -19,10 +20,15 @@ KeyCodes: TypeAlias = FeatureCodes | NarrowCodes | NarrowRows | AxisCodes
 
 @dataclass(frozen=True, eq=False)
 class ExactKV:
-    """Tokens held as they came: keys k [B, Hkv, E, D] and values v [B, Hkv, E, Dv], in order."""
+    """Tokens held as they came: keys k [B, Hkv, E, D] and values v [B, Hkv, E, Dv].
+
+    Without `positions` they are tokens without a code, in order. `positions` [B or 1, E] int64 name the key of a view, 0 to N - 1, in
+    place of whose code each of them stands; a position that is none of these, or not held yet, marks an empty slot.
+    """
 
     k: Tensor
     v: Tensor
+    positions: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -30,12 +36,21 @@ class ExactKV:
         return self.k.nbytes + self.v.nbytes
 
     def map(self, change: Callable[..., Tensor], *others: ExactKV) -> ExactKV:
-        """Keys and values changed alike, together with their like of `others`."""
-        return ExactKV(change(self.k, *(x.k for x in others)), change(self.v, *(x.v for x in others)))
+        """Keys and values changed alike, together with their like of `others`; positions stay."""
+        return replace(self, k=change(self.k, *(x.k for x in others)), v=change(self.v, *(x.v for x in others)))
+
+    def followed_by(self, further: ExactKV) -> ExactKV:
+        """These tokens and `further` ones, both with positions or both without."""
+        positions = None
+        if self.positions is not None and further.positions is not None:
+            positions = torch.cat((self.positions, further.positions), dim=1)
+        return replace(self.map(lambda held, new: torch.cat((held, new), dim=2), further), positions=positions)
 
     def tokens(self, start: int, end: int | None = None) -> ExactKV | None:
         """The tokens `start` to `end`; None for none."""
         part = self.map(lambda x: x[:, :, start:end])
+        if self.positions is not None:
+            part = replace(part, positions=self.positions[:, start:end])
         return part if part.k.shape[2] else None
 
 
@@ -43,7 +58,8 @@ class ExactKV:
 class KVView:
     """Stored keys and values: what a cache's `append` returns and `sparse_feature_decode` takes. Unpacks as `codes, v`.
 
-    The tokens of a sequence are `first`, the coded ones and `recent`, in this order.
+    The tokens of a sequence are `first`, the coded ones and `recent`, in this order; or, where the exact ones have positions, all
+    tokens are coded and these are seen in place of their codes.
 
     Attributes:
         codes: key codes [B, Hkv, N, ...], or pools of pages [P, Hkv, page_size, ...]; `NarrowRows` of keys that keep every feature,
@@ -53,7 +69,8 @@ class KVView:
         kv_lens: [B] integer number of valid keys of each sequence; None for all N.
         page_table: [B, max_pages] int32 for pools of pages, else None: key j of sequence b is slot j % page_size of page
             `page_table[b, j // page_size]`.
-        first, recent: tokens before and after the coded ones that are held as they came; None for none.
+        first, recent: tokens before and after the coded ones that are held as they came; None for none. Those with positions are
+            `recent`, whatever they are, and have lengths and pages beside them.
     """
 
     codes: KeyCodes
@@ -83,12 +100,17 @@ class KVView:
         """Keys that there is room for per sequence, coded or not."""
         if self.page_table is not None:
             return self.page_table.shape[1] * self.v.shape[2]
-        return self.v.shape[2] + sum(part.k.shape[2] for part in self.exact)
+        return self.v.shape[2] + (0 if self.is_placed else sum(part.k.shape[2] for part in self.exact))
 
     @property
     def exact(self) -> list[ExactKV]:
         """Those of `first` and `recent` that there are."""
         return [part for part in (self.first, self.recent) if part is not None]
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether there are exact tokens, and they stand in place of codes."""
+        return self.recent is not None and self.recent.positions is not None
 
     @property
     def n_first(self) -> int:
@@ -125,17 +147,51 @@ class KVView:
     def followed_by(self, further: ExactKV) -> KVView:
         """The view with `further` tokens behind, as they are."""
         if self.recent is not None:
-            further = self.recent.map(lambda held, new: torch.cat((held, new), dim=2), further)
+            further = self.recent.followed_by(further)
         return replace(self, recent=further)
+
+    def all_exact(self) -> ExactKV:
+        """`first` and `recent` in one, with their positions."""
+        if self.is_placed:
+            assert self.recent is not None
+            return self.recent
+        here = torch.arange(self.n, device=self.v.device)[None]
+        positions = torch.cat((here[:, : self.n_first], here[:, self.n_first + self.v.shape[2] :]), dim=1)
+        parts = self.exact
+        return replace(parts[0].map(lambda *x: torch.cat(x, dim=2), *parts[1:]), positions=positions)
+
+    def is_exact(self) -> Tensor:
+        """[B or 1, N] bool, True for keys that are seen as they came."""
+        positions = self.all_exact().positions
+        assert positions is not None
+        spare = positions.where((positions >= 0) & (positions < self.n), self.n)
+        found = torch.zeros(len(spare), self.n + 1, dtype=torch.bool, device=spare.device)
+        return found.scatter(1, spare, True)[:, : self.n]
 
     def rows(self, dtype: torch.dtype) -> ExactKV:
         """All tokens in order in `dtype`, the coded keys as sparse rows."""
         coded = self.widened(dtype)
         assert isinstance(coded.codes, FeatureCodes)
         assert isinstance(coded.v, Tensor)
-        parts = [self.first, ExactKV(coded.codes.to_dense(), coded.v), self.recent]
+        rows = ExactKV(coded.codes.to_dense(), coded.v)
+        if self.is_placed:
+            return self._placed(rows)
+        parts = [self.first, rows, self.recent]
         there = [part for part in parts if part is not None]
         return there[0] if len(there) == 1 else there[0].map(lambda *x: torch.cat(x, dim=2), *there[1:])
+
+    def _placed(self, rows: ExactKV) -> ExactKV:
+        """`rows` of all tokens with the exact ones in their places."""
+        assert self.recent is not None
+        assert self.recent.positions is not None
+        positions = self.recent.positions
+        spare = positions.where((positions >= 0) & (positions < self.n), self.n)[:, None, :, None]
+
+        def put(x: Tensor, exact: Tensor) -> Tensor:
+            at = spare.expand(*exact.shape)
+            return F.pad(x, (0, 0, 0, 1)).scatter(2, at, exact.to(x.dtype))[:, :, : self.n]
+
+        return rows.map(put, self.recent)
 
     def contiguous_pages(self) -> KVView:
         """The pages gathered to [B, Hkv, max_pages * page_size, ...]; a view without pages as it is."""

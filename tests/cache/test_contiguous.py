@@ -6,6 +6,7 @@ import torch
 import flashsfa
 from decode_cases import attend_cached
 from flashsfa import FeatureCodes, SparseKVCache, sparse_feature_attention, sparse_feature_decode, topk_codes
+from flashsfa.stored import KVView
 
 B, HKV, N, D = 2, 2, 40, 16
 EXACT = {"rtol": 0, "atol": 0}
@@ -210,14 +211,15 @@ def test_write_at_refuses_what_does_not_fit():
     cache = SparseKVCache(4, capacity=8)
     cache.allocate(k, v)
     slots, codes = torch.tensor([0]), topk_codes(k[:, :, :1], 4)
-    for wrong_codes, wrong_v, error in (
-        (codes, v[:, :, :1].float(), TypeError),
-        (topk_codes(torch.cat((k, k), -1)[:, :, :1], 4), v[:, :, :1], ValueError),
-        (topk_codes(k[:, :, :1], 1), v[:, :, :1], ValueError),
-        (codes, v[:, :, :1, :3], ValueError),
+    for wrong_codes, wrong_v in (
+        (codes, v[:, :, :1].float()),
+        (codes.quantize(), v[:, :, :1]),
+        (topk_codes(k[:, :, :1], 1), v[:, :, :1]),
+        (codes, v[:, :, :1, :3]),
+        (topk_codes(k[:, :, :2], 4), v[:, :, :2]),
     ):
-        with pytest.raises(error):
-            cache.write_at(wrong_codes, wrong_v, slots)
+        with pytest.raises(ValueError, match="do not fit 1 slots"):
+            cache.write_at(KVView(wrong_codes, wrong_v), slots)
     assert (cache.codes.values == 0).all()
 
 

@@ -152,14 +152,6 @@ def test_generate_in_eight_bits(sliding, options):
     assert torch.equal(found.sequences, rounded(model).generate(ids, **settings, **beams, use_cache=False))
 
 
-def test_static_caches_in_eight_bits_are_refused():
-    model = make(layers=[1], cache_dtype="int8")
-    with pytest.raises(ValueError, match="caches of fewer bits are dynamic ones"):
-        StaticSparseCache(model, CAPACITY)
-    with pytest.raises(ValueError, match="caches of fewer bits are dynamic ones"):
-        model.generate(tokens(5), max_new_tokens=2, cache_implementation="static")
-
-
 def changed(cache, ids, change):
     if change == "reorder":
         index = torch.tensor([1, 1])

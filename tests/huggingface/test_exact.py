@@ -6,8 +6,7 @@ import torch
 import flashsfa
 
 transformers = pytest.importorskip("transformers")
-from flashsfa.cache.contiguous import SparseKVCache  # noqa: E402
-from flashsfa.huggingface import SFASettings, SparseCache, StaticSparseCache, attention  # noqa: E402
+from flashsfa.huggingface import SFASettings, SparseCache, attention  # noqa: E402
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -137,17 +136,6 @@ def test_sizes_that_are_none(options):
         make(**options)
 
 
-def test_what_keeps_no_exact_tokens_refuses_them():
-    model, ids = make(), tokens(6)
-    for options in ({"recent": 1, "first": 0}, {"recent": 0, "first": 1}):
-        with pytest.raises(ValueError, match="static cache codes every token"):
-            StaticSparseCache(make(**options), 20)
-    with pytest.raises(ValueError, match="static cache codes every token"):
-        model.generate(ids, max_new_tokens=2, cache_implementation="static")
-    with pytest.raises(ValueError, match="codes every token"):
-        SparseKVCache(3, first=1).allocate(*torch.zeros(2, 1, 2, 1, 16).unbind())
-
-
 def test_left_padding():
     """A ring ends where each sequence ends; first tokens do not begin where a padded one begins."""
     ids, mask = tokens(12), torch.ones(2, 12, dtype=torch.long)
@@ -196,9 +184,7 @@ def test_one_by_one_a_dense_prompt_changes_nothing(exact, cache_dtype):
     torch.testing.assert_close(run(model, ids), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_dense_prompts_where_there_are_none():
-    with pytest.raises(ValueError, match="prefill='coded'"):
-        StaticSparseCache(make(recent=0, first=0, prefill="dense"), 20)
+def test_prompts_of_no_known_kind():
     with pytest.raises(ValueError, match="prefill must be one of coded, dense"):
         make(prefill="sparse")
 

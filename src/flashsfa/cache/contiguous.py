@@ -29,6 +29,7 @@ from ..formats import CodeFormat
 from ..narrow import NarrowRows
 from ..ops.select.operators import append, append_op, has_fused
 from ..stored import ExactKV, KeyCodes, KVView
+from .exact import ExactSlots
 
 _GROWTH_TOKENS = 256
 
@@ -139,6 +140,10 @@ class SparseKVCache:
 
         Raises `TypeError` or `ValueError` if k and v do not fit each other or the cache, or ask for a gradient.
         """
+        require(
+            self._held is None or not self._held.kv.is_placed,
+            "a cache of fixed size is filled by append_at, not append",
+        )
         require_keys_and_values(k, v)
         require_no_gradient(k, v)
         self.coder.require_fit(k, v)
@@ -163,47 +168,64 @@ class SparseKVCache:
 
     def allocate(self, k: Tensor, v: Tensor) -> None:
         """Allocate `capacity` zeroed tokens for the codes of keys such as k [B, Hkv, any, D] and values such as v, and
-        hold them all: a cache of fixed size and address, filled by `append_at` and `write_at`."""
-        require(self.coder.bits is None, "a cache of fixed size keeps codes and values as they come: leave dtype None")
-        require(
-            not self.recent and not self.first,
-            f"a cache of fixed size codes every token: leave recent and first 0, got {self.recent} and {self.first}",
-        )
+        hold them all: a cache of fixed size and address, filled by `append_at` and `write_at`. It codes every token, and holds the
+        `first` ones and the `recent` newest as they came beside."""
         require_alike(k=k, v=v)
         self.coder.require_fit(k, v)
         held = self._allocate(self.capacity, k, v)
         for buffer in held.kv.tensors():
             buffer.zero_()
+        with lasting_tensors():
+            exact = ExactSlots(self.first, self.recent).empty(k, v)
+        held = replace(held, kv=replace(held.kv, first=None, recent=exact))
         self._held, self._tokens = held, _Tokens(coded=held.kv.v.shape[2])
 
-    def append_at(self, k: Tensor, v: Tensor, start: Tensor) -> KVView:
+    def append_at(self, k: Tensor, v: Tensor, start: Tensor, slot: Tensor | None = None) -> KVView:
         """Code the keys k [B, Hkv, N, D] and store them with v [B, Hkv, N, Dv] from token `start` ([] int64, on the
-        device) of an allocated cache on, in place, in one launch on a GPU and without a host sync; return all that is held.
-        Whether they fit is the caller's to know."""
-        kv = self._buffers().kv
+        device) of an allocated cache on, in place and without a host sync, codes and values as they come in one launch on a GPU;
+        return all that is held. Exact tokens take a few launches more, and have their positions in the sequence. `slot` is where in
+        the buffers the codes go, if not to `start`. Whether they fit is the caller's to know."""
+        kv, at = self._buffers().kv, start if slot is None else slot
         self._check_width(k.shape[-1], v)
         require_no_gradient(k, v)
-        assert isinstance(kv.codes, FeatureCodes)
-        assert isinstance(kv.v, Tensor)
-        require_alike(cache=kv.v, k=k, v=v)
-        append_op(k.detach(), v.detach(), kv.codes.dense, kv.codes.values, kv.codes.indices, kv.v, start)
+        if self.coder.bits is None and self.coder.axes is None:
+            assert isinstance(kv.codes, FeatureCodes)
+            assert isinstance(kv.v, Tensor)
+            require_alike(cache=kv.v, k=k, v=v)
+            append_op(k.detach(), v.detach(), kv.codes.dense, kv.codes.values, kv.codes.indices, kv.v, at)
+        else:
+            _require_like(self._buffers(), k)
+            require_alike(k=k, v=v)
+            self.write_at(self.coder.encode(k, v), at + torch.arange(k.shape[2], device=at.device))
+        self.keep_exact(k, v, start)
         return self.kv
 
-    def write_at(self, codes: FeatureCodes, v: Tensor, slots: Tensor) -> KVView:
-        """Overwrite the tokens `slots` [N] (int64, on the device) of an allocated cache with codes and v
-        [B, Hkv, N, ...], in place and without a host sync; return all that is held."""
+    def keep_exact(self, k: Tensor, v: Tensor, start: Tensor) -> None:
+        """Of the keys k and values v at token `start` and the next ones, keep as they come what is among the first tokens or the
+        newest, as `append_at` does; their codes are written by `write_at`."""
+        held = self._buffers().kv.recent
+        if held is None:
+            return
+        new = ExactSlots(self.first, self.recent).written(held, ExactKV(k.detach(), v.detach()), start.reshape(1))
+        for buffer, x in ((held.k, new.k), (held.v, new.v), (held.positions, new.positions)):
+            assert buffer is not None
+            assert x is not None
+            buffer.copy_(x)
+
+    def write_at(self, coded: KVView, slots: Tensor) -> KVView:
+        """Overwrite the tokens `slots` [N] (int64, on the device) of an allocated cache with `coded` ones [B, Hkv, N, ...], which
+        `coder.encode` made, in place and without a host sync; return all that is held."""
         kv = self._buffers().kv
-        self._check_width(codes.head_dim, v)
+        fits = [(x.dtype, x.device, x.shape[:2], x.shape[3:]) for x in kv.tensors()]
+        given = [(x.dtype, x.device, x.shape[:2], x.shape[3:]) for x in coded.tensors()]
         require(
-            (codes.dense_dims, codes.topk) == (self.dense_dims, self.topk),
+            fits == given and all(x.shape[2] == slots.numel() for x in coded.tensors()),
             lambda: (
-                f"codes of topk={codes.topk}, dense_dims={codes.dense_dims} do not fit a cache of topk={self.topk}, "
-                f"dense_dims={self.dense_dims}"
+                f"coded tokens of {[tuple(x.shape) for x in coded.tensors()]} do not fit {slots.numel()} slots of a cache of "
+                f"{[tuple(x.shape) for x in kv.tensors()]}; take those of its coder"
             ),
         )
-        assert isinstance(kv.v, Tensor)
-        require_alike(cache=kv.v, codes=codes.values, v=v)
-        for buffer, new in zip(kv.tensors(), KVView(codes, v).tensors(), strict=True):
+        for buffer, new in zip(kv.tensors(), coded.tensors(), strict=True):
             buffer.index_copy_(2, slots, new.detach())
         return self.kv
 
@@ -227,7 +249,11 @@ class SparseKVCache:
     def to(self, device: torch.device | str) -> None:
         """Move the buffers to `device`; further tokens must come from there."""
         if self._held is not None:
-            self._held = self._held.map(lambda x: x.to(device))
+            held = self._held.map(lambda x: x.to(device))
+            recent = held.kv.recent
+            if recent is not None and recent.positions is not None:
+                recent = replace(recent, positions=recent.positions.to(device))
+            self._held = replace(held, kv=replace(held.kv, recent=recent))
 
     def select_batch(self, index: Tensor) -> None:
         """Keep the batch rows `index` [B'] (int64), in that order, repeats allowed: beam search, batch filters."""
@@ -358,7 +384,7 @@ class _Held:
     def view(self, tokens: _Tokens) -> KVView:
         """The tokens held."""
         kv = self.kv.map(lambda x: x[:, :, : tokens.coded])
-        if not self.kv.exact:
+        if not self.kv.exact or self.kv.is_placed:
             return kv
         first = None if kv.first is None else kv.first.tokens(0, tokens.first)
         recent = None if kv.recent is None else kv.recent.tokens(tokens.slot, tokens.slot + tokens.recent)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ..budget import require_budget
 from ..checks import (
+    MOST_TOKENS,
     require,
     require_alike,
     require_int,
@@ -24,7 +26,8 @@ from ..checks import (
 )
 from ..codes import FeatureCodes, topk_codes
 from ..contexts import lasting_tensors
-from ..stored import KVView
+from ..stored import ExactKV, KVView
+from .exact import ExactSlots
 
 
 class PagedSparseKVCache:
@@ -36,6 +39,8 @@ class PagedSparseKVCache:
         topk, dense_dims: the key code, as in `topk_codes`.
         pages: size of the pool, allocated on the first `append`, which also fixes heads, widths, dtype and device.
         page_size: tokens a page, a power of two from 16 to 256.
+        recent: newest tokens of each sequence that are kept as they come, beside their codes.
+        first: first tokens of each sequence that are kept as they come, beside their codes.
 
     Example:
         >>> prompt = cache.add()
@@ -44,16 +49,24 @@ class PagedSparseKVCache:
         >>> out = sparse_feature_decode(q, cache.view(branches))
     """
 
-    def __init__(self, topk: int, *, dense_dims: int = 0, pages: int, page_size: int = 64) -> None:
+    def __init__(
+        self, topk: int, *, dense_dims: int = 0, pages: int, page_size: int = 64, recent: int = 0, first: int = 0
+    ) -> None:
         require_int("topk", topk, 1, 256)
         require_int("dense_dims", dense_dims, 0, 255)
         require_int("pages", pages, 1)
         require_page_size(page_size)
+        require_int("recent", recent, 0, MOST_TOKENS)
+        require_int("first", first, 0, MOST_TOKENS)
+        self._slots = ExactSlots(first, recent)
         self.topk, self.dense_dims, self.page_size = topk, dense_dims, page_size
         self._holders = [0] * pages  # sequences that hold each page
         self._free = list(range(pages - 1, -1, -1))
         self._held: dict[int, list[int]] = {}  # pages of each sequence, in order
         self._lengths: dict[int, int] = {}
+        self._exact: dict[
+            int, ExactKV
+        ] = {}  # of each sequence that was appended to, [1, Hkv, E, ...], written anew by each append
         self._next = 0
         self._codes: FeatureCodes | None = None  # pools [P, Hkv, page_size, ...]
         self._v: Tensor | None = None  # [P, Hkv, page_size, Dv]
@@ -75,10 +88,12 @@ class PagedSparseKVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the pages held; a shared page counts once."""
+        """Bytes of the pages held and of the exact tokens' slots; what is shared counts once."""
         if self._codes is None or self._v is None:
             return 0
-        return (self._codes.nbytes + self._v.nbytes) * (len(self._holders) - self.free_pages) // len(self._holders)
+        exact = sum({id(x): x.nbytes for x in self._exact.values()}.values())
+        pages = len(self._holders) - self.free_pages
+        return (self._codes.nbytes + self._v.nbytes) * pages // len(self._holders) + exact
 
     def length(self, sequence: int) -> int:
         """Tokens of a sequence."""
@@ -94,12 +109,16 @@ class PagedSparseKVCache:
         self._require_known(sequence)
         for page in self._held[sequence]:
             self._holders[page] += 1
-        return self._name(list(self._held[sequence]), self._lengths[sequence])
+        name = self._name(list(self._held[sequence]), self._lengths[sequence])
+        if sequence in self._exact:
+            self._exact[name] = self._exact[sequence]
+        return name
 
     def free(self, sequence: int) -> None:
         """Forget a sequence; pages that nobody else holds return to the pool."""
         self._require_known(sequence)
         del self._lengths[sequence]
+        self._exact.pop(sequence, None)
         for page in self._held.pop(sequence):
             self._release(page)
 
@@ -123,6 +142,7 @@ class PagedSparseKVCache:
         slots = (
             torch.tensor([list(span) for span in at], device=k.device, dtype=torch.long).reshape(batch, tokens) % size
         )
+        exact = self._written(sequences, k.detach(), v.detach())
         # Until the end this writes where no sequence looks: pages that are free, and slots past a sequence's length.
         new = (fresh.dense, fresh.values, fresh.indices, v.detach())
         for pool, x in zip((codes.dense, codes.values, codes.indices, pool_v), new, strict=True):
@@ -131,9 +151,10 @@ class PagedSparseKVCache:
             pool[pages, :, slots] = x.transpose(1, 2)  # [B, N, Hkv, C]
         self._codes, self._v = codes, pool_v
         self._commit(sequences, plan, tokens)
+        self._exact.update(exact)
 
     def view(self, sequences: Sequence[int]) -> KVView:
-        """The stored keys and values of B sequences, for `sparse_feature_decode`: the pools, lengths and pages."""
+        """The stored keys and values of B sequences, for `sparse_feature_decode`: the pools, lengths, pages and exact tokens."""
         for sequence in sequences:
             self._require_known(sequence)
         codes, v = self._pools()
@@ -143,7 +164,32 @@ class PagedSparseKVCache:
         table = [pages + [0] * (width - len(pages)) for pages in held]
         kv_lens = torch.tensor([self._lengths[s] for s in sequences], dtype=torch.int32, device=device)
         page_table = torch.tensor(table, dtype=torch.int32, device=device).reshape(len(held), width)
-        return KVView(codes, v, None, kv_lens, page_table)
+        return KVView(
+            codes, v, None, kv_lens, page_table, recent=self._exact_of(sequences, codes, v) if width else None
+        )
+
+    def _exact_of(self, sequences: Sequence[int], codes: FeatureCodes, v: Tensor) -> ExactKV | None:
+        """The exact tokens of B sequences, [B, Hkv, E, ...]; None where none are kept."""
+        k, v = (v.new_empty((1, v.shape[1], 0, width)) for width in (codes.head_dim, v.shape[-1]))
+        none = self._slots.empty(k, v)
+        if none is None or not sequences:
+            return None
+        held = [self._exact.get(s, none) for s in sequences]
+        positions = torch.cat([x.positions for x in held if x.positions is not None])
+        return replace(held[0].map(lambda *x: torch.cat(x), *held[1:]), positions=positions)
+
+    def _written(self, sequences: Sequence[int], k: Tensor, v: Tensor) -> dict[int, ExactKV]:
+        """The exact tokens of each sequence after it goes on with k and v [B, Hkv, N, ...]. Changes nothing."""
+        with lasting_tensors():
+            none = self._slots.empty(k[:1], v[:1])
+            if none is None:
+                return {}
+            starts = torch.tensor([self._lengths[s] for s in sequences], device=k.device)
+            written = {}
+            for i, sequence in enumerate(sequences):
+                new = ExactKV(k[i : i + 1], v[i : i + 1])
+                written[sequence] = self._slots.written(self._exact.get(sequence, none), new, starts[i : i + 1])
+            return written
 
     def _pools(self) -> tuple[FeatureCodes, Tensor]:
         if self._codes is None or self._v is None:

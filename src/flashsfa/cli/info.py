@@ -144,7 +144,6 @@ def _cache_bytes(source: str, settings: SFASettings) -> tuple[int, int]:
     from transformers import AutoConfig
 
     from .. import FeatureBasis, SparseKVCache
-    from ..checks import require
     from ..formats import cache_bits
     from ..huggingface.loading import find_file
     from ..huggingface.settings import BASIS_FILE
@@ -157,11 +156,13 @@ def _cache_bytes(source: str, settings: SFASettings) -> tuple[int, int]:
     token = torch.zeros(1, kv_heads, 1, head_dim, dtype=getattr(model.config, "dtype", None) or torch.float32)
     axes = None
     if settings.topk is None:
-        basis = FeatureBasis.load(find_file(source, BASIS_FILE))
-        require(
-            basis.axes is not None, f"{source} names no topk, and {BASIS_FILE} has no bits per axis: it was changed"
-        )
-        axes = basis.axes[0]
+        file = find_file(source, BASIS_FILE, is_optional=True)
+        held = None if file is None else FeatureBasis.load(file).axes
+        if held is None:
+            raise ValueError(
+                f"{source} names no topk, and no bits per axis lie in {BASIS_FILE}: it is incomplete, or was changed"
+            )
+        axes = held[0]
     cache = SparseKVCache(
         settings.topk, dense_dims=settings.dense_dims, axes=axes, dtype=cache_bits(settings.cache_dtype)
     )

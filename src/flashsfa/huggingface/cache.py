@@ -16,7 +16,6 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Encod
 
 from ..cache.contiguous import SparseKVCache
 from ..checks import require, require_int
-from ..codes import topk_codes
 from ..contexts import lasting_tensors
 from ..decode import FEW_QUERIES
 from ..stored import ExactKV, KVView
@@ -61,22 +60,12 @@ class StaticSparseCache(Cache):
         model: the switched model.
         max_cache_len: tokens that fit.
 
-    Raises `ValueError` for a model that is not switched, or whose cache is in 8 bits or keeps exact tokens.
+    Raises `ValueError` for a model that is not switched.
     """
 
     def __init__(self, model: Any, max_cache_len: int) -> None:
         require_int("max_cache_len", max_cache_len, 1)
         codings, layers = _codings(model), []
-        require(
-            all(coding.coder.bits is None and coding.coder.axes is None for coding in codings.values()),
-            "a static cache keeps codes and values as they come, and caches of fewer bits are dynamic ones: use a dynamic cache, or "
-            "enable the model with cache_dtype=None",
-        )
-        require(
-            all(not coding.settings.shows_exact for coding in codings.values()),
-            "a static cache codes every token, and what keeps or shows some as they come are dynamic ones: use a dynamic cache, or "
-            "enable the model with recent=0, first=0 and prefill='coded'",
-        )
         for index, dense in enumerate(dense_cache_layers(model)):
             if not isinstance(dense, CacheLayerMixin):  # the state of a layer without attention, of fixed size as it is
                 layers.append(dense)
@@ -299,13 +288,20 @@ class StaticSparseLayer(_CodedLayer):
         if self._coding is None:
             self._coding = LayerCoding.lossless(key_states.shape[-1])
         self.device, self.dtype = value_states.device, value_states.dtype
-        budget = self._coding.budget
-        self.store = SparseKVCache(budget.topk, dense_dims=budget.dense_dims, capacity=self._slots)
+        coder = self._coding.coder
+        recent, first = (
+            min(x, self.max_cache_len) for x in (self._coding.settings.recent, self._coding.settings.first)
+        )
+        self.store = SparseKVCache(
+            coder.topk, dense_dims=coder.dense_dims, axes=coder.axes, dtype=coder.bits, capacity=self._slots,
+            recent=recent, first=first,
+        )  # fmt: skip
         self.store.allocate(key_states.to(self.dtype), value_states)
         with lasting_tensors():
             self._kv_lens = torch.zeros(key_states.shape[0], dtype=torch.int64, device=self.device)  # [B], all the same
         if not torch.compiler.is_compiling():  # a CUDA graph may rely on their addresses
-            for buffer in (*self.store.kv.tensors(), self._kv_lens):
+            exact = [x for part in self.store.kv.exact for x in (part.k, part.v, part.positions)]
+            for buffer in (*self.store.kv.tensors(), *exact, self._kv_lens):
                 torch._dynamo.mark_static_address(buffer)
         self.is_initialized = True
 
@@ -359,12 +355,31 @@ class StaticSparseLayer(_CodedLayer):
         """Write the next tokens, keys k [B, Hkv, N, D] and values v; what their queries attend to, and its positions where a slot
         is not one."""
         count, start = k.shape[2], self._kv_lens[0]
+        shown = self._shown(k, v, start)
         kv = self.store.append_at(k, v, start)
+        if shown is not None:
+            if was_empty and not torch.compiler.is_compiling():
+                return kv.coded(0, 0).followed_by(ExactKV(k, v)), None
+            kv = replace(kv, recent=shown)
         if count <= FEW_QUERIES or torch.compiler.is_compiling():
             return replace(kv, kv_lens=self._kv_lens), None
         # a prompt pays one sync a chunk, and none for the first, to see only the slots that are filled
         held = count if was_empty else int(start) + count
         return kv.map(lambda x: x[:, :, :held]), None
+
+    def _shown(self, k: Tensor, v: Tensor, start: Tensor) -> ExactKV | None:
+        """The exact tokens that a prompt of dense keys k and values v sees: its own, and what is held before it is stored. None for
+        others, which see what is held after."""
+        assert self._coding is not None
+        if self._coding.settings.prefill != "dense" or k.shape[2] == 1:
+            return None
+        own = ExactKV(k, v, (start + torch.arange(k.shape[2], device=self.device))[None])
+        held = self.store.kv.recent
+        if held is None:
+            return own
+        assert held.positions is not None
+        before = held.positions.where(held.positions < start, -1)
+        return replace(held.map(torch.clone), positions=before).followed_by(own)
 
 
 class StaticSparseSlidingLayer(StaticSparseLayer):
@@ -380,21 +395,35 @@ class StaticSparseSlidingLayer(StaticSparseLayer):
     def _store(self, k: Tensor, v: Tensor, was_empty: bool) -> tuple[KVView, Tensor | None]:
         assert self._coding is not None
         count, slots, start = k.shape[2], self._slots, self._kv_lens[0]
-        slot = torch.arange(slots, device=self.device)
+        slot, shown = torch.arange(slots, device=self.device), self._shown(k, v, start)
         if count == 1:
-            return self.store.append_at(k, v, start % slots), start - (start - slot) % slots
-        codes = topk_codes(k.detach(), self._coding.budget.topk, dense_dims=self._coding.budget.dense_dims)
+            kv = self.store.append_at(k, v, start, start % slots)
+            exact = None if kv.recent is None else _placed_at(kv.recent, start - slots + 1, start + 1, slots)
+            return replace(kv, recent=exact), start - (start - slot) % slots
+        fresh = self.store.coder.encode(k.detach(), v.detach())
         position = start + torch.arange(count, device=self.device)  # [N]
-        last = (codes[:, :, -slots:], v[:, :, -slots:], position[-slots:] % slots)
+        last = (fresh.map(lambda x: x[:, :, -slots:]), position[-slots:] % slots)
+        self.store.keep_exact(k, v, start)
+        exact = self.store.kv.recent if shown is None else shown
         if was_empty:
             self.store.write_at(*last)
-            return KVView(codes, v), None
+            exact = None if exact is None else _placed_at(exact, start, start + count)
+            return replace(fresh, recent=exact), None
         # Several tokens overwrite keys that the first of them still see, so these attend to a copy, in order.
         earlier = position[0] - slots + slot[1:]  # [slots - 1] positions
         order = earlier % slots
-        seen = self.store.kv.map(lambda held, new: torch.cat((held[:, :, order], new), dim=2), KVView(codes, v))
+        seen = self.store.kv.map(lambda held, new: torch.cat((held[:, :, order], new), dim=2), fresh)
         self.store.write_at(*last)
-        return seen, torch.cat((earlier, position))
+        exact = None if exact is None else _placed_at(exact, earlier[0], start + count)
+        return replace(seen, recent=exact), torch.cat((earlier, position))
+
+
+def _placed_at(exact: ExactKV, begin: Tensor, end: Tensor, ring: int | None = None) -> ExactKV:
+    """Exact tokens of the sequence as those of a view of its tokens `begin` to `end`: in order, or token p in slot p modulo `ring`."""
+    position = exact.positions
+    assert position is not None
+    place = position - begin if ring is None else position % ring
+    return replace(exact, positions=place.where((position >= begin) & (position < end), -1))
 
 
 def _require_no_gradient(k: Tensor, v: Tensor) -> None:

@@ -149,8 +149,15 @@ class _CallCheck:
 
 
 def _require_first_tokens(mask: Any, kwargs: dict[str, Any]) -> None:
-    """Raise `ValueError` if a prompt begins with padding, which would be kept in place of the first tokens of its sequence."""
-    if torch.compiler.is_compiling() or not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+    """Raise `ValueError` if a prompt begins with padding, which would be kept in place of the first tokens of its sequence. For a
+    static cache `generate` hands over what `attention_mask` made of the mask, by kind of layer where there are several."""
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention")
+    if torch.compiler.is_compiling() or not isinstance(mask, torch.Tensor):
+        return
+    if mask.ndim == 4 and mask.shape[1:3] == (1, 1):
+        mask = mask[:, 0, 0]
+    if mask.ndim != 2:
         return
     rows = next((x for x in (kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None)
     is_step = rows is not None and rows.shape[1] == 1 and mask.shape[1] > 1  # to look would be a device sync per token

@@ -74,9 +74,9 @@ def enable(
             without such a cache round nothing, and static caches are refused.
         query_pattern: as in `sparse_feature_attention`, for prompts on Hopper's sparse tensor cores; for models that are trained
             with it, in others it costs quality (docs/explanation/prefill.md).
-        recent: newest tokens that dynamic and offloaded caches keep as they come; a token is coded when it is no longer among
-            them. Tokens of one call see the cache as it stands after the last of them; without such a cache each token sees what it
-            would if they came one by one, in plain PyTorch.
+        recent: newest tokens that caches keep as they come, static ones beside their codes; queries see codes of the others. Tokens
+            of one call see the cache as it stands after the last of them; without a cache each token sees what it would if they
+            came one by one, in plain PyTorch.
         first: first tokens of each sequence that these caches keep as they come. In layers with a sliding window they are forgotten
             with the window, as other tokens are. Batches are then padded on the right, or not at all.
         prefill: "coded" prompts attend to the keys that these caches hold; with "dense" the tokens of a call, if there are several,

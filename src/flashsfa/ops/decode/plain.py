@@ -53,15 +53,14 @@ def decode(
 def decode_exact(q: Tensor, kv: KVView, mask: Mask, scores: ScoreRules) -> tuple[Tensor, Tensor]:
     """Attention of the last M tokens over the exact tokens of a view, with q as it is. Arguments and results as `decode`'s; `mask`
     is that of all tokens of the view."""
-    k, v = (torch.cat([getattr(part, name) for part in kv.exact], dim=2) for name in ("k", "v"))
-    grouped = _grouped(q, v)
-    s = scores.cap(scores.scale * (grouped @ k.to(grouped.dtype).mT))  # [B, Hkv, G·M, E]
+    exact = kv.all_exact()
+    assert exact.positions is not None
+    grouped = _grouped(q, exact.v)
+    s = scores.cap(scores.scale * (grouped @ exact.k.to(grouped.dtype).mT))  # [B, Hkv, G·M, E]
     visible = None
-    if not mask.shows_all(q.shape[2]):
-        first = torch.arange(kv.n_first, device=q.device)
-        recent = torch.arange(kv.n_first + kv.v.shape[2], kv.n, device=q.device)
-        visible = mask.to_bool(q.shape[2], kv.n, q.device)[:, 0, :, torch.cat((first, recent))]  # [B or 1, M, E]
-    return _weigh(q, s, v, visible, 0.0)
+    if kv.is_placed or not mask.shows_all(q.shape[2]):
+        visible = mask.sees(exact.positions, q.shape[2], kv.n)[:, 0]  # [B or 1, M, E]
+    return _weigh(q, s, exact.v, visible, 0.0)
 
 
 def _grouped(q: Tensor, v: Tensor | NarrowRows) -> Tensor:
