@@ -14,19 +14,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..budget import require_budget
+from ..axes import AxisBits
 from ..checks import (
     MOST_TOKENS,
     require,
-    require_alike,
     require_int,
     require_keys_and_values,
     require_no_gradient,
     require_page_size,
 )
-from ..codes import FeatureCodes, topk_codes
+from ..coder import Coder
 from ..contexts import lasting_tensors
-from ..stored import ExactKV, KVView
+from ..formats import CodeFormat
+from ..narrow import NarrowRows
+from ..stored import ExactKV, KeyCodes, KVView
 from .exact import ExactSlots
 
 
@@ -37,8 +38,11 @@ class PagedSparseKVCache:
 
     Args:
         topk, dense_dims: the key code, as in `topk_codes`.
+        axes: in place of topk, the bits [Hkv, D] of each axis of keys that come in the coordinates of a basis.
         pages: size of the pool, allocated on the first `append`, which also fixes heads, widths, dtype and device.
         page_size: tokens a page, a power of two from 16 to 256.
+        dtype: torch.int8 to keep codes and values in 8 bits with a scale a row, a `CodeFormat` for its widths, None to keep them as
+            they come.
         recent: newest tokens of each sequence that are kept as they come, beside their codes.
         first: first tokens of each sequence that are kept as they come, beside their codes.
 
@@ -50,16 +54,24 @@ class PagedSparseKVCache:
     """
 
     def __init__(
-        self, topk: int, *, dense_dims: int = 0, pages: int, page_size: int = 64, recent: int = 0, first: int = 0
+        self,
+        topk: int | None = None,
+        *,
+        dense_dims: int = 0,
+        axes: AxisBits | None = None,
+        pages: int,
+        page_size: int = 64,
+        dtype: torch.dtype | CodeFormat | None = None,
+        recent: int = 0,
+        first: int = 0,
     ) -> None:
-        require_int("topk", topk, 1, 256)
-        require_int("dense_dims", dense_dims, 0, 255)
+        self.coder = Coder(topk, dense_dims, dtype, axes)
         require_int("pages", pages, 1)
         require_page_size(page_size)
         require_int("recent", recent, 0, MOST_TOKENS)
         require_int("first", first, 0, MOST_TOKENS)
         self._slots = ExactSlots(first, recent)
-        self.topk, self.dense_dims, self.page_size = topk, dense_dims, page_size
+        self.page_size = page_size
         self._holders = [0] * pages  # sequences that hold each page
         self._free = list(range(pages - 1, -1, -1))
         self._held: dict[int, list[int]] = {}  # pages of each sequence, in order
@@ -68,8 +80,18 @@ class PagedSparseKVCache:
             int, ExactKV
         ] = {}  # of each sequence that was appended to, [1, Hkv, E, ...], written anew by each append
         self._next = 0
-        self._codes: FeatureCodes | None = None  # pools [P, Hkv, page_size, ...]
-        self._v: Tensor | None = None  # [P, Hkv, page_size, Dv]
+        self._pools: KVView | None = None  # [P, Hkv, page_size, ...]
+        self._input_dtype: torch.dtype | None = None  # of keys and values as they come
+
+    @property
+    def topk(self) -> int | None:
+        """Budget of the key code; None for keys in bits per axis."""
+        return self.coder.topk
+
+    @property
+    def dense_dims(self) -> int:
+        """Width of the dense channel of the key code."""
+        return self.coder.dense_dims
 
     @property
     def free_pages(self) -> int:
@@ -77,23 +99,23 @@ class PagedSparseKVCache:
         return len(self._free)
 
     @property
-    def codes(self) -> FeatureCodes:
+    def codes(self) -> KeyCodes:
         """The pool of codes, [P, Hkv, page_size, ...]."""
-        return self._pools()[0]
+        return self._filled().codes
 
     @property
-    def v(self) -> Tensor:
+    def v(self) -> Tensor | NarrowRows:
         """The pool of values, [P, Hkv, page_size, Dv]."""
-        return self._pools()[1]
+        return self._filled().v
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the pages held and of the exact tokens' slots; what is shared counts once."""
-        if self._codes is None or self._v is None:
+        """Bytes of the pages held, scales included, and of the exact tokens' slots; what is shared counts once."""
+        if self._pools is None:
             return 0
         exact = sum({id(x): x.nbytes for x in self._exact.values()}.values())
         pages = len(self._holders) - self.free_pages
-        return (self._codes.nbytes + self._v.nbytes) * pages // len(self._holders) + exact
+        return sum(x.nbytes for x in self._pools.tensors()) * pages // len(self._holders) + exact
 
     def length(self, sequence: int) -> int:
         """Tokens of a sequence."""
@@ -134,8 +156,8 @@ class PagedSparseKVCache:
             return
         batch, tokens, size = len(sequences), k.shape[2], self.page_size
         plan = self._plan(sequences, tokens)
-        fresh = topk_codes(k.detach(), self.topk, dense_dims=self.dense_dims)
-        codes, pool_v = self._allocate(k, v) if self._codes is None or self._v is None else (self._codes, self._v)
+        fresh = self.coder.encode(k.detach(), v.detach())
+        pools = self._allocate(k, v) if self._pools is None else self._pools
         at = [range(self._lengths[s], self._lengths[s] + tokens) for s in sequences]
         page = [[pages[i // size] for i in span] for pages, span in zip(plan.held, at, strict=True)]
         pages = torch.tensor(page, device=k.device, dtype=torch.long).reshape(batch, tokens)
@@ -144,12 +166,11 @@ class PagedSparseKVCache:
         )
         exact = self._written(sequences, k.detach(), v.detach())
         # Until the end this writes where no sequence looks: pages that are free, and slots past a sequence's length.
-        new = (fresh.dense, fresh.values, fresh.indices, v.detach())
-        for pool, x in zip((codes.dense, codes.values, codes.indices, pool_v), new, strict=True):
+        for pool, x in zip(pools.tensors(), fresh.tensors(), strict=True):
             if plan.copies:
                 pool[plan.copies] = pool[plan.shared]
-            pool[pages, :, slots] = x.transpose(1, 2)  # [B, N, Hkv, C]
-        self._codes, self._v = codes, pool_v
+            pool[pages, :, slots] = x.transpose(1, 2)  # [B, N, Hkv, ...]
+        self._pools, self._input_dtype = pools, k.dtype
         self._commit(sequences, plan, tokens)
         self._exact.update(exact)
 
@@ -157,20 +178,22 @@ class PagedSparseKVCache:
         """The stored keys and values of B sequences, for `sparse_feature_decode`: the pools, lengths, pages and exact tokens."""
         for sequence in sequences:
             self._require_known(sequence)
-        codes, v = self._pools()
-        device = v.device
+        pools = self._filled()
+        device = pools.v.device
         held = [self._held[s] for s in sequences]
         width = max((len(pages) for pages in held), default=0)
         table = [pages + [0] * (width - len(pages)) for pages in held]
         kv_lens = torch.tensor([self._lengths[s] for s in sequences], dtype=torch.int32, device=device)
         page_table = torch.tensor(table, dtype=torch.int32, device=device).reshape(len(held), width)
-        return KVView(
-            codes, v, None, kv_lens, page_table, recent=self._exact_of(sequences, codes, v) if width else None
-        )
+        recent = self._exact_of(sequences, pools) if width else None
+        return replace(pools, kv_lens=kv_lens, page_table=page_table, recent=recent)
 
-    def _exact_of(self, sequences: Sequence[int], codes: FeatureCodes, v: Tensor) -> ExactKV | None:
+    def _exact_of(self, sequences: Sequence[int], pools: KVView) -> ExactKV | None:
         """The exact tokens of B sequences, [B, Hkv, E, ...]; None where none are kept."""
-        k, v = (v.new_empty((1, v.shape[1], 0, width)) for width in (codes.head_dim, v.shape[-1]))
+        k, v = (
+            torch.empty((1, x.shape[1], 0, x.shape[-1]), dtype=self._input_dtype, device=x.device)
+            for x in (pools.codes, pools.v)
+        )
         none = self._slots.empty(k, v)
         if none is None or not sequences:
             return None
@@ -191,21 +214,16 @@ class PagedSparseKVCache:
                 written[sequence] = self._slots.written(self._exact.get(sequence, none), new, starts[i : i + 1])
             return written
 
-    def _pools(self) -> tuple[FeatureCodes, Tensor]:
-        if self._codes is None or self._v is None:
+    def _filled(self) -> KVView:
+        if self._pools is None:
             raise RuntimeError("the cache is empty: append keys and values first")
-        return self._codes, self._v
+        return self._pools
 
-    def _allocate(self, k: Tensor, v: Tensor) -> tuple[FeatureCodes, Tensor]:
-        rows = (len(self._holders), k.shape[1], self.page_size)
+    def _allocate(self, k: Tensor, v: Tensor) -> KVView:
+        """New pools for keys such as k and values such as v."""
         with lasting_tensors():
-            codes = FeatureCodes(
-                k.new_empty((*rows, self.dense_dims)),
-                k.new_empty((*rows, self.topk)),
-                k.new_empty((*rows, self.topk), dtype=torch.uint8),
-                k.shape[-1],
-            )
-            return codes, v.new_empty((*rows, v.shape[-1]))
+            rows = self.coder.empty(self.page_size, k, v)
+            return rows.map(lambda x: x.new_empty((len(self._holders), *x.shape[1:])))
 
     def _name(self, pages: list[int], length: int) -> int:
         name, self._next = self._next, self._next + 1
@@ -263,17 +281,21 @@ class PagedSparseKVCache:
             k.shape[0] == len(sequences),
             f"k and v must share [B, Hkv, N] with B = {len(sequences)} sequences, got {tuple(k.shape)} and {tuple(v.shape)}",
         )
-        require_budget(self.topk, k.shape[-1], self.dense_dims)
-        if self._codes is not None and self._v is not None:
-            for name, new, heads, width in (
-                ("k", k, self._v.shape[1], self._codes.head_dim),
-                ("v", v, self._v.shape[1], self._v.shape[-1]),
-            ):
-                require(
-                    new.shape[1] == heads and new.shape[-1] == width,
-                    f"{name} {tuple(new.shape)} does not fit a pool of {heads} kv heads and width {width}",
-                )
-            require_alike(pool=self._v, k=k)
+        self.coder.require_fit(k, v)
+        if self._pools is None:
+            return
+        for name, new, pool in (("k", k, self._pools.codes), ("v", v, self._pools.v)):
+            heads, width = pool.shape[1], pool.shape[-1]
+            require(
+                new.shape[1] == heads and new.shape[-1] == width,
+                f"{name} {tuple(new.shape)} does not fit a pool of {heads} kv heads and width {width}",
+            )
+        if k.dtype != self._input_dtype:
+            raise TypeError(f"k is {k.dtype} but the pool holds {self._input_dtype}; cast them to one dtype")
+        require(
+            k.device == self._pools.v.device,
+            lambda: f"k is on {k.device} but the pool is on {self.v.device}; move them together",
+        )
 
 
 class _Plan(NamedTuple):
