@@ -48,16 +48,30 @@ def attend(
         keys, thin_keys, values, thin_values = (
             x.to(dtype).where(seen, 0).repeat_interleave(group, 1) for x in (exact.k, coded.k, exact.v, coded.v)
         )
-        key = torch.arange(n_k, device=q.device)
         out = []
         for start in range(0, n_q, _ROWS):
-            rows = slice(start, start + _ROWS)
-            position = torch.arange(n_k - n_q, n_k, device=q.device)[rows, None]
-            is_exact = (key < first) | (key > position - recent)  # [R, N_k]
-            s = (q[:, :, rows].to(dtype) @ keys.mT).where(is_exact, thin_q[:, :, rows].to(dtype) @ thin_keys.mT)
-            s = scores.cap(scores.scale * s).masked_fill(~visible[..., rows, :], -math.inf)
+            rows, end = slice(start, start + _ROWS), min(start + _ROWS, n_q) + n_k - n_q
+            # The rows see the keys before `end`: those of `head` exactly, those of `middle` coded, and of `band` some so, some so.
+            position = torch.arange(start + n_k - n_q, end, device=q.device)[:, None]
+            low = min(first, end)
+            high = max(low, start + n_k - n_q - recent + 1)
+            head, middle, band = slice(0, low), slice(low, high), slice(high, end)
+            is_exact = torch.arange(high, end, device=q.device) > position - recent  # [R, keys of the band]
+            own, thin = q[:, :, rows].to(dtype), thin_q[:, :, rows].to(dtype)
+            s = torch.cat(
+                (
+                    own @ keys[:, :, head].mT,
+                    thin @ thin_keys[:, :, middle].mT,
+                    (own @ keys[:, :, band].mT).where(is_exact, thin @ thin_keys[:, :, band].mT),
+                ),
+                dim=-1,
+            )
+            s = scores.cap(scores.scale * s).masked_fill(~visible[..., rows, :end], -math.inf)
             lse = s.logsumexp(-1).clamp(min=torch.finfo(dtype).min)  # a row that sees no key gets weights exp(-inf) = 0
             weights = (s - lse[..., None]).exp()
-            part = weights.where(is_exact, 0) @ values + weights.masked_fill(is_exact, 0) @ thin_values
+            in_band = weights[..., band]
+            part = weights[..., head] @ values[:, :, head] + weights[..., middle] @ thin_values[:, :, middle]
+            part = part + in_band.where(is_exact, 0) @ values[:, :, band]
+            part = part + in_band.masked_fill(is_exact, 0) @ thin_values[:, :, band]
             out.append(scores.with_sinks(part, lse)[0].to(exact.v.dtype))
         return torch.cat(out, dim=2) if out else q.new_zeros((*q.shape[:3], exact.v.shape[-1]))
