@@ -1,6 +1,6 @@
 """Keys in a fixed number of bits per axis: `AxisBits`, calibrated once, and `AxisCodes`, the keys of a cache in them.
 
-In a basis whose axes count by their size alone ("whitened"), the axes of a head get 0, 2, 4 or 8 bits each, the same for every
+In a basis whose axes count by their size alone ("scaled", "whitened"), the axes of a head get 0, 2, 4 or 8 bits each, the same for every
 token. So a code has no indices and no scale of its own.
 """
 

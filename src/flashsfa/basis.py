@@ -21,7 +21,8 @@ from .files import whole_file
 
 _log = logging.getLogger("flashsfa")
 
-KINDS = ("dictionary", "balanced", "whitened", "pca", "identity")
+KINDS = ("dictionary", "balanced", "whitened", "scaled", "pca", "identity")
+SHARED = ("scaled", "whitened")  # in these an error of a key counts the same on each axis, so bits can be shared out
 _SIDES, _AXES = ("query", "key"), ("axes.bits", "axes.step", "axes.centre")  # tensors of a file
 _MAX_CONDITION = 1e8
 _SAMPLE_KEYS = 4096  # keys a head that the dictionary is fitted to
@@ -84,20 +85,22 @@ class FeatureBasis:
             kind: "dictionary": "whitened", then rotated so that codes of `topk` and `dense_dims` lose least: the
                 best for dense queries. "balanced": a feature counts equally on both sides: for queries that are
                 sparse too. "whitened": the largest entries of a key are the ones whose loss costs a dense query's
-                scores most; keys on their principal axes, largest first. "pca": principal axes of the keys alone.
+                scores most; keys on their principal axes, largest first. "scaled": the model's own features, each as large as
+                the queries that meet it make it count. "pca": principal axes of the keys alone.
                 "identity": no change.
             topk, dense_dims: the key code that a dictionary is fitted to, and the gain; without topk there is none.
             key_bytes: in place of topk, bytes of a key whose axes are kept in a fixed number of bits each (`AxisBits.fit`). For
-                "whitened" alone, where the error of an axis is that of scores. The axes are then the principal ones of keys
-                about their mean, ordered by their bits.
+                "scaled" and "whitened", where the error of an axis is that of scores; the axes of the latter are then the principal
+                ones of keys about their mean. They are ordered by their bits.
 
         Raises `ValueError` for an unknown kind, a dictionary without `topk`, `key_bytes` that do not fit, or moments of no token or
         with NaN; a nearly singular moment matrix is regularised, with a warning.
         """
         require(kind in KINDS, f"basis must be one of {', '.join(KINDS)}; got {kind!r}")
         require(
-            key_bytes is None or (kind == "whitened" and topk is None and dense_dims == 0),
-            f"key_bytes go with a basis 'whitened' and without topk and dense_dims; got {kind!r}, topk={topk}, dense_dims={dense_dims}",
+            key_bytes is None or (kind in SHARED and topk is None and dense_dims == 0),
+            f"key_bytes go with a basis {' or '.join(SHARED)} and without topk and dense_dims; got {kind!r}, topk={topk}, "
+            f"dense_dims={dense_dims}",
         )
         require(moments.count > 0, "no token was seen: calibrate on some text first")
         require(
@@ -114,6 +117,11 @@ class FeatureBasis:
         key_moment = _regularised(key_moment, "key")
         if kind == "pca":
             query = key = torch.linalg.eigh(key_moment).eigenvectors.flip(-1)
+        elif kind == "scaled":
+            size = (moments.query_outer / moments.query_count).diagonal(dim1=-2, dim2=-1).sqrt()  # [H, D]
+            largest = size.amax(-1, keepdim=True)
+            size = size.clamp(min=largest.where(largest > 0, 1) / _MAX_CONDITION**0.5)
+            query, key = torch.diag_embed(1 / size), torch.diag_embed(size)
         else:
             query_moment = _regularised(moments.query_outer / moments.query_count, "query")
             root = torch.linalg.cholesky(query_moment)  # L, E[qqᵀ] = L Lᵀ

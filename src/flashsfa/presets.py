@@ -65,8 +65,8 @@ def require_one_way(
 
 
 def default_key_bytes(head_dim: int) -> int:
-    """Bytes of a key in bits per axis where nothing is asked for: half a byte per feature."""
-    return max(1, head_dim // 2)
+    """Bytes of a key in bits per axis where nothing is asked for: those of a dense key in 4 bits, with its scale and centre."""
+    return min(head_dim, head_dim // 2 + 4)
 
 
 def largest_budget(head_dim: int, key_bytes: int, form: CodeFormat) -> tuple[int, int] | None:

@@ -49,9 +49,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     add_tokenizer(parser)
     add_dtype(parser, "of weights and cache")
-    parser.add_argument("--window", type=int, default=768, metavar="N", help="tokens per window")
     parser.add_argument(
-        "--windows", type=int, default=10, metavar="N", help="windows to calibrate on, and to evaluate on"
+        "--window", type=int, metavar="N", help="tokens per window (default: 2048, or the model's positions if fewer)"
+    )
+    parser.add_argument(
+        "--windows", type=int, default=3, metavar="N", help="windows to calibrate on, and to evaluate on"
     )
     parser.set_defaults(run=_convert)
 

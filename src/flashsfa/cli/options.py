@@ -107,7 +107,7 @@ def add_budget(
     parser.add_argument(
         "--key-bytes", type=int, metavar="N",
         help="bytes of a key, shared out once over the axes of a calibrated basis"
-        + ("" if cache_dtype is None else f" (default: half a byte per feature, {default_key_bytes(64)} of 64)"),
+        + ("" if cache_dtype is None else f" (default: as many as a dense key in 4 bits, {default_key_bytes(64)} at head size 64)"),
     )  # fmt: skip
     parser.add_argument(
         "--topk", type=int, metavar="K",

@@ -152,7 +152,7 @@ class Subject:
             longest: tokens of the longest context that will be measured.
         """
         if calibration is not None:
-            options, kind, furthest = self._options(), "whitened", self.settings.max_position or longest
+            options, kind, furthest = self._options(), "scaled", self.settings.max_position or longest
             fit: dict[str, Any] = {"key_bytes": self.settings.key_bytes}
             if self.settings.topk is not None:
                 kind = self.settings.basis or default_kind(options["topk_query"], attention_shape(self.model)[2])

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from ..basis import FeatureBasis, Moments
+from ..basis import SHARED, FeatureBasis, Moments
 from ..checks import require, require_int, require_tensor
 from .attention import attention_mask, dense_forward
 from .structure import (
@@ -51,8 +51,8 @@ def calibrate(
         key_bytes: in place of these: bytes of a key whose axes have a fixed number of bits each.
         text, tokenizer: in place of windows: a text of some 40,000 characters or more, and the model's tokenizer. It is cut into
             windows of up to 1024 tokens, of which 16 are taken evenly across it.
-        kind: "dictionary", "balanced" (for sparse queries), "whitened", "pca" or "identity"; see
-            `FeatureBasis.from_moments`. None: "dictionary" for topk, "whitened" for key_bytes.
+        kind: "dictionary", "balanced" (for sparse queries), "whitened", "scaled", "pca" or "identity"; see
+            `FeatureBasis.from_moments`. None: "dictionary" for topk, "scaled" for key_bytes.
         max_position, progress: as in `gather_moments`.
 
     Raises `TypeError` or `ValueError` for what does not fit, before the model runs.
@@ -67,10 +67,10 @@ def calibrate(
         windows = _windows(model, text, tokenizer)
     require(windows is not None, "calibrate needs windows of token ids, or text and tokenizer")
     assert windows is not None
-    kind = kind or ("dictionary" if key_bytes is None else "whitened")
+    kind = kind or ("dictionary" if key_bytes is None else "scaled")
     if key_bytes is not None:
         require_int("key_bytes", key_bytes, 1, attention_shape(model)[2])
-        require(kind == "whitened", f"key_bytes go with the kind 'whitened', got {kind!r}")
+        require(kind in SHARED, f"key_bytes go with the kinds {' and '.join(SHARED)}, got {kind!r}")
         dense_dims = 0
     elif dense_dims is None:
         dense_dims = default_dense_dims(model)
