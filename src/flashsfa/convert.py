@@ -22,7 +22,7 @@ from .attention import sparse_feature_attention
 from .basis import FeatureBasis, default_kind
 from .budget import DENSE, query_features
 from .cache.contiguous import SparseKVCache
-from .checks import require
+from .checks import require, require_int
 from .decode import sparse_feature_decode
 from .evaluation.memory import fill_cache
 from .evaluation.perplexity import perplexity
@@ -64,7 +64,7 @@ class ConvertSettings:
     first: int = 4
     prefill: str = "dense"
     window: int | None = None  # None for 2048, or the model's positions if fewer
-    windows: int = 3
+    windows: int = 2  # to evaluate on; calibration takes twice as many
     contexts: tuple[int, ...] = (1024, 4096, 16384, 32768)
     tokenizer: str | None = None  # as `load_model`'s
 
@@ -158,6 +158,8 @@ def _variants(settings: ConvertSettings, head_dim: int) -> dict[str, _Variant]:
     exact: dict[str, Any] = {"recent": settings.recent, "first": settings.first, "prefill": settings.prefill}
     whole: dict[str, Any] = {"topk": head_dim, "dense_dims": 0, "topk_query": DENSE, **exact}
     bits = cache_bits(settings.cache_dtype)
+    if isinstance(bits, CodeFormat):
+        bits.require_v_dim(head_dim)
     kept = "16 bits" if bits is None else settings.cache_dtype
     variants = {"dense": _Variant("dense"), "dense_int8": _Variant("dense, int8", {**whole, "cache_dtype": "d8s8v8"})}
     if head_dim % ROTATION_WIDTH == 0:
@@ -175,6 +177,7 @@ def _variants(settings: ConvertSettings, head_dim: int) -> dict[str, _Variant]:
         usual.dense_dims, usual.topk, head_dim, "dictionary", ", 16 bits, nothing exact", {}, False
     )
     key_bytes = default_key_bytes(head_dim) if settings.key_bytes is None else settings.key_bytes
+    require_int("key_bytes", key_bytes, 1, head_dim)
     form = CodeFormat(v_bits=bits.v_bits if isinstance(bits, CodeFormat) else 16 if bits is None else 8)
     fitting = largest_budget(head_dim, key_bytes, form)
     if fitting is not None:
@@ -242,10 +245,10 @@ def _windows(settings: ConvertSettings, model: Any, tokenizer: Any) -> tuple[tor
     """Calibration and evaluation windows that do not overlap."""
     calibration_text, evaluation_text = separate_texts(settings.calibrate, settings.eval)
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    cut = {"length": settings.window or min(_WINDOW, limit or _WINDOW), "count": settings.windows}
+    length, count = settings.window or min(_WINDOW, limit or _WINDOW), settings.windows
     return (
-        token_windows(tokenizer, calibration_text, purpose="calibration", **cut),
-        token_windows(tokenizer, evaluation_text, purpose="evaluation", **cut),
+        token_windows(tokenizer, calibration_text, length=length, count=2 * count, purpose="calibration"),
+        token_windows(tokenizer, evaluation_text, length=length, count=count, purpose="evaluation"),
     )
 
 

@@ -26,6 +26,7 @@ def short(monkeypatch):
 
 def arguments(model, text, output, *more):
     sizes = ["--topk", "2", "--dense-dims", "2", "--window", "32", "--windows", "2", "--dtype", "float32"]
+    sizes += ["--cache-dtype", "auto", "--recent", "0", "--first", "0", "--prefill", "coded"]
     texts = ["--calibrate", str(text), "--eval", str(text)]
     return ["convert", str(model), "-o", str(output), *texts, *sizes, *more]
 
@@ -84,16 +85,20 @@ def test_convert(tiny, text, tmp_path, capsys, short):
     assert {p.name for p in tmp_path.iterdir()} == {"out", "text.txt"}
     report = json.loads((output / "report.json").read_text())
     layers, kv_heads, head_dim = 2, 2, 8
-    for name, key_bytes in (("dense", 4 * head_dim), ("sfa", 4 * 2 + 5 * 2)):
-        assert report[name]["perplexity"] > 1
-        assert report[name]["kv_bytes_per_token"] == layers * kv_heads * (key_bytes + 4 * head_dim)
-    assert report["settings"]["topk"] == report["settings"]["dense_dims"] == 2
+    for name, token_bytes in (("dense", 64), ("dense_int8", 2 * (8 + 4)), ("topk", 4 * 2 + 5 * 2 + 32)):
+        row = report["variants"][name]
+        assert row["perplexity"] > 1
+        assert row["kv_bytes_per_token"] == layers * kv_heads * token_bytes
+    assert head_dim == report["settings"]["head_dim"]
+    assert report["chosen"] == "topk"
+    assert report["switched"]["topk"] == report["switched"]["dense_dims"] == 2
     assert report["versions"]["flashsfa"] == flashsfa.__version__
     assert (output / "report.png").read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
     for phase in ("loading the model", "calibrating", "fitting the basis", "perplexity: dense", "timing attention"):
         assert re.search(rf"^ *\d+ s  {phase}", out, re.MULTILINE)  # a line each where no terminal is
     assert "Loss: perplexity " in out
+    assert "Written: 2 dense + top-2, 16 bits, " in out
     assert "Decode here: " in out
     model = flashsfa.from_pretrained(output)
     assert model.config.sfa["topk"] == 2
@@ -109,10 +114,9 @@ def test_convert_to_an_eight_bit_cache(tiny, text, tmp_path, short):
     output = tmp_path / "out"
     assert main(arguments(tiny, text, output, "--dense-dims", "5", "--cache-dtype", "int8")) == 0
     report = json.loads((output / "report.json").read_text())
-    assert report["dense"]["kv_bytes_per_token"] == 2 * 2 * (4 * 8 + 4 * 8)
-    assert report["sfa"]["key_bytes_per_token_and_head"] == 5 + 2 * 2 + 4
-    assert report["sfa"]["value_bytes_per_token_and_head"] == 8 + 4
-    assert report["plain_topk"]["label"] == "top-4 alone, int8"  # 12 of at most 13 bytes
+    row = report["variants"]["topk"]
+    assert row["key_bytes_per_token_and_head"] == 5 + 2 * 2 + 4
+    assert row["value_bytes_per_token_and_head"] == 8 + 4
     assert report["settings"]["cache_dtype"] == "int8"
     assert flashsfa.from_pretrained(output).config.sfa["cache_dtype"] == "int8"
 
@@ -121,9 +125,9 @@ def test_convert_to_a_cache_with_exact_tokens(tiny, text, tmp_path, short):
     output = tmp_path / "out"
     assert main(arguments(tiny, text, output, "--recent", "1000", "--first", "3")) == 0
     report = json.loads((output / "report.json").read_text())
-    assert report["sfa"]["kv_bytes_per_token"] == report["dense"]["kv_bytes_per_token"]
-    assert report["sfa"]["perplexity"] == pytest.approx(report["dense"]["perplexity"], rel=1e-3)
-    assert report["sfa"]["label"].endswith("1000 newest and 3 first tokens exact")
+    dense, row = report["variants"]["dense"], report["variants"]["topk"]
+    assert row["kv_bytes_per_token"] == dense["kv_bytes_per_token"]
+    assert row["perplexity"] == pytest.approx(dense["perplexity"], rel=1e-3)
     settings = flashsfa.from_pretrained(output).config.sfa
     assert (settings["recent"], settings["first"]) == (1000, 3)
 
@@ -147,26 +151,66 @@ def test_full_disk_leaves_nothing(kilobytes, tiny, text, tmp_path, capsys, short
     assert set(tmp_path.iterdir()) == before
 
 
-def test_budgets_follow_the_head_size(tiny, text, tmp_path, short):
-    command = arguments(tiny, text, tmp_path / "out", "--topk-query", "dense")
-    for option in ("--topk", "--dense-dims"):
+def without(command, *options):
+    for option in options:
         at = command.index(option)
-        del command[at : at + 2]
-    assert main(command) == 0
-    settings = json.loads((tmp_path / "out" / "report.json").read_text())["settings"]
-    assert (settings["dense_dims"], settings["topk"], settings["topk_query"]) == (3, 2, 8)
+        command = command[:at] + command[at + 2 :]
+    return command
+
+
+def test_the_dense_channel_follows_the_head_size(tiny, text, tmp_path, short):
+    assert main(without(arguments(tiny, text, tmp_path / "out", "--topk-query", "dense"), "--dense-dims")) == 0
+    switched = json.loads((tmp_path / "out" / "report.json").read_text())["switched"]
+    assert (switched["dense_dims"], switched["topk"], switched["topk_query"]) == (3, 2, 8)
+
+
+@pytest.mark.parametrize("key_bytes", [None, 6])
+def test_what_measures_best_for_the_bytes_is_written(key_bytes, tiny, text, tmp_path, short, capsys):
+    output = tmp_path / "out"
+    command = without(arguments(tiny, text, output), "--topk", "--dense-dims", "--cache-dtype", "--recent", "--first")
+    command += ["--cache-dtype", "int8", "--recent", "2", "--first", "1"]
+    assert main(command if key_bytes is None else [*command, "--key-bytes", str(key_bytes)]) == 0
+    report = json.loads((output / "report.json").read_text())
+    rows, of_key = report["variants"], key_bytes or 8
+    assert list(rows) == ["dense", "dense_int8", "topk_16", "topk", "axes"]
+    exact = 3 * 4 * 8  # of 32 tokens
+    assert rows["axes"]["key_bytes_per_token_and_head"] == (29 * of_key + exact) / 32
+    assert rows["topk"]["key_bytes_per_token_and_head"] <= (29 * of_key + exact) / 32
+    assert report["chosen"] == min(("topk", "axes"), key=lambda name: rows[name]["perplexity"])
+    model = flashsfa.from_pretrained(output)
+    assert (model.config.sfa["topk"] is None) == (report["chosen"] == "axes")
+    assert (model.config.sfa["recent"], model.config.sfa["first"], model.config.sfa["prefill"]) == (2, 1, "coded")
+    capsys.readouterr()
+    assert main(["info", str(output)]) == 0
+    assert f"basis: {report['switched']['basis']}" in capsys.readouterr().out
+
+
+def test_two_ways_to_say_what_a_key_keeps(tiny, text, tmp_path, capsys):
+    assert_refused(capsys, arguments(tiny, text, tmp_path / "out", "--key-bytes", "4"), "give one of them")
+    command = without(arguments(tiny, text, tmp_path / "out"), "--topk")
+    assert_refused(capsys, command, "--dense-dims goes with --topk")
+    command = without(command, "--dense-dims", "--cache-dtype")
+    assert_refused(capsys, command, "width must be a multiple of 16, got 8; take 8 bits")
+    assert_refused(capsys, [*command, "--cache-dtype", "int8", "--key-bytes", "9"], "key_bytes must be")
 
 
 def report_of(loss, *, topk_query=64):
-    row = {"label": "", "kv_bytes_per_token": 100.0, "key_bytes_per_token_and_head": 8.0, "text": "and so on"}
-    settings = {"dense_dims": 22, "topk": 12, "topk_query": topk_query, "head_dim": 64}
-    rows = {name: row | {"perplexity": 10.0} for name in ("dense", "plain_topk", "basis", "sfa")}
-    rows["sfa"]["perplexity"] = 10 * (1 + loss)
+    row = {
+        "label": "",
+        "kv_bytes_per_token": 100.0,
+        "key_bytes_per_token_and_head": 8.0,
+        "value_bytes_per_token_and_head": 8.0,
+    }
+    switched = {"dense_dims": 22, "topk": 12, "topk_query": topk_query, "recent": 32, "first": 4}
     times = [
         {"context": n, "decode_dense": 2.0, "decode_sfa": time}
         for n, time in ((1024, 1.0), (4096, 3.0), (16384, 1.5), (32768, 1.25))
     ]
-    return {**rows, "settings": settings, "perplexity_increase": loss, "attention_ms": times}
+    return {
+        "variants": {"dense": row | {"perplexity": 10.0}, "topk": row | {"perplexity": 10 * (1 + loss)}},
+        "chosen": "topk", "switched": switched, "settings": {"head_dim": 64}, "texts": {"sfa": "so", "dense": "on"},
+        "perplexity_increase": loss, "attention_ms": times,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(("loss", "topk_query"), [(0.04, 64), (0.06, 64), (0.06, 12)])
@@ -174,7 +218,7 @@ def test_a_large_loss_is_said_with_what_would_be_better(loss, topk_query, tmp_pa
     monkeypatch.setattr(flashsfa.convert, "convert", lambda *arguments: report_of(loss, topk_query=topk_query))
     assert main(["convert", "-o", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
-    assert f"Loss: perplexity {10 * (1 + loss):.2f} against 10.00 dense, {100 * loss:+.1f} %" in out
+    assert f"Loss: perplexity {10 * (1 + loss):.2f} against 10.00 dense, {100 * loss:+.2f} %" in out
     assert "Decode here: faster than dense from 16384 tokens on" in out
     is_large = loss > 0.05
     assert ("That is much (over 5 %)" in out) == is_large

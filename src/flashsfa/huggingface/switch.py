@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from ..basis import FeatureBasis
 from ..budget import FeatureBudget
 from ..checks import require
+from ..formats import CodeFormat, cache_bits
 from .attention import NAME, LayerCoding
 from .instance import extend, retract
 from .loading import find_file, load_weights, read_config, refusing
@@ -186,7 +187,10 @@ def _check_settings(model: Any, present: list[int], settings: SFASettings, basis
     `present`."""
     name = type(model).__name__
     _, kv_heads, head_dim = attention_shape(model)
-    budget = settings.budget(head_dim)
+    budget, bits = settings.budget(head_dim), cache_bits(settings.cache_dtype)
+    if isinstance(bits, CodeFormat):
+        bits.require_v_dim(head_dim)
+        bits.key_bytes(head_dim, budget.dense_dims, budget.topk)
     if settings.positions is not None:
         require(basis is None, "positions='channel' has no basis: the model is trained in the coordinates it has")
         require_channel(model, settings.dense_dims, head_dim)
