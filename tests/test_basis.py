@@ -298,7 +298,7 @@ def test_errors():
         FeatureBasis.from_moments(Moments(H, D))
     for kind, options in (("pca", {}), ("dictionary", {}), ("whitened", {"topk": 2}), ("whitened", {"dense_dims": 1})):
         with pytest.raises(
-            ValueError, match="key_bytes go with a basis 'whitened' and without topk and dense_dims; got"
+            ValueError, match="key_bytes go with a basis scaled or whitened and without topk and dense_dims; got"
         ):
             FeatureBasis.from_moments(moments_of(draw()), kind, key_bytes=3, **options)
     for key_bytes in (0, D + 1):

@@ -37,10 +37,10 @@ def _draw_quality(axes: Any, report: dict[str, Any]) -> None:
     axes.bar_label(bars, [f"{loss:+.2f} %" for loss in losses], padding=3)
     axes.invert_yaxis()
     axes.axvline(0, color=_DENSE, linewidth=1)
-    low, high = min(0.0, *losses), max(0.5, *losses)
-    axes.set_xlim(1.25 * low, 1.25 * high)
+    high = max(0.5, *losses)
+    axes.set_xlim(min(losses) - 0.3 * high if min(losses) < 0 else 0, 1.3 * high)  # room for the labels
     axes.set_xlabel(f"perplexity against dense ({dense:.2f}), lower is better")
-    axes.set_title("Loss, on the same windows of text, each token scored as decode sees it")
+    axes.set_title("Loss, each token scored as decode sees it")
 
 
 def _draw_memory(axes: Any, report: dict[str, Any]) -> None:
@@ -56,9 +56,9 @@ def _draw_memory(axes: Any, report: dict[str, Any]) -> None:
     axes.invert_yaxis()
     axes.set_yticks(range(len(names)), [""] * len(names))  # those of the panel beside, and dense on top
     axes.text(0, 0, "  dense", va="center", color="white")
-    axes.set_xlim(0, 1.25 * whole)
+    axes.set_xlim(0, 1.4 * whole)
     axes.set_xlabel("bytes per token and kv head: keys (dark) and values (light)")
-    axes.set_title("KV cache, measured on the live cache, exact tokens included")
+    axes.set_title("KV cache, read from the live one")
 
 
 def _colors(report: dict[str, Any], rows: dict[str, Any]) -> list[str]:
@@ -72,11 +72,11 @@ def _draw_times(axes: Any, phase: str, rows: list[dict[str, float]]) -> None:
         label = "dense" if kind == "dense" else "Sparse Feature Attention"
         bars = axes.bar([x + shift for x in range(len(rows))], heights, width=0.4, color=color, label=label)
         times = [f"{row[f'{phase}_{kind}']:.3g}\nms" for row in rows]
-        axes.bar_label(bars, times, label_type="center", color="white", fontsize=9)
+        axes.bar_label(bars, times, fontsize=8, padding=2)
     ticks = [f"{row['context']:.0f}\n{_comparison(share)}" for row, share in zip(rows, shares, strict=True)]
     axes.set_xticks(range(len(rows)), ticks)
     axes.set_xlim(-0.6, max(len(rows), 3) - 0.4)
-    axes.set_ylim(0, 1.25 * max(100.0, *shares))
+    axes.set_ylim(0, 1.35 * max(100.0, *shares))
     axes.set_xlabel("context length in tokens")
     axes.set_ylabel("time, % of dense attention's")
     axes.legend(loc="upper center", ncols=2, fontsize=8)

@@ -191,7 +191,7 @@ def test_lm_eval_on_local_tasks(tiny, text, tmp_path, capsys):
         ("perplexity", ["--window", 1], "--window must be"),
         ("perplexity", ["--dense", "--window", 2000], "1024 positions"),
         ("perplexity", ["--dense", "--text", "nowhere.txt"], "does not exist"),
-        ("perplexity", ["--window", 100], "give --topk"),
+        ("perplexity", ["--window", 100], "give --key-bytes or --topk"),
         ("perplexity", ["--topk", 7, "--dense-dims", 2, "--window", 100], "topk must be"),
         ("perplexity", [*BUDGET, "--window", 200, "--max-position", 100], "--max-position must be"),
         *(("perplexity", ["--dense", "--window", 100, *given], f"leave out {given[0]}, or") for given in SWITCH),

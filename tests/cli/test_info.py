@@ -43,7 +43,7 @@ def test_info_of_a_converted_model(cache_dtype, cache, tiny, tmp_path, capsys):
     for line in ("topk: 2", "dense_dims: 2", "basis: none", "positions: as in the dense model", f"KV cache: {cache}"):
         assert f"  {line}\n" in out
     assert f"loss: not recorded; flashsfa eval perplexity {tmp_path}" in out
-    report = {"settings": {"basis": "balanced"}, "perplexity_increase": 0.0432}
+    report = {"switched": {"basis": "balanced"}, "perplexity_increase": 0.0432}
     (tmp_path / "report.json").write_text(json.dumps(report))
     assert main(["info", str(tmp_path)]) == 0
     assert "loss: +4.3 % of perplexity" in capsys.readouterr().out

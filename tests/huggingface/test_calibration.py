@@ -7,6 +7,9 @@ import flashsfa
 from flashsfa.axes import AxisCodes
 
 transformers = pytest.importorskip("transformers")
+from flashsfa.huggingface import calibration  # noqa: E402
+from flashsfa.huggingface.attention import dense_forward  # noqa: E402
+from flashsfa.huggingface.calibration import gather_moments  # noqa: E402
 
 
 @pytest.fixture
@@ -54,7 +57,11 @@ def test_a_budget_makes_a_dictionary_without_bits(model, windows):
         ({"key_bytes": 0}, ValueError, "key_bytes must be 1 to 8, got 0"),
         ({"key_bytes": 9}, ValueError, "key_bytes must be 1 to 8, got 9"),
         ({"key_bytes": 3.5}, TypeError, "key_bytes must be an int"),
-        ({"key_bytes": 3, "kind": "dictionary"}, ValueError, "key_bytes go with the kind 'whitened', got 'dictionary'"),
+        (
+            {"key_bytes": 3, "kind": "dictionary"},
+            ValueError,
+            "key_bytes go with the kinds scaled and whitened, got 'dictionary'",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_before_the_model_runs(model, windows, options, error, words, monkeypatch):
@@ -66,5 +73,33 @@ def test_what_does_not_fit_is_refused_before_the_model_runs(model, windows, opti
 
 def test_a_basis_with_bits_fits_no_budget(model, windows):
     basis = flashsfa.calibrate(model, windows, key_bytes=3)
-    with pytest.raises(ValueError, match="has bits per axis, 3 bytes of a key, and fits no topk=3"):
+    with pytest.raises(ValueError, match="a basis with bits per axis takes the place of topk: leave topk out"):
         flashsfa.enable(model, 3, basis=basis)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "GPTNeoX", "Glm4", "Cohere", "Phi"])
+def test_turned_keys_are_those_of_the_model_further_on(kind):
+    """Rotations of halves, of neighbours and of a part of the head."""
+    config = getattr(transformers, f"{kind}Config")(
+        hidden_size=64, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, vocab_size=61,
+        max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=None,
+        **({"num_key_value_heads": 2, "head_dim": 16} if kind in ("Llama", "Glm4") else {}),
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.randint(1, 61, (1, 30))
+    at_once = gather_moments(model, ids, max_position=31)  # by 0 or 1
+    positions = torch.arange(30)
+    held = {}
+
+    def record(module, query, key, *args, **kwargs):
+        held.setdefault(module.layer_idx, []).append(key)
+        return dense_forward(module, query, key, *args, **kwargs)
+
+    with torch.no_grad(), calibration._attention(model, record):
+        for start in (0, 1):
+            calibration._run(model, ids, positions + start)
+    for layer, (near, far) in held.items():
+        rows = at_once[layer].sample  # in the order of their lots
+        both = torch.cat((near[0], far[0]), dim=1).float()
+        assert (torch.cdist(rows, both).amin(-1) < 1e-3).all()
+        assert (torch.cdist(rows, near[0].float()).amin(-1) > 1e-2).any()

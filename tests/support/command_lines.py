@@ -44,7 +44,7 @@ def command(line):
     """The words of `line`, with the options that every run of its command has; those in `line` come last and count."""
     name, rest = line.split(" ", 1)
     shared = {
-        "convert": "convert --dtype float32 --topk 2 --dense-dims 2 --window 32 --windows 2 --calibrate text.txt --eval text.txt -o out",
+        "convert": "convert --dtype float32 --topk 2 --dense-dims 2 --cache-dtype auto --window 32 --windows 2 --calibrate text.txt --eval text.txt -o out",
         "perplexity": "eval perplexity --dtype float32 --device cpu --window 32 --windows 2 --text text.txt -o out",
         "needle": "eval needle --dtype float32 --device cpu --lengths 200 --depths 50 --text text.txt -o out",
         "lm-eval": "eval lm-eval --tasks any -o out",
