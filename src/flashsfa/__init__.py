@@ -8,12 +8,14 @@ imports neither transformers nor Triton.
 from typing import Any
 
 from .attention import sparse_feature_attention, sparse_feature_attention_varlen
+from .axes import AxisBits
 from .basis import FeatureBasis
 from .cache.contiguous import SparseKVCache
 from .cache.paged import PagedSparseKVCache
 from .checks import checked
 from .codes import FeatureCodes, topk_codes
 from .decode import sparse_feature_decode
+from .formats import CodeFormat
 from .nn import SparseFeatureAttention
 from .ops.record import explain
 
@@ -22,6 +24,8 @@ __version__ = "0.1.0"
 _HUGGINGFACE = ("calibrate", "disable", "enable", "from_pretrained")
 
 __all__ = [
+    "AxisBits",
+    "CodeFormat",
     "FeatureBasis",
     "FeatureCodes",
     "PagedSparseKVCache",
