@@ -208,17 +208,16 @@ def _top_k(
 def _wide_on_a_cpu(model: Any) -> Iterator[None]:
     """On a CPU the model computes in float32, which most CPUs do several times faster than in 16 bits; its weights come out unchanged.
     Large models stay as they are."""
-    dtype = model.dtype
-    parameters = list(model.parameters())
-    if model.device.type != "cpu" or sum(x.numel() for x in parameters) > _MOST_WIDENED:
+    narrow = [(x, x.dtype) for x in model.parameters() if x.dtype in (torch.bfloat16, torch.float16)]
+    if model.device.type != "cpu" or sum(x.numel() for x, _ in narrow) > _MOST_WIDENED:
         yield
         return
     try:
-        for x in parameters:
+        for x, _ in narrow:
             x.data = x.data.float()
         yield
     finally:
-        for x in parameters:
+        for x, dtype in narrow:
             x.data = x.data.to(dtype)
 
 

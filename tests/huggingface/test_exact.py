@@ -211,6 +211,21 @@ def test_a_loss_is_that_of_decode(options):
         assert loss == pytest.approx(expected.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("cache_dtype", [None, "int4"])
+@pytest.mark.parametrize("exact", [{}, {"recent": 3, "first": 2}], ids=str)
+def test_a_loss_in_bits_per_axis_is_that_of_decode(exact, cache_dtype):
+    perplexity = pytest.importorskip("flashsfa.evaluation.perplexity")
+    dense, windows = flashsfa.disable(make()), tokens(24, 2)
+    whole = perplexity.perplexity(dense, windows)
+    basis = flashsfa.calibrate(dense, tokens(40), key_bytes=5)
+    model = flashsfa.enable(dense, basis=basis, cache_dtype=cache_dtype, **exact)
+    found = perplexity.window_losses(model, windows)
+    for loss, ids in zip(found, windows, strict=True):
+        expected = torch.nn.functional.cross_entropy(one_by_one(model, ids[None])[0, :-1], ids[1:])
+        assert loss == pytest.approx(expected.item(), rel=1e-6)
+    assert perplexity.perplexity(model, windows) != pytest.approx(whole, rel=1e-4)
+
+
 @pytest.mark.parametrize("cache_dtype", ["int8", "int4"])
 def test_gradients_without_a_cache(cache_dtype):
     model, ids = make(cache_dtype=cache_dtype), tokens(9)

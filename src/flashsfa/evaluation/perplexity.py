@@ -30,7 +30,7 @@ def perplexity(model: Any, windows: Tensor, progress: Callable[[], None] = lambd
 def window_losses(model: Any, windows: Tensor, progress: Callable[[], None] = lambda: None) -> list[float]:
     """The mean negative log-likelihood of all but the first token of each window, in nats per token.
 
-    Each token is scored as decode sees it: one whose cache is in 8 bits attends to the rounded keys and values that the cache
+    Each token is scored as decode sees it: one whose cache is in fewer bits attends to the rounded keys and values that the cache
     holds, and one that keeps its newest and first tokens as they came to these, and to the codes of the others.
 
     Args:
@@ -41,7 +41,7 @@ def window_losses(model: Any, windows: Tensor, progress: Callable[[], None] = la
     Raises `ValueError` if the mean is NaN, or so large that its exponential overflows.
     """
     settings = SFASettings.from_config(model.config.sfa) if is_enabled(model) else None
-    rounds = settings is not None and settings.cache_dtype is not None and not settings.shows_exact
+    rounds = settings is not None and settings.rounds and not settings.shows_exact
     losses = []
     for window in windows:
         ids = window[None].to(model.device)

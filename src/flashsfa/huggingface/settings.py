@@ -95,6 +95,11 @@ class SFASettings:
         require(not given, lambda: f"{', '.join(given)} goes with topk: a basis with bits per axis has neither")
 
     @property
+    def rounds(self) -> bool:
+        """Whether dynamic caches hold keys or values in fewer bits than they come in."""
+        return self.cache_dtype is not None or self.topk is None
+
+    @property
     def shows_exact(self) -> bool:
         """Whether queries see keys or values that are not as dynamic caches hold coded ones."""
         return bool(self.recent or self.first or self.prefill == "dense")
