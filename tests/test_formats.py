@@ -10,7 +10,7 @@ from flashsfa.formats import INDEX_FORMS, CodeFormat
 from flashsfa.narrow import NarrowRows
 
 # (head_dim, dense_dims, topk)
-BUDGETS = [(1, 0, 1), (2, 1, 1), (7, 0, 3), (64, 0, 8), (64, 22, 12), (64, 28, 11), (64, 63, 1), (65, 1, 64)]
+BUDGETS = [(2, 1, 1), (7, 0, 3), (64, 0, 8), (64, 22, 12), (64, 28, 11), (64, 63, 1), (65, 1, 64)]
 BUDGETS += [(96, 17, 5), (128, 16, 16), (128, 0, 16), (255, 4, 33), (256, 0, 256), (256, 16, 31), (256, 255, 1)]
 FORMATS = [CodeFormat(d, s, i) for d, s, i in product((16, 8), (16, 8, 4), ("auto", *INDEX_FORMS))]
 
@@ -96,7 +96,7 @@ def test_a_layout_has_one_name_and_a_name_one_format():
 
 @pytest.mark.parametrize("name", ["", "d8", "d4s4v4", "d8s4v4-auto", "d8s4v4-", "d08s4v4", "int8"])
 def test_other_names(name):
-    with pytest.raises(ValueError, match="names no format; names are such as d8s4v4"):
+    with pytest.raises(ValueError, match="names no format of a cache; there are int4, int8, or widths such as d8s4v4"):
         CodeFormat.named(name)
 
 

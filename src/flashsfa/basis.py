@@ -103,10 +103,7 @@ class FeatureBasis:
             f"dense_dims={dense_dims}",
         )
         require(moments.count > 0, "no token was seen: calibrate on some text first")
-        require(
-            bool(moments.key_outer.isfinite().all() and moments.query_outer.isfinite().all()),
-            "the model's queries or keys hold NaN or infinity: its weights are damaged, or overflow in their dtype",
-        )
+        moments.require_finite()
         heads, head_dim, _ = moments.key_outer.shape
         if kind == "identity":
             return cls.identity(heads, head_dim)
@@ -270,6 +267,13 @@ class Moments:
         self.sample = torch.zeros(num_kv_heads, 0, head_dim, device="cpu")  # [H, S, D] keys
         self._lots = torch.zeros(0, device="cpu")  # [S] each token draws a lot, and the highest stay
         self._generator = torch.Generator().manual_seed(0)
+
+    def require_finite(self) -> None:
+        """Raise `ValueError` if NaN or infinity was among the tokens."""
+        require(
+            bool(self.key_outer.isfinite().all() and self.query_outer.isfinite().all()),
+            "the model's queries or keys hold NaN or infinity: its weights are damaged, or overflow in their dtype",
+        )
 
     def update(self, q: Tensor, k: Tensor) -> None:
         """Add the tokens of q [B, Hq, N, D] and k [B, H, N, D]."""

@@ -118,6 +118,8 @@ def convert(settings: ConvertSettings, output: Path, progress: Progress) -> dict
     bar = progress("calibrating", len(calibration))
     with _wide_on_a_cpu(model):
         moments = gather_moments(model, calibration, max_position=settings.max_position, progress=bar)
+    for layer in moments:
+        layer.require_finite()
     report: dict[str, Any] = {
         "settings": {**asdict(settings), "model": settings.model or BUNDLED_NAME, "head_dim": head_dim},
         "versions": _versions(),
