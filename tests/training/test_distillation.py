@@ -186,3 +186,11 @@ def test_distillation_starts_from_a_converted_model(tmp_path, content, capsys):
     assert run(tmp_path, distill_content(content, tmp_path / "nothing"), command="distill") == 2
     assert "model: " in capsys.readouterr().err
     assert DistillTrainer.compute_loss is not RunTrainer.compute_loss
+
+
+def test_a_model_in_bits_per_axis_is_refused(tmp_path, content, converted, capfd):
+    dense = flashsfa.disable(flashsfa.from_pretrained(converted))
+    basis = flashsfa.calibrate(dense, torch.randint(0, VOCABULARY, (2, 32)), key_bytes=6)
+    flashsfa.enable(dense, basis=basis).save_pretrained(converted)
+    assert run(tmp_path, distill_content(content, converted), command="distill") == 2
+    assert "training is for codes of topk: convert it with --topk" in capfd.readouterr().err

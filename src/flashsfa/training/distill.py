@@ -42,6 +42,10 @@ def distill(recipe: DistillRecipe, directory: Path) -> dict[str, Any]:
 
 def _distill(recipe: DistillRecipe, place: RunDirectory) -> dict[str, Any]:
     model = _load(recipe.model)
+    require(
+        model.config.sfa["topk"] is not None,
+        f"model: {recipe.model} keeps keys in bits per axis, and training is for codes of topk: convert it with --topk",
+    )
     lora = recipe.distill.lora
     widest = getattr(model.config, "hidden_size", None)
     require(
@@ -225,5 +229,6 @@ def _finish(model: Any, basis: FeatureBasis | None) -> None:
     if learned and basis is not None:
         for index, trained in learned.items():
             with torch.no_grad():
-                basis.query[index], basis.key[index] = (x.cpu() for x in vars(trained()).values())
+                sides = trained()
+                basis.query[index], basis.key[index] = sides.query.cpu(), sides.key.cpu()
         enable(model, basis=basis, **SFASettings.from_config(model.config.sfa).arguments())
