@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +51,10 @@ class Coder:
             self.bits in (None, torch.int8) or isinstance(self.bits, CodeFormat),
             f"dtype must be torch.int8, a CodeFormat or None, got {self.bits}",
         )
+
+    def arguments(self) -> dict[str, Any]:
+        """What a cache takes for this code."""
+        return {"topk": self.topk, "dense_dims": self.dense_dims, "axes": self.axes, "dtype": self.bits}
 
     def require_fit(self, k: Tensor, v: Tensor) -> None:
         """Raise `ValueError` for keys [B, Hkv, N, D] or values [B, Hkv, N, Dv] of a shape that cannot be kept so."""
@@ -100,3 +105,19 @@ class Coder:
     def _features(self, k: Tensor) -> FeatureCodes:
         assert self.topk is not None
         return topk_codes(k, self.topk, dense_dims=self.dense_dims)
+
+
+class Coded:
+    """What caches share: a `coder`, whose key code they show."""
+
+    coder: Coder
+
+    @property
+    def topk(self) -> int | None:
+        """Budget of the key code; None for keys in bits per axis."""
+        return self.coder.topk
+
+    @property
+    def dense_dims(self) -> int:
+        """Width of the dense channel of the key code."""
+        return self.coder.dense_dims

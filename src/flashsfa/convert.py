@@ -292,7 +292,7 @@ def _attention_times(model: Any, settings: ConvertSettings, progress: Progress) 
 
         def cached() -> KVView:
             cache = SparseKVCache(
-                coder.topk, dense_dims=coder.dense_dims, axes=coder.axes, dtype=coder.bits, capacity=n,
+                **coder.arguments(), capacity=n,
                 recent=settings.recent, first=settings.first,
             )  # fmt: skip
             return cache.append(k, v)

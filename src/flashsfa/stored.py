@@ -162,11 +162,15 @@ class KVView:
 
     def is_exact(self) -> Tensor:
         """[B or 1, N] bool, True for keys that are seen as they came."""
+        keys = self._replaced_keys()
+        found = torch.zeros(len(keys), self.n + 1, dtype=torch.bool, device=keys.device)
+        return found.scatter(1, keys, True)[:, : self.n]
+
+    def _replaced_keys(self) -> Tensor:
+        """[B or 1, E] the key in place of which each of `all_exact()` is seen; n for an empty slot."""
         positions = self.all_exact().positions
         assert positions is not None
-        spare = positions.where((positions >= 0) & (positions < self.n), self.n)
-        found = torch.zeros(len(spare), self.n + 1, dtype=torch.bool, device=spare.device)
-        return found.scatter(1, spare, True)[:, : self.n]
+        return positions.where((positions >= 0) & (positions < self.n), self.n)
 
     def rows(self, dtype: torch.dtype) -> ExactKV:
         """All tokens in order in `dtype`, the coded keys as sparse rows."""
@@ -182,16 +186,13 @@ class KVView:
 
     def _placed(self, rows: ExactKV) -> ExactKV:
         """`rows` of all tokens with the exact ones in their places."""
-        assert self.recent is not None
-        assert self.recent.positions is not None
-        positions = self.recent.positions
-        spare = positions.where((positions >= 0) & (positions < self.n), self.n)[:, None, :, None]
+        keys = self._replaced_keys()[:, None, :, None]
 
         def put(x: Tensor, exact: Tensor) -> Tensor:
-            at = spare.expand(*exact.shape)
+            at = keys.expand(*exact.shape)
             return F.pad(x, (0, 0, 0, 1)).scatter(2, at, exact.to(x.dtype))[:, :, : self.n]
 
-        return rows.map(put, self.recent)
+        return rows.map(put, self.all_exact())
 
     def contiguous_pages(self) -> KVView:
         """The pages gathered to [B, Hkv, max_pages * page_size, ...]; a view without pages as it is."""

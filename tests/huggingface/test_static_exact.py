@@ -6,27 +6,15 @@ import torch
 import flashsfa
 
 transformers = pytest.importorskip("transformers")
+from exact_models import make, tokens  # noqa: E402
 from flashsfa.huggingface import SparseCache, StaticSparseCache  # noqa: E402
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
-WINDOW, CAPACITY = 7, 60
+CAPACITY = 60
 CLOSE = {"rtol": 1e-8, "atol": 1e-8}
 EXACT = [(3, 2), (0, 2), (3, 0), (9, 4), (99, 0), (1, 99)]
-
-
-def make(sliding=False, **options):
-    sizes = {"hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 6}
-    sizes |= {"num_key_value_heads": 2, "vocab_size": 61, "max_position_embeddings": 512, "initializer_range": 0.3}
-    config = transformers.Qwen3Config(
-        **sizes, head_dim=16, use_sliding_window=sliding, sliding_window=WINDOW, max_window_layers=1,
-        layer_types=["sliding_attention" if sliding else "full_attention", "full_attention"],
-        pad_token_id=0, eos_token_id=None,
-    )  # fmt: skip
-    torch.manual_seed(1)
-    model = transformers.Qwen3ForCausalLM(config).double().eval()
-    return flashsfa.enable(model, 3, **{"dense_dims": 2, "recent": 3, "first": 2, **options})
 
 
 def run(model, ids, cache):
@@ -36,10 +24,6 @@ def run(model, ids, cache):
 
 def in_steps(model, ids, cache, steps):
     return torch.cat([run(model, part, cache) for part in ids.split(steps, dim=1)], dim=1)
-
-
-def tokens(n, batch=2):
-    return torch.randint(1, 61, (batch, n))
 
 
 @pytest.mark.parametrize("prefill", ["coded", "dense"])

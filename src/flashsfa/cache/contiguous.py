@@ -22,7 +22,7 @@ from ..checks import (
     require_keys_and_values,
     require_no_gradient,
 )
-from ..coder import Coder
+from ..coder import Coded, Coder
 from ..codes import FeatureCodes
 from ..contexts import lasting_tensors
 from ..formats import CodeFormat
@@ -34,7 +34,7 @@ from .exact import ExactSlots
 _GROWTH_TOKENS = 256
 
 
-class SparseKVCache:
+class SparseKVCache(Coded):
     """Codes and values of up to `capacity` tokens; grows by a quarter (at least 256 tokens) when full.
 
     A call that raises, for whatever reason, leaves the cache as it was. What `torch.inference_mode()` filled can be continued
@@ -70,16 +70,6 @@ class SparseKVCache:
         self._first_capacity = capacity
         self._tokens = _Tokens()
         self._held: _Held | None = None
-
-    @property
-    def topk(self) -> int | None:
-        """Budget of the key code; None for keys in bits per axis."""
-        return self.coder.topk
-
-    @property
-    def dense_dims(self) -> int:
-        """Width of the dense channel of the key code."""
-        return self.coder.dense_dims
 
     def __len__(self) -> int:
         """Tokens held."""

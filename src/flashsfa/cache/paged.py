@@ -23,7 +23,7 @@ from ..checks import (
     require_no_gradient,
     require_page_size,
 )
-from ..coder import Coder
+from ..coder import Coded, Coder
 from ..contexts import lasting_tensors
 from ..formats import CodeFormat
 from ..narrow import NarrowRows
@@ -31,7 +31,7 @@ from ..stored import ExactKV, KeyCodes, KVView
 from .exact import ExactSlots
 
 
-class PagedSparseKVCache:
+class PagedSparseKVCache(Coded):
     """A pool of `pages` pages of `page_size` tokens; sequences are named by the integers that `add` and `fork` return.
 
     A call that raises, for whatever reason, leaves the cache as it was.
@@ -82,16 +82,6 @@ class PagedSparseKVCache:
         self._next = 0
         self._pools: KVView | None = None  # [P, Hkv, page_size, ...]
         self._input_dtype: torch.dtype | None = None  # of keys and values as they come
-
-    @property
-    def topk(self) -> int | None:
-        """Budget of the key code; None for keys in bits per axis."""
-        return self.coder.topk
-
-    @property
-    def dense_dims(self) -> int:
-        """Width of the dense channel of the key code."""
-        return self.coder.dense_dims
 
     @property
     def free_pages(self) -> int:

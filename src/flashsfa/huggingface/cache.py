@@ -196,7 +196,7 @@ class SparseCacheLayer(_CodedLayer):
     def reset(self) -> None:
         coder, settings = self._coding.coder, self._coding.settings
         self.store = SparseKVCache(
-            coder.topk, dense_dims=coder.dense_dims, axes=coder.axes, dtype=coder.bits, recent=settings.recent,
+            **coder.arguments(), recent=settings.recent,
             first=settings.first,
         )  # fmt: skip
         self.is_initialized = False
@@ -293,7 +293,7 @@ class StaticSparseLayer(_CodedLayer):
             min(x, self.max_cache_len) for x in (self._coding.settings.recent, self._coding.settings.first)
         )
         self.store = SparseKVCache(
-            coder.topk, dense_dims=coder.dense_dims, axes=coder.axes, dtype=coder.bits, capacity=self._slots,
+            **coder.arguments(), capacity=self._slots,
             recent=recent, first=first,
         )  # fmt: skip
         self.store.allocate(key_states.to(self.dtype), value_states)
