@@ -72,6 +72,17 @@ def test_fewer_bits_compile(kind, axes):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_caches_of_two_capacities_compile_in_one_process():
+    model, ids = with_format(False, "int8", None, recent=3, first=2), tokens(12)
+    for capacity in (CAPACITY, 40):
+        cache = StaticSparseCache(model, capacity)
+        run(model, ids[:, :9], cache)
+        step = torch.compile(model, backend="aot_eager", fullgraph=True)
+        found = in_steps(step, ids[:, 9:], cache, 1)
+        expected = in_steps(model, ids, StaticSparseCache(model, capacity), (9, 1, 1, 1))[:, 9:]
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_generate_in_fewer_bits(kind, axes):
     model, ids = with_format(False, kind, axes), tokens(9)

@@ -313,7 +313,7 @@ class StaticSparseLayer(_CodedLayer):
         held = int(self._kv_lens[0]) if looks else 0
         require(
             held + count <= self.max_cache_len,
-            f"{count} tokens do not fit a cache of {self.max_cache_len} that holds {held}",
+            lambda: f"{count} tokens do not fit a cache of {self.max_cache_len} that holds {held}",
         )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
