@@ -79,21 +79,6 @@ def test_auto_is_the_smallest_form(topk, sparse_dims, form):
     assert auto.index_bytes(topk, sparse_dims) == min(sizes)
 
 
-def test_a_layout_has_one_name_and_a_name_one_format():
-    for form, v_bits in product(FORMATS, (16, 8, 4)):
-        form = CodeFormat(form.dense_bits, form.value_bits, form.index, v_bits)
-        suffix = form.suffix(12, 42)
-        if not suffix:
-            assert form == CodeFormat(16, 16, "uint8", 16)
-            continue
-        again = CodeFormat.named(suffix.removeprefix("-"))
-        assert again.suffix(12, 42) == suffix
-        assert again.index_form(12, 42) == form.index_form(12, 42)
-        assert (again.dense_bits, again.value_bits, again.v_bits) == (form.dense_bits, form.value_bits, v_bits)
-    assert CodeFormat().suffix(12, 42) == CodeFormat(index="bitmap").suffix(12, 42) == "-d8s4v4"
-    assert CodeFormat(16, 8, "packed", 8).suffix(12, 42) == "-d16s8v8-packed"
-
-
 @pytest.mark.parametrize("name", ["", "d8", "d4s4v4", "d8s4v4-auto", "d8s4v4-", "d08s4v4", "int8"])
 def test_other_names(name):
     with pytest.raises(ValueError, match="names no format of a cache; there are int4, int8, or widths such as d8s4v4"):

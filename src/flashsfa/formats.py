@@ -55,16 +55,6 @@ class CodeFormat:
         dense_bits, value_bits, v_bits, index = found.groups()
         return cls(int(dense_bits), int(value_bits), index or AUTO, int(v_bits))
 
-    def suffix(self, topk: int, sparse_dims: int) -> str:
-        """What the format adds to the name of a key code, such as `-d8s4v4` in `22+k12-d8s4v4`. The form of the indices is named
-        where it is not the smallest. Codes and values in 16 bits with indices of a byte add nothing."""
-        form = self.index_form(topk, sparse_dims)
-        if (self.dense_bits, self.value_bits, form, self.v_bits) == (16, 16, "uint8", 16):
-            return ""
-        smallest = CodeFormat().index_form(topk, sparse_dims)
-        bits = f"-d{self.dense_bits}s{self.value_bits}v{self.v_bits}"
-        return bits if form == smallest else f"{bits}-{form}"
-
     def index_form(self, topk: int, sparse_dims: int) -> str:
         """The form that the indices take, with "auto" decided."""
         if self.index != AUTO:
