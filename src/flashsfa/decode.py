@@ -201,7 +201,8 @@ def _decode(
     if 0 in (*q.shape, kv.n):
         return scores.with_sinks(*_nothing_seen(q, kv))
     backend = plan_decode(q, kv).backend
-    if not kv.exact:
+    takes_exact = backend == "numba" and not kv.is_placed and budget.query_pattern is None
+    if not kv.exact or takes_exact:
         return scores.with_sinks(*_decode_coded(q, kv, budget, mask, scores, value_tolerance, backend))
     if kv.is_placed:
         coded, rest = replace(kv, recent=None), mask.hiding(kv.is_exact().expand(q.shape[0], -1))

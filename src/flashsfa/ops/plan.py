@@ -153,26 +153,32 @@ class DecodePlan:
 
 
 def plan_decode(q: Tensor, kv: KVView) -> DecodePlan:
-    """The plan for q [B, Hq, M, D] over the codes among stored keys and values; recorded for `explain()`."""
-    if torch.compiler.is_compiling():
-        return _NARROW if kv.is_narrow else _plan_decode(q.device.type, q.dtype, True, kv.page_table is not None, True)
-    plan = (
-        _NARROW
-        if kv.is_narrow
-        else _plan_decode(q.device.type, q.dtype, has_values(q), kv.page_table is not None, False)
-    )
+    """The plan for q [B, Hq, M, D] over stored keys and values; recorded for `explain()`."""
+    is_compiling = torch.compiler.is_compiling()
+    plan = _plan_decode(q.device.type, q.dtype, is_compiling or has_values(q), kv.page_table is not None, is_compiling)
+    if plan.backend == "numba":
+        plan = _plan_numba(q.dtype, kv)
+    elif plan.backend == "triton" and kv.is_narrow:
+        plan = _NARROW
+    if is_compiling:
+        return plan
     if kv.exact and not kv.v.shape[2]:
         record.record("decode", "torch", "every token is held as it came")
         return plan
     reason = plan.reason
-    if plan.backend == "numba":
-        from .decode import cpu
-
-        reason = cpu.manner()
-    if kv.exact:
+    if kv.exact and (plan.backend != "numba" or kv.is_placed):
         reason += "; tokens held as they came in plain PyTorch beside"
     record.record("decode", plan.backend, reason, fallback=plan.backend == "torch")
     return plan
+
+
+def _plan_numba(dtype: torch.dtype, kv: KVView) -> DecodePlan:
+    from .decode import cpu
+
+    obstacle = cpu.obstacle(dtype, kv)
+    if obstacle is not None:
+        return DecodePlan("torch", f"the fused CPU code {obstacle}")
+    return DecodePlan("numba", cpu.manner())
 
 
 _NARROW = DecodePlan("torch", "no fused kernel reads codes or values of mixed widths yet")
@@ -196,8 +202,4 @@ def _plan_decode(kind: str, dtype: torch.dtype, has_values: bool, is_paged: bool
         return DecodePlan("torch", f"the fused CPU code needs numba: {install_hint('cpu')}")
     if is_compiling:
         return DecodePlan("torch", "the fused CPU code cannot be traced by torch.compile")
-    if is_paged:
-        return DecodePlan("torch", "the fused CPU code reads no pages")
-    if not cpu.supports(dtype):
-        return DecodePlan("torch", f"the fused CPU code takes no {dtype}")
     return DecodePlan("numba", "compiled for this CPU")

@@ -12,6 +12,7 @@ import torch
 from decode_cases import DecodeRules, decode
 from flashsfa import sparse_feature_decode, topk_codes
 from flashsfa.ops.decode import cpu as decode_numba
+from flashsfa.ops.decode.cpu import threads, values
 
 pytestmark = [
     pytest.mark.cpu,
@@ -120,7 +121,7 @@ def test_compiled_code_that_cannot_be_kept_or_read(error, said, monkeypatch, cap
     """The kernel runs, one line says so, and what is damaged is gone."""
     q, codes, v = draw()
     expected = decode(decode_numba, q, codes, v, DecodeRules(), 1.0, 0.0)
-    kernel, errors = decode_numba._kernels[True], [error]
+    kernel, errors = values.sum_values._compiled[True], [error]
     (damaged := tmp_path / "kept").mkdir()
 
     def first_fails(*arguments):
@@ -128,10 +129,10 @@ def test_compiled_code_that_cannot_be_kept_or_read(error, said, monkeypatch, cap
             raise errors.pop()
         kernel(*arguments)
 
-    monkeypatch.setattr(decode_numba, "_called", set())
-    monkeypatch.setattr(decode_numba, "_kernels", {})
-    monkeypatch.setattr(decode_numba, "_folder", lambda parallel: damaged)
-    monkeypatch.setattr(decode_numba, "_compiled", lambda parallel, folder: first_fails)
+    monkeypatch.setattr(values.sum_values, "_called", set())
+    monkeypatch.setattr(values.sum_values, "_compiled", {})
+    monkeypatch.setattr(threads, "_folder", lambda parallel: damaged)
+    monkeypatch.setattr(values.sum_values, "_compile", lambda parallel, folder: first_fails)
     for found, same in zip(decode(decode_numba, q, codes, v, DecodeRules(), 1.0, 0.0), expected, strict=True):
         torch.testing.assert_close(found, same, rtol=0, atol=0)
     assert caplog.text.count(said) == 1
@@ -142,9 +143,9 @@ def test_the_users_numba_settings_stay():
     import numba
 
     q, codes, v = draw()
-    before = numba.config.CACHE_DIR, numba.get_num_threads()
+    before = numba.config.CACHE_DIR, numba.config.SLP_VECTORIZE, numba.get_num_threads()
     decode(decode_numba, q, codes, v, DecodeRules(), 1.0, 0.0)
-    assert (numba.config.CACHE_DIR, numba.get_num_threads()) == before
+    assert (numba.config.CACHE_DIR, numba.config.SLP_VECTORIZE, numba.get_num_threads()) == before
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,17 @@
+"""Decode on the CPU, compiled by numba: codes and V are read once, as they are kept, by all cores.
+
+Three passes over a scratch array [rows, N] of float32, small beside the cache (4 bytes a key and query row):
+
+1. `keys`: scores of a chunk of keys for all rows (query heads x query tokens) of a kv head.
+2. `softmax`: each row's maximum, weights and log-sum-exp, with the tokens that are held as they came and, with a tolerance, the cut
+   below which weights may be left out.
+3. `values`: the weighted sum over the V rows that any query row of the kv head needs.
+
+Passes one and three are parallel over chunks of keys (`tasks`), so that one head uses all cores. numba is optional
+(`pip install flashsfa[cpu]`). The first call with a dtype compiles for some seconds, once a machine (`threads`).
+"""
+
+from .host import decode, obstacle
+from .threads import is_available, manner
+
+__all__ = ["decode", "is_available", "manner", "obstacle"]

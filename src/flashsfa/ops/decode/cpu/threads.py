@@ -1,0 +1,159 @@
+"""Runs kernels on torch's number of threads, compiled by numba once a machine.
+
+The machine code is kept in NUMBA_CACHE_DIR, else in the folder `numba` of the cache folder (`files.cache_folder`).
+
+numba's threads do not survive a fork: a process that was forked after they had started decodes on one thread, with the same
+kernels compiled so.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+import pickle
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ... import compiled
+from .machine import OPTIONS, numba
+
+_log = logging.getLogger("flashsfa")
+_one_at_a_time = threading.RLock()  # numba's fallback threading layer ends the process on concurrent kernels
+_threads_are_lost = False  # in a process that was forked after numba had started threads
+
+
+def is_available() -> bool:
+    """Whether numba can be imported."""
+    return numba is not None
+
+
+def manner() -> str:
+    """How kernels run in this process, for `explain()`."""
+    return f"compiled for this CPU{_ONE_THREAD if _threads_are_lost else ''}"
+
+
+_ONE_THREAD = ", on one thread: this process was forked after numba's threads had started"
+
+
+@contextmanager
+def ready() -> Iterator[None]:
+    """Within, kernels run on torch's number of threads, and no other thread of the process runs any."""
+    with _one_at_a_time:
+        if _threads_are_lost:
+            yield
+            return
+        # numba's first question starts its OpenMP threads, which sets OpenMP's number of them, torch's too, to all cores
+        threads, before = torch.get_num_threads(), numba.get_num_threads()
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        try:
+            yield
+        finally:
+            numba.set_num_threads(before)
+            if torch.get_num_threads() != threads:
+                torch.set_num_threads(threads)
+
+
+class Kernel:
+    """A function with loops over `prange`, compiled for all cores or for one. Called within `ready()`."""
+
+    def __init__(self, function: Callable) -> None:
+        self._function = function
+        self._compiled: dict[bool, Callable] = {}
+        self._called: set[tuple] = set()  # forms and dtypes that are compiled
+
+    def __call__(self, *arguments: Any) -> None:
+        parallel = not _threads_are_lost
+        types = parallel, *(x.dtype for x in arguments if type(x) is np.ndarray)
+        if types in self._called:
+            self._compiled[parallel](*arguments)
+            return
+        self._call_first(parallel, arguments)
+        self._called.add(types)
+
+    def _call_first(self, parallel: bool, arguments: tuple) -> None:
+        """As a call, the first time with these dtypes: compiled, or read from where that is kept."""
+        if not parallel:
+            _say_one_thread()
+        folder = _folder(parallel)
+        with compiled.said_if_slow("decode for the CPU"), _vectors_of_scalars():
+            try:
+                if parallel not in self._compiled:
+                    self._compiled[parallel] = self._compile(parallel, folder)
+                self._compiled[parallel](*arguments)
+            except OSError as error:  # a full disk
+                _log.warning("decode is compiled, but cannot be kept in %s: %s", folder, error)
+                self._compiled[parallel](*arguments)
+            except (EOFError, pickle.UnpicklingError) as error:
+                _log.warning("decode is compiled again, as what was kept in %s is damaged: %s", folder, error)
+                assert folder is not None
+                shutil.rmtree(folder, ignore_errors=True)
+                self._compiled[parallel] = self._compile(parallel, folder)
+                self._compiled[parallel](*arguments)
+
+    def _compile(self, parallel: bool, folder: Path | None) -> Callable:
+        """The function, to be compiled at its first call or read from `folder`."""
+        named = numba.config.CACHE_DIR
+        numba.config.CACHE_DIR = str(folder or "")  # read when the function is decorated
+        try:
+            return numba.njit(**OPTIONS, parallel=parallel, cache=folder is not None)(self._function)
+        finally:
+            numba.config.CACHE_DIR = named
+
+
+@functools.cache
+def _say_one_thread() -> None:
+    _log.warning("decode runs on the numba backend: %s", manner())
+
+
+@contextmanager
+def _vectors_of_scalars() -> Iterator[None]:
+    """Within, numba compiles sums that stand side by side to vector instructions: a third of the time for four query rows."""
+    before = numba.config.SLP_VECTORIZE
+    numba.config.SLP_VECTORIZE = 1
+    try:
+        yield
+    finally:
+        numba.config.SLP_VECTORIZE = before
+
+
+def _folder(parallel: bool) -> Path | None:
+    """Where the machine code is kept; numba itself does not tell the two forms apart, nor the sources that a kernel calls."""
+    folder = numba.config.CACHE_DIR or compiled.code_folder("numba")
+    return Path(folder, f"flashsfa-{'all-cores' if parallel else 'one-core'}-{_sources()}") if folder else None
+
+
+@functools.cache
+def _sources() -> str:
+    """A digest of the kernels."""
+    texts = (path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    return hashlib.sha256(b"".join(texts)).hexdigest()[:8]
+
+
+def _before_fork() -> None:
+    """A child has no other thread that could finish a decode: it is waited for."""
+    _one_at_a_time.acquire()
+
+
+def _after_fork_in_child() -> None:
+    global _threads_are_lost
+    _one_at_a_time.release()
+    try:
+        numba.threading_layer()
+    except ValueError:  # no threads were started
+        return
+    _threads_are_lost = True
+
+
+if numba and hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork, after_in_parent=_one_at_a_time.release, after_in_child=_after_fork_in_child
+    )
