@@ -166,12 +166,13 @@ class SparseCacheLayer(_CodedLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[CachedKeys, Tensor]:
         _require_no_gradient(key_states, value_states)
         start, dtype = self._first_seen(), self.dtype if self.is_initialized else value_states.dtype
-        earlier = self.store.kv if self.is_initialized else None
         own = ExactKV(
             self._coding.keys(key_states.to(dtype)), value_states.to(dtype)
         )  # autocast leaves keys in float32
+        sees_dense = self._coding.settings.prefill == "dense" and own.k.shape[2] > 1
+        earlier = self.store.kv if sees_dense and self.is_initialized else None
         kv = self.store.append(own.k, own.v)
-        if self._coding.settings.prefill == "dense" and own.k.shape[2] > 1:
+        if sees_dense:
             kv = (kv.coded(0, 0) if earlier is None else earlier).followed_by(own)
         if not self.is_initialized:  # after all that may fail
             self.lazy_initialization(key_states, value_states)

@@ -87,6 +87,10 @@ def decode(
 
 def _visible(batch: int, m: int, n: int, mask: Mask) -> tuple[np.ndarray, np.ndarray]:
     """Each query's first visible key and the one past its last, both [B, M]; padding apart."""
+    if (
+        mask.kv_lens is None and mask.window is None and m == 1
+    ):  # the usual step, at less than the cost of the general rule
+        return np.zeros((batch, 1), np.int64), np.full((batch, 1), n)
     lengths = np.full(batch, n) if mask.kv_lens is None else mask.kv_lens.numpy().astype(np.int64)
     last = lengths[:, None] - m + np.arange(1, m + 1)  # [B, M]
     first = np.zeros_like(last) if mask.window is None else last - mask.window
@@ -172,11 +176,14 @@ def _no_part(dtype: torch.dtype) -> _Part:
 def _rows(x: Tensor, adjacent: bool = True) -> _Part:
     """The bits of x [B, Hkv, N, W] from its first element on, and its strides. x is copied if the entries of a row are not adjacent
     or, with `adjacent`, the rows of a head."""
-    strides = x.stride()
-    if strides[3] != 1 or (adjacent and strides[2] != x.shape[3]):
+    strides, (batch, heads, n, width) = x.stride(), x.shape
+    if strides[3] != 1 or (adjacent and strides[2] != width):
         x = x.contiguous()
         strides = x.stride()
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, strides, strict=True)) if x.numel() else 0
+    across_b, across_h, across_n, _ = strides
+    extent = 0
+    if batch and heads and n and width:
+        extent = (batch - 1) * across_b + (heads - 1) * across_h + (n - 1) * across_n + width
     bits = _UNSIGNED.get(x.dtype)
     flat = x.detach().as_strided((extent,), (1,))
-    return (flat if bits is None else flat.view(bits)).numpy(), strides[:3]
+    return (flat if bits is None else flat.view(bits)).numpy(), (across_b, across_h, across_n)

@@ -72,7 +72,7 @@ class Kernel:
 
     def __call__(self, *arguments: Any) -> None:
         parallel = not _threads_are_lost
-        types = parallel, *(x.dtype for x in arguments if type(x) is np.ndarray)
+        types = parallel, *[x.dtype for x in arguments if type(x) is np.ndarray]
         if types in self._called:
             self._compiled[parallel](*arguments)
             return
