@@ -106,40 +106,35 @@ def _sum_rows(weights, needed, scale, v, start, stride, out, mass):
 def _sum_levels(weights, needed, scale, centre, v, start, stride, out, mass):
     """As `_sum_rows`, for rows in 4 bits: centre[key] + (level - 7.5) * scale[key], two levels per byte."""
     count, rows, width = len(needed), len(weights), out.shape[1] // 2
-    sums = np.zeros((rows, 2, width), np.float32)  # of the lower halves of the bytes, and of the upper ones
-    levels, base = np.empty((4, 2, width), np.float32), np.zeros(rows, np.float32)
+    sums = np.zeros(
+        (rows, 2 * width), np.float32
+    )  # of the lower halves of the bytes, and of the upper ones behind them
+    levels, base = np.empty((4, 2 * width), np.float32), np.zeros(rows, np.float32)
     mass[:] = 0
     for i in range(0, count, 4):
         keys = min(4, count - i)
+        levels[: 4 - keys] = 0  # the last keys stand last
         for j in range(keys):
             at = np.uint64(start + needed[i + j] * stride)
-            unit = widen(scale[needed[i + j]])
+            low, high = levels[4 - keys + j, :width], levels[4 - keys + j, width:]
             for c in range(np.uint64(width)):
-                x = v[at + c]
-                levels[j, 0, c] = np.float32(x & 15) * unit
-                levels[j, 1, c] = np.float32(x >> 4) * unit
-        levels[keys:] = 0
+                low[c] = np.float32(v[at + c] & 15)
+                high[c] = np.float32(v[at + c] >> 4)
         for row in range(rows):
-            w0 = weights[row, needed[i]]
-            w1 = weights[row, needed[i + 1]] if keys > 1 else np.float32(0)
-            w2 = weights[row, needed[i + 2]] if keys > 2 else np.float32(0)
-            w3 = weights[row, needed[i + 3]] if keys > 3 else np.float32(0)
-            mass[row] += (w0 + w1) + (w2 + w3)
+            w0 = w1 = w2 = w3 = np.float32(0)
             for j in range(keys):
                 key = needed[i + j]
-                base[row] += weights[row, key] * (widen(centre[key]) - np.float32(7.5) * widen(scale[key]))
-            for c in range(width):
-                sums[row, 0, c] += (w0 * levels[0, 0, c] + w1 * levels[1, 0, c]) + (
-                    w2 * levels[2, 0, c] + w3 * levels[3, 0, c]
-                )
-            for c in range(width):
-                sums[row, 1, c] += (w0 * levels[0, 1, c] + w1 * levels[1, 1, c]) + (
-                    w2 * levels[2, 1, c] + w3 * levels[3, 1, c]
-                )
+                weight, unit = weights[row, key], widen(scale[key])
+                mass[row] += weight
+                base[row] += weight * (widen(centre[key]) - np.float32(7.5) * unit)
+                w0, w1, w2, w3 = w1, w2, w3, weight * unit
+            line = sums[row]
+            for c in range(np.uint64(2 * width)):
+                line[c] += (w0 * levels[0, c] + w1 * levels[1, c]) + (w2 * levels[2, c] + w3 * levels[3, c])
     for row in range(rows):
         for c in range(width):
-            out[row, 2 * c] = sums[row, 0, c] + base[row]
-            out[row, 2 * c + 1] = sums[row, 1, c] + base[row]
+            out[row, 2 * c] = sums[row, c] + base[row]
+            out[row, 2 * c + 1] = sums[row, width + c] + base[row]
 
 
 @jit()
