@@ -163,7 +163,7 @@ def attend_cached(
 
     `value_tolerance` is a saving of decode; prefill is exact. No gradients: refused where one is asked for.
     """
-    _check(q, kv, mask, value_tolerance)
+    _check(q, kv, mask, value_tolerance, is_of_cache=True)
     require_no_gradient(q, *kv.tensors(), *_exact_tensors(kv))
     if q.shape[2] <= FEW_QUERIES:
         return _decode(q, kv, budget, mask, scores, value_tolerance)[0]
@@ -270,7 +270,8 @@ def _exact_tensors(kv: KVView) -> list[Tensor]:
     return [x for part in kv.exact for x in (part.k, part.v)]
 
 
-def _check(q: Tensor, kv: KVView, mask: Mask, value_tolerance: float) -> None:
+def _check(q: Tensor, kv: KVView, mask: Mask, value_tolerance: float, *, is_of_cache: bool = False) -> None:
+    """Raise unless all fit. What a cache of ours made is not looked at token by token: its indices are in range."""
     codes, v, device = kv.codes, kv.v, q.device if isinstance(q, Tensor) else None
     # past a sequence's length a buffer may hold anything, NaN too
     may_hold_nan = kv.kv_lens is not None
@@ -326,7 +327,7 @@ def _check(q: Tensor, kv: KVView, mask: Mask, value_tolerance: float) -> None:
                 bool((kv_lens >= 0).all()) and bool((kv_lens <= n).all()),
                 lambda: f"kv_lens must be 0 to the {n} keys held, got {kv_lens.tolist()}",
             )
-    if not may_look(q):
+    if is_of_cache or not may_look(q):
         return
     if kv_lens is not None and kv.page_table is not None:
         _check_page_ids(kv.page_table, kv_lens.to(device), v)
