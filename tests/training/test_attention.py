@@ -12,6 +12,7 @@ from flashsfa.training.attention import SparseCore, Visible, install
 from flashsfa.training.baselines import PerformerCore, QuantizedCore
 from flashsfa.training.data import Collator
 from flashsfa.training.models import finish
+from flashsfa.training.run import Equalizing
 from tiny import CONTEXT, MODELS, VOCABULARY, Coding, logits, make, transformers
 
 SPARSE = {
@@ -163,6 +164,12 @@ def test_the_channel_alone_carries_positions():
     assert ((after - before)[0, 0, 1:, :4] != 0).all()
 
 
+def equalize(model):
+    """What the trainer does after a step."""
+    for callback in Equalizing.of(model):
+        callback.on_step_end(None, None, None)
+
+
 @pytest.mark.parametrize("window", [None, 5])
 def test_equal_features_are_chosen_by_what_they_do_to_scores_and_end_in_the_weights(window):
     options = {"kind": "sfa", "topk": 3, "topk_query": 16, "window": window}
@@ -174,6 +181,7 @@ def test_equal_features_are_chosen_by_what_they_do_to_scores_and_end_in_the_weig
             block.attn.c_attn.weight[:, :32] *= stretch
             block.attn.c_attn.weight[:, 32:64] /= stretch
         model.train()(ids, use_cache=False)
+    equalize(model)
     before = logits(model.eval(), ids)
     assert not torch.allclose(before, logits(plain.eval(), ids), atol=1e-4)
     finish(model, recipe.Attention(equalize=True, **options))
@@ -193,6 +201,7 @@ def test_equal_features_change_no_dense_score(options):
     expected = logits(plain, ids)
     for _ in range(2):
         torch.testing.assert_close(logits(model.train(), ids), expected, rtol=1e-4, atol=1e-5)
+        equalize(model)
     finish(model, recipe.Attention(equalize=True, **options))
     torch.testing.assert_close(logits(model.eval(), ids), expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(model.transformer.h[0].attn.c_attn.weight, weight)

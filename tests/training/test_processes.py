@@ -56,7 +56,7 @@ def test_two_processes_train_as_one_does(tmp_path):
     training |= {"save_every": 2, "evaluate_every": 4, "log_every": 1}
     content = {
         "model": {"architecture": "gpt2", "config": {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 40}},
-        "attention": {"kind": "sfa", "topk": 4},
+        "attention": {"kind": "sfa", "topk": 4, "topk_query": 16, "gradient": "all", "equalize": True},
         "data": {
             "train": file, "validation": file, "context": 16, "separator": 0, "packed": True, "validation_windows": 8
         },
@@ -64,7 +64,11 @@ def test_two_processes_train_as_one_does(tmp_path):
     }  # fmt: skip
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
     assert main(["train", "pretrain", str(tmp_path / "run.yaml"), "-o", str(tmp_path / "one")]) == 0
-    runs = {"two": start(tmp_path, "two"), "sharded": start(tmp_path, "sharded", "--set", "training.fsdp=true")}
+    runs = {
+        "two": start(tmp_path, "two"),
+        "sharded": start(tmp_path, "sharded", "--set", "training.fsdp=true"),
+        "recomputed": start(tmp_path, "recomputed", "--set", "training.checkpointing=true"),
+    }
     for run in runs.values():
         printed, _ = run.communicate(timeout=240)
         assert run.returncode == 0, printed

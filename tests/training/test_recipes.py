@@ -37,7 +37,6 @@ from tiny import QWEN3, VOCABULARY, refused, run, write
         ("attention.gradient=some", "attention.gradient: must be one of"),
         ("attention.temperature=0", "attention.temperature must be above 0"),
         ("attention.width=4", "attention.width: only for kinds"),
-        ("attention.equalize=true training.checkpointing=true", "attention.equalize: not with training.fsdp or"),
         ("attention.kind=int8 attention.topk=null attention.equalize=true", "attention.equalize: only for kinds dense"),
         ("attention.query_pattern=2:4 attention.topk_query=12", "attention: a 2:4 pattern keeps at most half"),
         ("attention.query_pattern=2:4 attention.anneal.share=0.5", "anneal: not with query_pattern"),

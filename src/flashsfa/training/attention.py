@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -63,26 +64,45 @@ class EqualizedCore(Core):
     No dense score changes, and a key's largest entries become those that scores depend on most, as in a "whitened" basis.
     `fold` makes it part of the weights.
 
+    The sizes of a step are those before it: `update`, called once after each step, takes in what its forward passes saw. So every
+    process, every part of a batch and a forward pass that is computed again see the same ones.
+
     Attributes:
-        square: [H, 1, D] float32, running mean of squared query entries; that of the first process's windows where there
-            are several.
+        square: [H, 1, D] float32, running mean of squared query entries.
     """
 
     square: Tensor
-    _SHARE = 0.02  # of a forward pass in the running mean
+    _sum: Tensor
+    _passes: Tensor
+    _SHARE = 0.02  # of a step in the running mean
 
     def __init__(self, core: Core, heads: int, head_dim: int) -> None:
         super().__init__()
         self.core = core
         # Almost nothing: equal sizes before the first step, and no weight afterwards.
         self.register_buffer("square", torch.full((heads, 1, head_dim), 1e-12))
+        # Of this process and step.
+        self.register_buffer("_sum", torch.zeros(heads, 1, head_dim), persistent=False)
+        self.register_buffer("_passes", torch.zeros(()), persistent=False)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
         if self.training:
             with torch.no_grad():
-                self.square.lerp_(q.float().square().mean((0, 2))[:, None], self._SHARE)
+                self._sum += q.float().square().mean((0, 2))[:, None]
+                self._passes += 1
         size = self.size()
         return self.core(q / size.to(q.dtype), k * size.to(k.dtype), v, visible)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the forward passes since the last update, at least one, of all processes."""
+        mean = self._sum / self._passes
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(mean)
+            mean /= torch.distributed.get_world_size()
+        self.square.lerp_(mean, self._SHARE)
+        self._sum.zero_()
+        self._passes.zero_()
 
     def size(self) -> Tensor:
         """s [H, 1, D], 1 in the mean over a head's features."""
@@ -93,10 +113,9 @@ class EqualizedCore(Core):
     def fold(self, module: Any) -> None:
         """Change the projections of a GPT-2 attention module so that they do what this does."""
         size = self.size().flatten()  # [H·D]
-        for x in (module.c_attn.weight, module.c_attn.bias):
-            query, key, _ = x.chunk(3, dim=-1)
-            query /= size
-            key *= size
+        factors = torch.cat((1 / size, size, torch.ones_like(size)))  # of what queries, keys and values are made of
+        for x in (module.c_attn.weight, module.c_attn.bias):  # [..., 3·H·D]
+            x *= distribute_tensor(factors, x.device_mesh) if isinstance(x, DTensor) else factors
 
 
 class SparseCore(Core):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils.data import ConcatDataset, Dataset
+from transformers import TrainerCallback
 
 from ..checks import require
 from ..huggingface import loading
@@ -16,7 +17,7 @@ from .data import Collator, TokenStream, Windows, check_stream, read_stream
 from .models import build, can_load, finish
 from .needle import NeedleWindows, needle_accuracy
 from .recipe import Data, PretrainRecipe, Training
-from .run import MODEL, Annealing, RunDirectory, RunTrainer, fit, prepare, total_steps
+from .run import MODEL, Annealing, Equalizing, RunDirectory, RunTrainer, fit, prepare, total_steps
 
 _NEEDLES_A_LENGTH = 200
 
@@ -45,7 +46,10 @@ def _pretrain(recipe: PretrainRecipe, place: RunDirectory) -> dict[str, Any]:
     vocab_size = needle.VOCABULARY if is_needle else None if tokenizer is None else len(tokenizer)
     model = build(recipe.model, recipe.attention, recipe.data.context, vocab_size, recipe.training.seed)
     corpus = load_corpus(recipe.data, recipe.training, tokenizer, model.config.vocab_size)
-    callbacks = Annealing.of(model, recipe.attention.anneal, total_steps(recipe.training, recipe.data.context))
+    callbacks: list[TrainerCallback] = [
+        *Annealing.of(model, recipe.attention.anneal, total_steps(recipe.training, recipe.data.context)),
+        *Equalizing.of(model),
+    ]
     trainer = prepare(
         RunTrainer, place, model, corpus.train, corpus.validation, corpus.collate, recipe.training, recipe.data.context,
         callbacks,
@@ -80,7 +84,8 @@ def save(
     model = place.partial / MODEL
     try:
         if finish is not None and trainer.is_fsdp_enabled:
-            trainer.save_model(str(model))  # gathers the shards; attention is no part of what is saved
+            finish()
+            trainer.save_model(str(model))  # gathers the shards
         elif finish is not None and trainer.args.should_save:
             finish()
             trainer.model.save_pretrained(model)

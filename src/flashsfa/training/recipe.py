@@ -229,11 +229,6 @@ class PretrainRecipe:
             not (self.training.fsdp and self.attention.kind == "low_rank"),
             "training.fsdp: not with attention.kind low_rank, whose products are not sharded",
         )
-        require(
-            not (self.attention.equalize and (self.training.fsdp or self.training.checkpointing)),
-            "attention.equalize: not with training.fsdp or training.checkpointing, where its sizes would differ from one "
-            "process, or from one forward pass, to the next",
-        )
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from ..checks import require
 from ..files import follow_umask, require_place, write_whole
 from ..huggingface.attention import LayerCoding
 from ..huggingface.switch import attention_layers
+from .attention import EqualizedCore
 from .data import IGNORED
 from .recipe import Anneal, Training, differences, read, write
 
@@ -170,6 +171,23 @@ class Annealing(TrainerCallback):
     def _set(self, least: int) -> None:
         for coding, goal in zip(self._codings, self._goals, strict=True):
             coding.budget = replace(goal, topk=max(goal.topk, least), topk_query=max(goal.topk_query, least))
+
+
+class Equalizing(TrainerCallback):
+    """Updates the sizes of query features after each step."""
+
+    def __init__(self, cores: Sequence[EqualizedCore]) -> None:
+        self._cores = cores
+
+    @classmethod
+    def of(cls, model: Any) -> list[Equalizing]:
+        """The callbacks that a model needs: one, or none if it has no such sizes."""
+        cores = [module for module in model.modules() if isinstance(module, EqualizedCore)]
+        return [cls(cores)] if cores else []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for core in self._cores:
+            core.update()
 
 
 class RunTrainer(Trainer):
@@ -314,6 +332,7 @@ def arguments(training: Training, context: int, directory: Path) -> TrainingArgu
         lr_scheduler_kwargs={"min_lr_rate": 0.1}, bf16=training.precision == "bf16", use_cpu=not torch.cuda.is_available(),
         torch_compile=training.compile, accelerator_config={"non_blocking": True},  # else each batch waits for the step before
         fsdp=True if training.fsdp else None, ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # they are the same in every process, or its own
         train_sampling_strategy="sequential",  # the data has an order of its own
         remove_unused_columns=False, prediction_loss_only=True, label_names=["labels"],
         logging_steps=training.log_every, logging_first_step=True, logging_nan_inf_filter=False,

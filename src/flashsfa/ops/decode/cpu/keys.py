@@ -65,7 +65,7 @@ def _score_levels(
     for task in prange(len(q) * per_head):
         head, b, h, start, end = chunk_of(task, per_head, kv_heads, first, last, n_first, n)
         chunk = scores[head, :, start:end]
-        layer = h % len(byte)
+        own = h % len(byte)  # all heads may share their fields
         at = b * levels_at[0] + h * levels_at[1]
         scale_from, centre_from = b * scale_at[0] + h * scale_at[1], b * centre_at[0] + h * centre_at[1]
         values_from = b * values_at[0] + h * values_at[1]
@@ -75,10 +75,10 @@ def _score_levels(
         for row in range(0, rows, _LANES):
             lanes = q[head, row : row + _LANES]
             part = chunk[row : row + _LANES]
-            table = _half_byte_table(lanes, level_bytes, byte[layer], shift[layer], bits[layer], step[layer], is_signed)
+            table = _half_byte_table(lanes, level_bytes, byte[own], shift[own], bits[own], step[own], is_signed)
             _look_up(table, rows_between(levels, at, start, end, level_bytes), part)
             _scale_levels(
-                lanes[:, : len(origin[layer])], origin[layer],
+                lanes[:, : len(origin[own])], origin[own],
                 scale[scale_from + start : scale_from + end] if len(scale) else scale,
                 centre[centre_from + start : centre_from + end] if len(centre) else centre,
                 part,
