@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+import yaml
+from huggingface_hub import ModelCard
 from transformers.integrations import TensorBoardCallback
 
 import flashsfa
@@ -170,3 +172,25 @@ def test_where_curves_are_written_is_said(tmp_path, content, capsys, monkeypatch
     folder = tmp_path / "run"
     said = f"curves are in {folder / 'runs' / 'now'}; to see them: tensorboard --logdir {folder}"
     assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["sfa", "dense"])
+def test_a_model_has_a_card_that_says_how_to_load_it(tmp_path, content, kind):
+    content["attention"] = {"kind": kind, "topk": 4} if kind == "sfa" else {"kind": kind}
+    content["license"] = "cc-by-4.0"
+    assert run(tmp_path, content) == 0
+    folder = tmp_path / "run" / "model"
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.license == "cc-by-4.0"
+    assert card.data.library_name == "transformers"
+    found = result(tmp_path)
+    for figure in (f"{found['perplexity']:.4g}", f"{found['parameters']:,}", found["environment"]["torch"]):
+        assert f"{figure}" in card.text
+    assert f"| tokens of training | {5 * 4 * content['data']['context']} |" in card.text
+    assert str(tmp_path) not in card.text  # where the text lay is no one's business
+    recipe_of_card = yaml.safe_load(card.text.split("```yaml")[1].split("```")[0])
+    assert recipe_of_card["training"]["learning_rate"] == content["training"]["learning_rate"]
+    code = card.text.split("```python")[1].split("```")[0].replace("FOLDER", str(folder))
+    names = {}
+    exec(code, names)
+    assert names["model"].num_parameters() == found["parameters"]

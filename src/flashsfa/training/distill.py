@@ -77,7 +77,7 @@ def _distill(recipe: DistillRecipe, place: RunDirectory) -> dict[str, Any]:
             trainer.model = trained.merge_and_unload()
         _finish(model, basis)
 
-    save(trainer, place, result, tokenizer, finish)
+    save(trainer, place, recipe, result, tokenizer, finish)
     return result
 
 

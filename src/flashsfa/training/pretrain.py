@@ -13,10 +13,11 @@ from transformers import TrainerCallback
 from ..checks import require
 from ..huggingface import loading
 from . import needle
+from .card import write_card
 from .data import Collator, TokenStream, Windows, check_stream, read_stream
 from .models import build, can_load, finish
 from .needle import NeedleWindows, needle_accuracy
-from .recipe import Data, PretrainRecipe, Training
+from .recipe import Data, DistillRecipe, PretrainRecipe, Training
 from .run import MODEL, Annealing, Equalizing, RunDirectory, RunTrainer, fit, prepare, total_steps
 
 _NEEDLES_A_LENGTH = 200
@@ -59,24 +60,20 @@ def _pretrain(recipe: PretrainRecipe, place: RunDirectory) -> dict[str, Any]:
         lengths = [recipe.data.context >> i for i in range(4) if recipe.data.context >> i >= needle.SHORTEST]
         result["needle"] = needle_accuracy(model.eval(), lengths, _NEEDLES_A_LENGTH, recipe.training.seed + 1)
     loads = can_load(recipe.model.architecture, recipe.attention)
-    save(
-        trainer,
-        place,
-        result,
-        tokenizer if loads else None,
-        (lambda: finish(model, recipe.attention)) if loads else None,
-    )
+    fold = (lambda: finish(model, recipe.attention)) if loads else None
+    save(trainer, place, recipe, result, tokenizer if loads else None, fold)
     return result
 
 
 def save(
     trainer: RunTrainer,
     place: RunDirectory,
+    recipe: PretrainRecipe | DistillRecipe,
     result: dict[str, Any],
     tokenizer: Any | None,
     finish: Callable[[], None] | None,
 ) -> None:
-    """Write the result and, after `finish`, the model; no model if `finish` is None.
+    """Write the result and, after `finish`, the model with its card; no model if `finish` is None.
 
     Raises `OSError` that names the last checkpoint, which is kept, if something cannot be written.
     """
@@ -92,6 +89,8 @@ def save(
         if trainer.args.should_save:
             if tokenizer is not None:
                 tokenizer.save_pretrained(model)
+            if finish is not None:
+                write_card(model, recipe, result)
             place.close(result | {"model": None if finish is None else MODEL})
     except Exception as error:  # a full disk is another error in each of the libraries that write here
         place.sweep()

@@ -213,12 +213,17 @@ class Training:
 
 @dataclass(frozen=True)
 class PretrainRecipe:
-    """`flashsfa train pretrain`."""
+    """`flashsfa train pretrain`.
+
+    Attributes:
+        license: of the model, as its card names it, such as "apache-2.0"; None leaves it open.
+    """
 
     model: Model
     data: Data
     training: Training
     attention: Attention = field(default_factory=Attention)
+    license: str | None = None
 
     def __post_init__(self) -> None:
         require(
@@ -292,12 +297,14 @@ class DistillRecipe:
 
     Attributes:
         model: directory that `flashsfa convert` wrote; its tokenizer is the data's unless that names another.
+        license: as in `PretrainRecipe`.
     """
 
     model: str
     data: Data
     training: Training
     distill: Distill = field(default_factory=Distill)
+    license: str | None = None
 
     def __post_init__(self) -> None:
         require(
