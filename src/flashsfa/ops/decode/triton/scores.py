@@ -26,35 +26,33 @@ _ROW_TILE = 16  # query rows a program: more would not fit the registers beside 
 
 
 class Problem:
-    """Sizes of one decode call and the keyword arguments of its kernels.
+    """Sizes of one decode call and the keyword arguments of its kernels, whatever the keys and values are held in.
 
     Attributes:
         heads: B·Hkv pairs of a sequence and a kv head; rows: R query rows of each.
         padded_rows: R up to a power of two, cut into `tiles` tiles of `tile` rows.
         keys: N keys at most; splits of a sequence follow its own length on the device, so that a launch depends on
             shapes alone.
-        visibility, places, coded, valued: arguments of `split_range`, `locate`, `block_scores` and of V's rows.
+        rotation: width of the blocks in which the output is to be rotated back (`rotation.rotate`); 1 for an output as it is.
+        visibility, places, ruled: arguments of `split_range`, `locate` and `ruled_scores`.
     """
 
-    def __init__(self, q: Tensor, kv: KVView, mask: Mask, rules: ScoreRules, topk_query: int | None) -> None:
-        codes, v = kv.codes, kv.v
+    rotation = 1
+
+    def __init__(self, q: Tensor, v: Tensor, page_table: Tensor | None, mask: Mask, rules: ScoreRules) -> None:
         # small, and read entry by entry: the kernels count on adjacent ones
         kv_lens, padding, page_table = (
-            None if x is None else x.contiguous() for x in (mask.kv_lens, mask.key_padding_mask, kv.page_table)
+            None if x is None else x.contiguous() for x in (mask.kv_lens, mask.key_padding_mask, page_table)
         )
-        (batch, q_heads, m, d), kv_heads = q.shape, v.shape[1]
-        self.device, self.dtype, self.topk, self.width = q.device, q.dtype, codes.topk, v.shape[-1]
-        self.dense_dims = codes.dense_dims
-        self.is_8_bit = v.dtype == torch.int8
-        # of a V row in a block; float32 is multiplied without matrix units, from wide rows in shared memory
-        self.row_bytes = next_power_of_2(self.width) * (4 if q.itemsize == 4 else v.itemsize)
-        self.keys = kv.n
-        self.heads, self.rows = batch * kv_heads, q_heads // kv_heads * m
+        (batch, q_heads, m, _), self.kv_heads = q.shape, v.shape[1]
+        self.device, self.dtype = q.device, q.dtype
+        self.keys = v.shape[2] * (1 if page_table is None else page_table.shape[1])
+        self.heads, self.rows = batch * self.kv_heads, q_heads // self.kv_heads * m
         self.padded_rows = next_power_of_2(self.rows)
         self.tile = min(self.padded_rows, _ROW_TILE)
         self.tiles = self.padded_rows // self.tile
         self.visibility: dict[str, Any] = {
-            "LENS": kv_lens, "kv_heads": kv_heads, "n": self.keys, "m": m, "window": mask.window or 0,
+            "LENS": kv_lens, "kv_heads": self.kv_heads, "n": self.keys, "m": m, "window": mask.window or 0,
             "R": self.padded_rows, "RT": self.tile, "WINDOW": mask.window is not None,
         }  # fmt: skip
         self.places: dict[str, Any] = {
@@ -62,20 +60,13 @@ class Problem:
             "pages_sb": 0 if page_table is None else page_table.stride(0),
             "PAGE": 0 if page_table is None else v.shape[2],
         }
-        self.coded: dict[str, Any] = {
-            "Q": self._by_feature(q, kv_heads, topk_query), "PADDING": padding,
+        self.ruled: dict[str, Any] = {
+            "PADDING": padding,
             # log2 units; under a cap, which stands before them, in units of it
             "scale": rules.scale * _LOG2_E if rules.softcap is None else rules.scale / rules.softcap,
             "cap": (rules.softcap or 0.0) * _LOG2_E,
             "padding_sb": 0 if padding is None else padding.stride(0),
-            **_strided("DENSE_K", codes.dense), **_strided("VALUES", codes.values), **_strided("INDICES", codes.indices),
-            **_strided("CODE_SCALE", codes.scale),
-            "D": d, "DENSE": self.dense_dims, "K": self.topk, "CAUSAL": m > 1, "CAPPED": rules.softcap is not None,
-        }  # fmt: skip
-        self.valued: dict[str, Any] = {
-            **_strided("V", v), **_strided("V_SCALE", kv.v_scale), "DV": self.width,
-            # a weight times the scale of its row can leave the range of float16
-            "DTYPE": tl.bfloat16 if kv.v_scale is not None and q.dtype == torch.float16 else _TRITON_DTYPES[q.dtype],
+            "CAUSAL": m > 1, "CAPPED": rules.softcap is not None,
         }  # fmt: skip
 
     def splits(self, block: int, waves: int) -> int:
@@ -88,20 +79,48 @@ class Problem:
         """Uninitialised float32 [heads, *shape]."""
         return torch.empty(self.heads, *shape, dtype=torch.float32, device=self.device)
 
-    def _by_feature(self, q: Tensor, kv_heads: int, topk_query: int | None) -> Tensor:
+    def by_feature(self, q: Tensor, dense_dims: int, topk_query: int | None, **folded: Any) -> Tensor:
         """Sparsified q [B, Hq, M, D] as [heads, D, R]: a feature of all rows is one contiguous load. Padding rows hold
-        anything."""
+        anything. `folded` are arguments of `decode_query_kernel` for keys that take a change of the query with them."""
         m, d = q.shape[2:]
         by_feature = q.new_empty((self.heads, d, self.padded_rows))
         decode_query_kernel[self.heads, self.rows](
-            q, by_feature, *q.stride(), kv_heads, self.rows // m, m,
-            D=d, DENSE=self.dense_dims, K=topk_query or d, R=self.padded_rows,
-            INTEGER=tl.int32 if q.itemsize == 4 else tl.int16, CHUNK=min(next_power_of_2(d), 64 if d <= 128 else 32), num_warps=4,
+            q, by_feature, *q.stride(), self.kv_heads, self.rows // m, m,
+            D=d, DENSE=dense_dims, K=topk_query or d, R=self.padded_rows,
+            INTEGER=tl.int32 if q.itemsize == 4 else tl.int16, CHUNK=min(next_power_of_2(d), 64 if d <= 128 else 32),
+            **{"STEP": None, "CENTRE": None, "HALF": None, "TERMS": None, "ROTATION": 1, **folded}, num_warps=4,
         )  # fmt: skip
         return by_feature
 
 
-def block_keys(problem: Problem) -> int:
+class FeatureProblem(Problem):
+    """One decode call over `FeatureCodes`.
+
+    Attributes:
+        coded, valued: arguments of `block_scores` and of V's rows.
+    """
+
+    def __init__(self, q: Tensor, kv: KVView, mask: Mask, rules: ScoreRules, topk_query: int | None) -> None:
+        codes, v = kv.codes, kv.v
+        super().__init__(q, v, kv.page_table, mask, rules)
+        self.topk, self.dense_dims, self.width = codes.topk, codes.dense_dims, v.shape[-1]
+        self.is_8_bit = v.dtype == torch.int8
+        # of a V row in a block; float32 is multiplied without matrix units, from wide rows in shared memory
+        self.row_bytes = next_power_of_2(self.width) * (4 if q.itemsize == 4 else v.itemsize)
+        self.coded: dict[str, Any] = {
+            "Q": self.by_feature(q, self.dense_dims, topk_query), **self.ruled,
+            **strided("DENSE_K", codes.dense), **strided("VALUES", codes.values), **strided("INDICES", codes.indices),
+            **strided("CODE_SCALE", codes.scale),
+            "D": q.shape[-1], "DENSE": self.dense_dims, "K": self.topk,
+        }  # fmt: skip
+        self.valued: dict[str, Any] = {
+            **strided("V", v), **strided("V_SCALE", kv.v_scale), "DV": self.width,
+            # a weight times the scale of its row can leave the range of float16
+            "DTYPE": tl.bfloat16 if kv.v_scale is not None and q.dtype == torch.float16 else TRITON_DTYPES[q.dtype],
+        }  # fmt: skip
+
+
+def block_keys(problem: FeatureProblem) -> int:
     """Keys a block: 128 where their V rows fit in 32 KB. Without matrix units a thread holds the weights of all keys of a block
     for some of the rows: fewer for more rows then."""
     keys = max(16, min(128, 32768 // problem.row_bytes))
@@ -119,10 +138,10 @@ def channel_words(dense_dims: int, dtype: torch.dtype) -> int:
     return next_power_of_2(dense_dims) * dtype.itemsize // 4 if dense_dims else 0
 
 
-_TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
-def _strided(name: str, x: Tensor | None) -> dict[str, Any]:
+def strided(name: str, x: Tensor | None) -> dict[str, Any]:
     """A cache tensor [B, Hkv, N, ...] and its strides as kernel arguments."""
     lower = name.lower()
     if x is None or x.shape[-1] == 0:  # not read; its strides would ask for variants of the kernel
@@ -137,10 +156,13 @@ def _processors(device: torch.device) -> int:
 
 @triton.jit
 def decode_query_kernel(
-    Q, BY_FEATURE, q_sb, q_sh, q_sm, q_sd, kv_heads, group, m,
+    Q, BY_FEATURE, q_sb, q_sh, q_sm, q_sd, kv_heads, group, m, STEP, CENTRE, HALF, TERMS,
     D: tl.constexpr, DENSE: tl.constexpr, K: tl.constexpr, R: tl.constexpr, INTEGER: tl.constexpr, CHUNK: tl.constexpr,
+    ROTATION: tl.constexpr,
 ):  # fmt: skip
-    """One query row: its dense channel and K largest magnitudes of the rest, ties to the lowest index; all for K = D."""
+    """One query row: its dense channel and K largest magnitudes of the rest, ties to the lowest index; all for K = D.
+
+    What packed keys leave to the query is folded in where `TERMS` is given: see `_fold`."""
     head, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, h = head // kv_heads, head % kv_heads * group + row // m
     q = Q + b * q_sb + h * q_sh + (row % m) * q_sm
@@ -157,7 +179,45 @@ def decode_query_kernel(
             rank += tl.sum(before.to(tl.int32), 1)
         x = tl.where((d < DENSE) | (rank < K), x, 0.0)
     x += tl.sum(x.to(tl.float32) * 0, 0).to(x.dtype)  # NaN shows in every score, as in a dense product
+    if TERMS is not None:
+        x = _fold(x, d, head, row, head % kv_heads * D, STEP, CENTRE, HALF, TERMS, D, R, ROTATION)
     tl.store(BY_FEATURE + (head * D + d) * R + row, x, mask=d < D)
+
+
+@triton.jit
+def _fold(
+    x, d, head, row, of_head, STEP, CENTRE, HALF, TERMS, D: tl.constexpr, R: tl.constexpr, ROTATION: tl.constexpr
+):  # fmt: skip
+    """Query x [DP] for keys whose levels are multiplied as they are stored: rotated, times the step of each axis, and scaled by a
+    power of two, so that no dtype is too narrow for it. `TERMS` [heads, 2, R] get that power, and what is the same for every key
+    (axes) or goes with its middle (rows)."""
+    wide = x.to(tl.float32)
+    if ROTATION > 1:
+        wide = rotated(wide, d, ROTATION)
+    term = tl.zeros([x.shape[0]], tl.float32)
+    if STEP is not None:
+        term = wide * tl.load(CENTRE + of_head + d, mask=d < D, other=0.0)
+        wide *= tl.load(STEP + of_head + d, mask=d < D, other=0.0)
+    largest = tl.max(tl.abs(wide), 0)
+    power = tl.exp2(tl.floor(tl.log2(tl.where((largest > 2.0**-100) & (largest < 2.0**100), largest, 1.0))))
+    scaled = (wide / power).to(x.dtype)
+    if STEP is not None:  # levels count from their lowest, the centre is that of their range
+        term = term / power - scaled.to(tl.float32) * tl.load(HALF + of_head + d, mask=d < D, other=0).to(tl.float32) * 0.5
+    else:
+        term = scaled.to(tl.float32)
+    tl.store(TERMS + head * 2 * R + row, power)
+    tl.store(TERMS + (head * 2 + 1) * R + row, tl.sum(tl.where(d < D, term, 0.0), 0))
+    return scaled
+
+
+@triton.jit
+def rotated(x, d, WIDTH: tl.constexpr):
+    """`rotation.rotate` of x [DP], d its indices, in blocks of `WIDTH` features."""
+    for step in tl.static_range(0, 9):  # of 256 features at most, 8 are taken
+        if 2**step < WIDTH:
+            other = tl.gather(x, d ^ 2**step, 0)
+            x = tl.where((d & 2**step) == 0, other + x, other - x)
+    return x * WIDTH**-0.5
 
 
 @triton.jit
@@ -230,6 +290,17 @@ def block_scores(
                 score += tl.dot(channel.to(query.dtype), query, input_precision="ieee")
     if scale_row is not None:
         score *= tl.load(scale_row, mask=live, other=0.0)[:, None]
+    return ruled_scores(
+        score, key, live, first_row, length, m, window, scale, cap, RT, CAUSAL, CAPPED, WINDOW
+    )  # fmt: skip
+
+
+@triton.jit
+def ruled_scores(
+    score, key, live, first_row, length, m, window, scale, cap,
+    RT: tl.constexpr, CAUSAL: tl.constexpr, CAPPED: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Scores [BN, RT] in log2 units of products of queries and keys, -inf where a query does not see a key."""
     score *= scale
     if CAPPED:
         score = cap * (2 * tl.sigmoid(2 * score) - 1)  # tanh

@@ -1,0 +1,272 @@
+"""Decode over keys and values of few bits: as `decode`, by kernels that unpack a block at a time, in registers.
+
+No host sync and no shape that depends on data: the launches can be captured in a CUDA graph. Deterministic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ....axes import AxisCodes
+from ....checks import require
+from ....codes import FeatureCodes
+from ....formats import index_bits
+from ....mask import Mask
+from ....narrow import NarrowRows
+from ....scores import ScoreRules
+from ....stored import KVView
+from ...triton.rows import next_power_of_2
+from .combine import combine
+from .narrow_blocks import add_values, narrow_scores, rows_of, store_values
+from .scores import TRITON_DTYPES, Problem, chunk, live_keys, locate, split_range, strided
+
+# Tensors of a view by the names that the kernels have for them: [B, Hkv, N, C] and [B, Hkv, N], or pools of pages; and tables of the
+# axes [Hkv, D].
+_ROWS = ("CHANNEL", "VALUES", "INDICES", "V")
+_SCALES = ("CHANNEL_SCALE", "CHANNEL_CENTRE", "VALUE_SCALE", "V_SCALE", "V_CENTRE")
+_TABLES = ("BYTE", "SHIFT", "TOP", "STEP", "CENTRE")
+
+
+def decode(
+    q: Tensor, kv: KVView, mask: Mask, scores: ScoreRules, value_tolerance: float, topk_query: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `plain.decode`, for float16, bfloat16 and float32. No host sync, deterministic, no gradients. No value is left out, so any
+    `value_tolerance` is kept.
+
+    Raises `ValueError` if a cache tensor's last dimension is not contiguous: copying a cache a step would cost more
+    than decoding it.
+    """
+    held = Held.of(kv)
+    for name in _ROWS:
+        x = held.tensors.get(name)
+        require(
+            x is None or x.shape[-1] <= 1 or x.stride(-1) == 1,
+            lambda: f"the last dimension of {name.lower()} must be contiguous, got strides {tuple(x.stride())}",  # noqa: B023 (called at once)
+        )
+    if not torch.compiler.is_compiling():
+        return _run(q, held, kv.page_table, mask, scores, topk_query)
+    return _decode_narrow_op(
+        q, [held.tensors.get(name) for name in (*_ROWS, *_SCALES, *_TABLES)], [held.channel, held.topk, held.index_bits, held.width],
+        kv.page_table, mask.kv_lens, mask.key_padding_mask, mask.window, [scores.scale, scores.softcap or 0.0], topk_query,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a view holds, as the kernels read it.
+
+    Attributes:
+        tensors: those that there are, by name.
+        channel: width of the features that every key has; topk: kept entries of the others.
+        index_bits: of the place of such an entry; 0 for a bitmap.
+        width: of a value.
+    """
+
+    tensors: dict[str, Tensor]
+    channel: int
+    topk: int
+    index_bits: int
+    width: int
+
+    @classmethod
+    def of(cls, kv: KVView) -> Held:
+        """The tensors of a view."""
+        codes, v = kv.codes, kv.v
+        topk, form_bits = 0, 8
+        parts: dict[str, Tensor | None]
+        if isinstance(codes, NarrowRows):
+            parts = {"CHANNEL": codes.kept, "CHANNEL_SCALE": codes.scale, "CHANNEL_CENTRE": codes.centre}
+            channel = codes.width
+        elif isinstance(codes, AxisCodes):
+            layout, channel = codes.axes.layout, codes.head_dim
+            parts = {"CHANNEL": codes.packed, "BYTE": layout.byte, "SHIFT": layout.shift, "TOP": layout.top}
+            parts |= {"STEP": codes.axes.step, "CENTRE": codes.axes.centre}
+        else:
+            topk, channel = codes.topk, codes.dense_dims
+            if isinstance(codes, FeatureCodes):
+                scales = codes.scale, codes.scale
+            else:
+                scales = codes.dense_scale, codes.value_scale
+                form = codes.format.index_form(topk, codes.sparse_dims)
+                form_bits = {"uint8": 8, "packed": index_bits(codes.sparse_dims), "bitmap": 0}[form]
+            parts = {"VALUES": codes.values, "INDICES": codes.indices, "VALUE_SCALE": scales[1]}
+            if channel:
+                parts |= {"CHANNEL": codes.dense, "CHANNEL_SCALE": scales[0]}
+        if isinstance(v, NarrowRows):
+            parts |= {"V": v.kept, "V_SCALE": v.scale, "V_CENTRE": v.centre}
+        else:
+            parts |= {"V": v, "V_SCALE": kv.v_scale}
+        return cls({name: x for name, x in parts.items() if x is not None}, channel, topk, form_bits, v.shape[-1])
+
+
+def _run(
+    q: Tensor, held: Held, page_table: Tensor | None, mask: Mask, scores: ScoreRules, topk_query: int | None
+) -> tuple[Tensor, Tensor]:
+    out = q.new_empty((*q.shape[:3], held.width))
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    if out.numel():
+        with torch.cuda.device_of(q):
+            problem = NarrowProblem(q, held, page_table, mask, scores, topk_query)
+            launch, waves = _launch(problem)
+            splits = problem.splits(launch["BN"], waves)
+            partial = problem.scratch(splits, problem.padded_rows, problem.width)
+            peak, total = (problem.scratch(splits, problem.padded_rows) for _ in range(2))
+            decode_narrow_kernel[problem.heads * problem.tiles, splits](
+                PARTIAL=partial, PEAK=peak, TOTAL=total,
+                **problem.visibility, **problem.places, **problem.coded, **problem.valued, **launch,
+            )  # fmt: skip
+            combine(problem, partial, peak, total, out, lse)
+    return out, lse
+
+
+# For torch.compile, which cannot look into a launch. Eager calls save its cost to the host.
+@torch.library.custom_op("flashsfa::decode_narrow", mutates_args=())
+def _decode_narrow_op(
+    q: Tensor,
+    tensors: Sequence[Tensor | None],
+    sizes: Sequence[int],
+    page_table: Tensor | None,
+    kv_lens: Tensor | None,
+    key_padding_mask: Tensor | None,
+    window: int | None,
+    real: Sequence[float],
+    topk_query: int | None,
+) -> tuple[Tensor, Tensor]:
+    scale, softcap = real
+    named = zip((*_ROWS, *_SCALES, *_TABLES), tensors, strict=True)
+    held = Held({name: x for name, x in named if x is not None}, *sizes)
+    mask = Mask(True, window, key_padding_mask, kv_lens=kv_lens)
+    return _run(q, held, page_table, mask, ScoreRules(scale, softcap or None), topk_query)
+
+
+@_decode_narrow_op.register_fake
+def _(q: Tensor, tensors: Sequence[Tensor | None], sizes: Sequence[int], *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty((*q.shape[:3], sizes[-1])), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+class NarrowProblem(Problem):
+    """One decode call over what is `Held`.
+
+    Attributes:
+        coded, valued: arguments of `narrow_scores` and `add_values`.
+        token_bytes: of a key and its value.
+    """
+
+    def __init__(
+        self, q: Tensor, held: Held, page_table: Tensor | None, mask: Mask, rules: ScoreRules, topk_query: int | None
+    ) -> None:
+        tensors = held.tensors
+        super().__init__(q, tensors["V"], page_table, mask, rules)
+        self.held, self.topk, self.width = held, held.topk, held.width
+        self.token_bytes = sum(
+            tensors[name].shape[-1] * tensors[name].itemsize for name in _ROWS if name in tensors
+        ) + sum(tensors[name].itemsize for name in _SCALES if name in tensors)
+        self.rotation = _rotation(held.width) if "V_CENTRE" in tensors else 1
+        terms, folded = None, {}
+        if "STEP" in tensors or "CHANNEL_CENTRE" in tensors:
+            terms = self.scratch(2, self.padded_rows)
+            folded = {"TERMS": terms, "STEP": tensors.get("STEP"), "CENTRE": tensors.get("CENTRE"), "HALF": tensors.get("TOP")}
+            folded["ROTATION"] = _rotation(held.channel) if "CHANNEL_CENTRE" in tensors else 1
+        dense_dims = held.channel if held.topk else 0
+        self.coded: dict[str, Any] = {
+            "Q": self.by_feature(q, dense_dims, topk_query, **folded), "TERMS": terms, **self.ruled,
+            **{name: tensors.get(name) for name in ("BYTE", "SHIFT", "TOP")},
+            **_arguments(tensors, "CHANNEL", "CHANNEL_SCALE", "CHANNEL_CENTRE", "VALUES", "VALUE_SCALE", "INDICES"),
+            "D": q.shape[-1], "C": held.channel, "K": held.topk, "INDEX_BITS": held.index_bits,
+        }  # fmt: skip
+        self.valued: dict[str, Any] = {
+            **_arguments(tensors, "V", "V_SCALE", "V_CENTRE"), "DV": held.width, "DTYPE": TRITON_DTYPES[q.dtype],
+        }  # fmt: skip
+
+
+def _arguments(tensors: dict[str, Tensor], *names: str) -> dict[str, Any]:
+    """Tensors and their strides as kernel arguments."""
+    found: dict[str, Any] = {}
+    for name in names:
+        found |= strided(name, tensors.get(name))
+    return found
+
+
+def _rotation(width: int) -> int:
+    """Width of the blocks in which `rotation.rotate` mixes a row."""
+    return width & -width
+
+
+def _launch(problem: NarrowProblem) -> tuple[dict[str, Any], int]:
+    """Keys a block and warps of the partial kernel, and programs a processor."""
+    keys, warps = 64, 4
+    if problem.dtype == torch.float32:
+        keys = 32 if problem.tile <= 4 else 16
+    return {"BN": keys, "KC": chunk(max(1, problem.topk), problem.tile), "num_warps": warps, "num_stages": 1}, 16
+
+
+@triton.jit(do_not_specialize=["n"])  # a cache grows at each step
+def decode_narrow_kernel(
+    Q, TERMS, CHANNEL, CHANNEL_SCALE, CHANNEL_CENTRE, VALUES, VALUE_SCALE, INDICES, BYTE, SHIFT, TOP, V, V_SCALE, V_CENTRE,
+    LENS, PADDING, PAGES, PARTIAL, PEAK, TOTAL,
+    kv_heads, n, m, window, scale, cap,
+    channel_sb, channel_sh, channel_scale_sb, channel_scale_sh, channel_centre_sb, channel_centre_sh, values_sb, values_sh,
+    value_scale_sb, value_scale_sh, indices_sb, indices_sh, v_sb, v_sh, v_scale_sb, v_scale_sh, v_centre_sb, v_centre_sh,
+    padding_sb, pages_sb,
+    channel_sn: tl.constexpr, channel_scale_sn: tl.constexpr, channel_centre_sn: tl.constexpr, values_sn: tl.constexpr,
+    value_scale_sn: tl.constexpr, indices_sn: tl.constexpr, v_sn: tl.constexpr, v_scale_sn: tl.constexpr, v_centre_sn: tl.constexpr,
+    DTYPE: tl.constexpr, D: tl.constexpr, C: tl.constexpr, K: tl.constexpr, INDEX_BITS: tl.constexpr, DV: tl.constexpr,
+    R: tl.constexpr, RT: tl.constexpr, PAGE: tl.constexpr, CAUSAL: tl.constexpr, CAPPED: tl.constexpr, WINDOW: tl.constexpr,
+    BN: tl.constexpr, KC: tl.constexpr,
+):  # fmt: skip
+    """Unnormalised output [RT, DV], maximum and sum of one split for one tile of rows. Scores in log2 units."""
+    head, tile = tl.program_id(0) // (R // RT), tl.program_id(0) % (R // RT)
+    b, h = (head // kv_heads).to(tl.int64), (head % kv_heads).to(tl.int64)
+    first_row = tile * RT
+    r = first_row + tl.arange(0, RT)  # [RT]
+    length, begin, end = split_range(LENS, b, n, m, window, WINDOW, BN)
+    HALVES: tl.constexpr = V_CENTRE is not None
+    W: tl.constexpr = max(16, triton.next_power_of_2(DV // 2 if HALVES else DV))
+    peak = tl.full([RT], float("-inf"), tl.float32)
+    total = tl.zeros([RT], tl.float32)
+    low = tl.zeros([RT, W], tl.float32)
+    high = tl.zeros([RT, W if HALVES else 1], tl.float32)
+    level = tl.zeros([RT], tl.float32)
+    for start in range(begin, end, BN):
+        key = start + tl.arange(0, BN)  # [BN]
+        live = live_keys(PADDING + b * padding_sb if PADDING is not None else None, key, length, m, window, WINDOW)
+        outer, slot = locate(PAGES + b * pages_sb if PAGES is not None else None, b, key, live, PAGE)
+        score = narrow_scores(
+            Q + head.to(tl.int64) * D * R + r,
+            TERMS + head.to(tl.int64) * 2 * R + r if TERMS is not None else None,
+            rows_of(CHANNEL, outer, h, slot, channel_sb, channel_sh, channel_sn),
+            rows_of(CHANNEL_SCALE, outer, h, slot, channel_scale_sb, channel_scale_sh, channel_scale_sn),
+            rows_of(CHANNEL_CENTRE, outer, h, slot, channel_centre_sb, channel_centre_sh, channel_centre_sn),
+            rows_of(VALUES, outer, h, slot, values_sb, values_sh, values_sn),
+            rows_of(VALUE_SCALE, outer, h, slot, value_scale_sb, value_scale_sh, value_scale_sn),
+            rows_of(INDICES, outer, h, slot, indices_sb, indices_sh, indices_sn),
+            BYTE + h * C if BYTE is not None else None,
+            SHIFT + h * C if SHIFT is not None else None,
+            TOP + h * C if TOP is not None else None,
+            key, live, first_row, length, m, window, scale, cap, D, C, K, INDEX_BITS, R, RT, CAUSAL, CAPPED, WINDOW, KC,
+        )  # fmt: skip
+        new_peak = tl.maximum(peak, tl.max(score, 0))  # [RT]
+        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        shrink = tl.exp2(peak - base)  # [RT]
+        p = tl.exp2(score - base[None, :])  # [BN, RT]
+        total = total * shrink + tl.sum(p, 0)
+        # weight 0 times an unfilled buffer's NaN would be NaN, so rows that nobody sees are not loaded
+        low, high, level = add_values(
+            p,
+            rows_of(V, outer, h, slot, v_sb, v_sh, v_sn),
+            rows_of(V_SCALE, outer, h, slot, v_scale_sb, v_scale_sh, v_scale_sn),
+            rows_of(V_CENTRE, outer, h, slot, v_centre_sb, v_centre_sh, v_centre_sn),
+            live, low * shrink[:, None], high * shrink[:, None], level * shrink, DTYPE, DV,
+        )  # fmt: skip
+        peak = new_peak
+    row = (head.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * R + r  # [RT]
+    tl.store(PEAK + row, peak)
+    tl.store(TOTAL + row, total)
+    store_values(PARTIAL + row * DV, low, high, level, DV, HALVES)
