@@ -191,9 +191,10 @@ def narrow_case(dtype, group, m, head_dim, keys, form, storage, n=8192):
     """Keys "dense", "axes" or of a budget of kept and dense features."""
     if keys == "axes":
         bits = torch.tensor([8, 4, 2, 0], dtype=torch.uint8).repeat_interleave(head_dim // 4)[None]
-        coder = Coder(axes=AxisBits(bits, torch.ones(bits.shape), torch.zeros(bits.shape)), bits=CodeFormat.named(form))
+        axes = AxisBits(bits, torch.ones(bits.shape), torch.zeros(bits.shape))
+        coder = Coder(None, 0, CodeFormat.named(form), axes)
     else:
-        coder = Coder(*((head_dim, 0) if keys == "dense" else keys), bits=CodeFormat.named(form))
+        coder = Coder(*((head_dim, 0) if keys == "dense" else keys), CodeFormat.named(form))
     x = torch.zeros(stored_shape(n, head_dim, storage == "pages"), dtype=dtype)
     view = coder.empty(x.shape[2], x[:, :, :1], x[:, :, :1])
     q = torch.empty(1, group, m, head_dim, dtype=dtype)

@@ -24,14 +24,14 @@ from ....scores import ScoreRules
 from ....stored import KVView
 from ...triton.rows import next_power_of_2
 from .combine import combine
-from .narrow_blocks import add_values, narrow_scores, rows_of, store_values
+from .narrow_blocks import add_values, narrow_query_kernel, narrow_scores, rows_of, store_values
 from .scores import TRITON_DTYPES, Problem, chunk, live_keys, locate, split_range, strided
 
 # Tensors of a view by the names that the kernels have for them: [B, Hkv, N, C] and [B, Hkv, N], or pools of pages; and tables of the
 # axes [Hkv, D].
 _ROWS = ("CHANNEL", "VALUES", "INDICES", "V")
 _SCALES = ("CHANNEL_SCALE", "CHANNEL_CENTRE", "VALUE_SCALE", "V_SCALE", "V_CENTRE")
-_TABLES = ("BYTE", "SHIFT", "TOP", "STEP", "CENTRE")
+_TABLES = ("AXIS", "IS_START", "TOP", "STEP", "CENTRE")
 
 
 def decode(
@@ -53,7 +53,7 @@ def decode(
     if not torch.compiler.is_compiling():
         return _run(q, held, kv.page_table, mask, scores, topk_query)
     return _decode_narrow_op(
-        q, [held.tensors.get(name) for name in (*_ROWS, *_SCALES, *_TABLES)], [held.channel, held.topk, held.index_bits, held.width],
+        q, [held.tensors.get(name) for name in (*_ROWS, *_SCALES, *_TABLES)], held.sizes,
         kv.page_table, mask.kv_lens, mask.key_padding_mask, mask.window, [scores.scale, scores.softcap or 0.0], topk_query,
     )  # fmt: skip
 
@@ -64,46 +64,55 @@ class Held:
 
     Attributes:
         tensors: those that there are, by name.
-        channel: width of the features that every key has; topk: kept entries of the others.
-        index_bits: of the place of such an entry; 0 for a bitmap.
+        channel, bits: places of the channel of a key, and its packing (`narrow_blocks`).
+        topk, index_bits: kept entries of the other features, and the bits of the place of each; 0 for a bitmap.
         width: of a value.
     """
 
     tensors: dict[str, Tensor]
     channel: int
+    bits: int
     topk: int
     index_bits: int
     width: int
+
+    @property
+    def sizes(self) -> list[int]:
+        """All but the tensors, in order."""
+        return [self.channel, self.bits, self.topk, self.index_bits, self.width]
 
     @classmethod
     def of(cls, kv: KVView) -> Held:
         """The tensors of a view."""
         codes, v = kv.codes, kv.v
-        topk, form_bits = 0, 8
+        topk, place_bits = 0, 8
         parts: dict[str, Tensor | None]
         if isinstance(codes, NarrowRows):
+            channel, bits = codes.width, codes.bits
             parts = {"CHANNEL": codes.kept, "CHANNEL_SCALE": codes.scale, "CHANNEL_CENTRE": codes.centre}
-            channel = codes.width
         elif isinstance(codes, AxisCodes):
-            layout, channel = codes.axes.layout, codes.head_dim
-            parts = {"CHANNEL": codes.packed, "BYTE": layout.byte, "SHIFT": layout.shift, "TOP": layout.top}
-            parts |= {"STEP": codes.axes.step, "CENTRE": codes.axes.centre}
+            axes = codes.axes
+            channel, bits = 4 * axes.key_bytes, 2
+            parts = {"CHANNEL": codes.packed, "AXIS": axes.layout.axis, "IS_START": axes.layout.is_start}
+            parts |= {"TOP": axes.layout.top, "STEP": axes.step, "CENTRE": axes.centre}
         else:
-            topk, channel = codes.topk, codes.dense_dims
+            channel, topk = codes.dense_dims, codes.topk
             if isinstance(codes, FeatureCodes):
-                scales = codes.scale, codes.scale
+                channel_scale = value_scale = codes.scale
             else:
-                scales = codes.dense_scale, codes.value_scale
+                channel_scale, value_scale = codes.dense_scale, codes.value_scale
                 form = codes.format.index_form(topk, codes.sparse_dims)
-                form_bits = {"uint8": 8, "packed": index_bits(codes.sparse_dims), "bitmap": 0}[form]
-            parts = {"VALUES": codes.values, "INDICES": codes.indices, "VALUE_SCALE": scales[1]}
+                place_bits = {"uint8": 8, "packed": index_bits(codes.sparse_dims), "bitmap": 0}[form]
+            bits = 16 if channel_scale is None else 8
+            parts = {"VALUES": codes.values, "INDICES": codes.indices, "VALUE_SCALE": value_scale}
             if channel:
-                parts |= {"CHANNEL": codes.dense, "CHANNEL_SCALE": scales[0]}
+                parts |= {"CHANNEL": codes.dense, "CHANNEL_SCALE": channel_scale}
         if isinstance(v, NarrowRows):
             parts |= {"V": v.kept, "V_SCALE": v.scale, "V_CENTRE": v.centre}
         else:
             parts |= {"V": v, "V_SCALE": kv.v_scale}
-        return cls({name: x for name, x in parts.items() if x is not None}, channel, topk, form_bits, v.shape[-1])
+        held = {name: x for name, x in parts.items() if x is not None}
+        return cls(held, channel, bits, topk, place_bits, v.shape[-1])
 
 
 def _run(
@@ -169,21 +178,32 @@ class NarrowProblem(Problem):
             tensors[name].shape[-1] * tensors[name].itemsize for name in _ROWS if name in tensors
         ) + sum(tensors[name].itemsize for name in _SCALES if name in tensors)
         self.rotation = _rotation(held.width) if "V_CENTRE" in tensors else 1
-        terms, folded = None, {}
-        if "STEP" in tensors or "CHANNEL_CENTRE" in tensors:
-            terms = self.scratch(2, self.padded_rows)
-            folded = {"TERMS": terms, "STEP": tensors.get("STEP"), "CENTRE": tensors.get("CENTRE"), "HALF": tensors.get("TOP")}
-            folded["ROTATION"] = _rotation(held.channel) if "CHANNEL_CENTRE" in tensors else 1
-        dense_dims = held.channel if held.topk else 0
+        levels = q.dtype if q.dtype == torch.float32 else torch.float16  # exact for them, and has more digits than bfloat16
         self.coded: dict[str, Any] = {
-            "Q": self.by_feature(q, dense_dims, topk_query, **folded), "TERMS": terms, **self.ruled,
-            **{name: tensors.get(name) for name in ("BYTE", "SHIFT", "TOP")},
+            **self._queries(q, levels, topk_query), **self.ruled,
+            **{name: tensors.get(name) for name in ("AXIS", "IS_START", "TOP")},
             **_arguments(tensors, "CHANNEL", "CHANNEL_SCALE", "CHANNEL_CENTRE", "VALUES", "VALUE_SCALE", "INDICES"),
-            "D": q.shape[-1], "C": held.channel, "K": held.topk, "INDEX_BITS": held.index_bits,
+            "D": q.shape[-1], "C": held.channel, "BITS": held.bits, "K": held.topk, "INDEX_BITS": held.index_bits,
         }  # fmt: skip
         self.valued: dict[str, Any] = {
-            **_arguments(tensors, "V", "V_SCALE", "V_CENTRE"), "DV": held.width, "DTYPE": TRITON_DTYPES[q.dtype],
+            **_arguments(tensors, "V", "V_SCALE", "V_CENTRE"), "DV": held.width,
+            "DTYPE": TRITON_DTYPES[levels if "V_SCALE" in tensors else q.dtype],
         }  # fmt: skip
+
+    def _queries(self, q: Tensor, levels: torch.dtype, topk_query: int | None) -> dict[str, Any]:
+        """Query rows [heads, T, R] by feature, or by place where axes have places, and what goes with them."""
+        held = self.held
+        dense_dims = held.channel if held.topk else 0
+        if held.bits == 16 or not held.channel:
+            return {"Q": self.by_feature(q, dense_dims, topk_query), "TERMS": None, "T": q.shape[-1]}
+        places = held.channel if held.bits == 2 else q.shape[-1]
+        by_place = q.new_empty((self.heads, places, self.padded_rows), dtype=levels)
+        terms = self.scratch(3, self.padded_rows)
+        narrow_query_kernel[self.heads, self.rows](
+            by_place, terms, **{name: held.tensors.get(name) for name in _TABLES}, **self.query_arguments(q, dense_dims, topk_query),
+            C=held.channel, BITS=held.bits, ROTATION=_rotation(held.channel) if held.bits == 4 else 1, num_warps=4,
+        )  # fmt: skip
+        return {"Q": by_place, "TERMS": terms, "T": places}
 
 
 def _arguments(tensors: dict[str, Tensor], *names: str) -> dict[str, Any]:
@@ -201,15 +221,15 @@ def _rotation(width: int) -> int:
 
 def _launch(problem: NarrowProblem) -> tuple[dict[str, Any], int]:
     """Keys a block and warps of the partial kernel, and programs a processor."""
-    keys, warps = 64, 4
+    keys, warps = 32, 1
     if problem.dtype == torch.float32:
-        keys = 32 if problem.tile <= 4 else 16
+        keys, warps = 16, 4
     return {"BN": keys, "KC": chunk(max(1, problem.topk), problem.tile), "num_warps": warps, "num_stages": 1}, 16
 
 
 @triton.jit(do_not_specialize=["n"])  # a cache grows at each step
 def decode_narrow_kernel(
-    Q, TERMS, CHANNEL, CHANNEL_SCALE, CHANNEL_CENTRE, VALUES, VALUE_SCALE, INDICES, BYTE, SHIFT, TOP, V, V_SCALE, V_CENTRE,
+    Q, TERMS, CHANNEL, CHANNEL_SCALE, CHANNEL_CENTRE, VALUES, VALUE_SCALE, INDICES, AXIS, IS_START, TOP, V, V_SCALE, V_CENTRE,
     LENS, PADDING, PAGES, PARTIAL, PEAK, TOTAL,
     kv_heads, n, m, window, scale, cap,
     channel_sb, channel_sh, channel_scale_sb, channel_scale_sh, channel_centre_sb, channel_centre_sh, values_sb, values_sh,
@@ -217,8 +237,8 @@ def decode_narrow_kernel(
     padding_sb, pages_sb,
     channel_sn: tl.constexpr, channel_scale_sn: tl.constexpr, channel_centre_sn: tl.constexpr, values_sn: tl.constexpr,
     value_scale_sn: tl.constexpr, indices_sn: tl.constexpr, v_sn: tl.constexpr, v_scale_sn: tl.constexpr, v_centre_sn: tl.constexpr,
-    DTYPE: tl.constexpr, D: tl.constexpr, C: tl.constexpr, K: tl.constexpr, INDEX_BITS: tl.constexpr, DV: tl.constexpr,
-    R: tl.constexpr, RT: tl.constexpr, PAGE: tl.constexpr, CAUSAL: tl.constexpr, CAPPED: tl.constexpr, WINDOW: tl.constexpr,
+    DTYPE: tl.constexpr, D: tl.constexpr, T: tl.constexpr, C: tl.constexpr, BITS: tl.constexpr, K: tl.constexpr, INDEX_BITS: tl.constexpr,
+    DV: tl.constexpr, R: tl.constexpr, RT: tl.constexpr, PAGE: tl.constexpr, CAUSAL: tl.constexpr, CAPPED: tl.constexpr, WINDOW: tl.constexpr,
     BN: tl.constexpr, KC: tl.constexpr,
 ):  # fmt: skip
     """Unnormalised output [RT, DV], maximum and sum of one split for one tile of rows. Scores in log2 units."""
@@ -233,24 +253,24 @@ def decode_narrow_kernel(
     total = tl.zeros([RT], tl.float32)
     low = tl.zeros([RT, W], tl.float32)
     high = tl.zeros([RT, W if HALVES else 1], tl.float32)
-    level = tl.zeros([RT], tl.float32)
+    unit = 2.0**-100 if V_SCALE is not None else 1.0
     for start in range(begin, end, BN):
         key = start + tl.arange(0, BN)  # [BN]
         live = live_keys(PADDING + b * padding_sb if PADDING is not None else None, key, length, m, window, WINDOW)
         outer, slot = locate(PAGES + b * pages_sb if PAGES is not None else None, b, key, live, PAGE)
         score = narrow_scores(
-            Q + head.to(tl.int64) * D * R + r,
-            TERMS + head.to(tl.int64) * 2 * R + r if TERMS is not None else None,
+            Q + head.to(tl.int64) * T * R + r,
+            TERMS + head.to(tl.int64) * 3 * R + r if TERMS is not None else None,
             rows_of(CHANNEL, outer, h, slot, channel_sb, channel_sh, channel_sn),
             rows_of(CHANNEL_SCALE, outer, h, slot, channel_scale_sb, channel_scale_sh, channel_scale_sn),
             rows_of(CHANNEL_CENTRE, outer, h, slot, channel_centre_sb, channel_centre_sh, channel_centre_sn),
             rows_of(VALUES, outer, h, slot, values_sb, values_sh, values_sn),
             rows_of(VALUE_SCALE, outer, h, slot, value_scale_sb, value_scale_sh, value_scale_sn),
             rows_of(INDICES, outer, h, slot, indices_sb, indices_sh, indices_sn),
-            BYTE + h * C if BYTE is not None else None,
-            SHIFT + h * C if SHIFT is not None else None,
-            TOP + h * C if TOP is not None else None,
-            key, live, first_row, length, m, window, scale, cap, D, C, K, INDEX_BITS, R, RT, CAUSAL, CAPPED, WINDOW, KC,
+            AXIS + h * C if AXIS is not None else None,
+            IS_START + h * C if IS_START is not None else None,
+            TOP + h * D if TOP is not None else None,
+            key, live, first_row, length, m, window, scale, cap, D - C, C, BITS, K, INDEX_BITS, R, RT, CAUSAL, CAPPED, WINDOW, KC,
         )  # fmt: skip
         new_peak = tl.maximum(peak, tl.max(score, 0))  # [RT]
         base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
@@ -258,15 +278,15 @@ def decode_narrow_kernel(
         p = tl.exp2(score - base[None, :])  # [BN, RT]
         total = total * shrink + tl.sum(p, 0)
         # weight 0 times an unfilled buffer's NaN would be NaN, so rows that nobody sees are not loaded
-        low, high, level = add_values(
+        low, high, unit = add_values(
             p,
             rows_of(V, outer, h, slot, v_sb, v_sh, v_sn),
             rows_of(V_SCALE, outer, h, slot, v_scale_sb, v_scale_sh, v_scale_sn),
             rows_of(V_CENTRE, outer, h, slot, v_centre_sb, v_centre_sh, v_centre_sn),
-            live, low * shrink[:, None], high * shrink[:, None], level * shrink, DTYPE, DV,
+            live, low, high, unit, shrink, DTYPE, DV,
         )  # fmt: skip
         peak = new_peak
     row = (head.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * R + r  # [RT]
     tl.store(PEAK + row, peak)
     tl.store(TOTAL + row, total)
-    store_values(PARTIAL + row * DV, low, high, level, DV, HALVES)
+    store_values(PARTIAL + row * DV, low, high, unit, DV, HALVES)

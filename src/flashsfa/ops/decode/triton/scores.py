@@ -79,18 +79,24 @@ class Problem:
         """Uninitialised float32 [heads, *shape]."""
         return torch.empty(self.heads, *shape, dtype=torch.float32, device=self.device)
 
-    def by_feature(self, q: Tensor, dense_dims: int, topk_query: int | None, **folded: Any) -> Tensor:
+    def by_feature(self, q: Tensor, dense_dims: int, topk_query: int | None) -> Tensor:
         """Sparsified q [B, Hq, M, D] as [heads, D, R]: a feature of all rows is one contiguous load. Padding rows hold
-        anything. `folded` are arguments of `decode_query_kernel` for keys that take a change of the query with them."""
-        m, d = q.shape[2:]
-        by_feature = q.new_empty((self.heads, d, self.padded_rows))
+        anything."""
+        by_feature = q.new_empty((self.heads, q.shape[-1], self.padded_rows))
         decode_query_kernel[self.heads, self.rows](
-            q, by_feature, *q.stride(), self.kv_heads, self.rows // m, m,
-            D=d, DENSE=dense_dims, K=topk_query or d, R=self.padded_rows,
-            INTEGER=tl.int32 if q.itemsize == 4 else tl.int16, CHUNK=min(next_power_of_2(d), 64 if d <= 128 else 32),
-            **{"STEP": None, "CENTRE": None, "HALF": None, "TERMS": None, "ROTATION": 1, **folded}, num_warps=4,
-        )  # fmt: skip
+            by_feature, **self.query_arguments(q, dense_dims, topk_query), num_warps=4
+        )
         return by_feature
+
+    def query_arguments(self, q: Tensor, dense_dims: int, topk_query: int | None) -> dict[str, Any]:
+        """Arguments of `query_row`."""
+        m, d = q.shape[2:]
+        return {
+            "Q": q, **dict(zip(("q_sb", "q_sh", "q_sm", "q_sd"), q.stride(), strict=True)),
+            "kv_heads": self.kv_heads, "group": self.rows // m, "m": m,
+            "D": d, "DENSE": dense_dims, "K": topk_query or d, "R": self.padded_rows,
+            "INTEGER": tl.int32 if q.itemsize == 4 else tl.int16, "CHUNK": min(next_power_of_2(d), 64 if d <= 128 else 32),
+        }  # fmt: skip
 
 
 class FeatureProblem(Problem):
@@ -156,14 +162,22 @@ def _processors(device: torch.device) -> int:
 
 @triton.jit
 def decode_query_kernel(
-    Q, BY_FEATURE, q_sb, q_sh, q_sm, q_sd, kv_heads, group, m, STEP, CENTRE, HALF, TERMS,
+    BY_FEATURE, Q, q_sb, q_sh, q_sm, q_sd, kv_heads, group, m,
     D: tl.constexpr, DENSE: tl.constexpr, K: tl.constexpr, R: tl.constexpr, INTEGER: tl.constexpr, CHUNK: tl.constexpr,
-    ROTATION: tl.constexpr,
 ):  # fmt: skip
-    """One query row: its dense channel and K largest magnitudes of the rest, ties to the lowest index; all for K = D.
-
-    What packed keys leave to the query is folded in where `TERMS` is given: see `_fold`."""
+    """One query row to its place."""
     head, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    x = query_row(Q, head, row, q_sb, q_sh, q_sm, q_sd, kv_heads, group, m, D, DENSE, K, INTEGER, CHUNK)
+    d = tl.arange(0, x.shape[0])
+    tl.store(BY_FEATURE + (head * D + d) * R + row, x, mask=d < D)
+
+
+@triton.jit
+def query_row(
+    Q, head, row, q_sb, q_sh, q_sm, q_sd, kv_heads, group, m,
+    D: tl.constexpr, DENSE: tl.constexpr, K: tl.constexpr, INTEGER: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One query row [DP]: its dense channel and K largest magnitudes of the rest, ties to the lowest index; all for K = D."""
     b, h = head // kv_heads, head % kv_heads * group + row // m
     q = Q + b * q_sb + h * q_sh + (row % m) * q_sm
     DP: tl.constexpr = triton.next_power_of_2(D)
@@ -178,42 +192,13 @@ def decode_query_kernel(
             before = (other[None, :] > size[:, None]) | ((other[None, :] == size[:, None]) & (e[None, :] < d[:, None]))
             rank += tl.sum(before.to(tl.int32), 1)
         x = tl.where((d < DENSE) | (rank < K), x, 0.0)
-    x += tl.sum(x.to(tl.float32) * 0, 0).to(x.dtype)  # NaN shows in every score, as in a dense product
-    if TERMS is not None:
-        x = _fold(x, d, head, row, head % kv_heads * D, STEP, CENTRE, HALF, TERMS, D, R, ROTATION)
-    tl.store(BY_FEATURE + (head * D + d) * R + row, x, mask=d < D)
-
-
-@triton.jit
-def _fold(
-    x, d, head, row, of_head, STEP, CENTRE, HALF, TERMS, D: tl.constexpr, R: tl.constexpr, ROTATION: tl.constexpr
-):  # fmt: skip
-    """Query x [DP] for keys whose levels are multiplied as they are stored: rotated, times the step of each axis, and scaled by a
-    power of two, so that no dtype is too narrow for it. `TERMS` [heads, 2, R] get that power, and what is the same for every key
-    (axes) or goes with its middle (rows)."""
-    wide = x.to(tl.float32)
-    if ROTATION > 1:
-        wide = rotated(wide, d, ROTATION)
-    term = tl.zeros([x.shape[0]], tl.float32)
-    if STEP is not None:
-        term = wide * tl.load(CENTRE + of_head + d, mask=d < D, other=0.0)
-        wide *= tl.load(STEP + of_head + d, mask=d < D, other=0.0)
-    largest = tl.max(tl.abs(wide), 0)
-    power = tl.exp2(tl.floor(tl.log2(tl.where((largest > 2.0**-100) & (largest < 2.0**100), largest, 1.0))))
-    scaled = (wide / power).to(x.dtype)
-    if STEP is not None:  # levels count from their lowest, the centre is that of their range
-        term = term / power - scaled.to(tl.float32) * tl.load(HALF + of_head + d, mask=d < D, other=0).to(tl.float32) * 0.5
-    else:
-        term = scaled.to(tl.float32)
-    tl.store(TERMS + head * 2 * R + row, power)
-    tl.store(TERMS + (head * 2 + 1) * R + row, tl.sum(tl.where(d < D, term, 0.0), 0))
-    return scaled
+    return x + tl.sum(x.to(tl.float32) * 0, 0).to(x.dtype)  # NaN shows in every score, as in a dense product
 
 
 @triton.jit
 def rotated(x, d, WIDTH: tl.constexpr):
     """`rotation.rotate` of x [DP], d its indices, in blocks of `WIDTH` features."""
-    for step in tl.static_range(0, 9):  # of 256 features at most, 8 are taken
+    for step in tl.static_range(0, 8):
         if 2**step < WIDTH:
             other = tl.gather(x, d ^ 2**step, 0)
             x = tl.where((d & 2**step) == 0, other + x, other - x)
