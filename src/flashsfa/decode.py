@@ -257,7 +257,10 @@ def _decode_coded(
         q, budget = code_queries(q, budget).to_dense(), budget.with_queries_kept()
     run: Any = plain
     if backend == "triton":
-        from .ops.decode.triton import decode as run
+        if kv.is_narrow:
+            from .ops.decode.triton import narrow as run
+        else:
+            from .ops.decode.triton import decode as run
     elif backend == "numba":
         from .ops.decode import cpu as run
     with without_autocast(q.device):

@@ -154,13 +154,12 @@ class DecodePlan:
 
 def plan_decode(q: Tensor, kv: KVView) -> DecodePlan:
     """The plan for q [B, Hq, M, D] over the codes among stored keys and values; recorded for `explain()`."""
-    if torch.compiler.is_compiling():
-        return _NARROW if kv.is_narrow else _plan_decode(q.device.type, q.dtype, True, kv.page_table is not None, True)
-    plan = (
-        _NARROW
-        if kv.is_narrow
-        else _plan_decode(q.device.type, q.dtype, has_values(q), kv.page_table is not None, False)
+    is_compiling = torch.compiler.is_compiling()
+    plan = _plan_decode(
+        q.device.type, q.dtype, is_compiling or has_values(q), kv.is_narrow, kv.page_table is not None, is_compiling
     )
+    if is_compiling:
+        return plan
     if kv.exact and not kv.v.shape[2]:
         record.record("decode", "torch", "every token is held as it came")
         return plan
@@ -175,11 +174,10 @@ def plan_decode(q: Tensor, kv: KVView) -> DecodePlan:
     return plan
 
 
-_NARROW = DecodePlan("torch", "no fused kernel reads codes or values of mixed widths yet")
-
-
 @functools.cache
-def _plan_decode(kind: str, dtype: torch.dtype, has_values: bool, is_paged: bool, is_compiling: bool) -> DecodePlan:
+def _plan_decode(
+    kind: str, dtype: torch.dtype, has_values: bool, is_narrow: bool, is_paged: bool, is_compiling: bool
+) -> DecodePlan:
     if not has_values:
         return DecodePlan("torch", "the tensors hold no values")
     if kind == "cuda":
@@ -187,9 +185,13 @@ def _plan_decode(kind: str, dtype: torch.dtype, has_values: bool, is_paged: bool
             return DecodePlan("torch", "the fused kernels need Triton")
         if dtype == torch.float64:
             return DecodePlan("torch", f"the fused kernels take no {dtype}")
+        if is_narrow:
+            return DecodePlan("triton", "kernels that unpack few bits in registers, split over the keys; every value is read, whatever the tolerance")
         return DecodePlan("triton", "kernels over codes, split over the keys")
     if kind != "cpu":
         return DecodePlan("torch", f"no fused kernels on {kind}")
+    if is_narrow:
+        return DecodePlan("torch", "the fused CPU code reads no codes or values of few bits")
     from .decode import cpu
 
     if not cpu.is_available():

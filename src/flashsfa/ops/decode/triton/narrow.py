@@ -22,7 +22,6 @@ from ....mask import Mask
 from ....narrow import NarrowRows
 from ....scores import ScoreRules
 from ....stored import KVView
-from ...triton.rows import next_power_of_2
 from .combine import combine
 from .narrow_blocks import add_values, narrow_query_kernel, narrow_scores, rows_of, store_values
 from .scores import TRITON_DTYPES, Problem, chunk, live_keys, locate, split_range, strided
@@ -165,7 +164,6 @@ class NarrowProblem(Problem):
 
     Attributes:
         coded, valued: arguments of `narrow_scores` and `add_values`.
-        token_bytes: of a key and its value.
     """
 
     def __init__(
@@ -173,10 +171,7 @@ class NarrowProblem(Problem):
     ) -> None:
         tensors = held.tensors
         super().__init__(q, tensors["V"], page_table, mask, rules)
-        self.held, self.topk, self.width = held, held.topk, held.width
-        self.token_bytes = sum(
-            tensors[name].shape[-1] * tensors[name].itemsize for name in _ROWS if name in tensors
-        ) + sum(tensors[name].itemsize for name in _SCALES if name in tensors)
+        self.held, self.width = held, held.width
         self.rotation = _rotation(held.width) if "V_CENTRE" in tensors else 1
         levels = q.dtype if q.dtype == torch.float32 else torch.float16  # exact for them, and has more digits than bfloat16
         self.coded: dict[str, Any] = {
@@ -220,11 +215,19 @@ def _rotation(width: int) -> int:
 
 
 def _launch(problem: NarrowProblem) -> tuple[dict[str, Any], int]:
-    """Keys a block and warps of the partial kernel, and programs a processor."""
+    """Keys a block and warps of the partial kernel, and programs a processor. By counts of instructions and registers alone: not
+    measured yet (docs/notes/2026-11-29-decode-of-few-bits.md).
+
+    One warp unpacks a key once: more would share the columns of a product, each with all keys. So it takes more only for what does
+    not fit its registers: wide rows, and gathered products of many rows. Some 12 programs a processor then have 32 keys each in flight.
+    """
+    held = problem.held
     keys, warps = 32, 1
     if problem.dtype == torch.float32:
         keys, warps = 16, 4
-    return {"BN": keys, "KC": chunk(max(1, problem.topk), problem.tile), "num_warps": warps, "num_stages": 1}, 16
+    elif max(held.channel, held.width) > 128 or (problem.tile > 8 and held.topk and held.index_bits):
+        warps = 4
+    return {"BN": keys, "KC": chunk(max(1, held.topk), problem.tile), "num_warps": warps, "num_stages": 1}, 16
 
 
 @triton.jit(do_not_specialize=["n"])  # a cache grows at each step
