@@ -37,7 +37,22 @@ def test_the_8_bit_cache_of_all_features_costs_one_index_more_by_our_code():
     assert configuration.code == (1, 63)
 
 
-@pytest.mark.parametrize("name", ["", "k", "16", "16+16", "k16-int2", "k16-int4-skip", "axes48", "axes48-int8", "k=16", "16+k16-skip-int8", "dense+k16"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "k",
+        "16",
+        "16+16",
+        "k16-int2",
+        "k16-int4-skip",
+        "axes48",
+        "axes48-int8",
+        "k=16",
+        "16+k16-skip-int8",
+        "dense+k16",
+    ],
+)
 def test_what_is_no_name_is_refused(name):
     with pytest.raises(ValueError, match="names no configuration"):
         Configuration.named(name, 128)

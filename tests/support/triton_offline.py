@@ -22,8 +22,8 @@ from triton.runtime.jit import JITFunction
 from decode_cases import DecodeRules
 from decode_cases import decode as run
 from flashsfa.axes import AxisBits
-from flashsfa.codes import FeatureCodes
 from flashsfa.coder import Coder
+from flashsfa.codes import FeatureCodes
 from flashsfa.formats import CodeFormat
 from flashsfa.ops.decode.triton import decode, narrow
 from flashsfa.ops.decode.triton import scores as decode_scores

@@ -38,18 +38,17 @@ class Configuration:
     @classmethod
     def named(cls, name: str, head_dim: int) -> Configuration:
         """The configuration of a `name` such as `16+k16-int8`. Raises `ValueError` for what is no such name."""
-        found = re.fullmatch(
-            r"(?:dense|(?:(\d+)\+)?k(\d+))(?:-int([84]))?(?<!4)(-skip)?|axes(\d+)-int4", name
-        )
+        found = re.fullmatch(r"(?:dense|(?:(\d+)\+)?k(\d+))(?:(-int4)|(-int8)?(-skip)?)|axes(\d+)-int4", name)
         require(
             found is not None,
             f"{name!r} names no configuration; names are such as dense-int8, k16, 16+k16-skip, 16+k16-int4, axes48-int4",
         )
         assert found is not None
-        dense_dims, topk, bits, skips, axis_bytes = found.groups()
+        dense_dims, topk, is_4_bit, is_8_bit, skips, axis_bytes = found.groups()
         if axis_bytes is not None:
             return cls(head_dim, axis_bytes=int(axis_bytes), bits=4)
-        return cls(head_dim, int(dense_dims or 0), None if topk is None else int(topk), None, int(bits or 16), bool(skips))
+        bits = 4 if is_4_bit else 8 if is_8_bit else 16
+        return cls(head_dim, int(dense_dims or 0), None if topk is None else int(topk), None, bits, bool(skips))
 
     @property
     def name(self) -> str:

@@ -23,7 +23,7 @@ from ..codes import FeatureCodes, topk_codes
 from ..decode import sparse_feature_decode
 from ..narrow import NarrowRows
 from ..ops.record import last_choice
-from ..stored import KeyCodes, KVView
+from ..stored import ExactKV, KeyCodes, KVView
 from .cases import Baseline, Verdict, Workload, facet_name, sdpa_backends, tokens_label
 from .configuration import Configuration
 
@@ -162,9 +162,8 @@ class DecodeCase:
         out = _grouped(out, self.kv_heads)  # [B, Hkv, G, Dv], and so is sparse_q
         worst = torch.zeros(4, dtype=torch.float64, device=out.device)  # of: ours, SDPA's error, ‖truth‖, ‖v‖
         squares = torch.zeros(2, dtype=torch.float64, device=out.device)  # of: ours against unquantised, that truth
-        for head in _kv_heads(self.batch, self.kv_heads):
-            held = stored.map(lambda x: x[head[0]]).rows(torch.float64)  # noqa: B023 (called at once); heads of axes stay together
-            keys, values = held.k[:, head[1]], held.v[:, head[1]]
+        for head, held in _kv_heads(stored):
+            keys, values = (x[:, head[1]].double() for x in (held.k, held.v))
             rows, got = sparse_q[head], out[head].double()
             truth, _ = reference.attention(rows.double(), keys, values)  # [1, 1, G, Dv]
             plain = F.scaled_dot_product_attention(rows, keys.to(q.dtype), values.to(q.dtype)).double()
@@ -251,8 +250,10 @@ def _grouped(x: Tensor, kv_heads: int) -> Tensor:
     return x.unflatten(1, (kv_heads, -1)).squeeze(3)
 
 
-def _kv_heads(batch: int, kv_heads: int) -> Iterator[tuple[slice, slice]]:
-    """An index a kv head, that keeps both leading dimensions: fp64 scores of all heads at once would not fit."""
-    for b in range(batch):
-        for h in range(kv_heads):
-            yield slice(b, b + 1), slice(h, h + 1)
+def _kv_heads(stored: KVView) -> Iterator[tuple[tuple[slice, slice], ExactKV]]:
+    """An index a kv head, that keeps both leading dimensions, and the rows of its sequence: fp64 scores of all heads at once would not
+    fit."""
+    for b in range(stored.v.shape[0]):
+        rows = stored.map(lambda x: x[b : b + 1]).rows(torch.float64)  # noqa: B023 (called at once)
+        for h in range(stored.v.shape[1]):
+            yield (slice(b, b + 1), slice(h, h + 1)), rows

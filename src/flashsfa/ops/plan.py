@@ -186,7 +186,10 @@ def _plan_decode(
         if dtype == torch.float64:
             return DecodePlan("torch", f"the fused kernels take no {dtype}")
         if is_narrow:
-            return DecodePlan("triton", "kernels that unpack few bits in registers, split over the keys; every value is read, whatever the tolerance")
+            return DecodePlan(
+                "triton",
+                "kernels that unpack few bits in registers, split over the keys; every value is read, whatever the tolerance",
+            )
         return DecodePlan("triton", "kernels over codes, split over the keys")
     if kind != "cpu":
         return DecodePlan("torch", f"no fused kernels on {kind}")

@@ -184,7 +184,9 @@ def test_pages(kind, page_size):
     table = torch.randperm(2 * 128 // page_size, device=DEVICE).to(torch.int32).unflatten(0, (2, -1))
 
     def paged(x):
-        pool = x.new_full((2 * 128 // page_size + 3, x.shape[1], page_size, *x.shape[3:]), 255 if x.dtype == torch.uint8 else 100)
+        pool = x.new_full(
+            (2 * 128 // page_size + 3, x.shape[1], page_size, *x.shape[3:]), 255 if x.dtype == torch.uint8 else 100
+        )
         if x.is_floating_point():
             pool.fill_(math.nan)
         pool[table.long()] = x.unflatten(2, (-1, page_size)).transpose(1, 2)

@@ -173,7 +173,9 @@ class NarrowProblem(Problem):
         super().__init__(q, tensors["V"], page_table, mask, rules)
         self.held, self.width = held, held.width
         self.rotation = _rotation(held.width) if "V_CENTRE" in tensors else 1
-        levels = q.dtype if q.dtype == torch.float32 else torch.float16  # exact for them, and has more digits than bfloat16
+        levels = (
+            q.dtype if q.dtype == torch.float32 else torch.float16
+        )  # exact for them, and has more digits than bfloat16
         self.coded: dict[str, Any] = {
             **self._queries(q, levels, topk_query), **self.ruled,
             **{name: tensors.get(name) for name in ("AXIS", "IS_START", "TOP")},
