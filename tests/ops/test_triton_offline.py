@@ -38,13 +38,16 @@ from triton.runtime.jit import JITFunction
 driver.set_active(offline.Part(90))
 run, found = JITFunction.run, {}
 def compile_only(kernel, *arguments, grid, warmup, **options):
-    found.setdefault(kernel.fn.__name__, set()).add(run(kernel, *arguments, grid=grid, warmup=True, **options).hash)
+    found.setdefault(f"{what} {kernel.fn.__name__}", set()).add(run(kernel, *arguments, grid=grid, warmup=True, **options).hash)
 JITFunction.run = compile_only
+what = "rows"
 for n in (1, 7, 16, 100):
     x = offline.rows(offline.FP32, n, 64)
     offline.selection.encode(x, 16, 0)
 for n in (8000, 8001, 8192):
+    what = "decode"
     offline.decode_case(offline.BF16, 1, 1, 64, 16, 0, "lengths", 0.01, n)
+    what = "narrow"
     offline.narrow_case(offline.BF16, 1, 1, 64, "dense", "d8s4v4", "lengths", n)
 print(json.dumps({name: len(hashes) for name, hashes in found.items()}))
 """

@@ -23,17 +23,17 @@ class Configuration:
 
     Attributes:
         topk: None keeps all features.
-        axis_bytes: bytes of a key in bits per axis (`AxisBits`), else None.
         bits: 16, as they come; 8, keys and values with a float32 scale per row; 4, the default `CodeFormat`.
         skips: decode leaves out values that weigh little (`value_tolerance`).
+        axis_bytes: bytes of a key in bits per axis (`AxisBits`), else None.
     """
 
     head_dim: int
     dense_dims: int = 0
     topk: int | None = None
-    axis_bytes: int | None = None
     bits: int = 16
     skips: bool = False
+    axis_bytes: int | None = None
 
     @classmethod
     def named(cls, name: str, head_dim: int) -> Configuration:
@@ -48,7 +48,7 @@ class Configuration:
         if axis_bytes is not None:
             return cls(head_dim, axis_bytes=int(axis_bytes), bits=4)
         bits = 4 if is_4_bit else 8 if is_8_bit else 16
-        return cls(head_dim, int(dense_dims or 0), None if topk is None else int(topk), None, bits, bool(skips))
+        return cls(head_dim, int(dense_dims or 0), None if topk is None else int(topk), bits, bool(skips))
 
     @property
     def name(self) -> str:

@@ -171,7 +171,7 @@ class NarrowProblem(Problem):
     ) -> None:
         tensors = held.tensors
         super().__init__(q, tensors["V"], page_table, mask, rules)
-        self.held, self.width = held, held.width
+        self.held, self.head_dim, self.width = held, q.shape[-1], held.width
         self.rotation = _rotation(held.width) if "V_CENTRE" in tensors else 1
         levels = (
             q.dtype if q.dtype == torch.float32 else torch.float16
@@ -180,7 +180,7 @@ class NarrowProblem(Problem):
             **self._queries(q, levels, topk_query), **self.ruled,
             **{name: tensors.get(name) for name in ("AXIS", "IS_START", "TOP")},
             **_arguments(tensors, "CHANNEL", "CHANNEL_SCALE", "CHANNEL_CENTRE", "VALUES", "VALUE_SCALE", "INDICES"),
-            "D": q.shape[-1], "C": held.channel, "BITS": held.bits, "K": held.topk, "INDEX_BITS": held.index_bits,
+            "D": self.head_dim, "C": held.channel, "BITS": held.bits, "K": held.topk, "INDEX_BITS": held.index_bits,
         }  # fmt: skip
         self.valued: dict[str, Any] = {
             **_arguments(tensors, "V", "V_SCALE", "V_CENTRE"), "DV": held.width,
@@ -224,15 +224,22 @@ def _launch(problem: NarrowProblem) -> tuple[dict[str, Any], int]:
     not fit its registers: wide rows, and gathered products of many rows. Some 12 programs a processor then have 32 keys each in flight.
     """
     held = problem.held
+    is_small = problem.head_dim <= 128 or problem.tile <= 8
     keys, warps = 32, 1
     if problem.dtype == torch.float32:
-        keys, warps = 16, 4
-    elif max(held.channel, held.width) > 128 or (problem.tile > 8 and held.topk and held.index_bits):
+        keys, warps = 16, 4 if is_small else 8
+    elif max(problem.head_dim, held.width) > 128:
+        warps = 4 if is_small else 8
+    elif problem.tile > 8 and held.topk and held.index_bits:
         warps = 4
     return {"BN": keys, "KC": chunk(max(1, held.topk), problem.tile), "num_warps": warps, "num_stages": 1}, 16
 
 
-@triton.jit(do_not_specialize=["n"])  # a cache grows at each step
+# A cache grows at each step, and with it the strides of its scales; those of rows are multiples of 16 anyway.
+_GROWING = ["n", *(f"{name.lower()}_{stride}" for name in _SCALES for stride in ("sb", "sh"))]
+
+
+@triton.jit(do_not_specialize=_GROWING)
 def decode_narrow_kernel(
     Q, TERMS, CHANNEL, CHANNEL_SCALE, CHANNEL_CENTRE, VALUES, VALUE_SCALE, INDICES, AXIS, IS_START, TOP, V, V_SCALE, V_CENTRE,
     LENS, PADDING, PAGES, PARTIAL, PEAK, TOTAL,

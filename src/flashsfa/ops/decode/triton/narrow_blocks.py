@@ -211,35 +211,35 @@ def _kept(
 
 @triton.jit
 def _counted(q, values, bitmap, live, S: tl.constexpr, K: tl.constexpr, R: tl.constexpr, RT: tl.constexpr):
-    """As `_gathered`, of entries whose places are bits. A key takes its bits from the lowest on, a step each, and a step
-    to go on to the next four bytes."""
+    """As `_gathered`, of entries whose places are bits: a key takes its lowest bit at each step."""
     BYTES: tl.constexpr = (S + 7) // 8
-    WORDS: tl.constexpr = (BYTES + 3) // 4
+    WORDS: tl.constexpr = (BYTES + 7) // 8
+    first, second = _word(bitmap, live, 0, BYTES), _word(bitmap, live, 1, BYTES)
+    third, fourth = _word(bitmap, live, 2, BYTES), _word(bitmap, live, 3, BYTES)
     score = tl.zeros([live.shape[0], RT], tl.float32)
-    place = tl.zeros([live.shape[0]], tl.int32)
-    rank = tl.zeros([live.shape[0]], tl.int32)
-    word = _word(bitmap, place, live, BYTES)
-    for _ in range(0, K + WORDS - 1):
-        taken = (word != 0) & (rank < K)
-        lowest = word & (0 - word)
-        # the exponent of a power of two is the number of its bit
-        bit = (lowest.to(tl.uint32, bitcast=True).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
-        feature = tl.minimum(tl.maximum(place * 32 + bit, 0), S - 1)
-        value = _entry(values, rank, taken)
+    base = tl.zeros([live.shape[0]], tl.int32)
+    for k in tl.range(0, K, loop_unroll_factor=4):
+        for _ in tl.static_range(0, WORDS - 1):  # one that is used up gives way to the next
+            is_empty = first == 0
+            first, second = tl.where(is_empty, second, first), tl.where(is_empty, third, second)
+            third, fourth = tl.where(is_empty, fourth, third), tl.where(is_empty, 0, fourth)
+            base += tl.where(is_empty, 64, 0)
+        lowest = (first & (0 - first)).to(tl.uint64, bitcast=True).to(tl.float32)
+        bit = (lowest.to(tl.int32, bitcast=True) >> 23) - 127  # the exponent of a power of two
+        feature = tl.minimum(tl.maximum(base + bit, 0), S - 1)
+        value = _entry(values, k, first != 0)
         score += tl.load(q[None, :] + feature[:, None] * R).to(tl.float32) * value[:, None]
-        rank += taken.to(tl.int32)
-        place += (word == 0).to(tl.int32)
-        word = tl.where(word == 0, _word(bitmap, place, live & (word == 0), BYTES), word & (word - 1))
+        first &= first - 1
     return score
 
 
 @triton.jit
-def _word(bitmap, place, inside, BYTES: tl.constexpr):
-    """Four bytes [BN] of the bitmaps at [BN], 0 past their end. They need not be aligned."""
-    word = tl.zeros([place.shape[0]], tl.int32)
-    for part in tl.static_range(0, 4):
-        byte = place * 4 + part
-        word |= tl.load(bitmap + byte, mask=inside & (byte < BYTES), other=0).to(tl.int32) << (8 * part)
+def _word(bitmap, live, place: tl.constexpr, BYTES: tl.constexpr):
+    """Eight bytes [BN] of the bitmaps at [BN], 0 past their end. They need not be aligned."""
+    word = tl.zeros([live.shape[0]], tl.int64)
+    for part in tl.static_range(0, 8):
+        if place * 8 + part < BYTES:
+            word |= tl.load(bitmap + place * 8 + part, mask=live, other=0).to(tl.int64) << (8 * part)
     return word
 
 
