@@ -248,6 +248,16 @@ def test_compiled_equals_eager(kind):
     torch.testing.assert_close(compiled(q, kv, lens), step(q, kv, lens), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["rows 4", "9 d8s4-bitmap", "axes"])
+def test_opcheck(kind):
+    q, k, v = draw(group=2, n=20)
+    held = narrow.Held.of(KVView(coded(kind, k), NarrowRows.encode(v, 4)))
+    tensors = [held.tensors.get(name) for name in narrow.NAMES]
+    lens = torch.tensor([20, 9], device=DEVICE)
+    given = q, tensors, held.sizes, None, lens, torch.zeros(2, 20, dtype=torch.bool, device=DEVICE), 5, [0.1, 0.0], None
+    torch.library.opcheck(torch.ops.flashsfa.decode_narrow.default, given)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ROWS[1:] + CODES[:2] + AXES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

@@ -31,6 +31,7 @@ from .scores import TRITON_DTYPES, Problem, chunk, live_keys, locate, split_rang
 _ROWS = ("CHANNEL", "VALUES", "INDICES", "V")
 _SCALES = ("CHANNEL_SCALE", "CHANNEL_CENTRE", "VALUE_SCALE", "V_SCALE", "V_CENTRE")
 _TABLES = ("AXIS", "IS_START", "TOP", "STEP", "CENTRE")
+NAMES = (*_ROWS, *_SCALES, *_TABLES)
 
 
 def decode(
@@ -52,7 +53,7 @@ def decode(
     if not torch.compiler.is_compiling():
         return _run(q, held, kv.page_table, mask, scores, topk_query)
     return _decode_narrow_op(
-        q, [held.tensors.get(name) for name in (*_ROWS, *_SCALES, *_TABLES)], held.sizes,
+        q, [held.tensors.get(name) for name in NAMES], held.sizes,
         kv.page_table, mask.kv_lens, mask.key_padding_mask, mask.window, [scores.scale, scores.softcap or 0.0], topk_query,
     )  # fmt: skip
 
@@ -148,7 +149,7 @@ def _decode_narrow_op(
     topk_query: int | None,
 ) -> tuple[Tensor, Tensor]:
     scale, softcap = real
-    named = zip((*_ROWS, *_SCALES, *_TABLES), tensors, strict=True)
+    named = zip(NAMES, tensors, strict=True)
     held = Held({name: x for name, x in named if x is not None}, *sizes)
     mask = Mask(True, window, key_padding_mask, kv_lens=kv_lens)
     return _run(q, held, page_table, mask, ScoreRules(scale, softcap or None), topk_query)
