@@ -41,7 +41,7 @@ def main() -> None:
         if name != "dense":
             configuration = Configuration.named(name, head_dim)
             topk, dense_dims = configuration.code
-            cache_dtype = "int8" if configuration.is_int8 else None
+            cache_dtype = "int8" if configuration.bits == 8 else None
             budget = {"topk": topk, "dense_dims": dense_dims}
             flashsfa.disable(model)
             if calibrated != budget:  # the row before may have the same features in 16 bits

@@ -66,10 +66,10 @@ NOT_MEASURED = "–"
 
 CONFIGURATIONS = tuple(
     Configuration(64, *kept)
-    for kept in ((), (0, None, True), (0, 8), (16, 8), (22, 12), (22, 12, True), (24, 8), (28, 12), (28, 12, True), (32, 8), (32, 8, True))
+    for kept in ((), (0, None, 8), (0, 8), (16, 8), (22, 12), (22, 12, 8), (24, 8), (28, 12), (28, 12, 8), (32, 8), (32, 8, 8))
 ) + tuple(
     Configuration(128, *kept)
-    for kept in ((), (0, None, True), (0, 16), (16, 16), (0, 16, True), (16, 16, True), (16, 16, False, True))
+    for kept in ((), (0, None, 8), (0, 16), (16, 16), (0, 16, 8), (16, 16, 8), (16, 16, 16, True))
 )  # fmt: skip
 
 
@@ -102,6 +102,8 @@ A configuration has one name in all tables. It says what the cache keeps of each
 | `k16` | the 16 largest features |
 | `16+k16` | 16 dense features, which are always kept, and the 16 largest of the others |
 | `…-int8` | key and value in 8 bits, each with a float32 scale |
+| `…-int4` | the key in the widths of the default `CodeFormat`, the value in 4 bits; `dense-int4` is a key of 4 bits too |
+| `axes48-int4` | a key in bits per axis, 48 bytes in all, and the value in 4 bits |
 | `…-skip` | decode leaves out values that weigh at most 1 % together (`value_tolerance=1e-2`) |
 | `dense`, `dense-int8` | ordinary attention over 16-bit keys and values, and over an 8-bit cache of them |
 
@@ -161,7 +163,7 @@ def _decode() -> str:
                 ["`dense`", "", width, heads, _stored_bytes(run, dense), *(f"{fastest[n]:.3f} ms" for n in lengths)]
             )
             timed = [configuration for configuration, *shape in keys if shape == [width, heads]]
-            int8 = Configuration(width, is_int8=True)
+            int8 = Configuration(width, bits=8)
             if int8.name not in timed:
                 rows.append([f"`{int8.name}`", "", width, heads, int8.bytes, *[NOT_MEASURED] * len(lengths)])
             for configuration in timed:
@@ -352,7 +354,7 @@ def _converted() -> str:
     more = []
     for row in longer["results"]:
         for kept in ("", "_8_bit"):
-            configuration = Configuration(64, row["dense_dims"], row["topk"], is_int8=bool(kept))
+            configuration = Configuration(64, row["dense_dims"], row["topk"], 8 if kept else 16)
             perplexity = row[f"perplexity{kept}"]
             more.append(
                 [
@@ -591,8 +593,8 @@ def _stored_bytes(run: dict[str, Any], dense: Configuration) -> int:
 
 def _converted_configuration(name: str, row: dict[str, Any]) -> Configuration:
     if name.startswith("dense"):
-        return Configuration(64, is_int8=name == "dense-int8")
-    return Configuration(64, row["dense_dims"], row["topk"], row["cache_dtype"] == "int8")
+        return Configuration(64, bits=8 if name == "dense-int8" else 16)
+    return Configuration(64, row["dense_dims"], row["topk"], 8 if row["cache_dtype"] == "int8" else 16)
 
 
 def _converted_loss(configuration: Configuration) -> str:
@@ -650,7 +652,7 @@ def _trained_configuration(attention: dict[str, Any]) -> tuple[str, str]:
     dense = Configuration(64)
     return {
         "dense": ("`dense`", str(dense.key_bytes)),
-        "int8": ("`dense-int8`", str(Configuration(64, is_int8=True).key_bytes)),
+        "int8": ("`dense-int8`", str(Configuration(64, bits=8).key_bytes)),
         "short": (f"heads of {width}", f"{2 * (width or 0)}"),
         "low_rank": (f"projections of rank {width}", str(dense.key_bytes)),
         "performer": (f"Performer, {width} features", "none"),

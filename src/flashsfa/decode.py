@@ -116,7 +116,7 @@ def sparse_feature_decode(
         v_scale: [B, Hkv, N] float32 factor of each row of v, where v is int8. The codes may be 8-bit
             with their own scale (`FeatureCodes.quantize`) then.
         value_tolerance: leave out V rows that carry at most this share of each query's weight over the keys, 0 <= τ < 1. The
-            output moves by at most 2·τ·max‖v‖. 0 is exact.
+            output moves by at most 2·τ·max‖v‖. 0 is exact. Over few bits on a GPU every value is read.
         return_lse: also return the log-sum-exp of each query's scores.
 
     Returns:
@@ -258,7 +258,10 @@ def _decode_coded(
         q, budget = code_queries(q, budget).to_dense(), budget.with_queries_kept()
     run: Any = plain
     if backend == "triton":
-        from .ops.decode.triton import decode as run
+        if kv.is_narrow:
+            from .ops.decode.triton import narrow as run
+        else:
+            from .ops.decode.triton import decode as run
     elif backend == "numba":
         from .ops.decode import cpu as run
     with without_autocast(q.device):

@@ -32,6 +32,9 @@ DECODE = [
     decode_case(1, 4, 1, 128, "k4-skip"),
     decode_case(1, 4, 2, 64, "8+k4-int8", has_dense_queries=True),
     decode_case(1, 4, 2, 64, "dense-int8", has_dense_queries=True),
+    decode_case(1, 4, 2, 64, "8+k4-int4"),
+    decode_case(1, 4, 2, 64, "dense-int4", has_dense_queries=True),
+    decode_case(2, 4, 2, 64, "axes12-int4", has_dense_queries=True),
 ]
 TOPK = [topk.TopkCase(2, 2, n, 32, 4, dense, torch.bfloat16, CPU) for n in (16, 48) for dense in (0, 8)]
 
@@ -97,7 +100,7 @@ def test_whole_run(operation, cases, tmp_path, capsys):
 
 def test_bytes_of_decode(tmp_path):
     bench("decode", tmp_path)
-    plain, dense, tolerant, int8, all_kept = rows_in(tmp_path)
+    plain, dense, tolerant, int8, all_kept, int4, rows, axes = rows_in(tmp_path)
     queries = 2 * 4 * 32 * 4  # q in, output out: heads, width, bytes
     assert plain["bytes_per_token"] == 5 * 4 + 4 * 32
     assert plain["bytes_moved"] == 4 * 64 * plain["bytes_per_token"] + queries
@@ -107,6 +110,11 @@ def test_bytes_of_decode(tmp_path):
     assert all_kept["bytes_per_token"] == 31 + 2 * 1 + 4 + 32 + 4  # and an index that says nothing
     assert 1e-4 < int8["error"] < 0.1  # against unquantised codes
     assert 1e-4 < all_kept["error"] < 0.1
+    v_in_4_bits = 32 // 2 + 4
+    assert int4["bytes_per_token"] == 8 + 2 + 4 // 2 + 2 + 3 + v_in_4_bits  # scales of two bytes, a bitmap of 24 bits
+    assert rows["bytes_per_token"] == 2 * v_in_4_bits
+    assert axes["bytes_per_token"] == 12 + v_in_4_bits
+    assert all(1e-3 < row["error"] < 0.6 for row in (int4, rows, axes))
     assert plain["v_rows_read"] is None
     assert tolerant["bytes_moved"] == 128 * (5 * 4) + round(tolerant["v_rows_read"] * 128 * 4 * 32) + queries
     assert {name: b["moved_per_token"] for name, b in plain["baselines"].items()} == {
@@ -182,7 +190,7 @@ def test_a_crash_is_one_row(tmp_path, monkeypatch):
 
     monkeypatch.setattr(decode, "sparse_feature_decode", out_of_memory)
     assert bench("decode", tmp_path) == 1
-    assert [row["status"] for row in rows_in(tmp_path)] == ["ok", "failed", "ok", "ok", "ok"]
+    assert [row["status"] for row in rows_in(tmp_path)] == ["ok", "failed", *["ok"] * 6]
     assert rows_in(tmp_path)[1]["note"] == "RuntimeError: out of memory"
 
 
@@ -249,7 +257,8 @@ def test_target_cases_are_registered():
         for code in (
             (128, "k16", False), (128, "16+k16", False), (64, "k8", False), (128, "k16-int8", False), (128, "16+k16-int8", False),
             (128, "16+k16-skip", False), (128, "dense-int8", True), (64, "dense-int8", True), (64, "22+k12", True),
-            (64, "28+k12-int8", True),
+            (64, "28+k12-int8", True), (128, "k16-int4", False), (128, "16+k16-int4", False), (128, "dense-int4", True),
+            (128, "axes48-int4", True), (64, "22+k12-int4", True), (64, "axes36-int4", True), (64, "dense-int4", True),
         )
     }  # fmt: skip
     assert (8, 16, 32768, 128, 16, 0) in {

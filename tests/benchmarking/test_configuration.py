@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flashsfa import SparseKVCache
+from flashsfa import AxisBits, SparseKVCache
 from flashsfa.benchmarking.configuration import Configuration
 
 
@@ -11,7 +11,7 @@ from flashsfa.benchmarking.configuration import Configuration
     ("name", "head_dim", "total"),
     [
         ("dense", 128, 512), ("k16", 128, 304), ("16+k16", 128, 336), ("16+k16-skip", 128, 336), ("k16-int8", 128, 168),
-        ("22+k12", 64, 208), ("28+k12-int8", 64, 124),
+        ("22+k12", 64, 208), ("28+k12-int8", 64, 124), ("dense-int4", 128, 136), ("16+k16-int4", 128, 110), ("axes48-int4", 128, 116),
     ],
 )  # fmt: skip
 def test_a_name_stands_for_bytes(name, head_dim, total):
@@ -21,19 +21,38 @@ def test_a_name_stands_for_bytes(name, head_dim, total):
     if name == "dense":
         return
     topk, dense_dims = configuration.code
-    cache = SparseKVCache(topk, dense_dims=dense_dims, dtype=torch.int8 if configuration.is_int8 else None)
+    if configuration.axis_bytes is None:
+        cache = SparseKVCache(topk, dense_dims=dense_dims, dtype=configuration.cache_dtype)
+    else:
+        _, axes = AxisBits.fit(torch.randn(1, 9, head_dim), configuration.axis_bytes)
+        cache = SparseKVCache(axes=axes, dtype=configuration.cache_dtype)
     cache.append(*(torch.zeros(1, 1, 2, head_dim, dtype=torch.bfloat16) for _ in "kv"))
     assert cache.nbytes == 2 * total
 
 
 def test_the_8_bit_cache_of_all_features_costs_one_index_more_by_our_code():
     configuration = Configuration.named("dense-int8", 64)
-    assert configuration == Configuration(64, is_int8=True)
+    assert configuration == Configuration(64, bits=8)
     assert configuration.bytes == 2 * (64 + 4)
     assert configuration.code == (1, 63)
 
 
-@pytest.mark.parametrize("name", ["", "k", "16", "16+16", "k16-int4", "k=16", "16+k16-skip-int8", "dense+k16"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "k",
+        "16",
+        "16+16",
+        "k16-int2",
+        "k16-int4-skip",
+        "axes48",
+        "axes48-int8",
+        "k=16",
+        "16+k16-skip-int8",
+        "dense+k16",
+    ],
+)
 def test_what_is_no_name_is_refused(name):
     with pytest.raises(ValueError, match="names no configuration"):
         Configuration.named(name, 128)

@@ -120,20 +120,20 @@ def test_bytes_are_those_of_a_contiguous_cache(kind):
     assert cache.nbytes == 3 * whole.nbytes // 2 + 2 * slots
 
 
-@pytest.mark.parametrize("backend", ["triton"])
-def test_eight_bits_on_the_fused_kernel(backend, monkeypatch):
-    pytest.importorskip(backend)
+@pytest.mark.parametrize("kind", KINDS)
+def test_fused_kernels(kind, monkeypatch):
+    pytest.importorskip("triton")
     from flashsfa import decode as module
     from flashsfa.ops.plan import DecodePlan
 
-    cache = PagedSparseKVCache(pages=8, page_size=PAGE, recent=5, first=3, **options("int8"))
+    cache = PagedSparseKVCache(pages=8, page_size=PAGE, recent=5, first=3, **options(kind))
     names = [cache.add(), cache.add()]
     cache.append(names, *draw(7, 2, torch.float32))
     cache.append(names[:1], *draw(20, 1, torch.float32))
     q = torch.randn(2, HKV * GROUP, 2, D)
     expected = sparse_feature_decode(q, cache.view(names))
     monkeypatch.setattr(
-        module, "plan_decode", lambda q, kv: DecodePlan(backend, "asked for")
+        module, "plan_decode", lambda q, kv: DecodePlan("triton", "asked for")
     )  # its interpreter on a CPU
     torch.testing.assert_close(sparse_feature_decode(q, cache.view(names)), expected, rtol=1e-5, atol=1e-5)
 

@@ -21,8 +21,11 @@ from triton.runtime.jit import JITFunction
 
 from decode_cases import DecodeRules
 from decode_cases import decode as run
+from flashsfa.axes import AxisBits
+from flashsfa.coder import Coder
 from flashsfa.codes import FeatureCodes
-from flashsfa.ops.decode.triton import decode
+from flashsfa.formats import CodeFormat
+from flashsfa.ops.decode.triton import decode, narrow
 from flashsfa.ops.decode.triton import scores as decode_scores
 from flashsfa.ops.prefill.triton import merge as merge_parts
 from flashsfa.ops.select.plain import empty_code
@@ -129,7 +132,30 @@ def decode_cases():
             yield f"decode {case} {tolerance}", partial(decode_case, *case, tolerance)
 
 
-KERNELS = {"rows": row_cases, "decode": decode_cases}
+def narrow_cases():
+    for case in [
+        (BF16, 1, 1, 128, "dense", "d8s4v4", "dense"),
+        (BF16, 4, 1, 128, "dense", "d8s4v4", "lengths"),
+        (BF16, 16, 1, 256, "dense", "d8s8v8", "pages"),
+        (BF16, 1, 1, 128, "axes", "d8s4v4", "lengths"),
+        (BF16, 4, 1, 128, "axes", "d8s4v4", "dense"),
+        (BF16, 16, 1, 256, "axes", "d8s4v8", "pages"),
+        (BF16, 1, 1, 128, (16, 0), "d8s4v4", "dense"),
+        (BF16, 4, 1, 128, (16, 0), "d8s4v4", "lengths"),
+        (BF16, 4, 1, 128, (16, 0), "d8s4v4-bitmap", "lengths"),
+        (BF16, 3, 1, 64, (12, 22), "d8s4v4-bitmap", "lengths"),
+        (BF16, 5, 3, 80, (26, 22), "d8s8v8-uint8", "padding"),
+        (BF16, 16, 1, 256, (128, 64), "d8s4v4-packed", "pages"),
+        (BF16, 16, 1, 256, (128, 64), "d16s16v16-bitmap", "pages"),
+        (FP32, 16, 1, 256, (128, 64), "d8s4v4-bitmap", "dense"),
+        (FP32, 16, 1, 256, (128, 64), "d8s4v4-packed", "dense"),
+        (FP32, 4, 2, 64, "dense", "d8s4v4", "lengths"),
+        (FP32, 16, 1, 256, "axes", "d8s4v8", "dense"),
+    ]:
+        yield f"narrow {case}", partial(narrow_case, *case)
+
+
+KERNELS = {"rows": row_cases, "decode": decode_cases, "narrow": narrow_cases}
 
 
 def coding(dtype, head_dim, topk, dense_dims, n):
@@ -152,20 +178,40 @@ def rows(dtype, n, head_dim):
 
 def decode_case(dtype, group, m, head_dim, topk, dense_dims, storage, tolerance, n=8192):
     pages = storage == "pages"
-    v = torch.empty(
-        (n // 64, 1, 64, head_dim) if pages else (1, 1, n, head_dim), dtype=torch.int8 if storage == "int8" else dtype
-    )
+    v = torch.empty(stored_shape(n, head_dim, pages), dtype=torch.int8 if storage == "int8" else dtype)
     code, scale = empty_code(v, topk, dense_dims), None
     if storage == "int8":
         scale = torch.empty(1, 1, n)
-    rules = DecodeRules(
+    q = torch.empty(1, group, m, head_dim, dtype=dtype)
+    codes = FeatureCodes(*code, head_dim, scale)
+    run(decode, q, codes, v, rules_of(storage, n), 0.1, tolerance, topk_query=topk, v_scale=scale)
+
+
+def narrow_case(dtype, group, m, head_dim, keys, form, storage, n=8192):
+    """Keys "dense", "axes" or of a budget of kept and dense features."""
+    if keys == "axes":
+        bits = torch.tensor([8, 4, 2, 0], dtype=torch.uint8).repeat_interleave(head_dim // 4)[None]
+        axes = AxisBits(bits, torch.ones(bits.shape), torch.zeros(bits.shape))
+        coder = Coder(None, 0, CodeFormat.named(form), axes)
+    else:
+        coder = Coder(*((head_dim, 0) if keys == "dense" else keys), CodeFormat.named(form))
+    x = torch.zeros(stored_shape(n, head_dim, storage == "pages"), dtype=dtype)
+    view = coder.empty(x.shape[2], x[:, :, :1], x[:, :, :1])
+    q = torch.empty(1, group, m, head_dim, dtype=dtype)
+    run(narrow, q, view.codes, view.v, rules_of(storage, n), 0.1, 0.0)
+
+
+def stored_shape(n, width, pages):
+    return (n // 64, 1, 64, width) if pages else (1, 1, n, width)
+
+
+def rules_of(storage, n):
+    return DecodeRules(
         torch.tensor([n]) if storage != "dense" else None,
         window=4096 if storage == "padding" else None,
         key_padding_mask=torch.zeros(1, n, dtype=torch.bool) if storage == "padding" else None,
-        page_table=torch.zeros(1, n // 64, dtype=torch.int32) if pages else None,
+        page_table=torch.zeros(1, n // 64, dtype=torch.int32) if storage == "pages" else None,
     )
-    q = torch.empty(1, group, m, head_dim, dtype=dtype)
-    run(decode, q, FeatureCodes(*code, head_dim, scale), v, rules, 0.1, tolerance, topk_query=topk, v_scale=scale)
 
 
 if __name__ == "__main__":

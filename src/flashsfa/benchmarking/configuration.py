@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import torch
+
 from ..checks import require
+from ..formats import CodeFormat
 
 
 def code_name(topk: int, dense_dims: int) -> str:
@@ -15,47 +18,76 @@ def code_name(topk: int, dense_dims: int) -> str:
 
 @dataclass(frozen=True)
 class Configuration:
-    """What a cache keeps of each token and kv head: `dense_dims` features and the `topk` largest of the others of a key, and
-    the value in full.
+    """What a cache keeps of each token and kv head: `dense_dims` features and the `topk` largest of the others of a key, or
+    `axis_bytes` of levels of all axes, and the value in full.
 
     Attributes:
         topk: None keeps all features.
-        is_int8: keys and values in 8 bits, each row with a float32 scale.
+        bits: 16, as they come; 8, keys and values with a float32 scale per row; 4, the default `CodeFormat`.
         skips: decode leaves out values that weigh little (`value_tolerance`).
+        axis_bytes: bytes of a key in bits per axis (`AxisBits`), else None.
     """
 
     head_dim: int
     dense_dims: int = 0
     topk: int | None = None
-    is_int8: bool = False
+    bits: int = 16
     skips: bool = False
+    axis_bytes: int | None = None
 
     @classmethod
     def named(cls, name: str, head_dim: int) -> Configuration:
         """The configuration of a `name` such as `16+k16-int8`. Raises `ValueError` for what is no such name."""
-        found = re.fullmatch(r"(?:dense|(?:(\d+)\+)?k(\d+))(-int8)?(-skip)?", name)
-        require(found is not None, f"{name!r} names no configuration; names are such as dense-int8, k16, 16+k16-skip")
+        found = re.fullmatch(r"(?:dense|(?:(\d+)\+)?k(\d+))(?:(-int4)|(-int8)?(-skip)?)|axes(\d+)-int4", name)
+        require(
+            found is not None,
+            f"{name!r} names no configuration; names are such as dense-int8, k16, 16+k16-skip, 16+k16-int4, axes48-int4",
+        )
         assert found is not None
-        dense_dims, topk, is_int8, skips = found.groups()
-        return cls(head_dim, int(dense_dims or 0), None if topk is None else int(topk), bool(is_int8), bool(skips))
+        dense_dims, topk, is_4_bit, is_8_bit, skips, axis_bytes = found.groups()
+        if axis_bytes is not None:
+            return cls(head_dim, axis_bytes=int(axis_bytes), bits=4)
+        bits = 4 if is_4_bit else 8 if is_8_bit else 16
+        return cls(head_dim, int(dense_dims or 0), None if topk is None else int(topk), bits, bool(skips))
 
     @property
     def name(self) -> str:
         kept = "dense" if self.topk is None else code_name(self.topk, self.dense_dims)
-        return kept + ("-int8" if self.is_int8 else "") + ("-skip" if self.skips else "")
+        if self.axis_bytes is not None:
+            kept = f"axes{self.axis_bytes}"
+        return kept + (f"-int{self.bits}" if self.bits < 16 else "") + ("-skip" if self.skips else "")
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether keys keep all features alike."""
+        return self.topk is None and self.axis_bytes is None
 
     @property
     def code(self) -> tuple[int, int]:
-        """`topk` and `dense_dims` of the key code that holds it: all features are head_dim - 1 dense ones, and one more."""
-        return (1, self.head_dim - 1) if self.topk is None else (self.topk, self.dense_dims)
+        """`topk` and `dense_dims` of the key code that holds it: all features are rows in 4 bits, else head_dim - 1 dense ones, and one
+        more."""
+        if self.topk is not None:
+            return self.topk, self.dense_dims
+        return (self.head_dim, 0) if self.bits == 4 else (1, self.head_dim - 1)
+
+    @property
+    def cache_dtype(self) -> torch.dtype | CodeFormat | None:
+        """The `dtype` of a cache that holds it."""
+        return {16: None, 8: torch.int8, 4: CodeFormat()}[self.bits]
 
     @property
     def key_bytes(self) -> int:
-        """Of a key in a 16-bit or 8-bit cache; indices take a byte each."""
+        """Of a key in a 16-bit or 8-bit cache, where indices take a byte each, or in 4 bits."""
+        if self.axis_bytes is not None:
+            return self.axis_bytes
+        if self.bits == 4:
+            topk, dense_dims = self.code
+            return CodeFormat().key_bytes(self.head_dim, dense_dims, topk)
         dense, sparse = (self.head_dim, 0) if self.topk is None else (self.dense_dims, self.topk)
-        return dense + 2 * sparse + 4 if self.is_int8 else 2 * dense + 3 * sparse
+        return dense + 2 * sparse + 4 if self.bits == 8 else 2 * dense + 3 * sparse
 
     @property
     def bytes(self) -> int:
         """Of key and value, of equal width."""
-        return self.key_bytes + (self.head_dim + 4 if self.is_int8 else 2 * self.head_dim)
+        values = {16: 2 * self.head_dim, 8: self.head_dim + 4, 4: CodeFormat().v_bytes(self.head_dim)}
+        return self.key_bytes + values[self.bits]

@@ -1,6 +1,7 @@
 """Cases of `sparse_feature_decode`: one new token over a cache of codes, beside SDPA over the dense keys.
 
-An 8-bit cache of all features, `dense-int8`, is a case like the others: a code that keeps everything, read by the same kernels.
+Caches of all features in 8 and 4 bits, `dense-int8` and `dense-int4`, are cases like the others, read by the same kernels as codes
+of as many bits.
 """
 
 from __future__ import annotations
@@ -16,22 +17,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
+from ..axes import AxisBits
 from ..cache.contiguous import SparseKVCache
 from ..codes import FeatureCodes, topk_codes
 from ..decode import sparse_feature_decode
+from ..narrow import NarrowRows
 from ..ops.record import last_choice
+from ..stored import ExactKV, KeyCodes, KVView
 from .cases import Baseline, Verdict, Workload, facet_name, sdpa_backends, tokens_label
 from .configuration import Configuration
 
 # By head size, and whether queries are dense: as converted models run, and over a cache that keeps all features.
 _CONFIGURATIONS = {
-    (128, False): ("k16", "16+k16", "k16-int8", "16+k16-int8", "16+k16-skip"),
-    (128, True): ("dense-int8",),
+    (128, False): ("k16", "16+k16", "k16-int8", "16+k16-int8", "16+k16-skip", "k16-int4", "16+k16-int4"),
+    (128, True): ("dense-int8", "dense-int4", "axes48-int4"),
     (64, False): ("k8",),
-    (64, True): ("22+k12", "28+k12-int8", "dense-int8"),
+    (64, True): ("22+k12", "28+k12-int8", "22+k12-int4", "axes36-int4", "dense-int8", "dense-int4"),
 }
-_QUICK = ("k16", "k16-int8", "22+k12", "28+k12-int8", "dense-int8")
+_QUICK = ("k16", "k16-int8", "k16-int4", "22+k12", "28+k12-int8", "axes48-int4", "dense-int8", "dense-int4")
 _APPEND_TOKENS = 8192  # coding a long context at once would need several times its memory
+_SAMPLE_TOKENS = 2048  # that the bits of axes are fitted to
 _TOLERANCE = 1e-2
 _UNION_SHARE = 0.22  # of V rows that carry 1 - 1e-2 of the weight: a trained model's heads at 8000 tokens
 
@@ -85,7 +90,7 @@ class DecodeCase:
 
     @property
     def curve(self) -> str:
-        if self.configuration.topk is None:
+        if self.configuration.is_dense:
             return f"{self.configuration.name} by the same kernels"
         return self.configuration.name + (", dense queries" if self.has_dense_queries else "")
 
@@ -98,7 +103,11 @@ class DecodeCase:
         generator = torch.Generator(self.device).manual_seed(0)
         draw = partial(torch.randn, generator=generator, dtype=self.dtype, device=self.device)
         k, v = (draw(self.batch, self.kv_heads, self.n, self.configuration.head_dim) for _ in "kv")
-        cache: Any = self._filled_cache(k, v)
+        axes = None
+        if self.configuration.axis_bytes is not None:
+            order, axes = AxisBits.fit(k[0, :, :_SAMPLE_TOKENS], self.configuration.axis_bytes)
+            k = k.gather(-1, order[:, None].expand_as(k))
+        cache: Any = self._filled_cache(k, v, axes)
         q = draw(self.batch, self.query_heads, 1, self.configuration.head_dim)
         v_rows_read = None
         if self.value_tolerance:
@@ -121,10 +130,11 @@ class DecodeCase:
             baselines=baselines(q, k, v),
         )
 
-    def _filled_cache(self, k: Tensor, v: Tensor) -> SparseKVCache:
-        topk, dense_dims = self.configuration.code
-        dtype = torch.int8 if self.configuration.is_int8 else None
-        cache = SparseKVCache(topk, dense_dims=dense_dims, capacity=self.n, dtype=dtype)
+    def _filled_cache(self, k: Tensor, v: Tensor, axes: AxisBits | None) -> SparseKVCache:
+        topk, dense_dims = (None, 0) if axes is not None else self.configuration.code
+        cache = SparseKVCache(
+            topk, dense_dims=dense_dims, axes=axes, capacity=self.n, dtype=self.configuration.cache_dtype
+        )
         for start in range(0, self.n, _APPEND_TOKENS):
             chunk = slice(start, start + _APPEND_TOKENS)
             cache.append(k[:, :, chunk], v[:, :, chunk])
@@ -136,8 +146,8 @@ class DecodeCase:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        codes: FeatureCodes,
-        stored_v: Tensor,
+        codes: KeyCodes,
+        stored_v: Tensor | NarrowRows,
         v_scale: Tensor | None,
     ) -> Verdict:
         """The error rule, by the norm of each output row: at most twice the error of SDPA over the same stored
@@ -145,24 +155,25 @@ class DecodeCase:
 
         The error that is reported is taken against unquantised codes and values.
         """
+        stored = KVView(codes, stored_v, v_scale)
         topk, dense_dims = self.configuration.code
         kept_q = q if self.has_dense_queries else topk_codes(q, topk, dense_dims=dense_dims).to_dense()
         sparse_q = _grouped(kept_q, self.kv_heads)
         out = _grouped(out, self.kv_heads)  # [B, Hkv, G, Dv], and so is sparse_q
         worst = torch.zeros(4, dtype=torch.float64, device=out.device)  # of: ours, SDPA's error, ‖truth‖, ‖v‖
         squares = torch.zeros(2, dtype=torch.float64, device=out.device)  # of: ours against unquantised, that truth
-        for head in _kv_heads(self.batch, self.kv_heads):
-            keys, values = _wide(codes[head]), stored_v[head].double()
-            if v_scale is not None:
-                values = values * v_scale[head].double()[..., None]
+        for head, held in _kv_heads(stored):
+            keys, values = (x[:, head[1]].double() for x in (held.k, held.v))
             rows, got = sparse_q[head], out[head].double()
             truth, _ = reference.attention(rows.double(), keys, values)  # [1, 1, G, Dv]
             plain = F.scaled_dot_product_attention(rows, keys.to(q.dtype), values.to(q.dtype)).double()
             found = [x.norm(dim=-1).max() for x in (got - truth, plain - truth, truth, values)]
             worst = torch.maximum(worst, torch.stack(found))
-            if self.configuration.is_int8:
-                exact = topk_codes(k[head], topk, dense_dims=dense_dims)
-                truth, _ = reference.attention(rows.double(), _wide(exact), v[head].double())
+            if self.configuration.bits < 16:
+                exact = k[head]
+                if self.configuration.topk is not None:
+                    exact = topk_codes(exact, topk, dense_dims=dense_dims).to_dense()
+                truth, _ = reference.attention(rows.double(), exact.double(), v[head].double())
             squares += torch.stack([(got - truth).square().sum(), truth.square().sum()])
         ours, sdpa, size, largest_v = worst.tolist()
         allowed = 2 * sdpa + 4 * torch.finfo(q.dtype).eps * size + 2 * self.value_tolerance * largest_v
@@ -239,15 +250,10 @@ def _grouped(x: Tensor, kv_heads: int) -> Tensor:
     return x.unflatten(1, (kv_heads, -1)).squeeze(3)
 
 
-def _kv_heads(batch: int, kv_heads: int) -> Iterator[tuple[slice, slice]]:
-    """An index a kv head, that keeps both leading dimensions: fp64 scores of all heads at once would not fit."""
-    for b in range(batch):
-        for h in range(kv_heads):
-            yield slice(b, b + 1), slice(h, h + 1)
-
-
-def _wide(codes: FeatureCodes) -> Tensor:
-    """The coded rows [..., D] in fp64, an 8-bit code's scale applied."""
-    rows = FeatureCodes(codes.dense.double(), codes.values.double(), codes.indices, codes.head_dim).to_dense()
-    scale = getattr(codes, "scale", None)
-    return rows if scale is None else rows * scale.double()[..., None]
+def _kv_heads(stored: KVView) -> Iterator[tuple[tuple[slice, slice], ExactKV]]:
+    """An index a kv head, that keeps both leading dimensions, and the rows of its sequence: fp64 scores of all heads at once would not
+    fit."""
+    for b in range(stored.v.shape[0]):
+        rows = stored.map(lambda x: x[b : b + 1]).rows(torch.float64)  # noqa: B023 (called at once)
+        for h in range(stored.v.shape[1]):
+            yield (slice(b, b + 1), slice(h, h + 1)), rows

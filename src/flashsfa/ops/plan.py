@@ -155,11 +155,9 @@ class DecodePlan:
 def plan_decode(q: Tensor, kv: KVView) -> DecodePlan:
     """The plan for q [B, Hq, M, D] over stored keys and values; recorded for `explain()`."""
     is_compiling = torch.compiler.is_compiling()
-    plan = _plan_decode(q.device.type, q.dtype, is_compiling or has_values(q), kv.page_table is not None, is_compiling)
+    plan = _plan_decode(q.device.type, q.dtype, is_compiling or has_values(q), kv.is_narrow, is_compiling)
     if plan.backend == "numba":
         plan = _plan_numba(q.dtype, kv)
-    elif plan.backend == "triton" and kv.is_narrow:
-        plan = _NARROW
     if is_compiling:
         return plan
     if kv.exact and not kv.v.shape[2]:
@@ -181,11 +179,8 @@ def _plan_numba(dtype: torch.dtype, kv: KVView) -> DecodePlan:
     return DecodePlan("numba", cpu.manner())
 
 
-_NARROW = DecodePlan("torch", "no fused kernel reads codes or values of mixed widths yet")
-
-
 @functools.cache
-def _plan_decode(kind: str, dtype: torch.dtype, has_values: bool, is_paged: bool, is_compiling: bool) -> DecodePlan:
+def _plan_decode(kind: str, dtype: torch.dtype, has_values: bool, is_narrow: bool, is_compiling: bool) -> DecodePlan:
     if not has_values:
         return DecodePlan("torch", "the tensors hold no values")
     if kind == "cuda":
@@ -193,6 +188,11 @@ def _plan_decode(kind: str, dtype: torch.dtype, has_values: bool, is_paged: bool
             return DecodePlan("torch", "the fused kernels need Triton")
         if dtype == torch.float64:
             return DecodePlan("torch", f"the fused kernels take no {dtype}")
+        if is_narrow:
+            return DecodePlan(
+                "triton",
+                "kernels that unpack few bits in registers, split over the keys; every value is read, whatever the tolerance",
+            )
         return DecodePlan("triton", "kernels over codes, split over the keys")
     if kind != "cpu":
         return DecodePlan("torch", f"no fused kernels on {kind}")

@@ -7,26 +7,27 @@ import triton.language as tl
 from torch import Tensor
 
 from ...triton.rows import next_power_of_2
-from .scores import Problem
+from .scores import Problem, rotated
 
 
 def combine(
     problem: Problem, partial: Tensor, peak: Tensor | None, total: Tensor, out: Tensor, lse: Tensor | None
 ) -> None:
-    """Merge unnormalised outputs `partial` [heads, splits, R, Dv] into out [heads, rows, Dv].
+    """Merge unnormalised outputs `partial` [heads, splits, R, Dv] into out [heads, rows, Dv], rotated back where they are rotated.
 
     `total` [heads, splits, R] are the splits' weights relative to 2^`peak`; with None they share one base. The
     natural log-sum-exp goes to `lse` if given.
     """
     decode_combine_kernel[(problem.heads * problem.rows,)](
         partial, peak, total, out, lse, total.shape[1], problem.rows,
-        R=problem.padded_rows, DV=problem.width, BS=min(32, next_power_of_2(total.shape[1])), num_warps=4,
+        R=problem.padded_rows, DV=problem.width, ROTATION=problem.rotation, BS=min(32, next_power_of_2(total.shape[1])), num_warps=4,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["splits"])
 def decode_combine_kernel(
-    PARTIAL, PEAK, TOTAL, OUT, LSE, splits, rows, R: tl.constexpr, DV: tl.constexpr, BS: tl.constexpr
+    PARTIAL, PEAK, TOTAL, OUT, LSE, splits, rows,
+    R: tl.constexpr, DV: tl.constexpr, ROTATION: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     """One query row: output [DV] and log-sum-exp."""
     head, r = tl.program_id(0) // rows, tl.program_id(0) % rows
@@ -55,6 +56,9 @@ def decode_combine_kernel(
         peak = new_peak
     some = tl.where(total == 0.0, 1.0, total)  # a row that sees no key: output 0, log-sum-exp -inf
     at = tl.program_id(0).to(tl.int64)
-    tl.store(OUT + at * DV + c, (acc / some).to(OUT.dtype.element_ty), mask=c < DV)
+    out = acc / some
+    if ROTATION > 1:
+        out = rotated(out, c, ROTATION)
+    tl.store(OUT + at * DV + c, out.to(OUT.dtype.element_ty), mask=c < DV)
     if LSE is not None:
         tl.store(LSE + at, (peak + tl.log2(some)) * 0.6931471805599453)

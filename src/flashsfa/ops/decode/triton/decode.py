@@ -20,7 +20,7 @@ from ....scores import ScoreRules
 from ....stored import KVView
 from ...triton.rows import next_power_of_2
 from .combine import combine
-from .scores import Problem, block_keys, block_scores, channel_words, chunk, live_keys, locate, split_range
+from .scores import FeatureProblem, block_keys, block_scores, channel_words, chunk, live_keys, locate, split_range
 from .skip import decode_skipping
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -55,7 +55,7 @@ def _run(
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if out.numel():
         with torch.cuda.device_of(q):
-            problem = Problem(q, kv, mask, scores, topk_query)
+            problem = FeatureProblem(q, kv, mask, scores, topk_query)
             if value_tolerance > 0:
                 decode_skipping(problem, value_tolerance, out, lse)
             else:
@@ -91,7 +91,7 @@ def _(q: Tensor, dense: Tensor, values: Tensor, indices: Tensor, v: Tensor, *_: 
     return q.new_empty((*q.shape[:3], v.shape[-1])), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-def _decode_exact(problem: Problem, out: Tensor, lse: Tensor) -> None:
+def _decode_exact(problem: FeatureProblem, out: Tensor, lse: Tensor) -> None:
     launch, waves = _launch(problem)
     splits = problem.splits(launch["BN"], waves)
     partial = problem.scratch(splits, problem.padded_rows, problem.width)
@@ -103,7 +103,7 @@ def _decode_exact(problem: Problem, out: Tensor, lse: Tensor) -> None:
     combine(problem, partial, peak, total, out, lse)
 
 
-def _launch(problem: Problem) -> tuple[dict[str, Any], int]:
+def _launch(problem: FeatureProblem) -> tuple[dict[str, Any], int]:
     """Keys a block and warps of the partial kernel, and programs a processor: a table measured on an H100.
 
     A warp is to have about 8 KB of V in flight, held in registers (software pipelining costs more registers than it
@@ -126,7 +126,7 @@ def _launch(problem: Problem) -> tuple[dict[str, Any], int]:
     return {"BN": keys, "KC": chunk(problem.topk, rows), "num_warps": warps, "num_stages": 1}, waves
 
 
-def _words(problem: Problem, keys: int) -> int:
+def _words(problem: FeatureProblem, keys: int) -> int:
     """Registers that a block of keys takes: products and what they are added to, the dense channel, V as it is read and as it is
     multiplied; and the output."""
     width = next_power_of_2(problem.width)

@@ -26,35 +26,33 @@ _ROW_TILE = 16  # query rows a program: more would not fit the registers beside 
 
 
 class Problem:
-    """Sizes of one decode call and the keyword arguments of its kernels.
+    """Sizes of one decode call and the keyword arguments of its kernels, whatever the keys and values are held in.
 
     Attributes:
         heads: B·Hkv pairs of a sequence and a kv head; rows: R query rows of each.
         padded_rows: R up to a power of two, cut into `tiles` tiles of `tile` rows.
         keys: N keys at most; splits of a sequence follow its own length on the device, so that a launch depends on
             shapes alone.
-        visibility, places, coded, valued: arguments of `split_range`, `locate`, `block_scores` and of V's rows.
+        rotation: width of the blocks in which the output is to be rotated back (`rotation.rotate`); 1 for an output as it is.
+        visibility, places, ruled: arguments of `split_range`, `locate` and `ruled_scores`.
     """
 
-    def __init__(self, q: Tensor, kv: KVView, mask: Mask, rules: ScoreRules, topk_query: int | None) -> None:
-        codes, v = kv.codes, kv.v
+    rotation = 1
+
+    def __init__(self, q: Tensor, v: Tensor, page_table: Tensor | None, mask: Mask, rules: ScoreRules) -> None:
         # small, and read entry by entry: the kernels count on adjacent ones
         kv_lens, padding, page_table = (
-            None if x is None else x.contiguous() for x in (mask.kv_lens, mask.key_padding_mask, kv.page_table)
+            None if x is None else x.contiguous() for x in (mask.kv_lens, mask.key_padding_mask, page_table)
         )
-        (batch, q_heads, m, d), kv_heads = q.shape, v.shape[1]
-        self.device, self.dtype, self.topk, self.width = q.device, q.dtype, codes.topk, v.shape[-1]
-        self.dense_dims = codes.dense_dims
-        self.is_8_bit = v.dtype == torch.int8
-        # of a V row in a block; float32 is multiplied without matrix units, from wide rows in shared memory
-        self.row_bytes = next_power_of_2(self.width) * (4 if q.itemsize == 4 else v.itemsize)
-        self.keys = kv.n
-        self.heads, self.rows = batch * kv_heads, q_heads // kv_heads * m
+        (batch, q_heads, m, _), self.kv_heads = q.shape, v.shape[1]
+        self.device, self.dtype = q.device, q.dtype
+        self.keys = v.shape[2] * (1 if page_table is None else page_table.shape[1])
+        self.heads, self.rows = batch * self.kv_heads, q_heads // self.kv_heads * m
         self.padded_rows = next_power_of_2(self.rows)
         self.tile = min(self.padded_rows, _ROW_TILE)
         self.tiles = self.padded_rows // self.tile
         self.visibility: dict[str, Any] = {
-            "LENS": kv_lens, "kv_heads": kv_heads, "n": self.keys, "m": m, "window": mask.window or 0,
+            "LENS": kv_lens, "kv_heads": self.kv_heads, "n": self.keys, "m": m, "window": mask.window or 0,
             "R": self.padded_rows, "RT": self.tile, "WINDOW": mask.window is not None,
         }  # fmt: skip
         self.places: dict[str, Any] = {
@@ -62,20 +60,13 @@ class Problem:
             "pages_sb": 0 if page_table is None else page_table.stride(0),
             "PAGE": 0 if page_table is None else v.shape[2],
         }
-        self.coded: dict[str, Any] = {
-            "Q": self._by_feature(q, kv_heads, topk_query), "PADDING": padding,
+        self.ruled: dict[str, Any] = {
+            "PADDING": padding,
             # log2 units; under a cap, which stands before them, in units of it
             "scale": rules.scale * _LOG2_E if rules.softcap is None else rules.scale / rules.softcap,
             "cap": (rules.softcap or 0.0) * _LOG2_E,
             "padding_sb": 0 if padding is None else padding.stride(0),
-            **_strided("DENSE_K", codes.dense), **_strided("VALUES", codes.values), **_strided("INDICES", codes.indices),
-            **_strided("CODE_SCALE", codes.scale),
-            "D": d, "DENSE": self.dense_dims, "K": self.topk, "CAUSAL": m > 1, "CAPPED": rules.softcap is not None,
-        }  # fmt: skip
-        self.valued: dict[str, Any] = {
-            **_strided("V", v), **_strided("V_SCALE", kv.v_scale), "DV": self.width,
-            # a weight times the scale of its row can leave the range of float16
-            "DTYPE": tl.bfloat16 if kv.v_scale is not None and q.dtype == torch.float16 else _TRITON_DTYPES[q.dtype],
+            "CAUSAL": m > 1, "CAPPED": rules.softcap is not None,
         }  # fmt: skip
 
     def splits(self, block: int, waves: int) -> int:
@@ -88,20 +79,54 @@ class Problem:
         """Uninitialised float32 [heads, *shape]."""
         return torch.empty(self.heads, *shape, dtype=torch.float32, device=self.device)
 
-    def _by_feature(self, q: Tensor, kv_heads: int, topk_query: int | None) -> Tensor:
+    def by_feature(self, q: Tensor, dense_dims: int, topk_query: int | None) -> Tensor:
         """Sparsified q [B, Hq, M, D] as [heads, D, R]: a feature of all rows is one contiguous load. Padding rows hold
         anything."""
-        m, d = q.shape[2:]
-        by_feature = q.new_empty((self.heads, d, self.padded_rows))
+        by_feature = q.new_empty((self.heads, q.shape[-1], self.padded_rows))
         decode_query_kernel[self.heads, self.rows](
-            q, by_feature, *q.stride(), kv_heads, self.rows // m, m,
-            D=d, DENSE=self.dense_dims, K=topk_query or d, R=self.padded_rows,
-            INTEGER=tl.int32 if q.itemsize == 4 else tl.int16, CHUNK=min(next_power_of_2(d), 64 if d <= 128 else 32), num_warps=4,
-        )  # fmt: skip
+            by_feature, **self.query_arguments(q, dense_dims, topk_query), num_warps=4
+        )
         return by_feature
 
+    def query_arguments(self, q: Tensor, dense_dims: int, topk_query: int | None) -> dict[str, Any]:
+        """Arguments of `query_row`."""
+        m, d = q.shape[2:]
+        return {
+            "Q": q, **dict(zip(("q_sb", "q_sh", "q_sm", "q_sd"), q.stride(), strict=True)),
+            "kv_heads": self.kv_heads, "group": self.rows // m, "m": m,
+            "D": d, "DENSE": dense_dims, "K": topk_query or d, "R": self.padded_rows,
+            "INTEGER": tl.int32 if q.itemsize == 4 else tl.int16, "CHUNK": min(next_power_of_2(d), 64 if d <= 128 else 32),
+        }  # fmt: skip
 
-def block_keys(problem: Problem) -> int:
+
+class FeatureProblem(Problem):
+    """One decode call over `FeatureCodes`.
+
+    Attributes:
+        coded, valued: arguments of `block_scores` and of V's rows.
+    """
+
+    def __init__(self, q: Tensor, kv: KVView, mask: Mask, rules: ScoreRules, topk_query: int | None) -> None:
+        codes, v = kv.codes, kv.v
+        super().__init__(q, v, kv.page_table, mask, rules)
+        self.topk, self.dense_dims, self.width = codes.topk, codes.dense_dims, v.shape[-1]
+        self.is_8_bit = v.dtype == torch.int8
+        # of a V row in a block; float32 is multiplied without matrix units, from wide rows in shared memory
+        self.row_bytes = next_power_of_2(self.width) * (4 if q.itemsize == 4 else v.itemsize)
+        self.coded: dict[str, Any] = {
+            "Q": self.by_feature(q, self.dense_dims, topk_query), **self.ruled,
+            **strided("DENSE_K", codes.dense), **strided("VALUES", codes.values), **strided("INDICES", codes.indices),
+            **strided("CODE_SCALE", codes.scale),
+            "D": q.shape[-1], "DENSE": self.dense_dims, "K": self.topk,
+        }  # fmt: skip
+        self.valued: dict[str, Any] = {
+            **strided("V", v), **strided("V_SCALE", kv.v_scale), "DV": self.width,
+            # a weight times the scale of its row can leave the range of float16
+            "DTYPE": tl.bfloat16 if kv.v_scale is not None and q.dtype == torch.float16 else TRITON_DTYPES[q.dtype],
+        }  # fmt: skip
+
+
+def block_keys(problem: FeatureProblem) -> int:
     """Keys a block: 128 where their V rows fit in 32 KB. Without matrix units a thread holds the weights of all keys of a block
     for some of the rows: fewer for more rows then."""
     keys = max(16, min(128, 32768 // problem.row_bytes))
@@ -119,10 +144,10 @@ def channel_words(dense_dims: int, dtype: torch.dtype) -> int:
     return next_power_of_2(dense_dims) * dtype.itemsize // 4 if dense_dims else 0
 
 
-_TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
-def _strided(name: str, x: Tensor | None) -> dict[str, Any]:
+def strided(name: str, x: Tensor | None) -> dict[str, Any]:
     """A cache tensor [B, Hkv, N, ...] and its strides as kernel arguments."""
     lower = name.lower()
     if x is None or x.shape[-1] == 0:  # not read; its strides would ask for variants of the kernel
@@ -137,11 +162,22 @@ def _processors(device: torch.device) -> int:
 
 @triton.jit
 def decode_query_kernel(
-    Q, BY_FEATURE, q_sb, q_sh, q_sm, q_sd, kv_heads, group, m,
+    BY_FEATURE, Q, q_sb, q_sh, q_sm, q_sd, kv_heads, group, m,
     D: tl.constexpr, DENSE: tl.constexpr, K: tl.constexpr, R: tl.constexpr, INTEGER: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One query row: its dense channel and K largest magnitudes of the rest, ties to the lowest index; all for K = D."""
+    """One query row to its place."""
     head, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    x = query_row(Q, head, row, q_sb, q_sh, q_sm, q_sd, kv_heads, group, m, D, DENSE, K, INTEGER, CHUNK)
+    d = tl.arange(0, x.shape[0])
+    tl.store(BY_FEATURE + (head * D + d) * R + row, x, mask=d < D)
+
+
+@triton.jit
+def query_row(
+    Q, head, row, q_sb, q_sh, q_sm, q_sd, kv_heads, group, m,
+    D: tl.constexpr, DENSE: tl.constexpr, K: tl.constexpr, INTEGER: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One query row [DP]: its dense channel and K largest magnitudes of the rest, ties to the lowest index; all for K = D."""
     b, h = head // kv_heads, head % kv_heads * group + row // m
     q = Q + b * q_sb + h * q_sh + (row % m) * q_sm
     DP: tl.constexpr = triton.next_power_of_2(D)
@@ -156,8 +192,17 @@ def decode_query_kernel(
             before = (other[None, :] > size[:, None]) | ((other[None, :] == size[:, None]) & (e[None, :] < d[:, None]))
             rank += tl.sum(before.to(tl.int32), 1)
         x = tl.where((d < DENSE) | (rank < K), x, 0.0)
-    x += tl.sum(x.to(tl.float32) * 0, 0).to(x.dtype)  # NaN shows in every score, as in a dense product
-    tl.store(BY_FEATURE + (head * D + d) * R + row, x, mask=d < D)
+    return x + tl.sum(x.to(tl.float32) * 0, 0).to(x.dtype)  # NaN shows in every score, as in a dense product
+
+
+@triton.jit
+def rotated(x, d, WIDTH: tl.constexpr):
+    """`rotation.rotate` of x [DP], d its indices, in blocks of `WIDTH` features."""
+    for step in tl.static_range(0, 8):
+        if 2**step < WIDTH:
+            other = tl.gather(x, d ^ 2**step, 0)
+            x = tl.where((d & 2**step) == 0, other + x, other - x)
+    return x * WIDTH**-0.5
 
 
 @triton.jit
@@ -230,6 +275,17 @@ def block_scores(
                 score += tl.dot(channel.to(query.dtype), query, input_precision="ieee")
     if scale_row is not None:
         score *= tl.load(scale_row, mask=live, other=0.0)[:, None]
+    return ruled_scores(
+        score, key, live, first_row, length, m, window, scale, cap, RT, CAUSAL, CAPPED, WINDOW
+    )  # fmt: skip
+
+
+@triton.jit
+def ruled_scores(
+    score, key, live, first_row, length, m, window, scale, cap,
+    RT: tl.constexpr, CAUSAL: tl.constexpr, CAPPED: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Scores [BN, RT] in log2 units of products of queries and keys, -inf where a query does not see a key."""
     score *= scale
     if CAPPED:
         score = cap * (2 * tl.sigmoid(2 * score) - 1)  # tanh

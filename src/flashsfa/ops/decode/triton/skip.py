@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ...triton.rows import cdiv
 from .combine import combine
-from .scores import Problem, block_keys, block_scores, channel_words, chunk, live_keys, locate, split_range
+from .scores import FeatureProblem, block_keys, block_scores, channel_words, chunk, live_keys, locate, split_range
 
 _BLOCK = 128  # keys that share a maximum
 _SCAN = 1024  # weights, or depths, at a time where nothing else is looked at
@@ -31,7 +31,7 @@ _BINS = 64  # half-octaves below a share of 1 that are told apart: weights down 
 _CERTAIN = 1 - 2**-7  # of the tolerance: room for the rounding of weights and sums
 
 
-def decode_skipping(problem: Problem, value_tolerance: float, out: Tensor, lse: Tensor) -> None:
+def decode_skipping(problem: FeatureProblem, value_tolerance: float, out: Tensor, lse: Tensor) -> None:
     """Decode with `value_tolerance` > 0 into out [B, Hq, M, Dv] and lse [B, Hq, M]; the lse is exact."""
     rows, tiles = problem.padded_rows, problem.tiles
     splits, keys = problem.splits(_BLOCK, 32 if problem.tile == 1 else 16), cdiv(problem.keys, _BLOCK) * _BLOCK
@@ -65,7 +65,7 @@ def decode_skipping(problem: Problem, value_tolerance: float, out: Tensor, lse: 
     combine(problem, partial, None, mass, out, None)
 
 
-def _warps(problem: Problem, kept: int) -> int:
+def _warps(problem: FeatureProblem, kept: int) -> int:
     """Warps of the score kernel: 2, as measured, more for more query rows and features, whose block would not fit the registers."""
     words = 2 * _BLOCK * (kept * problem.tile + channel_words(problem.dense_dims, problem.dtype))
     return 2 if words <= 6144 else 4 if words <= 12288 else 8
