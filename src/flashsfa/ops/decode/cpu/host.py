@@ -16,7 +16,6 @@ from ....narrow import NarrowCodes, NarrowRows
 from ....rotation import rotate
 from ....scores import ScoreRules
 from ....stored import ExactKV, KVView
-from ...select.narrow import CENTRE_4_BIT
 from . import keys, threads
 from .softmax import LOG2_E, weigh
 from .values import sum_values
@@ -110,7 +109,7 @@ def _level_parts(codes: NarrowCodes | NarrowRows | AxisCodes) -> tuple:
     no_entries = (*_no_part(torch.uint8), 0, *_no_part(torch.uint8), 0, keys.NO_INDICES, 0, 0, 0, *no_scale)
     if isinstance(codes, AxisCodes):
         layout, axes = codes.axes.layout, codes.axes
-        tables = (layout.byte, layout.shift, axes.bits, axes.step, layout.origin)
+        tables = (layout.byte, layout.shift, axes.bits, axes.step, axes.centre)
         return (
             *_rows(codes.packed),
             axes.key_bytes,
@@ -136,12 +135,12 @@ def _level_parts(codes: NarrowCodes | NarrowRows | AxisCodes) -> tuple:
 
 @functools.cache
 def _row_fields(width: int, bits: int) -> tuple[np.ndarray, ...]:
-    """Byte, shift, bits, step and origin [1, width] of rows that `pack` wrote, or of int8."""
+    """Byte, shift, bits, step and middle [1, width] of rows that `pack` wrote, or of int8, whose middle level is -0.5."""
     bit = np.arange(width)[None] * bits
-    shape, origin = (1, width), 0.0 if bits == 8 else -CENTRE_4_BIT
+    shape, middle = (1, width), -0.5 if bits == 8 else 0.0
     return (
         bit // 8, (bit % 8).astype(np.uint8), np.full(shape, bits, np.uint8), np.ones(shape, np.float32),
-        np.full(shape, origin, np.float32),
+        np.full(shape, middle, np.float32),
     )  # fmt: skip
 
 

@@ -51,14 +51,15 @@ score_features = Kernel(_score_features)
 
 
 def _score_levels(
-    q, levels, levels_at, level_bytes, byte, shift, bits, step, origin, is_signed, scale, scale_at, centre, centre_at,
+    q, levels, levels_at, level_bytes, byte, shift, bits, step, middle, is_signed, scale, scale_at, centre, centre_at,
     values, values_at, value_bits, indices, indices_at, index_bytes, form, index_bits, topk, dense_dims, value_scale, value_scale_at,
     first, last, padding, kv_heads, n_first, n, cap, scores,
 ):  # fmt: skip
     """As `_score_features`, for keys of `level_bytes` and sparse entries in `value_bits` beside.
 
     The level l of a feature lies at bit `shift` of byte `byte`, all [1 or Hkv, C], and is read as
-    (origin + l * step) * scale + centre, with scale and centre of the key where it has them; in 8 bits `is_signed` says that l is.
+    (middle + (l - its middle level) * step) * scale + centre, with scale and centre of the key where it has them; in 8 bits
+    `is_signed` says that l is.
     Sparse entries are int8 or levels around 7.5, times `value_scale`; their places are told by `form`.
     """
     per_head = tasks_per_head(n)
@@ -78,7 +79,7 @@ def _score_levels(
             table = _half_byte_table(lanes, level_bytes, byte[own], shift[own], bits[own], step[own], is_signed)
             _look_up(table, rows_between(levels, at, start, end, level_bytes), part)
             _scale_levels(
-                lanes[:, : len(origin[own])], origin[own],
+                lanes[:, : len(middle[own])], middle[own],
                 scale[scale_from + start : scale_from + end] if len(scale) else scale,
                 centre[centre_from + start : centre_from + end] if len(centre) else centre,
                 part,
@@ -203,7 +204,8 @@ def _scale_keys(scores, scale):
 
 @jit()
 def _half_byte_table(q, level_bytes, byte, shift, bits, step, is_signed):
-    """What each half byte of a key adds to the scores of q [up to 4, D]: [2 · level_bytes · 16, 4], the lower half of a byte first."""
+    """What each half byte of a key adds to the scores of q [up to 4, D]: [2 · level_bytes · 16, 4], the lower half of a byte first.
+    Levels count from their middle, so that no large sums cancel."""
     table = np.zeros((2 * level_bytes * _HALF, _LANES), np.float32)
     for feature in range(len(byte)):
         if bits[feature] == 0:
@@ -213,14 +215,15 @@ def _half_byte_table(q, level_bytes, byte, shift, bits, step, is_signed):
             unit = q[lane, feature] * step[feature]
             if bits[feature] == 8:
                 for x in range(_HALF):
-                    table[lower + x, lane] += unit * np.float32(x)
-                    high = x - _HALF if is_signed and x >= _HALF // 2 else x
-                    table[lower + _HALF + x, lane] += unit * np.float32(_HALF * high)
+                    table[lower + x, lane] += unit * (np.float32(x) - np.float32(7.5))
+                    high = (x ^ 8) if is_signed else x  # two's complement: -8 to 7, counted from its middle
+                    table[lower + _HALF + x, lane] += unit * (np.float32(_HALF) * (np.float32(high) - np.float32(7.5)))
             else:
                 half = lower + (_HALF if shift[feature] >= 4 else 0)
+                highest = (1 << bits[feature]) - 1
                 for x in range(_HALF):
-                    level = (x >> (shift[feature] & 3)) & ((1 << bits[feature]) - 1)
-                    table[half + x, lane] += unit * np.float32(level)
+                    level = (x >> (shift[feature] & 3)) & highest
+                    table[half + x, lane] += unit * (np.float32(level) - np.float32(highest) / np.float32(2))
     return table
 
 
@@ -255,12 +258,12 @@ def _look_up(table, levels, scores):
 
 
 @jit(reorder=True)
-def _scale_levels(q, origin, scale, centre, scores):
-    """Turn sums over levels [R, n] into scores of q [R, C]: what level 0 adds, the keys' scales and centres."""
+def _scale_levels(q, middle, scale, centre, scores):
+    """Turn sums over levels [R, n] into scores of q [R, C]: what the middle between levels adds, the keys' scales and centres."""
     for row in range(len(scores)):
         constant = total = np.float32(0)
-        for u in range(len(origin)):
-            constant += q[row, u] * origin[u]
+        for u in range(len(middle)):
+            constant += q[row, u] * middle[u]
             total += q[row, u]
         line = scores[row]
         for key in range(len(line)):

@@ -118,16 +118,16 @@ def _sum_levels(weights, needed, scale, centre, v, start, stride, out, mass):
             at = np.uint64(start + needed[i + j] * stride)
             low, high = levels[4 - keys + j, :width], levels[4 - keys + j, width:]
             for c in range(np.uint64(width)):
-                low[c] = np.float32(v[at + c] & 15)
-                high[c] = np.float32(v[at + c] >> 4)
+                low[c] = np.float32(v[at + c] & 15) - np.float32(7.5)
+                high[c] = np.float32(v[at + c] >> 4) - np.float32(7.5)
         for row in range(rows):
             w0 = w1 = w2 = w3 = np.float32(0)
             for j in range(keys):
                 key = needed[i + j]
-                weight, unit = weights[row, key], widen(scale[key])
+                weight = weights[row, key]
                 mass[row] += weight
-                base[row] += weight * (widen(centre[key]) - np.float32(7.5) * unit)
-                w0, w1, w2, w3 = w1, w2, w3, weight * unit
+                base[row] += weight * widen(centre[key])
+                w0, w1, w2, w3 = w1, w2, w3, weight * widen(scale[key])
             line = sums[row]
             for c in range(np.uint64(2 * width)):
                 line[c] += (w0 * levels[0, c] + w1 * levels[1, c]) + (w2 * levels[2, c] + w3 * levels[3, c])
