@@ -48,6 +48,7 @@ FLOORS = (
         "presets",
         "report",
         "models",
+        "outlook",
     ),  # 8: the laboratory
     ("cli",),  # 9: the command line
 )

@@ -63,7 +63,6 @@ MOST = "1073741824"
         ("bench nothing", "invalid choice"),
         ("info nowhere/at/all", "no such directory"),
         ("info text.txt", "a file, not a directory"),
-        ("info dense", "holds a dense model"),
     ],
 )
 def test_options_that_mean_nothing(line, message, work, capfd):

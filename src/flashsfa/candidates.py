@@ -51,7 +51,7 @@ class Exact:
         return {"recent": self.recent, "first": self.first, "prefill": self.prefill}
 
 
-def rivals(head_dim: int, exact: Exact, *, may_win: bool = False) -> Candidates:
+def rivals(head_dim: int, exact: Exact = Exact(), *, may_win: bool = False) -> Candidates:
     """The dense model, and its keys and values in 8 and in 4 bits."""
     found = {"dense": Candidate("dense")}
     for bits, form in ((8, CodeFormat(8, 8, v_bits=8)), (4, CodeFormat())):

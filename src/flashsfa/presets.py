@@ -44,7 +44,7 @@ class Preset:
 
 
 PRESETS = {
-    "near-lossless": Preset("where nothing may be lost", 120, "LOSS", "d8s8v8", key_bytes=52),
+    "near-lossless": Preset("where nothing may be lost", 120, "under 0.1 %", "d8s8v8", key_bytes=52),
     "balanced": Preset(
         "what is taken where nothing is said", 72, "+0.3 to +0.4 %", "int4", key_bytes=36
     ),
