@@ -38,7 +38,18 @@ FLOORS = (
     ),  # 5: what a cache holds, attention in all its forms, and which one runs
     ("attention", "decode", "cache", "basis", "nn"),  # 6: the public operators, caches, basis and layer
     ("huggingface", "vllm"),  # 7: glue to other libraries
-    ("training", "evaluation", "benchmarking", "convert", "presets", "report", "models"),  # 8: the laboratory
+    (
+        "training",
+        "evaluation",
+        "benchmarking",
+        "candidates",
+        "choose",
+        "convert",
+        "presets",
+        "report",
+        "models",
+        "outlook",
+    ),  # 8: the laboratory
     ("cli",),  # 9: the command line
 )
 LIBRARY = 7  # the highest floor of what a user's program imports

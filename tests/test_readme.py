@@ -68,11 +68,16 @@ def test_the_blocks_of_the_tutorial_on_own_models_run(code):
     exec(code, {"torch": torch, "flashsfa": flashsfa})
 
 
-def test_the_blocks_of_the_tutorial_on_converting_run(small_models, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["convert", "lora"])
+def test_the_blocks_of_the_tutorials_on_models_run(name, small_models, tmp_path, monkeypatch):
+    if name == "lora":
+        pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
     Path("my_text.txt").write_text("any " * 100)
-    for code in blocks((ROOT / "docs" / "tutorials" / "convert.md").read_text()):
-        exec(code, {})
+    code = blocks((ROOT / "docs" / "tutorials" / f"{name}.md").read_text())
+    assert code
+    for block in code:
+        exec(block, {})
 
 
 def anchors(page):

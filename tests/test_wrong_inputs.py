@@ -63,7 +63,6 @@ MOST = "1073741824"
         ("bench nothing", "invalid choice"),
         ("info nowhere/at/all", "no such directory"),
         ("info text.txt", "a file, not a directory"),
-        ("info dense", "holds a dense model"),
     ],
 )
 def test_options_that_mean_nothing(line, message, work, capfd):
@@ -142,15 +141,19 @@ def test_names_are_no_markup(work, capfd):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("line", ["convert dense -o new/out", "perplexity converted -o new/out"])
-def test_signals_leave_nothing(line, number, code, work, capfd, monkeypatch):
-    """They come while results are written, and SIGTERM again while these are removed."""
+def test_signals_leave_no_results(line, number, code, work, capfd, monkeypatch):
+    """They come while results are written, and SIGTERM again while these are removed. What convert has measured is kept for the next
+    run, which removes it."""
+
+    stopped = []
 
     def ended(*args, **kwargs):
+        stopped.append(number)
         os.kill(os.getpid(), number)
         raise AssertionError("still here")
 
     def remove(*args, **kwargs):
-        if number == signal.SIGTERM:
+        if stopped == [signal.SIGTERM]:
             os.kill(os.getpid(), number)
         rmtree(*args, **kwargs)
 
@@ -163,8 +166,16 @@ def test_signals_leave_nothing(line, number, code, work, capfd, monkeypatch):
     handler = signal.getsignal(signal.SIGTERM)
     assert main(command(line)) == code
     assert capfd.readouterr().err.strip() == "flashsfa: stopped"
-    assert everything() == before
+    kept = ["./new", "./new/.out.measured.json"] if line.startswith("convert") else []
+    assert everything() == sorted([*before, *kept])
     assert signal.getsignal(signal.SIGTERM) == handler
+    if kept:
+        monkeypatch.undo()
+        monkeypatch.chdir(work)
+        monkeypatch.setattr(flashsfa.convert, "ConvertSettings", short)
+        assert main(command(line)) == 0
+        assert "measured before: dense" in capfd.readouterr().out
+        assert not os.path.exists(kept[1])
 
 
 CONVERT_SETTINGS = flashsfa.convert.ConvertSettings

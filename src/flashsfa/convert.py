@@ -7,9 +7,8 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,29 +18,23 @@ import torch.nn.functional as F
 
 from . import __version__
 from .attention import sparse_feature_attention
-from .basis import FeatureBasis, default_kind
-from .budget import DENSE, query_features
 from .cache.contiguous import SparseKVCache
-from .checks import require, require_int
+from .candidates import Candidates, Exact, by_bytes, by_preset, by_topk
+from .checks import require, require_choice
+from .choose import Kept, Limits, choose
 from .decode import sparse_feature_decode
-from .evaluation.memory import fill_cache
-from .evaluation.perplexity import perplexity
 from .evaluation.subject import Progress
 from .evaluation.text import separate_texts, token_windows
 from .files import require_place, whole_folder
-from .formats import ROTATION_WIDTH, CodeFormat, cache_bits
-from .huggingface import disable, enable
+from .huggingface import disable
 from .huggingface.attention import LayerCoding
-from .huggingface.cache import cache_nbytes
-from .huggingface.calibration import gather_moments
-from .huggingface.switch import attention_shape
+from .huggingface.structure import attention_shape
 from .models import BUNDLED_NAME, is_converted, load_model
-from .presets import default_budget, default_key_bytes, largest_budget, require_one_way
+from .presets import PRESETS, require_one_way
 from .stored import KVView
 
 _PROMPT = "The history of science is"
 _WINDOW = 2048
-_MOST_WIDENED = 1 << 30  # parameters, that take 4 GiB in float32
 _LONGEST_PREFILL = 4096  # prefill is quadratic: longer contexts are timed for decode alone
 
 
@@ -50,6 +43,9 @@ class ConvertSettings:
     """Arguments of `flashsfa convert`; see its help."""
 
     model: str | None = None
+    max_loss: float | None = None  # this and the next as in `Limits`: they choose among candidates
+    max_bytes: float | None = None
+    preset: str | None = None  # a name of `PRESETS`
     key_bytes: int | None = None  # None for `default_key_bytes`, where no topk is given
     topk: int | None = None
     topk_query: int | str | None = None  # None for "dense"
@@ -64,37 +60,57 @@ class ConvertSettings:
     first: int = 4
     prefill: str = "dense"
     window: int | None = None  # None for 2048, or the model's positions if fewer
-    windows: int = 2  # to evaluate on; calibration takes twice as many
+    windows: int | None = None  # to evaluate on: None for 2, or 4 where limits choose; calibration takes twice as many
     contexts: tuple[int, ...] = (1024, 4096, 16384, 32768)
     tokenizer: str | None = None  # as `load_model`'s
 
     def __post_init__(self) -> None:
         require_one_way(self.key_bytes, self.topk, self.topk_query, self.dense_dims, self.basis)
+        require(
+            not self.limits or self.preset is None, "a preset is chosen by name and limits choose: give one of them"
+        )
+        if self.preset is not None:
+            require_choice("preset", self.preset, tuple(PRESETS))
+        said = ("key_bytes", "topk", "cache_dtype", *(() if self.preset is None else ("recent", "first", "prefill")))
+        given = [
+            field.name for field in fields(self) if field.name in said and getattr(self, field.name) != field.default
+        ]
+        require(
+            not given or not (self.limits or self.preset),
+            lambda: (
+                f"{'a preset' if self.preset else 'the choice'} says it: leave out {', '.join('--' + x.replace('_', '-') for x in given)}"
+            ),
+        )
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.max_loss, self.max_bytes)
+
+    @property
+    def exact(self) -> Exact:
+        return Exact(self.recent, self.first, self.prefill)
+
+    def candidates(self, head_dim: int) -> Candidates | None:
+        """What is measured; None for the ladder that limits choose from."""
+        if self.limits:
+            return None
+        if self.preset is not None:
+            return by_preset(head_dim, PRESETS[self.preset])
+        if self.topk is None:
+            return by_bytes(head_dim, self.key_bytes, self.cache_dtype, self.exact)
+        return by_topk(head_dim, self.topk, self.dense_dims, self.topk_query, self.basis, self.cache_dtype, self.exact)
 
 
-@dataclass(frozen=True)
-class _Variant:
-    """A way to keep the cache that is measured.
-
-    Attributes:
-        label: as people read it.
-        options: `enable`'s; None for the dense model.
-        fit: `FeatureBasis.from_layers`'; None for no basis.
-        is_candidate: whether it may be what is written.
-    """
-
-    label: str
-    options: dict[str, Any] | None = None
-    fit: dict[str, Any] | None = None
-    is_candidate: bool = False
-
-
-def convert(settings: ConvertSettings, output: Path, progress: Progress) -> dict[str, Any]:
+def convert(
+    settings: ConvertSettings, output: Path, progress: Progress = lambda description, steps: lambda: None
+) -> dict[str, Any]:
     """Convert, measure, and write the model, its tokenizer, report.json and report.png to the folder `output`, whole or not at
-    all. Returns the report.
+    all; with limits frontier.png too. Returns the report.
+
+    What a run that is stopped has measured stays in a hidden file beside `output`, and the next one goes on from there.
 
     Raises, before any work: `OSError` if `output` cannot be written, `ValueError` if it holds anything, or if the model, its
-    texts or the settings do not fit.
+    texts or the settings do not fit. Later `NothingFitsError`, if no candidate is within the limits.
     """
     is_free = not output.exists() or (output.is_dir() and not any(output.iterdir()))
     require(is_free, f"{output} exists already: name a new directory, or remove it first")
@@ -109,128 +125,37 @@ def convert(settings: ConvertSettings, output: Path, progress: Progress) -> dict
     loaded()
     calibration, evaluation = _windows(settings, model, tokenizer)
     *_, head_dim = attention_shape(model)
-    variants = _variants(settings, head_dim)
-    for variant in variants.values():  # refuses a model or a budget before any long work
-        if variant.options is not None and "topk" in variant.options:
-            enable(model, **variant.options)
-            disable(model)
-
-    bar = progress("calibrating", len(calibration))
-    with _wide_on_a_cpu(model):
-        moments = gather_moments(model, calibration, max_position=settings.max_position, progress=bar)
-    for layer in moments:
-        layer.require_finite()
-    report: dict[str, Any] = {
-        "settings": {**asdict(settings), "model": settings.model or BUNDLED_NAME, "head_dim": head_dim},
-        "versions": _versions(),
-    }
-    rows: dict[str, Any] = {}
-    chosen, chosen_basis = "", None
-    for name, variant in variants.items():
-        basis = None
-        if variant.fit is not None:
-            fitted = progress(f"fitting the basis: {variant.label}", 1)
-            basis = FeatureBasis.from_layers(moments, **variant.fit)
-            fitted()
-        _switch(model, variant, basis)
-        step = progress(f"perplexity: {variant.label}", len(evaluation))
-        with _wide_on_a_cpu(model):
-            rows[name] = {"label": variant.label, "perplexity": perplexity(model, evaluation, step)}
-        rows[name] |= _cache_bytes(model, evaluation[0])
-        if variant.is_candidate and (not chosen or rows[name]["perplexity"] < rows[chosen]["perplexity"]):
-            chosen, chosen_basis = name, basis
-    texts = {"dense": _continued(disable(model), tokenizer, progress("generating: dense", 1))}
-    best = variants[chosen]
-    _switch(model, best, chosen_basis)
-    texts["sfa"] = _continued(model, tokenizer, progress(f"generating: {best.label}", 1))
-    report |= {
-        "variants": rows,
-        "chosen": chosen,
-        "switched": model.config.sfa | {"basis": None if best.fit is None else best.fit["kind"]},
-        "perplexity_increase": rows[chosen]["perplexity"] / rows["dense"]["perplexity"] - 1,
-        "texts": texts,
-        "attention_ms": _attention_times(model, settings, progress),
-    }
-    _write(model, tokenizer, report, output)
+    kept = Kept(output)
+    try:
+        choice = choose(
+            model, calibration, evaluation, settings.limits, candidates=settings.candidates(head_dim), exact=settings.exact,
+            max_position=settings.max_position, kept=kept, progress=progress,
+        )  # fmt: skip
+        texts = {"dense": _continued(disable(model), tokenizer, progress("generating: dense", 1))}
+        choice.switch(model)
+        texts["sfa"] = _continued(model, tokenizer, progress(f"generating: {choice.candidate.label}", 1))
+        report = {
+            "settings": {**asdict(settings), "model": settings.model or BUNDLED_NAME, "head_dim": head_dim},
+            "versions": _versions(),
+            "variants": choice.rows,
+            "candidates": [name for name, x in choice.candidates.items() if x.may_win],
+            "chosen": choice.name,
+            "switched": model.config.sfa
+            | {"basis": None if choice.candidate.fit is None else choice.candidate.fit["kind"]},
+            "perplexity_increase": choice.rows[choice.name]["loss"],
+            "texts": texts,
+            "attention_ms": _attention_times(model, settings, progress),
+        }
+        _write(model, tokenizer, report, output)
+    except Exception:  # what stops it from outside leaves the measurements
+        kept.remove()
+        raise
+    kept.remove()
     return report
 
 
-def _variants(settings: ConvertSettings, head_dim: int) -> dict[str, _Variant]:
-    """What is measured, by name: the dense model, its keys and values in 8 and 4 bits, and what may be written."""
-    exact: dict[str, Any] = {"recent": settings.recent, "first": settings.first, "prefill": settings.prefill}
-    whole: dict[str, Any] = {"topk": head_dim, "dense_dims": 0, "topk_query": DENSE, **exact}
-    bits = cache_bits(settings.cache_dtype)
-    if isinstance(bits, CodeFormat):
-        bits.require_v_dim(head_dim)
-    kept = "16 bits" if bits is None else settings.cache_dtype
-    variants = {"dense": _Variant("dense"), "dense_int8": _Variant("dense, int8", {**whole, "cache_dtype": "d8s8v8"})}
-    if head_dim % ROTATION_WIDTH == 0:
-        variants["dense_int4"] = _Variant("dense, int4", {**whole, "cache_dtype": "d8s4v4"})
-    if settings.topk is not None:
-        budget = default_budget(head_dim).dense_dims if settings.dense_dims is None else settings.dense_dims
-        queries = query_features(settings.topk_query or DENSE, head_dim)
-        kind = settings.basis or default_kind(queries, head_dim)
-        variants["topk"] = _top_k(
-            budget, settings.topk, queries, kind, f", {kept}", {**exact, "cache_dtype": settings.cache_dtype}, True
-        )
-        return variants
-    usual = default_budget(head_dim)
-    variants["topk_16"] = _top_k(
-        usual.dense_dims, usual.topk, head_dim, "dictionary", ", 16 bits, nothing exact", {}, False
-    )
-    key_bytes = default_key_bytes(head_dim) if settings.key_bytes is None else settings.key_bytes
-    require_int("key_bytes", key_bytes, 1, head_dim)
-    form = CodeFormat(v_bits=bits.v_bits if isinstance(bits, CodeFormat) else 16 if bits is None else 8)
-    fitting = largest_budget(head_dim, key_bytes, form)
-    if fitting is not None:
-        named = {**exact, "cache_dtype": f"d{form.dense_bits}s{form.value_bits}v{form.v_bits}"}
-        variants["topk"] = _top_k(*fitting, head_dim, "dictionary", f", {kept}", named, True)
-    fit = {"kind": "scaled", "key_bytes": key_bytes}
-    variants["axes"] = _Variant(
-        f"bits per axis, {key_bytes} bytes a key, values {kept}",
-        {**exact, "cache_dtype": settings.cache_dtype},
-        fit,
-        True,
-    )
-    return variants
-
-
-def _top_k(
-    dense_dims: int, topk: int, queries: int, kind: str, kept: str, options: dict[str, Any], is_candidate: bool
-) -> _Variant:
-    return _Variant(
-        f"{dense_dims} dense + top-{topk}{kept}",
-        {"topk": topk, "dense_dims": dense_dims, "topk_query": queries, **options},
-        {"kind": kind, "topk": topk, "dense_dims": dense_dims},
-        is_candidate,
-    )
-
-
-@contextmanager
-def _wide_on_a_cpu(model: Any) -> Iterator[None]:
-    """On a CPU the model computes in float32, which most CPUs do several times faster than in 16 bits; its weights come out unchanged.
-    Large models stay as they are."""
-    narrow = [(x, x.dtype) for x in model.parameters() if x.dtype in (torch.bfloat16, torch.float16)]
-    if model.device.type != "cpu" or sum(x.numel() for x, _ in narrow) > _MOST_WIDENED:
-        yield
-        return
-    try:
-        for x, _ in narrow:
-            x.data = x.data.float()
-        yield
-    finally:
-        for x, dtype in narrow:
-            x.data = x.data.to(dtype)
-
-
-def _switch(model: Any, variant: _Variant, basis: FeatureBasis | None) -> None:
-    disable(model)
-    if variant.options is not None:
-        enable(model, basis=basis, **variant.options)
-
-
 def _write(model: Any, tokenizer: Any, report: dict[str, Any], output: Path) -> None:
-    from .report import draw
+    from .report import draw, draw_frontier
 
     try:
         with whole_folder(output) as folder:
@@ -238,6 +163,8 @@ def _write(model: Any, tokenizer: Any, report: dict[str, Any], output: Path) -> 
             tokenizer.save_pretrained(folder)
             (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
             draw(report, folder / "report.png")
+            if report["settings"]["max_loss"] is not None or report["settings"]["max_bytes"] is not None:
+                draw_frontier(report, folder / "frontier.png")
     except Exception as error:  # a full disk is another error in each of the libraries that write here
         raise OSError(f"could not write the result: {error}; make room, or choose another place with -o") from error
 
@@ -246,7 +173,8 @@ def _windows(settings: ConvertSettings, model: Any, tokenizer: Any) -> tuple[tor
     """Calibration and evaluation windows that do not overlap."""
     calibration_text, evaluation_text = separate_texts(settings.calibrate, settings.eval)
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    length, count = settings.window or min(_WINDOW, limit or _WINDOW), settings.windows
+    length = settings.window or min(_WINDOW, limit or _WINDOW)
+    count = settings.windows or (4 if settings.limits else 2)
     return (
         token_windows(tokenizer, calibration_text, length=length, count=2 * count, purpose="calibration"),
         token_windows(tokenizer, evaluation_text, length=length, count=count, purpose="evaluation"),
@@ -260,19 +188,6 @@ def _continued(model: Any, tokenizer: Any, progress: Callable[[], None]) -> str:
     ids = model.generate(**inputs, max_new_tokens=32, do_sample=False)[0]
     progress()
     return tokenizer.decode(ids, skip_special_tokens=True)
-
-
-def _cache_bytes(model: Any, window: torch.Tensor) -> dict[str, float]:
-    """Bytes of a cache that holds the tokens of `window`, exact ones included, read from its live tensors."""
-    cache = fill_cache(model, window)
-    tokens, nbytes = len(window), cache_nbytes(cache)
-    _, kv_heads, _ = attention_shape(model)
-    rows = tokens * len(cache.layers) * kv_heads
-    return {
-        "kv_bytes_per_token": nbytes["total"] / tokens,
-        "key_bytes_per_token_and_head": nbytes["keys"] / rows,
-        "value_bytes_per_token_and_head": nbytes["values"] / rows,
-    }
 
 
 @torch.no_grad()

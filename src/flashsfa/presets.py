@@ -1,7 +1,7 @@
-"""Budgets of keys to begin with, by head size, for models that are converted without training.
+"""Settings to begin with, for models that are converted without training: presets by name, and budgets of keys by head size.
 
-They were measured at head size 64 (SmolLM2-135M, dense queries, dictionary basis: docs/results.md, "Converted models"). Other
-head sizes get the same shares of their features, which has not been measured.
+They were measured at head size 64 (SmolLM2-135M and its instructed twin, dense queries: docs/results.md, "Converted models" and
+"Caches of few bits"). Other head sizes get the same shares of their features, which has not been measured.
 """
 
 from __future__ import annotations
@@ -16,6 +16,48 @@ MEASURED_HEAD_DIM = 64
 
 @dataclass(frozen=True)
 class Preset:
+    """A way to keep the cache, by name. Sizes are those of a head of 64.
+
+    Attributes:
+        purpose: when to take it, in words.
+        token_bytes: of a coded key and its value, per token and kv head, where a dense one has 256 in 16 bits.
+        loss: what it cost SmolLM2-135M, in words: perplexity against dense.
+        cache_dtype, recent, first, prefill: as `enable`'s.
+        key_bytes: of a key in bits per axis; None for codes of
+        dense_dims, topk: features.
+    """
+
+    purpose: str
+    token_bytes: int
+    loss: str
+    cache_dtype: str
+    recent: int = 32
+    first: int = 4
+    prefill: str = "dense"
+    key_bytes: int | None = None
+    dense_dims: int = 0
+    topk: int | None = None
+
+    def of(self, head_dim: int, size: int) -> int:
+        """A size of the preset for another head."""
+        return max(1, round(size * head_dim / MEASURED_HEAD_DIM))
+
+
+PRESETS = {
+    "near-lossless": Preset("where nothing may be lost", 120, "under 0.1 %", "d8s8v8", key_bytes=52),
+    "balanced": Preset(
+        "what is taken where nothing is said", 72, "+0.3 to +0.4 %", "int4", key_bytes=36
+    ),
+    "small": Preset("where memory counts most", 62, "+0.9 %", "int4", key_bytes=26),
+    "fast": Preset(
+        "where decode must be fast: the fused kernels read it", 124, "+2.3 %", "int8", recent=0, first=0, prefill="coded",
+        dense_dims=28, topk=12,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shares:
     """A budget of keys.
 
     Attributes:
@@ -32,18 +74,18 @@ class Preset:
         """Bytes of a key in 16 bits."""
         return 2 * self.dense_dims + 3 * self.topk
 
-    def scaled(self, head_dim: int) -> Preset:
+    def scaled(self, head_dim: int) -> Shares:
         """The same shares of `head_dim` features, at least one of each kind where there is room."""
         topk = max(1, round(self.topk * head_dim / MEASURED_HEAD_DIM))
         dense_dims = min(head_dim - topk, round(self.dense_dims * head_dim / MEASURED_HEAD_DIM))
-        return Preset(max(0, dense_dims), min(topk, head_dim), self.loss)
+        return Shares(max(0, dense_dims), min(topk, head_dim), self.loss)
 
 
-_DEFAULT = Preset(22, 12, 0.043)
-_PRESETS = (Preset(16, 8, 0.218), Preset(24, 8, 0.082), _DEFAULT, Preset(32, 8, 0.026), Preset(28, 12, 0.019))
+_DEFAULT = Shares(22, 12, 0.043)
+_BUDGETS = (Shares(16, 8, 0.218), Shares(24, 8, 0.082), _DEFAULT, Shares(32, 8, 0.026), Shares(28, 12, 0.019))
 
 
-def default_budget(head_dim: int) -> Preset:
+def default_budget(head_dim: int) -> Shares:
     """What `flashsfa convert` takes where no budget is asked for: 22 dense features and 12 others of 64, and so in proportion."""
     return _DEFAULT.scaled(head_dim)
 
@@ -79,9 +121,9 @@ def largest_budget(head_dim: int, key_bytes: int, form: CodeFormat) -> tuple[int
     return None
 
 
-def larger_budgets(dense_dims: int, topk: int, head_dim: int) -> list[Preset]:
-    """The presets for `head_dim` whose keys take more bytes than those of the given budget, the smallest first."""
-    own = Preset(dense_dims, topk, 0.0).key_bytes
+def larger_budgets(dense_dims: int, topk: int, head_dim: int) -> list[Shares]:
+    """The budgets for `head_dim` whose keys take more bytes than those of the given budget, the smallest first."""
+    own = Shares(dense_dims, topk, 0.0).key_bytes
     return sorted(
-        (p for p in (preset.scaled(head_dim) for preset in _PRESETS) if p.key_bytes > own), key=lambda p: p.key_bytes
+        (p for p in (shares.scaled(head_dim) for shares in _BUDGETS) if p.key_bytes > own), key=lambda p: p.key_bytes
     )

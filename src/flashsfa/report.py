@@ -15,7 +15,9 @@ def draw(report: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, ((quality, memory), (prefill, decode)) = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
+    figure, ((quality, memory), (prefill, decode)) = plt.subplots(
+        2, 2, figsize=(12, 5 + 0.6 * max(5, len(report["variants"]))), layout="constrained"
+    )
     figure.suptitle(f"{report['settings']['model']}: dense and Sparse Feature Attention", fontsize=13, parse_math=False)
     _draw_quality(quality, report)
     _draw_memory(memory, report)
@@ -26,6 +28,58 @@ def draw(report: dict[str, Any], path: Path) -> None:
     decode.set_title("Decode: one layer's attention of a new token")
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def draw_frontier(report: dict[str, Any], path: Path) -> None:
+    """Write the loss of each candidate over its bytes as a PNG: the choice marked, the limits as lines, dense caches beside."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows, chosen = report["variants"], report["chosen"]
+    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    for name, row in rows.items():
+        is_dense, is_chosen = name.startswith("dense"), name == chosen
+        color = _SPARSE if is_chosen else _DENSE if is_dense else _OTHER
+        axes.errorbar(
+            row["token_bytes"], 100 * row["loss"], yerr=100 * (row["loss_error"] or 0) if name != "dense" else None,
+            fmt="s" if is_dense else "D" if name.startswith("topk") else "o", color=color, capsize=3, zorder=3 if is_chosen else 2,
+            markersize=11 if is_chosen else 7,
+        )  # fmt: skip
+        if is_dense or name.startswith("topk"):
+            axes.annotate(
+                row["label"], (row["token_bytes"], 100 * row["loss"]), xytext=(7, 9), textcoords="offset points", color=color,
+                fontsize=9, parse_math=False, ha="right" if name == "dense" else "left",
+            )  # fmt: skip
+    best = _frontier([(row["token_bytes"], 100 * row["loss"]) for row in rows.values()])
+    axes.plot(*zip(*best, strict=True), color=_GREY, drawstyle="steps-post", zorder=1)
+    settings, dense = report["settings"], rows["dense"]["token_bytes"]
+    if settings["max_loss"] is not None:
+        axes.axhline(100 * settings["max_loss"], color=_SPARSE, linewidth=1, linestyle="--")
+    if settings["max_bytes"] is not None:
+        axes.axvline(settings["max_bytes"] * dense, color=_SPARSE, linewidth=1, linestyle="--")
+    axes.axhline(0, color=_DENSE, linewidth=0.8)
+    row = rows[chosen]
+    axes.set_title(
+        f"{settings['model']}: chosen {row['label']}\n{100 * row['loss']:+.2f} % of perplexity, {row['token_bytes']} of {dense} "
+        f"bytes ({100 * row['share']:.0f} %)",
+        fontsize=11, parse_math=False,
+    )  # fmt: skip
+    axes.set_xlabel("bytes of a coded token per kv head, key and value")
+    axes.set_ylabel("loss of perplexity in %, with its standard error")
+    axes.set_xlim(0, 1.05 * dense)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _frontier(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of points (bytes, loss) those that no other beats in both, from few bytes to many."""
+    best: list[tuple[float, float]] = []
+    for point in sorted(points):
+        if not best or point[1] < best[-1][1]:
+            best.append(point)
+    return best
 
 
 def _draw_quality(axes: Any, report: dict[str, Any]) -> None:

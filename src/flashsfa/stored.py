@@ -103,6 +103,11 @@ class KVView:
         return self.v.shape[2] + (0 if self.is_placed else sum(part.k.shape[2] for part in self.exact))
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of codes, values and exact tokens, scales included."""
+        return sum(x.nbytes for x in self.tensors()) + sum(part.nbytes for part in self.exact)
+
+    @property
     def exact(self) -> list[ExactKV]:
         """Those of `first` and `recent` that there are."""
         return [part for part in (self.first, self.recent) if part is not None]

@@ -200,6 +200,9 @@ def report_of(loss, *, topk_query=64):
         "kv_bytes_per_token": 100.0,
         "key_bytes_per_token_and_head": 8.0,
         "value_bytes_per_token_and_head": 8.0,
+        "token_bytes": 16,
+        "share": 1.0,
+        "loss_error": None,
     }
     switched = {"dense_dims": 22, "topk": 12, "topk_query": topk_query, "recent": 32, "first": 4}
     times = [
@@ -207,8 +210,8 @@ def report_of(loss, *, topk_query=64):
         for n, time in ((1024, 1.0), (4096, 3.0), (16384, 1.5), (32768, 1.25))
     ]
     return {
-        "variants": {"dense": row | {"perplexity": 10.0}, "topk": row | {"perplexity": 10 * (1 + loss)}},
-        "chosen": "topk", "switched": switched, "settings": {"head_dim": 64}, "texts": {"sfa": "so", "dense": "on"},
+        "variants": {"dense": row | {"perplexity": 10.0, "loss": 0.0}, "topk": row | {"perplexity": 10 * (1 + loss), "loss": loss}},
+        "chosen": "topk", "switched": switched, "settings": {"head_dim": 64, "max_loss": None, "max_bytes": None}, "texts": {"sfa": "so", "dense": "on"},
         "perplexity_increase": loss, "attention_ms": times,
     }  # fmt: skip
 

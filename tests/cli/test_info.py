@@ -58,6 +58,147 @@ def test_layers_that_were_left_dense_count_as_dense(tiny, tmp_path, capsys):
     assert "KV cache: 228 bytes per token, dense 256" in capsys.readouterr().out
 
 
-def test_info_refuses_what_is_no_converted_model(tiny, tmp_path, capsys):
+def test_info_refuses_what_is_no_model(tmp_path, capsys):
     assert_refused(capsys, ["info", str(tmp_path)], "config.json is missing")
-    assert_refused(capsys, ["info", str(tiny)], "dense model")
+    (tmp_path / "config.json").write_text('{"model_type": "such_a_model_there_is_none"}')
+    assert_refused(capsys, ["info", str(tmp_path)], "holds no model that transformers knows")
+    assert_refused(capsys, ["info", "--context", "8"], "--context is that of a model")
+    assert_refused(capsys, ["info", str(tmp_path), "--context", "0"], "--context must be")
+
+
+def test_info_of_a_dense_model(tiny, capsys):
+    assert main(["info", str(tiny)]) == 0
+    out = capsys.readouterr().out
+    assert (
+        "LlamaForCausalLM, dense, in bfloat16\n  can be switched: yes\n  heads: 4 of 8, 2 of keys and values\n" in out
+    )
+    assert "  layers 0 to 1: full attention, 64 bytes per token and layer\n" in out
+
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+}
+LINEAR = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
+WINDOW = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"] * 2}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+}
+CONFIGS = {  # kind: options, lines of its description
+    "Llama": (
+        SIZES | {"num_hidden_layers": 2, "head_dim": 64},
+        ["can be switched: yes", "layers 0 to 1: full attention, 512 bytes per token and layer, 144 switched",
+         "KV cache: 288 bytes per token, dense 1024 (-72 %), as preset balanced keeps it"],
+    ),
+    "Gemma3Text": (
+        SIZES | WINDOW | {"num_hidden_layers": 4, "head_dim": 64},
+        ["can be switched: yes", "layers 0, 2: a sliding window of 16 tokens, 512 bytes", "layers 1, 3: full attention, 512"],
+    ),
+    "Qwen3Next": (
+        SIZES | LINEAR | EXPERTS | {"num_hidden_layers": 4, "head_dim": 32},
+        ["can be switched: yes", "layers 0 to 2: a state of fixed size (linear attention)\n",
+         "layer 3: full attention, 256 bytes per token and layer, 76 switched", "KV cache: 76 bytes per token, dense 256"],
+    ),
+    "DeepseekV3": (
+        SIZES | {"num_hidden_layers": 2, "num_key_value_heads": 4, "n_routed_experts": 8, "n_group": 2, "topk_group": 1},
+        ["can be switched: no: DeepseekV3ForCausalLM uses latent attention (MLA)",
+         "layers 0 to 1: latent attention (MLA, rank 512), which transformers caches as whole keys and values, 2560 bytes"],
+    ),
+    "Llama4Text": (
+        SIZES | {"num_hidden_layers": 4, "head_dim": 16, "num_local_experts": 2, "intermediate_size_mlp": 64},
+        ["can be switched: no: Llama4ForCausalLM has chunked attention", "layers 0 to 2: attention in chunks of 8192 tokens",
+         "layer 3: full attention, 128 bytes"],
+    ),
+    "Gemma4Text": (
+        SIZES | {"num_hidden_layers": 4, "head_dim": 16},
+        ["can be switched: no: Gemma4ForCausalLM has no single head size", "heads: they differ from layer to layer"],
+    ),
+    "FalconH1": (
+        SIZES | {"num_hidden_layers": 2, "head_dim": 16},
+        ["can be switched: no: FalconH1ForCausalLM has layers that cache more", "full attention beside a state of fixed size"],
+    ),
+    "Mamba": ({"num_hidden_layers": 2, "vocab_size": 64, "hidden_size": 32}, ["can be switched: no", "a state of fixed size"]),
+    "Bert": (SIZES | {"num_hidden_layers": 2}, ["can be switched: no: BertLMHeadModel has attention that is not causal"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("context", [None, 100])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_info_of_any_model_from_its_config_alone(kind, context, tmp_path, capsys):
+    config, (options, lines) = getattr(transformers, f"{kind}Config", None), CONFIGS[kind]
+    if config is None:
+        pytest.skip(f"this version of transformers has no {kind}")
+    config(**options).save_pretrained(tmp_path)
+    capsys.readouterr()
+    assert main(["info", str(tmp_path), *([] if context is None else ["--context", str(context)])]) == 0
+    out = capsys.readouterr().out
+    for line in lines:
+        assert line in out
+    is_known = kind not in ("Gemma4Text", "Mamba")
+    assert ("100 tokens, one sequence" in out) == (context is not None and is_known)
+    assert ("preset balanced" in out) == ("can be switched: yes" in out)
+
+
+def table(out):
+    """The cells of a table, by the first of each row."""
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in out.splitlines() if line.startswith("│")]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_the_table_of_a_context(tmp_path, capsys):
+    """4 query heads and 2 kv heads of 64 in two layers of which the first sees 1024 tokens; bfloat16."""
+    config = SIZES | {"num_hidden_layers": 2, "head_dim": 64, "sliding_window": 1024, "max_window_layers": 1}
+    transformers.Qwen3Config(
+        **config, use_sliding_window=True, layer_types=["sliding_attention", "full_attention"]
+    ).save_pretrained(tmp_path)
+    capsys.readouterr()
+    assert main(["info", str(tmp_path), "--context", "4096"]) == 0
+    found, held = table(capsys.readouterr().out), 1024 + 4096
+    pairs = 4096 * 4097 // 2 + 1024 * 1025 // 2 + 3072 * 1024
+    assert found["dense"] == [
+        f"{held * 512 / 2**20:.1f} MiB", "100 %", f"{4 * held * 128:.3g}", "100 %", f"{4 * pairs * 128:.3g}", "100 %",
+    ]  # fmt: skip
+    exact = 2 * 36
+    nbytes = (held - exact) * 2 * 72 + exact * 512
+    assert found["preset balanced"][:4] == [
+        f"{nbytes / 2**20:.1f} MiB", f"{100 * nbytes / (held * 512):.0f} %", f"{4 * held * 128:.3g}", "100 %"
+    ]  # fmt: skip
+    kept = 28 + 12 + 64  # products of a pair: 40 of 64 features, and the value's
+    assert found["preset fast"][2:] == [f"{4 * held * kept:.3g}", "81 %", f"{4 * pairs * kept:.3g}", "81 %"]
+
+
+def test_the_table_of_a_converted_model(tiny, tmp_path, capsys):
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+    flashsfa.enable(model, topk=3, dense_dims=2, topk_query=3, layers=[1]).save_pretrained(tmp_path)
+    capsys.readouterr()
+    assert main(["info", str(tmp_path), "--context", "1000"]) == 0
+    out = capsys.readouterr().out
+    assert (
+        "layers 0 to 1: full attention, 128 bytes per token and layer, 110 switched" in out
+    )  # 2 * (4 * 2 + 5 * 3 + 32)
+    found = table(out)
+    assert list(found) == ["dense", "as converted"]
+    kept = 2 + 2 + 8  # a sparse query and key share 3 * 3 / 6 features, and a half is rounded to even
+    assert found["as converted"] == [
+        f"{1000 * (128 + 110) / 2**20:.1f} MiB", "93 %", f"{4 * 1000 * (16 + kept):.3g}", "88 %",
+        f"{4 * 500500 * (16 + kept):.3g}", "88 %",
+    ]  # fmt: skip
+    assert "  decode: " in out

@@ -56,6 +56,13 @@ def run(model, ids, **options):
         ("FalconH1", GROUPED | {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8}, "cache more than"),
         ("HrmText", GROUPED | {"head_dim": 8}, "not their own layer's"),
         ("Bloom", {"n_layer": 1, "n_head": 2}, "AttentionInterface"),
+        ("DeepseekV3", {"n_routed_experts": 2, "n_group": 1, "topk_group": 1}, r"latent attention \(MLA\)"),
+        (
+            "Llama4Text",
+            GROUPED | {"head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 40},
+            "chunked attention",
+        ),
+        ("Gemma4Text", GROUPED | {"head_dim": 8}, "no single head size"),
     ],
 )
 def test_models_that_are_not_exactly_known(kind, options, words):
@@ -67,6 +74,30 @@ def test_models_that_are_not_exactly_known(kind, options, words):
     if kind != "Bloom":
         with pytest.raises(ValueError, match=words):
             flashsfa.calibrate(model, torch.randint(1, 61, (1, 20)), 3)
+
+
+VISION = {"hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "depth": 1}
+IMAGES = {
+    "Gemma3": {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+    },
+    "Qwen2VL": {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2},
+    "Qwen3VL": VISION | {"out_hidden_size": 32, "deepstack_visual_indexes": [0]},
+}
+
+
+@pytest.mark.parametrize("kind", IMAGES)
+def test_models_of_text_and_images_are_refused_by_name(kind):
+    config = getattr(transformers, f"{kind}Config")(text_config=SIZES | GROUPED, vision_config=IMAGES[kind])
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(config)
+    with pytest.raises(ValueError, match=f"{kind}ForConditionalGeneration has more than one part") as error:
+        flashsfa.enable(model, 3)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("indices", [(0, 0), (0, -1), (0, None), (0, 2)])

@@ -10,8 +10,8 @@ transformers = pytest.importorskip("transformers")
 WORDS = [f"word{i}" for i in range(60)] + ["The", "history", "of", "science", "is"]
 
 
-def save_tiny(folder):
-    """Write a Llama of two layers with heads of 8, and its tokenizer, to `folder`."""
+def save_tiny(folder, head_dim=8):
+    """Write a Llama of two layers with heads of `head_dim`, and its tokenizer, to `folder`."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<unk>", "<pad>", *WORDS])}, unk_token="<unk>"))
@@ -22,7 +22,7 @@ def save_tiny(folder):
     transformers.utils.logging.disable_progress_bar()
     config = transformers.LlamaConfig(
         vocab_size=len(WORDS) + 2, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, pad_token_id=1, bos_token_id=None, eos_token_id=None,
+        num_key_value_heads=2, head_dim=head_dim, max_position_embeddings=128, pad_token_id=1, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(config).save_pretrained(folder)

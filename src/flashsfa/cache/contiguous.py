@@ -108,7 +108,7 @@ class SparseKVCache(Coded):
     @property
     def nbytes(self) -> int:
         """Bytes of the held tokens: codes, values, scales and exact tokens."""
-        return 0 if self._held is None else _nbytes(self.kv)
+        return 0 if self._held is None else self.kv.nbytes
 
     @property
     def key_nbytes(self) -> int:
@@ -121,7 +121,7 @@ class SparseKVCache(Coded):
     @property
     def nbytes_allocated(self) -> int:
         """Bytes of the buffers. That of the newest tokens has room for twice as many."""
-        return 0 if self._held is None else _nbytes(self._held.kv)
+        return 0 if self._held is None else self._held.kv.nbytes
 
     def append(self, k: Tensor, v: Tensor) -> KVView:
         """Code the keys k [B, Hkv, N, D], store them with v [B, Hkv, N, Dv], and return all that is held: what
@@ -420,10 +420,6 @@ def _put(buffer: ExactKV, tokens: ExactKV | None, start: int) -> None:
     assert tokens is not None
     for x, new in ((buffer.k, tokens.k), (buffer.v, tokens.v)):
         x[:, :, start : start + new.shape[2]] = new
-
-
-def _nbytes(kv: KVView) -> int:
-    return sum(x.nbytes for x in kv.tensors()) + sum(part.nbytes for part in kv.exact)
 
 
 def _require_like(held: _Held, k: Tensor) -> None:

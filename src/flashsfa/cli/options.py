@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 from ..basis import KINDS
@@ -44,6 +45,14 @@ def some_text(text: str) -> str:
 def some_path(text: str) -> Path:
     """As `some_text`."""
     return Path(some_text(text))
+
+
+def percents(text: str) -> float:
+    """A share written in percent, as 1% or 12.5 %."""
+    found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*%\s*", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share in percent such as 1%")
+    return float(found[1]) / 100
 
 
 def integers(text: str) -> list[int]:

@@ -62,6 +62,7 @@ def calibrate(
             "calibrate needs topk, with or without dense_dims, or key_bytes alone; got "
             f"topk={topk}, dense_dims={dense_dims}, key_bytes={key_bytes}"
         )
+    require_switchable(unwrap(model), attention_layers(model))
     if text is not None:
         require(windows is None and tokenizer is not None, "text goes with a tokenizer, and takes the place of windows")
         windows = _windows(model, text, tokenizer)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.generation import GenerationMode
 
 from ..basis import FeatureBasis
 from ..checks import require
@@ -59,6 +60,12 @@ def _prepare_cache(
         arguments = (generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
         type(model)._prepare_cache_for_generation(model, *arguments)
         return
+    if generation_mode == GenerationMode.ASSISTED_GENERATION and model.config.sfa["recent"]:
+        warnings.warn(
+            f"speculative decoding checks several tokens at once, and these share one ring of recent={model.config.sfa['recent']} exact "
+            "tokens: what is generated may differ from plain decoding. Enable the model with recent=0 for the same tokens",
+            stacklevel=2,
+        )
     implementation = generation_config.cache_implementation or "dynamic"
     require(
         implementation in ("dynamic", "offloaded", "static"),

@@ -1,0 +1,189 @@
+"""Ways to keep the cache of a model that `flashsfa convert` measures: how the model is switched, and what a token then takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .basis import default_kind
+from .budget import DENSE, query_features
+from .checks import require_int
+from .formats import ROTATION_WIDTH, CodeFormat, cache_bits
+from .presets import Preset, default_budget, default_key_bytes, largest_budget
+
+# Of the ladder: sixteenths of the head size that are bytes of a key, beside values in so many bits.
+_LADDER = ((5, 4), (6, 4), (7, 4), (8, 4), (9, 4), (11, 4), (10, 8), (13, 8))
+_MOST_STEPS = 4  # of the ladder, beside candidates that are made for a budget of bytes
+_FEWEST = 3 / 16  # of the head size: below so many bytes of a key nothing is worth a measurement
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to keep the cache.
+
+    Attributes:
+        label: as people read it.
+        options: `enable`'s, the basis apart; None for the dense model.
+        fit: `FeatureBasis.from_layers`'; None for no basis.
+        may_win: whether it may be chosen; others are measured to compare with.
+        token_bytes: of a coded key and its value, per token and kv head, where they follow from the widths alone.
+    """
+
+    label: str
+    options: dict[str, Any] | None = None
+    fit: dict[str, Any] | None = None
+    may_win: bool = False
+    token_bytes: int | None = None
+
+
+Candidates = dict[str, Candidate]  # by name
+
+
+@dataclass(frozen=True)
+class Exact:
+    """What caches keep as it comes: `enable`'s arguments of these names."""
+
+    recent: int = 32
+    first: int = 4
+    prefill: str = "dense"
+
+    def options(self) -> dict[str, Any]:
+        return {"recent": self.recent, "first": self.first, "prefill": self.prefill}
+
+
+def rivals(head_dim: int, exact: Exact = Exact(), *, may_win: bool = False) -> Candidates:
+    """The dense model, and its keys and values in 8 and in 4 bits."""
+    found = {"dense": Candidate("dense")}
+    for bits, form in ((8, CodeFormat(8, 8, v_bits=8)), (4, CodeFormat())):
+        if bits == 8 or head_dim % ROTATION_WIDTH == 0:
+            options = {"topk": head_dim, "dense_dims": 0, "topk_query": DENSE, "cache_dtype": _name(form)}
+            nbytes = form.key_bytes(head_dim, 0, head_dim) + form.v_bytes(head_dim)
+            found[f"dense_int{bits}"] = Candidate(f"dense, int{bits}", options | exact.options(), None, may_win, nbytes)
+    return found
+
+
+def by_topk(
+    head_dim: int, topk: int, dense_dims: int | None, topk_query: int | str | None, basis: str | None,
+    cache_dtype: str | None, exact: Exact,
+) -> Candidates:  # fmt: skip
+    """What was asked for by its features, beside the rivals. None as in `flashsfa convert`."""
+    dense_dims = default_budget(head_dim).dense_dims if dense_dims is None else dense_dims
+    queries = query_features(topk_query or DENSE, head_dim)
+    kind = basis or default_kind(queries, head_dim)
+    kept = "16 bits" if cache_dtype is None else cache_dtype
+    asked = _features(dense_dims, topk, queries, kind, kept, {**exact.options(), "cache_dtype": cache_dtype})
+    return rivals(head_dim, exact) | {"topk": asked}
+
+
+def by_bytes(head_dim: int, key_bytes: int | None, cache_dtype: str | None, exact: Exact) -> Candidates:
+    """Two candidates of `key_bytes` (None for `default_key_bytes`) beside the rivals and the code that was the default before."""
+    found, usual = rivals(head_dim, exact), default_budget(head_dim)
+    found["topk_16"] = _features(
+        usual.dense_dims, usual.topk, head_dim, "dictionary", "16 bits, nothing exact", {}, may_win=False
+    )
+    key_bytes = default_key_bytes(head_dim) if key_bytes is None else key_bytes
+    bits = cache_bits(cache_dtype)
+    v_bits = bits.v_bits if isinstance(bits, CodeFormat) else 16 if bits is None else 8
+    if (few := _few_bits(head_dim, key_bytes, v_bits, exact)) is not None:
+        found["topk"] = few
+    found["axes"] = _axes(head_dim, key_bytes, cache_dtype, exact)
+    return found
+
+
+def by_preset(head_dim: int, preset: Preset) -> Candidates:
+    """The preset beside the dense model alone."""
+    exact = Exact(preset.recent, preset.first, preset.prefill)
+    if preset.key_bytes is not None:
+        return {
+            "dense": Candidate("dense"),
+            "axes": _axes(head_dim, preset.of(head_dim, preset.key_bytes), preset.cache_dtype, exact),
+        }
+    assert preset.topk is not None
+    topk, dense_dims = preset.of(head_dim, preset.topk), preset.of(head_dim, preset.dense_dims)
+    options = {**exact.options(), "cache_dtype": preset.cache_dtype}
+    return {
+        "dense": Candidate("dense"),
+        "topk": _features(dense_dims, topk, head_dim, "dictionary", preset.cache_dtype, options),
+    }
+
+
+def ladder(head_dim: int, most_bytes: float | None, exact: Exact) -> Candidates:
+    """From few bytes to many: bits per axis with values of 4 and 8 bits, codes of few bits, and the dense model's own in fewer bits.
+
+    Args:
+        most_bytes: per token and kv head. Two candidates are then made to fill them, beside the largest of the others that fit.
+    """
+    widths = [
+        (max(1, round(sixteenths * head_dim / 16)), v_bits)
+        for sixteenths, v_bits in _LADDER
+        if v_bits == 8 or head_dim % ROTATION_WIDTH == 0
+    ]
+    most_key = default_key_bytes(head_dim)
+    if most_bytes is not None:
+        widths = [(keys, v_bits) for keys, v_bits in widths if keys + _v_bytes(head_dim, v_bits) <= most_bytes]
+        widths = sorted(widths, key=lambda width: width[0] + _v_bytes(head_dim, width[1]))[-_MOST_STEPS:]
+        for v_bits in (8, 4) if head_dim % ROTATION_WIDTH == 0 else (8,):
+            keys = min(head_dim, int(most_bytes) - _v_bytes(head_dim, v_bits))
+            if keys >= max(1, _FEWEST * head_dim):
+                widths.append((keys, v_bits))
+                most_key = keys  # that of the narrowest values
+    found = rivals(head_dim, exact, may_win=True)
+    few_bits = 4 if head_dim % ROTATION_WIDTH == 0 else 8
+    if (few := _few_bits(head_dim, most_key, few_bits, exact)) is not None:
+        found["topk"] = few
+    for keys, v_bits in sorted(set(widths)):
+        found[f"axes_{keys}_v{v_bits}"] = _axes(
+            head_dim, keys, _name(CodeFormat(8, 8 if v_bits == 8 else 4, v_bits=v_bits)), exact
+        )
+    if most_bytes is None:
+        return found
+    return {  # rivals of more bytes are beside all the same
+        name: x if x.token_bytes is None or x.token_bytes <= most_bytes else replace(x, may_win=False)
+        for name, x in found.items()
+        if name.startswith("dense") or x.token_bytes is None or x.token_bytes <= most_bytes
+    }
+
+
+def _few_bits(head_dim: int, key_bytes: int, v_bits: int, exact: Exact) -> Candidate | None:
+    """The largest code of features in 8 and 4 bits that `key_bytes` hold; None for none."""
+    require_int("key_bytes", key_bytes, 1, head_dim)
+    form = CodeFormat(v_bits=v_bits)
+    fitting = largest_budget(head_dim, key_bytes, form)
+    if fitting is None:
+        return None
+    options = {**exact.options(), "cache_dtype": _name(form)}
+    nbytes = form.key_bytes(head_dim, *fitting) + _v_bytes(head_dim, v_bits)
+    return _features(*fitting, head_dim, "dictionary", f"values {v_bits} bits", options, token_bytes=nbytes)
+
+
+def _axes(head_dim: int, key_bytes: int, cache_dtype: str | None, exact: Exact) -> Candidate:
+    require_int("key_bytes", key_bytes, 1, head_dim)
+    bits = cache_bits(cache_dtype)
+    if isinstance(bits, CodeFormat):
+        bits.require_v_dim(head_dim)
+    values = bits.v_bits if isinstance(bits, CodeFormat) else 16 if bits is None else 8
+    nbytes = key_bytes + bits.v_bytes(head_dim) if isinstance(bits, CodeFormat) else None
+    label = f"bits per axis, {key_bytes} bytes a key, values {values} bits"
+    options = {**exact.options(), "cache_dtype": cache_dtype}
+    return Candidate(label, options, {"kind": "scaled", "key_bytes": key_bytes}, True, nbytes)
+
+
+def _features(
+    dense_dims: int, topk: int, queries: int, kind: str, kept: str, options: dict[str, Any], *,
+    may_win: bool = True, token_bytes: int | None = None,
+) -> Candidate:  # fmt: skip
+    return Candidate(
+        f"{dense_dims} dense + top-{topk}, {kept}",
+        {"topk": topk, "dense_dims": dense_dims, "topk_query": queries, **options},
+        {"kind": kind, "topk": topk, "dense_dims": dense_dims},
+        may_win,
+        token_bytes,
+    )
+
+
+def _v_bytes(head_dim: int, v_bits: int) -> int:
+    return CodeFormat(v_bits=v_bits).v_bytes(head_dim)
+
+
+def _name(form: CodeFormat) -> str:
+    return f"d{form.dense_bits}s{form.value_bits}v{form.v_bits}"

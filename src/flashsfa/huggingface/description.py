@@ -1,0 +1,146 @@
+"""What a config says of a model, without its weights: whether `enable` can switch it, what its layers cache, what attention multiplies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
+
+from .loading import refusing
+from .structure import attention_layers, attention_shape, dense_cache_layers, require_switchable, text_config
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """Layers that cache alike.
+
+    Attributes:
+        name: in words.
+        layers: their indices.
+        token_bytes: of a token's key and value in one layer as transformers caches them; 0 for a state of fixed size, None where
+            layers of the kind differ.
+        window: tokens held at most; None for all.
+    """
+
+    name: str
+    layers: tuple[int, ...]
+    token_bytes: int | None
+    window: int | None = None
+
+    def held(self, context: int) -> int:
+        """Tokens that a layer holds of a context."""
+        return context if self.window is None else min(context, self.window)
+
+    def pairs(self, context: int) -> int:
+        """Pairs of a query and a key that it sees, in a prompt of `context` tokens."""
+        held = self.held(context)
+        return held * (held + 1) // 2 + (context - held) * held
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """A model of transformers.
+
+    Attributes:
+        name: of its class.
+        config: of the part that generates.
+        dtype: of its weights, and so of its cache.
+        shape: query heads, kv heads and head_dim; None where they differ from layer to layer.
+        kinds: its layers, kind by kind.
+        obstacle: why `enable` does not switch it; None where it does.
+    """
+
+    name: str
+    config: Any
+    dtype: torch.dtype
+    shape: tuple[int, int, int] | None
+    kinds: tuple[LayerKind, ...]
+    obstacle: str | None
+
+    @property
+    def has_bytes(self) -> bool:
+        """Whether there are keys, and their bytes are known."""
+        return all(kind.token_bytes is not None for kind in self.kinds) and any(kind.token_bytes for kind in self.kinds)
+
+
+def describe(source: str | Path, dtype: torch.dtype | None = None) -> ModelDescription:
+    """The model of a directory or hub name, of which config.json alone is read.
+
+    Args:
+        dtype: in which it will be loaded; None for that of the config.
+
+    Raises `ValueError` of one line if there is none, or one of a kind that transformers does not know.
+    """
+    with refusing(f"{source} holds no model that transformers knows"), _silent():
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        model = _skeleton(config)
+        try:
+            require_switchable(model, attention_layers(model))
+            obstacle = None
+        except ValueError as error:
+            obstacle = str(error)
+        try:
+            shape = attention_shape(model)
+        except (AttributeError, RuntimeError, ValueError):
+            shape = None
+        dtype = dtype or getattr(config, "dtype", None) or getattr(text_config(model), "dtype", None) or torch.float32
+        return ModelDescription(
+            type(model).__name__, text_config(model), dtype, shape, _kinds(model, shape, dtype), obstacle
+        )
+
+
+def _skeleton(config: Any) -> Any:
+    """The model of a config without weights."""
+    with torch.device("meta"):
+        for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+            if type(config) in auto._model_mapping:
+                return auto.from_config(config)
+        return AutoModel.from_config(config)
+
+
+def _kinds(model: Any, shape: tuple[int, int, int] | None, dtype: torch.dtype) -> tuple[LayerKind, ...]:
+    config = text_config(model)
+    named = getattr(config, "layer_types", None) or []
+    found: dict[tuple[str, int | None, int | None], list[int]] = {}
+    for index, layer in enumerate(dense_cache_layers(model)):
+        is_chunked = index < len(named) and named[index] == "chunked_attention"
+        kind = _kind(config, layer, is_chunked, shape, dtype)
+        found.setdefault(kind, []).append(index)
+    return tuple(LayerKind(name, tuple(layers), nbytes, window) for (name, nbytes, window), layers in found.items())
+
+
+def _kind(
+    config: Any, layer: Any, is_chunked: bool, shape: tuple[int, int, int] | None, dtype: torch.dtype
+) -> tuple[str, int | None, int | None]:
+    """Name, bytes per token and window of a layer that transformers would cache in."""
+    plain = None if shape is None else 2 * shape[1] * shape[2] * dtype.itemsize
+    if not isinstance(layer, CacheLayerMixin):
+        return "a state of fixed size (linear attention)", 0, None
+    if getattr(config, "kv_lora_rank", None):
+        width = (config.qk_nope_head_dim or 0) + (config.qk_rope_head_dim or 0) + config.v_head_dim
+        name = f"latent attention (MLA, rank {config.kv_lora_rank}), which transformers caches as whole keys and values"
+        return name, config.num_attention_heads * width * dtype.itemsize, None
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        window = layer.sliding_window
+        return f"{'attention in chunks' if is_chunked else 'a sliding window'} of {window} tokens", plain, window
+    if hasattr(layer, "conv_states") or hasattr(layer, "recurrent_states"):
+        return "full attention beside a state of fixed size", plain, None
+    return "full attention", plain, None
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """transformers says nothing of ids and widths that it corrects."""
+    before = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(before)

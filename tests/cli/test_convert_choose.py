@@ -1,0 +1,150 @@
+"""`flashsfa convert` with limits and presets: what is chosen is written, and what nothing meets is refused."""
+
+import functools
+import json
+import re
+
+import pytest
+
+import flashsfa
+from flashsfa.cli import main
+from flashsfa.presets import PRESETS
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+import flashsfa.choose  # noqa: E402
+import flashsfa.convert  # noqa: E402
+from words_model import assert_refused  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """Times of one short context alone."""
+    settings = functools.partial(flashsfa.convert.ConvertSettings, contexts=(64,))
+    monkeypatch.setattr(flashsfa.convert, "ConvertSettings", settings)
+
+
+def arguments(model, text, output, *more):
+    sizes = ["--window", "40", "--windows", "2", "--dtype", "float32"]
+    return ["convert", str(model), "-o", str(output), "--calibrate", str(text), "--eval", str(text), *sizes, *more]
+
+
+def test_the_choice_is_written_with_the_frontier(tiny, text, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert (
+        main(arguments(tiny, text, output, "--max-loss", "50%", "--bytes", "60 %", "--recent", "2", "--first", "1"))
+        == 0
+    )
+    assert {p.name for p in tmp_path.iterdir()} == {"out", "text.txt"}  # the measurements are gone
+    report = json.loads((output / "report.json").read_text())
+    rows, dense_bytes = report["variants"], 4 * 2 * 8
+    able = {name: rows[name] for name in report["candidates"]}
+    assert report["chosen"] == min(able, key=lambda name: (able[name]["token_bytes"], able[name]["loss"]))
+    assert all(row["token_bytes"] <= 0.6 * dense_bytes for row in able.values())
+    assert (report["settings"]["max_loss"], report["settings"]["max_bytes"]) == (0.5, 0.6)
+    for name in ("report.png", "frontier.png"):
+        assert (output / name).read_bytes().startswith(b"\x89PNG")
+    out = capsys.readouterr().out
+    assert "Chosen: the fewest bytes with a loss of at most 50 % and at most 60 % of the bytes" in out
+    assert f"Written: {able[report['chosen']]['label']}, " in out
+    assert "frontier.png are in" in out
+    settings = flashsfa.from_pretrained(output).config.sfa
+    assert (settings["recent"], settings["first"]) == (2, 1)
+    assert (
+        main(
+            [
+                "eval",
+                "perplexity",
+                str(output),
+                "--text",
+                str(text),
+                "--dtype",
+                "float32",
+                "--window",
+                "40",
+                "-o",
+                str(tmp_path / "r"),
+            ]
+        )
+        == 0
+    )
+
+
+def test_what_nothing_meets_is_refused_with_the_nearest(tiny, text, tmp_path, capsys, monkeypatch):
+    lost = {"loss": 0.1, "loss_error": 0.01, "share": 0.5}
+    monkeypatch.setattr(flashsfa.choose, "_against", lambda row, dense: lost)
+    before = set(tmp_path.iterdir())
+    assert main(arguments(tiny, text, tmp_path / "a" / "out", "--max-loss", "1%")) == 2
+    out, error = capsys.readouterr()
+    assert set(tmp_path.iterdir()) == before
+    assert len(re.findall(r"\+10\.00 ± 1\.00 %", out)) == 3
+    (line,) = error.strip().splitlines()
+    assert "nothing that was tried has a loss of at most 1 %; the nearest is" in line
+    assert main(arguments(tiny, text, tmp_path / "out", "--bytes", "5%")) == 2
+    out, error = capsys.readouterr()
+    assert set(tmp_path.iterdir()) == before
+    assert "not measured" in out
+    assert "at most 5 % of the bytes" in error
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max-loss", "1%", "--key-bytes", "4"], "the choice says it: leave out --key-bytes"),
+        (["--bytes", "25%", "--topk", "4"], "leave out --topk"),
+        (["--bytes", "25%", "--cache-dtype", "int8"], "leave out --cache-dtype"),
+        (["--preset", "small", "--recent", "1"], "a preset says it: leave out --recent"),
+        (["--preset", "small", "--max-loss", "1%"], "give one of them"),
+        (["--bytes", "100%"], "over 0 % and under 100 %"),
+        (["--max-loss", "100%"], "under 100 %"),
+    ],
+)
+def test_two_ways_to_say_it(options, message, tiny, text, tmp_path, capsys):
+    before = set(tmp_path.iterdir())
+    assert_refused(capsys, arguments(tiny, text, tmp_path / "out", *options), message)
+    assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("share", ["1", "0.01", "%", "-1%", "1%%", "nan%", "one%"])
+def test_shares_are_percents(share, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["convert", "-o", "out", f"--max-loss={share}"])
+    assert stop.value.code == 2
+    assert "is no share in percent such as 1%" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_written_without_a_comparison(name, text, tmp_path, capsys):
+    from words_model import save_tiny
+
+    model, preset = save_tiny(tmp_path / "model", head_dim=16), PRESETS[name]
+    assert main(arguments(model, text, tmp_path / "out", "--preset", name)) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert len(report["variants"]) == 2
+    settings = flashsfa.from_pretrained(tmp_path / "out").config.sfa
+    for option in ("cache_dtype", "recent", "first", "prefill"):
+        assert settings[option] == getattr(preset, option)
+    if preset.key_bytes is None:
+        assert (settings["dense_dims"], settings["topk"]) == (7, 3)
+    else:
+        row = report["variants"][report["chosen"]]
+        assert f"{round(preset.key_bytes / 4)} bytes a key" in row["label"]
+
+
+def test_presets_say_their_bytes():
+    from flashsfa.formats import CodeFormat, cache_bits
+
+    for preset in PRESETS.values():
+        bits = cache_bits(preset.cache_dtype)
+        values = bits.v_bytes(64) if isinstance(bits, CodeFormat) else 64 + 4
+        keys = preset.key_bytes or preset.dense_dims + 2 * preset.topk + 4
+        assert preset.token_bytes == keys + values
+
+
+def test_presets_stand_in_the_help(capsys):
+    with pytest.raises(SystemExit):
+        main(["convert", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    for name, preset in PRESETS.items():
+        assert f"{name}, {preset.purpose} ({preset.token_bytes}, {preset.loss})" in out
