@@ -3,30 +3,11 @@
 import importlib
 import inspect
 import logging
-import types
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from vllm_server import CODING, HKV, TOPK, D, Server
-from vllm_stand_ins import HAS_VLLM, STAND_INS, KVCacheLayout, unset
-
-
-@pytest.mark.skipif(not HAS_VLLM, reason="needs vLLM, to compare the stand-ins with it")
-def test_stand_ins_have_the_signatures_of_vllm(vllm):
-    for content in STAND_INS.values():
-        for name, stand_in in content.items():
-            theirs = getattr(vllm, name)
-            functions = {name: (stand_in, theirs)} if inspect.isfunction(stand_in) else {
-                x: (getattr(stand_in, x), getattr(theirs, x)) for x, y in vars(stand_in).items()
-                if callable(getattr(stand_in, x)) and (x == "__init__" or not x.startswith("__"))
-                and isinstance(y, types.FunctionType | staticmethod | classmethod)
-            }  # fmt: skip
-            for mine, real in functions.values():
-                if mine is not unset and name not in ("CommonAttentionMetadata", "AttentionSpec", "SlidingWindowSpec"):
-                    assert list(inspect.signature(mine).parameters) == list(inspect.signature(real).parameters), name
-    assert {x.name: x.value for x in KVCacheLayout} == {x.name: x.value for x in vllm.KVCacheLayout}
+from vllm_server import CODING, HKV, TOPK, D
 
 
 def test_the_backend_has_every_name_that_vllm_calls(vllm, serve):
@@ -47,13 +28,12 @@ def test_the_backend_has_every_name_that_vllm_calls(vllm, serve):
                 ), name
     assert backend.SparseFeatureBackend.get_name() in vllm.AttentionBackendEnum.__members__
     assert not backend.SparseFeatureBackend.forward_includes_kv_cache_update
-    if HAS_VLLM:
-        config = dict(kv_cache_dtype="auto", block_size=16, use_mla=False, has_sink=False, use_sparse=False,
-                      use_mm_prefix=False, use_per_head_quant_scales=False, device_capability=None, attn_type="decoder")  # fmt: skip
-        check = backend.SparseFeatureBackend.validate_configuration
-        assert check(head_size=128, dtype=torch.bfloat16, has_sliding_window=True, **config) == []
-        assert check(head_size=512, dtype=torch.bfloat16, **config) == ["head_size not supported"]
-        assert check(head_size=64, dtype=torch.bfloat16, **config | {"kv_cache_dtype": "fp8"})
+    config = dict(kv_cache_dtype="auto", block_size=16, use_mla=False, has_sink=False, use_sparse=False,
+                  use_mm_prefix=False, use_per_head_quant_scales=False, device_capability=None, attn_type="decoder")  # fmt: skip
+    check = backend.SparseFeatureBackend.validate_configuration
+    assert check(head_size=128, dtype=torch.bfloat16, has_sliding_window=True, **config) == []
+    assert check(head_size=512, dtype=torch.bfloat16, **config) == ["head_size not supported"]
+    assert check(head_size=64, dtype=torch.bfloat16, **config | {"kv_cache_dtype": "fp8"})
 
 
 def test_what_cannot_run_is_refused(vllm, serve):
@@ -67,8 +47,6 @@ def test_what_cannot_run_is_refused(vllm, serve):
     ):  # fmt: skip
         with pytest.raises(ValueError, match="flashsfa's vLLM backend"):
             SparseFeatureImpl(*ordinary, **argument)
-    with pytest.raises(ValueError, match="speculative"):
-        Server(vllm, serve(**CODING, speculative=SimpleNamespace(num_speculative_tokens=None)))
     serve(**CODING, layers=[0])
     with pytest.raises(ValueError, match="codes every layer"):
         SparseFeatureImpl(*ordinary)
@@ -77,9 +55,6 @@ def test_what_cannot_run_is_refused(vllm, serve):
         SparseFeatureImpl(*ordinary)
     serve(**CODING, has_basis=True)
     with pytest.raises(ValueError, match="no local file"):
-        SparseFeatureImpl(*ordinary)
-    serve(**CODING, cache_dtype="int8")
-    with pytest.raises(ValueError, match="cache_dtype=None"):
         SparseFeatureImpl(*ordinary)
     for exact in ({"recent": 32}, {"first": 4}):
         serve(**CODING, **exact)
@@ -130,3 +105,32 @@ def test_registering(vllm, caplog):
     assert custom.get_path() == "another.Backend"
     assert "another.Backend" in caplog.text
     custom.clear_override()
+    flashsfa.vllm.register()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("plain", {"attention_backend": "CPU_ATTN"}, "CPU_ATTN would ignore"),
+        ("plain", {"kv_cache_dtype": "fp8"}, "widths of their own, not in --kv-cache-dtype fp8"),
+        ("plain", {"block_size": 8}, "a multiple of 16 tokens, not --block-size 8"),
+        ("plain", {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "KV connectors"),
+        ("plain", {"kv_offloading_size": 1.0}, "KV connectors"),
+        (
+            "plain",
+            {"speculative_config": {"method": "ngram_gpu", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
+            "speculation by n-grams",
+        ),
+        ("dense", {"attention_backend": "CUSTOM"}, "config.json has no settings"),
+        ("plain", {"hf_overrides": {"sfa": {"topk": 8, "has_basis": True}}}, "is no local file"),
+        ("basis", {"hf_overrides": {"sfa": {"topk": 8, "dense_dims": 16}}}, "settings name none"),
+        ("basis", {"hf_overrides": {"sfa": {"topk": None, "has_basis": True}}}, "with topk, and a basis"),
+        ("plain", {"hf_overrides": {"sfa": {"topk": 8, "layers": [0]}}}, "codes every layer"),
+        ("plain", {"hf_overrides": {"sfa": {"topk": 8, "recent": 32}}}, "codes every token"),
+    ],
+)
+def test_what_is_refused_before_anything_is_loaded(vllm, folder, name, arguments, words):
+    from vllm.engine.arg_utils import EngineArgs
+
+    with pytest.raises(ValueError, match=words):
+        EngineArgs(folder(name), dtype="float32", max_model_len=512, **arguments).create_engine_config()

@@ -8,9 +8,11 @@ import torch
 from decode_cases import DecodeRules, decode
 from flashsfa import FeatureCodes, sparse_feature_decode, topk_codes
 from flashsfa.cache.paged import PagedSparseKVCache
+from flashsfa.coder import Coder
+from flashsfa.formats import cache_bits
+from flashsfa.stored import KVView
 from flashsfa.vllm.layout import PageLayout
 from vllm_server import CODING, DENSE, DV, HKV, PAGE, TOPK, D, cache_views
-from vllm_stand_ins import HAS_VLLM
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -23,23 +25,24 @@ def raw_pages(layout, pages, heads=HKV, page_size=PAGE, gap=0):
     return raw.as_strided((pages, heads, page_size, cell), (stride, page_size * cell, cell, 1))
 
 
-def parts(codes, v):
-    return codes.dense, codes.values, codes.indices, v
+def paged(topk, dense, dtype, bits=None, width=D, v_width=DV):
+    return PageLayout(Coder(topk, dense, cache_bits(bits)), width, v_width, dtype)
 
 
-@pytest.mark.parametrize(("dense", "topk", "dtype", "expected"), [
-    (0, 16, torch.bfloat16, 304), (16, 16, torch.bfloat16, 336), (0, 15, torch.float16, 302), (3, 5, torch.float32, 552),
+@pytest.mark.parametrize(("dense", "topk", "dtype", "bits", "expected"), [
+    (0, 16, torch.bfloat16, None, 304), (16, 16, torch.bfloat16, None, 336), (0, 15, torch.float16, None, 302),
+    (3, 5, torch.float32, None, 552), (16, 16, torch.bfloat16, "int8", 184),
 ])  # fmt: skip
-def test_bytes_of_a_token(dense, topk, dtype, expected):
-    assert PageLayout(128, 128, topk, dense, dtype).token_bytes == expected
+def test_bytes_of_a_token(dense, topk, dtype, bits, expected):
+    assert paged(topk, dense, dtype, bits, 128, 128).token_bytes == expected
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("dense", "topk", "page_size"), [(0, 5, 16), (4, 5, 16), (4, 8, 64), (31, 1, 16)])
 def test_views_are_disjoint_aligned_and_cover_the_page(dense, topk, page_size, dtype):
-    layout = PageLayout(D, DV, topk, dense, dtype)
+    layout = paged(topk, dense, dtype)
     pages = raw_pages(layout, 3, page_size=page_size)
-    views = parts(*layout.views(pages))
+    views = layout.views(pages).tensors()
     for x, width in zip(views, (dense, topk, topk, DV), strict=True):
         assert x.shape == (3, HKV, page_size, width)
         assert x.untyped_storage().data_ptr() == pages.untyped_storage().data_ptr()
@@ -55,71 +58,67 @@ def test_views_are_disjoint_aligned_and_cover_the_page(dense, topk, page_size, d
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dense", [0, DENSE])
-def test_decode_reads_raw_pages_as_it_reads_a_paged_cache(dense, dtype):
-    layout = PageLayout(D, DV, TOPK, dense, dtype)
-    cache = PagedSparseKVCache(TOPK, dense_dims=dense, pages=9, page_size=PAGE)
+@pytest.mark.parametrize(("dense", "bits"), [(0, None), (DENSE, None), (DENSE, "int8"), (DENSE, "d8s8v8")])
+def test_decode_reads_raw_pages_as_it_reads_a_paged_cache(dense, bits, dtype):
+    layout = paged(TOPK, dense, dtype, bits)
+    cache = PagedSparseKVCache(TOPK, dense_dims=dense, pages=9, page_size=PAGE, dtype=cache_bits(bits))
     pages = raw_pages(layout, 9, gap=64)
     sequences = [cache.add() for _ in range(3)]
-    for n in (1, PAGE, 2 * PAGE + 3):  # each sequence its own length, then all together past the ends of pages
-        k, v = torch.randn(1, HKV, n, D, dtype=dtype), torch.randn(1, HKV, n, DV, dtype=dtype)
-        sequence = sequences[[1, PAGE, 2 * PAGE + 3].index(n)]
-        cache.append([sequence], k, v)
+    for sequence, n in zip(sequences, (1, PAGE, 2 * PAGE + 3), strict=True):  # each its own length
+        cache.append([sequence], torch.randn(1, HKV, n, D, dtype=dtype), torch.randn(1, HKV, n, DV, dtype=dtype))
+    # then all together past the ends of pages
     cache.append(sequences, torch.randn(3, HKV, 2, D, dtype=dtype), torch.randn(3, HKV, 2, DV, dtype=dtype))
     held = cache.view(sequences)
     for row, length in zip(held.page_table.tolist(), held.kv_lens.tolist(), strict=True):
         slots = torch.tensor([row[i // PAGE] * PAGE + i % PAGE for i in range(length)])
-        codes, v = cache.codes, cache.v
-        taken = codes[slots // PAGE, :, slots % PAGE]
-        layout.write(pages, slots, taken, v[slots // PAGE, :, slots % PAGE])
-        again, again_v = layout.read(pages, slots)
-        for x, y in zip(parts(again, again_v), parts(taken, v[slots // PAGE, :, slots % PAGE]), strict=True):
+        taken = held.map(lambda x, slots=slots: x[slots // PAGE, :, slots % PAGE].transpose(0, 1)[None])
+        layout.write(pages, slots, taken)
+        for x, y in zip(layout.read(pages, slots).tensors(), taken.tensors(), strict=True):
             assert torch.equal(x, y)
     q = torch.randn(3, 2 * HKV, 1, D, dtype=dtype)
-    codes, v = layout.views(pages)
+    raw = replace(layout.views(pages), kv_lens=held.kv_lens, page_table=held.page_table)
     for rules in ({}, {"window": 7}, {"topk_query": D}):
         expected = sparse_feature_decode(q, held, **rules)
-        out = sparse_feature_decode(q, replace(held, codes=codes, v=v), **rules)
+        out = sparse_feature_decode(q, raw, **rules)
         assert not out.isnan().any()
         assert torch.equal(out, expected)
 
 
 def test_the_fused_kernel_reads_raw_pages_in_place():
     decode_triton = pytest.importorskip("flashsfa.ops.decode.triton.decode")
-    layout = PageLayout(D, DV, TOPK, DENSE, torch.float32)
+    layout = paged(TOPK, DENSE, torch.float32)
     pages = raw_pages(layout, 4, gap=32)
     k, v = torch.randn(40, HKV, D, dtype=torch.float32), torch.randn(40, HKV, DV, dtype=torch.float32)
     table = torch.tensor([[3, 1, 2]], dtype=torch.int32)
     slots = torch.tensor([int(table[0, i // PAGE]) * PAGE + i % PAGE for i in range(40)])
     codes = topk_codes(k, TOPK, dense_dims=DENSE)
-    layout.write(pages, slots, codes, v)
+    layout.write(pages, slots, KVView(codes, v).map(lambda x: x.transpose(0, 1)[None]))
     q = torch.randn(1, 2 * HKV, 1, D, dtype=torch.float32)
-    paged = DecodeRules(kv_lens=torch.tensor([40], dtype=torch.int32), page_table=table)
-    out, _ = decode(decode_triton, q, *layout.views(pages), paged, D**-0.5, 0.0, topk_query=D)
+    rules = DecodeRules(kv_lens=torch.tensor([40], dtype=torch.int32), page_table=table)
+    out, _ = decode(decode_triton, q, *layout.views(pages), rules, D**-0.5, 0.0, topk_query=D)
     pool, pool_v = layout.views(pages)
     apart = FeatureCodes(*(x.contiguous() for x in (pool.dense, pool.values, pool.indices)), D)
-    expected, _ = decode(decode_triton, q, apart, pool_v.contiguous(), paged, D**-0.5, 0.0, topk_query=D)
+    expected, _ = decode(decode_triton, q, apart, pool_v.contiguous(), rules, D**-0.5, 0.0, topk_query=D)
     assert torch.equal(out, expected)
-    plain = sparse_feature_decode(q, pool, pool_v, kv_lens=paged.kv_lens, page_table=table, topk_query=D)
+    plain = sparse_feature_decode(q, pool, pool_v, kv_lens=rules.kv_lens, page_table=table, topk_query=D)
     torch.testing.assert_close(out, plain)
 
 
 def test_pages_that_do_not_fit_are_refused():
-    layout = PageLayout(D, DV, TOPK, DENSE, torch.bfloat16)
+    layout = paged(TOPK, DENSE, torch.bfloat16)
     pages = raw_pages(layout, 2)
     with pytest.raises(ValueError, match=f"C of {layout.token_bytes} bytes"):
         layout.views(pages[..., :-2])
     with pytest.raises(ValueError, match=r"must be contiguous.*LBHNC"):
         layout.views(pages.transpose(1, 2).contiguous().transpose(1, 2))
-    with pytest.raises(ValueError, match=r"whole torch\.bfloat16 elements"):
+    with pytest.raises(ValueError, match="whole elements of 2 bytes"):
         layout.views(raw_pages(layout, 2, gap=1))
     with pytest.raises(ValueError, match="topk must be"):
-        PageLayout(D, DV, D, DENSE, torch.bfloat16)
+        paged(D, DENSE, torch.bfloat16)
     with pytest.raises(ValueError, match="floating dtype"):
-        PageLayout(D, DV, TOPK, DENSE, torch.int8)
+        paged(TOPK, DENSE, torch.int8)
 
 
-@pytest.mark.skipif(not HAS_VLLM, reason="needs vLLM")
 def test_pages_lie_as_vllm_lays_them(vllm, serve):
     from vllm.v1.kv_cache_interface import KVCacheTensor, compute_layout_strides, create_kv_cache_views
     from vllm.v1.worker.utils import customize_attention_spec
@@ -136,7 +135,7 @@ def test_pages_lie_as_vllm_lays_them(vllm, serve):
         theirs = create_kv_cache_views(raw, spec, 6, layout, tensor)
         for x, y in zip(theirs, cache_views(spec, 6, layout), strict=True):
             assert (x.shape, x.stride(), x.storage_offset()) == (y.shape, y.stride(), y.storage_offset())
-            PageLayout(D, DV, TOPK, DENSE, torch.float16).views(x)
+            paged(TOPK, DENSE, torch.float16).views(x)
 
 
 def test_a_page_costs_what_its_codes_cost(vllm, serve):

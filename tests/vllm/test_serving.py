@@ -1,11 +1,11 @@
-"""The backend, driven as vLLM drives it, equals the operator. No model runs inside vLLM here."""
+"""The backend, driven as vLLM drives it, equals the operator. Whole models: test_engine."""
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashsfa import FeatureBasis
 from vllm_server import CODING, DENSE, DV, HKV, STEPS, D, Server
-from vllm_stand_ins import HAS_VLLM
 
 
 @pytest.mark.parametrize("layout", ["LBHNC", "BLHNC", "BHLNC", "LHBNC"])
@@ -75,7 +75,6 @@ def test_a_basis_that_is_not_the_models_is_refused(vllm, serve, layers, factor, 
         Server(vllm, serve(basis, **CODING, has_basis=has_basis), hq=2 * HKV, hkv=HKV).step(STEPS[0])
 
 
-@pytest.mark.skipif(not HAS_VLLM, reason="needs vLLM")
 @pytest.mark.parametrize("window", [None, 12])
 def test_vllms_own_attention_layer(vllm, serve, window, monkeypatch):
     """vLLM builds the layer with the backend, updates its cache and calls it, through its forward context."""
@@ -116,9 +115,37 @@ def test_padding_tokens_leave_every_page_but_the_null_block_alone(vllm, serve):
     assert torch.equal(server.kv_cache[1:].view(torch.uint8), before[1:].view(torch.uint8))
 
 
-def test_the_profiling_run_gives_zeros(vllm, serve):
-    server = Server(vllm, serve(**CODING))
-    q, k, v = torch.randn(3, 4, D), torch.randn(3, HKV, D), torch.randn(3, HKV, DV)
-    output = torch.empty(3, 4, DV)
-    server.impl.forward(server.layer, q, k, v, torch.tensor([]), None, output=output)
-    assert (output == 0).all()
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+def test_the_profiling_run_takes_the_memory_of_the_longest_context(vllm, serve, monkeypatch, cache_dtype):
+    """The spread keys and values of a group of prompts are no longer than that, and the largest that attention makes."""
+    server = Server(vllm, serve(**CODING, longest=97, cache_dtype=cache_dtype))
+    for new in ({"a": 50, "b": 40}, {"a": 20, "b": 30}, {"a": 20, "b": 20}):
+        server.step(new)
+    asked = {name: 3 for name in server.requests}
+    made, whole = [], server.builder.build
+
+    def build(*arguments):
+        metadata = whole(*arguments)
+        made.extend(int(x.cu_seqlens_k[-1]) for x in metadata.prefills)
+        return metadata
+
+    monkeypatch.setattr(server.builder, "build", build)
+    server.step(asked)
+    assert sorted(made) == [93, 93]
+    with _Sizes() as sizes:
+        q, k, v = torch.randn(3, 4, D), torch.randn(3, HKV, D), torch.randn(3, HKV, DV)
+        server.impl.forward(server.layer, q, k, v, torch.tensor([]), None, output=torch.empty(3, 4, DV))
+    assert {(1, HKV, 97, D), (1, HKV, 97, DV)} <= sizes.seen
+
+
+class _Sizes(TorchDispatchMode):
+    """Collects the shapes of all tensors that are made."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        found = function(*arguments, **(options or {}))
+        self.seen |= {tuple(x.shape) for x in torch.utils._pytree.tree_leaves(found) if isinstance(x, torch.Tensor)}
+        return found

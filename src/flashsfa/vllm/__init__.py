@@ -1,7 +1,8 @@
-"""Experimental: vLLM serves a model from pages of feature codes. Written against vLLM 0.33, never run inside it.
+"""Experimental: vLLM serves a switched model from pages of feature codes. It has run inside vLLM 0.32 and 0.33 on the CPU, and
+never on a GPU.
 
-vLLM finds `register` through the entry point group `vllm.general_plugins`; `--attention-backend CUSTOM` then selects
-`backend.SparseFeatureBackend`. docs/reference/serving.md says what is proven.
+vLLM finds `register` through the entry point group `vllm.general_plugins`. A model whose config.json has settings "sfa" is then
+served by `backend.SparseFeatureBackend` (`choice`), others as before. docs/reference/serving.md says what is proven.
 """
 
 from __future__ import annotations
@@ -9,18 +10,21 @@ from __future__ import annotations
 import logging
 
 _log = logging.getLogger("flashsfa")
-_BACKEND = "flashsfa.vllm.backend.SparseFeatureBackend"
+BACKEND = "flashsfa.vllm.backend.SparseFeatureBackend"
 
 
 def register() -> None:
-    """Make vLLM's attention backend CUSTOM this package's, unless another plugin has taken it. Runs in every vLLM
-    process, so it imports no more than vLLM's registry."""
+    """Make vLLM's attention backend CUSTOM this package's, unless another plugin has taken it, and have switched models served by
+    it. Runs in every vLLM process, and more than once in some."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    from .choice import watch_platform
 
     custom = AttentionBackendEnum.CUSTOM
     if not custom.is_overridden():
-        register_backend(custom, _BACKEND)
-    elif custom.get_path() != _BACKEND:
+        register_backend(custom, BACKEND)
+    elif custom.get_path() != BACKEND:
         _log.warning(
             "vLLM's attention backend CUSTOM is already %s; set VLLM_PLUGINS to choose one plugin", custom.get_path()
         )
+    watch_platform()

@@ -1,4 +1,4 @@
-"""Experimental: vLLM's attention over pages of feature codes. Written against vLLM 0.33, never run inside it.
+"""Experimental: vLLM's attention over pages of feature codes. It has run inside vLLM 0.32 and 0.33 on the CPU, never on a GPU.
 
 vLLM sees the cache as `[blocks, kv heads, tokens, C]` cells; `PageLayout` says what is in the C bytes. Decode reads the
 codes where they lie. A prompt attends to its own keys, and from its second chunk on to the codes of all keys, spread out.
@@ -24,14 +24,17 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, SlidingWindowSpec
 
-from ..attention import sparse_feature_attention
 from ..basis import FeatureBasis
+from ..budget import FeatureBudget
 from ..checks import require
-from ..codes import FeatureCodes, topk_codes
-from ..decode import sparse_feature_decode
+from ..decode import FEW_QUERIES, sparse_feature_decode
 from ..huggingface.positions import channel_first
+from ..mask import Mask
+from ..ops.prefill import operator
+from ..scores import ScoreRules
+from ..stored import KVView
 from .layout import PageLayout
-from .settings import BasisFile, current_settings
+from .settings import PAGE_SIZES, BasisFile, coder_of, current_settings, longest_context
 
 _log = logging.getLogger("flashsfa")
 
@@ -40,7 +43,7 @@ class SparseFeatureBackend(AttentionBackend):
     """What vLLM asks before it builds anything: sizes, dtypes, the bytes of a cache cell.
 
     Causal decoder attention of models without sinks, with or without a sliding window; head_dim up to 256; a cache in the
-    model's dtype. vLLM itself refuses the rest.
+    model's dtype, or in the bits that the model's settings name. vLLM itself refuses the rest.
     """
 
     forward_includes_kv_cache_update = False
@@ -61,7 +64,7 @@ class SparseFeatureBackend(AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
-        return [16, 32, 64, 128, 256]
+        return PAGE_SIZES
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
@@ -70,6 +73,11 @@ class SparseFeatureBackend(AttentionBackend):
     @classmethod
     def supports_sliding_window(cls) -> bool:
         return True
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        """Connectors copy tokens, and a token's bytes are not together."""
+        return False
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
@@ -81,91 +89,133 @@ class SparseFeatureBackend(AttentionBackend):
         """`spec` with cells of `PageLayout.token_bytes`: keys and values of unequal width."""
         if spec.state_content_bytes is not None:
             return spec
-        budget = current_settings().budget(spec.head_size)
-        layout = PageLayout(spec.head_size, spec.head_size_v, budget.topk, budget.dense_dims, spec.dtype)
+        layout = PageLayout(coder_of(current_settings()), spec.head_size, spec.head_size_v, spec.dtype)
         return replace(spec, state_content_bytes=layout.token_bytes)
 
 
 @dataclass(frozen=True)
-class Prefill:
-    """The requests of a batch with several new tokens.
+class Decode:
+    """The requests of a batch with few new tokens, M at most.
 
     Attributes:
+        seq_lens: [B] int32 keys of each, the new ones included.
+        block_table: [B, max_blocks] int32 their pages.
+        rows: [B, M] int64 the batch's rows of their M newest tokens; where a request has fewer new ones, others come first.
+        new: [tokens] int64 which of the B·M rows are new tokens, in the batch's order.
+    """
+
+    seq_lens: Tensor
+    block_table: Tensor
+    rows: Tensor
+    new: Tensor
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Requests of a batch with many new tokens.
+
+    Attributes:
+        rows: the batch's rows of their new tokens.
         cu_seqlens_q, cu_seqlens_k: [S + 1] int32 bounds of their new tokens and of the keys these see.
         max_seqlen_q, max_seqlen_k: longest of them.
         slots: [Tk] int64 where the keys lie in the cache; None if they are the new tokens' own, all of them.
     """
 
+    rows: slice
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
     max_seqlen_q: int
     max_seqlen_k: int
-    slots: Tensor | None
+    slots: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class SparseFeatureMetadata(AttentionMetadata):
-    """A batch: decoding requests first, with one new token each, then those in prefill.
+    """A batch: decoding requests first, then those in prefill, in groups.
 
     Attributes:
-        decodes: number of decoding requests, whose tokens are the first rows.
         tokens: rows in all; vLLM may hand over more.
-        seq_lens: [decodes] int32 keys of each, the new one included.
-        block_table: [decodes, max_blocks] int32 their pages.
-        prefill: the other requests, None if there are none.
+        decode: the decoding requests, None if there are none.
+        prefills: the others, grouped such that the keys of a group that come from the cache are no more than the longest context.
     """
 
-    decodes: int
     tokens: int
-    seq_lens: Tensor
-    block_table: Tensor
-    prefill: Prefill | None
+    decode: Decode | None
+    prefills: list[Prefill]
 
 
 class SparseFeatureMetadataBuilder(AttentionMetadataBuilder[SparseFeatureMetadata]):
-    """Splits a batch, and finds the cached keys of prompts that come in chunks. Reads lengths on the CPU alone."""
+    """Splits a batch, and finds the cached keys of prompts that come in chunks. Reads lengths on the CPU alone.
+
+    Requests that verify a few guessed tokens decode, all their queries at once.
+    """
 
     def __init__(self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: Any, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        require(
-            vllm_config.speculative_config is None,
-            "flashsfa's vLLM backend does not run speculative decoding: drop --speculative-config",
-        )
-        self._init_reorder_batch_threshold(1)
+        speculative = vllm_config.speculative_config
+        guesses = 0 if speculative is None else speculative.num_speculative_tokens
+        self._most_new = min(1 + guesses, FEW_QUERIES)  # tokens of a request that decodes
+        self._init_reorder_batch_threshold(self._most_new)
         self._page_size = kv_cache_spec.block_size
         # pages that have left a sliding window are gone: their keys must not be looked up
         self._window = kv_cache_spec.sliding_window if isinstance(kv_cache_spec, SlidingWindowSpec) else None
+        self._rounds = current_settings().rounds
+        self._most_keys = vllm_config.model_config.max_model_len
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> SparseFeatureMetadata:
         batch = common_attn_metadata
         require(batch.causal is True, "flashsfa's vLLM backend runs causal attention only")
-        first, prefills, decodes, _ = split_decodes_and_prefills(batch, decode_threshold=1)
+        first, _, _, _ = split_decodes_and_prefills(batch, decode_threshold=self._most_new)
+        tokens = int(batch.query_start_loc_cpu[batch.num_reqs])
         return SparseFeatureMetadata(
-            decodes=decodes,
-            tokens=int(batch.query_start_loc_cpu[batch.num_reqs]),
-            seq_lens=batch.seq_lens[:decodes],
-            block_table=batch.block_table_tensor[:decodes],
-            prefill=self._prefill(batch, first) if prefills else None,
+            tokens, self._decode(batch, first) if first else None, self._prefills(batch, first, tokens)
         )
 
-    def _prefill(self, batch: CommonAttentionMetadata, first: int) -> Prefill:
-        """Of the requests from `first` on."""
-        requests = slice(first, batch.num_reqs)
-        bounds = batch.query_start_loc_cpu[first : batch.num_reqs + 1]
-        new = bounds.diff()  # [S] on the CPU, as all lengths here
-        held = batch.seq_lens_cpu_upper_bound[requests]  # exact without speculative decoding
-        seen = held if self._window is None else torch.minimum(held, new + self._window - 1)
-        cu_seqlens_k = torch.nn.functional.pad(seen.cumsum(0), (1, 0)).to(torch.int32)
-        all_new = torch.equal(new, held)
-        return Prefill(
-            cu_seqlens_q=(bounds - bounds[0]).to(self.device, torch.int32, non_blocking=True),
-            cu_seqlens_k=cu_seqlens_k.to(self.device, torch.int32, non_blocking=True),
-            max_seqlen_q=int(new.max()),
-            max_seqlen_k=int(seen.max()),
-            slots=None if all_new else _slots(batch.block_table_tensor[requests], held, seen, self._page_size),
+    def _decode(self, batch: CommonAttentionMetadata, count: int) -> Decode:
+        """Of the first `count` requests."""
+        bounds = batch.query_start_loc_cpu[: count + 1].long()
+        starts, ends = bounds[:-1, None], bounds[1:, None]
+        most = int(bounds.diff().max())
+        rows = ends + torch.arange(-most, 0, device=bounds.device)
+        is_new = rows >= starts
+        return Decode(
+            seq_lens=batch.seq_lens[:count],
+            block_table=batch.block_table_tensor[:count],
+            rows=rows.clamp(min=0).to(self.device, non_blocking=True),
+            new=is_new.flatten().nonzero().flatten().to(self.device, non_blocking=True),
         )
+
+    def _prefills(self, batch: CommonAttentionMetadata, first: int, tokens: int) -> list[Prefill]:
+        """Of the requests from `first` on."""
+        new = batch.query_start_loc_cpu[first : batch.num_reqs + 1].diff()  # [S] on the CPU, as all lengths here
+        held = batch.seq_lens_cpu_upper_bound[first : batch.num_reqs]  # exact where drafts are no model's
+        seen = held if self._window is None else torch.minimum(held, new + self._window - 1)
+        if not len(new):
+            return []
+        if not self._rounds and torch.equal(new, held):
+            rows = slice(int(batch.query_start_loc_cpu[first]), tokens)
+            return [self._prefill(rows, new, seen, None)]
+        groups: list[Prefill] = []
+        start = first
+        while start < batch.num_reqs:
+            of = slice(start - first, start - first + self._fit(seen[start - first :]))
+            end = first + of.stop
+            rows = slice(int(batch.query_start_loc_cpu[start]), int(batch.query_start_loc_cpu[end]))
+            slots = _slots(batch.block_table_tensor[start:end], held[of], seen[of], self._page_size)
+            groups.append(self._prefill(rows, new[of], seen[of], slots))
+            start = end
+        return groups
+
+    def _fit(self, seen: Tensor) -> int:
+        """How many of these requests, one at least, see no more keys together than the longest context."""
+        return max(1, int((seen.cumsum(0) <= self._most_keys).sum()))
+
+    def _prefill(self, rows: slice, new: Tensor, seen: Tensor, slots: Tensor | None) -> Prefill:
+        cu_seqlens = (torch.nn.functional.pad(x.cumsum(0), (1, 0)).to(torch.int32) for x in (new, seen))
+        cu_seqlens_q, cu_seqlens_k = (x.to(self.device, non_blocking=True) for x in cu_seqlens)
+        return Prefill(rows, cu_seqlens_q, cu_seqlens_k, int(new.max()), int(seen.max()), slots)
 
 
 def _slots(table: Tensor, held: Tensor, seen: Tensor, page_size: int) -> Tensor:
@@ -204,7 +254,8 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.kv_cache_dtype = kv_cache_dtype
         self.settings = settings = current_settings()
-        self._budget, self._window = settings.budget(head_size), sliding_window
+        self._budget, self._coder, self._window = settings.budget(head_size), coder_of(settings), sliding_window
+        self._longest = longest_context()
         self._file = BasisFile()
         self._basis: FeatureBasis | None = None
 
@@ -217,11 +268,9 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
             slot_mapping: [T] int64, T <= T', the slot of each token; negative for padding, which goes to block 0: vLLM's
                 null block, that no request holds.
         """
-        tokens = slot_mapping.shape[0]
-        codes = topk_codes(
-            self._coordinates(layer, key[:tokens], "key"), self._budget.topk, dense_dims=self._budget.dense_dims
-        )
-        self._layout(value).write(kv_cache, slot_mapping.clamp(min=0), codes, value[:tokens])
+        new = slice(slot_mapping.shape[0])
+        k = self._coordinates(layer, _by_head(key[new]), "key")
+        self._layout(value).write(kv_cache, slot_mapping.clamp(min=0), self._coder.encode(k, _by_head(value[new])))
 
     def forward(
         self,
@@ -238,46 +287,67 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
         """Attention of query [T', Hq, D] over the cache, into output [T', Hq, Dv]; rows past the batch stay as they are.
 
         key [T', Hkv, D] and value [T', Hkv, Dv] are those that `do_kv_cache_update` stored. Without metadata (vLLM's
-        profiling run) the output is 0.
+        profiling run) the output is of no use, and the memory that it takes is the most that attention takes.
         """
         require(
             output_scale is None and output_block_scale is None, "flashsfa's vLLM backend does not quantise its output"
         )
-        # before the profiling run returns: it loads the basis, whose memory vLLM is to see
-        query = self._coordinates(layer, query, "query")
+        q = self._coordinates(layer, _by_head(query), "query")
         if attn_metadata is None:
-            return output.fill_(0)
-        decodes, tokens, prefill = attn_metadata.decodes, attn_metadata.tokens, attn_metadata.prefill
-        layout, budget = self._layout(value), self._budget
-        if decodes:
-            codes, v = layout.views(kv_cache)
-            out = sparse_feature_decode(
-                query[:decodes, :, None], codes, v, kv_lens=attn_metadata.seq_lens, page_table=attn_metadata.block_table,
-                topk_query=budget.topk_query, query_pattern=budget.query_pattern, scale=self.scale, window=self._window,
-                value_tolerance=self.settings.value_tolerance,
-            )  # fmt: skip
-            output[:decodes] = out[:, :, 0]
-        if prefill is not None:
-            new = slice(decodes, tokens)
-            k: Tensor | FeatureCodes
-            if prefill.slots is None:
-                k, v = self._coordinates(layer, key[new], "key"), value[new]
-            else:
-                k, v = layout.read(kv_cache, prefill.slots)
-            output[new] = sparse_feature_attention(
-                query[new], k, v, cu_seqlens_q=prefill.cu_seqlens_q, cu_seqlens_k=prefill.cu_seqlens_k,
-                max_seqlen_q=prefill.max_seqlen_q, max_seqlen_k=prefill.max_seqlen_k, topk=budget.topk,
-                topk_query=budget.topk_query, dense_dims=budget.dense_dims, query_pattern=budget.query_pattern, is_causal=True,
-                scale=self.scale, window=self._window,
-            )  # fmt: skip
+            return self._rehearse(layer, q, key, value, output)
+        if attn_metadata.decode is not None:
+            self._decode(q, self._layout(value).views(kv_cache), attn_metadata.decode, output)
+        for prefill in attn_metadata.prefills:
+            self._prefill(layer, q, key, value, kv_cache, prefill, output)
+        return output
+
+    def _decode(self, q: Tensor, pages: KVView, decode: Decode, output: Tensor) -> None:
+        kv = replace(pages, kv_lens=decode.seq_lens, page_table=decode.block_table)
+        out = sparse_feature_decode(
+            q[0, :, decode.rows].transpose(0, 1), kv, topk_query=self._budget.topk_query,
+            query_pattern=self._budget.query_pattern, scale=self.scale, window=self._window,
+            value_tolerance=self.settings.value_tolerance,
+        )  # fmt: skip
+        output[: len(decode.new)] = out.transpose(1, 2).flatten(0, 1)[decode.new]
+
+    def _prefill(
+        self, layer: Any, q: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, prefill: Prefill, output: Tensor
+    ) -> None:
+        rows, slots = prefill.rows, prefill.slots
+        if slots is None:
+            k, v = self._coordinates(layer, _by_head(key[rows]), "key"), _by_head(value[rows])
+            budget = self._budget
+        else:
+            held = self._layout(value).read(kv_cache, slots).rows(q.dtype)
+            k, v, budget = held.k, held.v, self._budget.with_keys_kept()
+        output[rows] = self._attend(q[:, :, rows], k, v, budget, prefill)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, budget: FeatureBudget, prefill: Prefill) -> Tensor:
+        """[T, Hq, Dv] for q [1, Hq, T, D] over k and v [1, Hkv, Tk, ...]."""
+        mask = Mask(
+            True, self._window, None, prefill.cu_seqlens_q, prefill.cu_seqlens_k, prefill.max_seqlen_q, prefill.max_seqlen_k
+        )  # fmt: skip
+        scores = ScoreRules.of(q, self.scale, None, None)
+        out, _ = operator.attend(q, k, v, budget, mask, scores, gradient_of_all=False, backend="auto")
+        return out[0].transpose(0, 1)
+
+    def _rehearse(self, layer: Any, q: Tensor, key: Tensor, value: Tensor, output: Tensor) -> Tensor:
+        """Take the memory of the largest batch: a chunk of `q`'s tokens beside the spread keys of the longest context. It loads the
+        basis too."""
+        k, v = self._coordinates(layer, _by_head(key), "key"), _by_head(value)
+        tokens = k.shape[2]
+        bounds = torch.tensor([0, tokens], dtype=torch.int32, device=q.device)
+        held = self._coder.empty(self._longest, k[:, :, :1], v[:, :, :1])
+        spread = [x.new_empty((*x.shape[:2], self._longest, x.shape[3])) for x in (k, v)]
+        output[:] = self._attend(q, k, v, self._budget, Prefill(slice(tokens), bounds, bounds, tokens, tokens))
+        del held, spread  # until here
         return output
 
     def _layout(self, value: Tensor) -> PageLayout:
-        budget = self._budget
-        return PageLayout(self.head_size, value.shape[-1], budget.topk, budget.dense_dims, value.dtype)
+        return PageLayout(self._coder, self.head_size, value.shape[-1], value.dtype)
 
     def _coordinates(self, layer: Any, x: Tensor, side: str) -> Tensor:
-        """Queries or keys [T, H, D] with the channel in front, or in the layer's basis, which its first use loads."""
+        """Queries or keys [1, H, T, D] with the channel in front, or in the layer's basis, which its first use loads."""
         if self.settings.positions is not None:
             return channel_first(x, self.settings.dense_dims)
         if self._file.path is None:
@@ -285,12 +355,16 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
         if self._basis is None:
             basis = self._file.load(layer.layer_name, self.num_kv_heads)
             self._basis = FeatureBasis(basis.query.to(x.device), basis.key.to(x.device))
-        transform = self._basis.transform_query if side == "query" else self._basis.transform_key
-        return transform(x.transpose(0, 1)[None])[0].transpose(0, 1)
+        return self._basis.transform_query(x) if side == "query" else self._basis.transform_key(x)
+
+
+def _by_head(x: Tensor) -> Tensor:
+    """vLLM's x [T, H, D] as [1, H, T, D]."""
+    return x.transpose(0, 1)[None]
 
 
 @functools.cache
 def _warn_experimental() -> None:
     _log.warning(
-        "flashsfa's vLLM backend is experimental: it has never run inside vLLM, only against its interfaces (0.33)"
+        "flashsfa's vLLM backend is experimental: it has run on the CPU, in vLLM 0.32 and 0.33, and never on a GPU"
     )

@@ -1,24 +1,25 @@
 """`PageLayout`: key codes and values in raw pages of bytes, as an inference server hands them out.
 
-A server knows a page as `page_size` cells a kv head, of equally many bytes each. The cells of a head are one run of
-bytes, and inside it each part of the tokens lies by itself:
+A server knows a page as `page_size` cells a kv head, of equally many bytes each. The cells of a head are one run of bytes, and inside
+it each tensor of a `Coder`'s codes and values lies by itself, such as
 
-    dense channel [page_size, M] | kept values [page_size, K] | V [page_size, Dv] | indices [page_size, K] uint8 | pad
+    dense channel [page_size, M] | kept values [page_size, K] | indices [page_size, K] uint8 | V [page_size, Dv] | pad
 
-so that every part is the strided tensor which `sparse_feature_decode(page_table=...)` reads in place, and its rows are
-as dense as in a `PagedSparseKVCache`. A page of 16 or more tokens keeps all parts aligned to 16 bytes.
+so that each is the strided tensor which `sparse_feature_decode(page_table=...)` reads in place, and its rows are as dense as in a
+`PagedSparseKVCache`. A page of 16 or more tokens keeps all of them aligned to 16 bytes.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..budget import require_budget
 from ..checks import FLOAT_DTYPES, require
-from ..codes import FeatureCodes
+from ..coder import Coder
+from ..stored import KVView
 
 
 @dataclass(frozen=True)
@@ -26,32 +27,33 @@ class PageLayout:
     """The bytes of one token and kv head.
 
     Attributes:
+        coder: the key code, and in how many bits codes and values are kept. It has no axes, whose widths differ by head.
         head_dim, v_dim: widths D of keys and Dv of values.
-        topk, dense_dims: the key code: K kept values with their indices, M dense dims.
-        dtype: of dense channel, kept values and V.
+        dtype: that keys and values come in.
 
-    Raises `ValueError` for a budget that does not fit the head or a dtype that is not floating.
+    Raises `ValueError` for a code that does not fit the widths or a dtype that is not floating.
     """
 
+    coder: Coder
     head_dim: int
     v_dim: int
-    topk: int
-    dense_dims: int
     dtype: torch.dtype
 
     def __post_init__(self) -> None:
-        require_budget(self.topk, self.head_dim, self.dense_dims)
-        require(self.v_dim >= 1, f"v_dim must be at least 1, got {self.v_dim}")
+        require(
+            self.coder.axes is None, "pages hold equally many bytes of each head: keys are kept by topk, not in axes"
+        )
         require(self.dtype in FLOAT_DTYPES, f"pages hold codes in a floating dtype, got {self.dtype}")
+        _no_tokens(self)
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one token and kv head: (M + K + Dv) elements and K indices, rounded up to whole elements."""
-        elements = self.dense_dims + self.topk + self.v_dim + -(-self.topk // self.dtype.itemsize)
-        return elements * self.dtype.itemsize
+        """Bytes of one token and kv head, rounded up to whole elements of `dtype`."""
+        used = sum(x.shape[3:].numel() * x.itemsize for x in _no_tokens(self).tensors())
+        return -(-used // self.dtype.itemsize) * self.dtype.itemsize
 
-    def views(self, pages: Tensor) -> tuple[FeatureCodes, Tensor]:
-        """Codes [P, Hkv, page_size, ...] and V [P, Hkv, page_size, Dv] that share the memory of `pages`.
+    def views(self, pages: Tensor) -> KVView:
+        """Codes and values [P, Hkv, page_size, ...] that share the memory of `pages`.
 
         Args:
             pages: [P, Hkv, page_size, C], any dtype, with C elements of `token_bytes` together. Pages and heads may
@@ -62,29 +64,25 @@ class PageLayout:
         cells = self._bytes(pages)
         page_size = cells.shape[2]
         runs = cells.flatten(2)  # [P, Hkv, page_size * token_bytes]
-        widths = {"dense": self.dense_dims, "values": self.topk, "v": self.v_dim}
-        parts, start = {}, 0
-        for name, width in widths.items():
-            end = start + page_size * width * self.dtype.itemsize
-            parts[name] = runs[..., start:end].view(self.dtype).unflatten(-1, (page_size, width))
-            start = end
-        indices = runs[..., start : start + page_size * self.topk].unflatten(-1, (page_size, self.topk))
-        return FeatureCodes(parts["dense"], parts["values"], indices, self.head_dim), parts["v"]
+        start = 0
 
-    def write(self, pages: Tensor, slots: Tensor, codes: FeatureCodes, v: Tensor) -> None:
-        """Store codes [T, Hkv, ...] and v [T, Hkv, Dv] at slots [T] (int64: page · page_size + place in the page), in
-        place and without a host sync. Slots outside of the pages are an error that only the CPU reports."""
-        for pool, new in zip(self._parts(pages), (codes.dense, codes.values, codes.indices, v), strict=True):
-            pool[slots // pool.shape[2], :, slots % pool.shape[2]] = new
+        def part(x: Tensor) -> Tensor:
+            nonlocal start
+            run = runs[..., start : start + page_size * x.shape[3:].numel() * x.itemsize]
+            start += run.shape[-1]
+            return run.view(x.dtype).unflatten(-1, (page_size, *x.shape[3:]))
 
-    def read(self, pages: Tensor, slots: Tensor) -> tuple[FeatureCodes, Tensor]:
-        """Copies of the codes [T, Hkv, ...] and v [T, Hkv, Dv] at slots [T]."""
-        dense, values, indices, v = (x[slots // x.shape[2], :, slots % x.shape[2]] for x in self._parts(pages))
-        return FeatureCodes(dense, values, indices, self.head_dim), v
+        return _no_tokens(self).map(part)
 
-    def _parts(self, pages: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        codes, v = self.views(pages)
-        return codes.dense, codes.values, codes.indices, v
+    def write(self, pages: Tensor, slots: Tensor, kv: KVView) -> None:
+        """Store codes and values [1, Hkv, T, ...] at slots [T] (int64: page · page_size + place in the page), in place and without a
+        host sync. Slots outside of the pages are an error that only the CPU reports."""
+        for pool, new in zip(self.views(pages).tensors(), kv.tensors(), strict=True):
+            pool[slots // pool.shape[2], :, slots % pool.shape[2]] = new[0].transpose(0, 1)
+
+    def read(self, pages: Tensor, slots: Tensor) -> KVView:
+        """Copies [1, Hkv, T, ...] of the codes and values at slots [T]."""
+        return self.views(pages).map(lambda x: x[slots // x.shape[2], :, slots % x.shape[2]].transpose(0, 1)[None])
 
     def _bytes(self, pages: Tensor) -> Tensor:
         """`pages` as uint8 [P, Hkv, page_size, token_bytes], checked."""
@@ -99,10 +97,19 @@ class PageLayout:
             f"the tokens of one page and head must be contiguous, got strides {tuple(pages.stride())}; in vLLM's "
             "names: a KV cache layout that ends in HNC or BNC, such as LBHNC",
         )
+        widest = max(x.itemsize for x in _no_tokens(self).tensors())
         offsets = (*outer, pages.storage_offset())
         require(
-            all(x * pages.itemsize % self.dtype.itemsize == 0 for x in offsets),
-            f"pages and heads must start at whole {self.dtype} elements; got strides {tuple(pages.stride())} and offset "
+            all(x * pages.itemsize % widest == 0 for x in offsets),
+            f"pages and heads must start at whole elements of {widest} bytes; got strides {tuple(pages.stride())} and offset "
             f"{pages.storage_offset()} of {pages.itemsize} bytes",
         )
         return pages.view(torch.uint8)
+
+
+@functools.cache
+def _no_tokens(layout: PageLayout) -> KVView:
+    """Codes and values [1, 1, 0, ...] of no tokens: what tensors there are, their dtypes and widths."""
+    k, v = (torch.empty(1, 1, 0, width, dtype=layout.dtype, device="cpu") for width in (layout.head_dim, layout.v_dim))
+    layout.coder.require_fit(k, v)
+    return layout.coder.empty(0, k, v)

@@ -11,11 +11,43 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_pa
 
 from ..basis import FeatureBasis
 from ..checks import require
+from ..coder import Coder
+from ..formats import cache_bits
 from ..huggingface import SFASettings
 from ..huggingface.positions import is_channel
 from ..huggingface.settings import BASIS_FILE
 
+PAGE_SIZES = [16, 32, 64, 128, 256]
+
 _seen: SFASettings | None = None
+
+
+def require_served(vllm_config: Any) -> None:
+    """Raise `ValueError`, with what to do, for a model or a config of vLLM that the backend does not run."""
+    model, cache, speculative = vllm_config.model_config, vllm_config.cache_config, vllm_config.speculative_config
+    settings = _read(model.hf_config)
+    _basis_path(settings, model.model)
+    require(
+        cache.cache_dtype == "auto",
+        f'flashsfa\'s pages hold codes in widths of their own, not in --kv-cache-dtype {cache.cache_dtype}: leave it "auto", and '
+        "enable the model with cache_dtype='int8' for 8 bits",
+    )
+    require(
+        not cache.user_specified_block_size or cache.block_size % PAGE_SIZES[0] == 0,
+        f"flashsfa's pages hold a multiple of {PAGE_SIZES[0]} tokens, not --block-size {cache.block_size}: leave it out",
+    )
+    require(
+        vllm_config.kv_transfer_config is None and cache.kv_offloading_size is None,
+        "KV connectors copy keys and values of tokens, which flashsfa's pages hold as codes: serve without --kv-transfer-config and "
+        "--kv-offloading-size",
+    )
+    require(
+        speculative is None or speculative.method == "ngram",
+        lambda: (
+            f"flashsfa serves with speculation by n-grams, not by the method {speculative.method!r}, whose own layers it would code: "
+            'use "method": "ngram" in --speculative-config'
+        ),
+    )
 
 
 def current_settings() -> SFASettings:
@@ -34,6 +66,16 @@ def current_settings() -> SFASettings:
     return _seen
 
 
+def longest_context() -> int:
+    """Tokens of the longest sequence that vLLM serves here; asked where its config is set."""
+    return int(get_current_vllm_config().model_config.max_model_len)
+
+
+def coder_of(settings: SFASettings) -> Coder:
+    """How the pages of a model keep its keys and values."""
+    return Coder(settings.topk, settings.dense_dims, cache_bits(settings.cache_dtype))
+
+
 class BasisFile:
     """The basis beside the checkpoint, if there is one, as the kv heads of this tensor-parallel rank see it.
 
@@ -45,15 +87,8 @@ class BasisFile:
     def __init__(self) -> None:
         config = get_current_vllm_config().model_config
         self.settings, self.layers = current_settings(), config.hf_config.num_hidden_layers
-        model = Path(config.model)
-        self.path = model / BASIS_FILE if (model / BASIS_FILE).is_file() else None
+        self.path = _basis_path(self.settings, config.model)
         self.share = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-        require(
-            self.settings.has_basis == (self.path is not None),
-            f"the settings name a basis, but {model / BASIS_FILE} is no local file: serve the whole folder that flashsfa saved"
-            if self.settings.has_basis
-            else f"{model / BASIS_FILE} is a basis, but the settings name none: give them has_basis, or remove the file",
-        )
 
     def load(self, layer_name: str, num_kv_heads: int) -> FeatureBasis:
         """The basis [Hkv, D, D] of a layer that vLLM calls `layer_name` and that holds `num_kv_heads` heads here.
@@ -76,6 +111,17 @@ class BasisFile:
         return basis
 
 
+def _basis_path(settings: SFASettings, model: str) -> Path | None:
+    path = Path(model) / BASIS_FILE
+    require(
+        settings.has_basis == path.is_file(),
+        f"the settings name a basis, but {path} is no local file: serve the whole folder that flashsfa saved"
+        if settings.has_basis
+        else f"{path} is a basis, but the settings name none: give them has_basis, or remove the file",
+    )
+    return path if settings.has_basis else None
+
+
 @functools.lru_cache(maxsize=1)
 def _read_basis(path: Path) -> FeatureBasis:
     """All layers' basis: one file is read once, not once a layer."""
@@ -94,10 +140,6 @@ def _read(hf_config: Any) -> SFASettings:
     require(
         settings.topk is not None,
         "vLLM's backend keeps the largest features of a key: enable the model with topk, and a basis of the same",
-    )
-    require(
-        settings.cache_dtype is None,
-        "vLLM's backend keeps codes and values in the model's dtype: enable the model with cache_dtype=None",
     )
     require(
         not settings.shows_exact,

@@ -1,0 +1,95 @@
+"""vLLM generates what transformers generates: real engines on the CPU, in float32."""
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+from vllm_models import MODELS, UNEVEN, prompts
+
+NEW = 24
+SWITCHED = [name for name, (_, _, code) in MODELS.items() if code is not None]
+
+
+def counted(engine, name):
+    """What vLLM counts under a name, since the engine started."""
+    return sum(x.value for x in engine.get_metrics() if x.name == f"vllm:{name}")
+
+
+def attentions(engine):
+    """Names of the classes that run attention."""
+    runner = engine.llm_engine.model_executor.driver_worker.worker.model_runner
+    layers = runner.compilation_config.static_forward_context.values()
+    return {type(layer.impl).__name__ for layer in layers if hasattr(layer, "impl")}
+
+
+@pytest.mark.parametrize("name", SWITCHED)
+def test_models(folder, start, complete, name):
+    """Requests of unequal lengths, in chunks of 64 tokens at most, and again from shared pages."""
+    asked = prompts(UNEVEN)
+    expected = folder.expected(name, asked, NEW)
+    engine = start(name)
+    assert attentions(engine) == {"SparseFeatureImpl"}
+    before = counted(engine, "prefix_cache_hits")
+    assert complete(engine, asked, NEW) == expected
+    assert complete(engine, asked, NEW) == expected
+    assert counted(engine, "prefix_cache_hits") > before
+
+
+def test_requests_that_begin_alike(folder, start, complete):
+    asked = [prompts([200], 1)[0] + rest for rest in prompts([3, 40, 90], 2)]
+    assert complete(start("plain"), asked, NEW) == folder.expected("plain", asked, NEW)
+
+
+@pytest.mark.parametrize("arguments", [{"enable_prefix_caching": False, "max_num_batched_tokens": 512}, {"max_num_batched_tokens": 48}], ids=["whole", "chunks"])  # fmt: skip
+@pytest.mark.parametrize("name", ["plain", "8 bits"])
+def test_requests_that_lose_their_pages(folder, start, complete, name, arguments):
+    asked = prompts([60] * 8, 3)
+    expected = folder.expected(name, asked, 64)
+    engine = start(name, num_gpu_blocks_override=36, **arguments)
+    assert complete(engine, asked, 64) == expected
+    assert counted(engine, "num_preemptions") > 0
+
+
+@pytest.mark.parametrize("size", [48, 256])
+def test_pages_of_other_sizes(folder, start, complete, size):
+    asked = prompts(UNEVEN)
+    assert complete(start("plain", block_size=size), asked, NEW) == folder.expected("plain", asked, NEW)
+
+
+def test_a_compiled_model(folder, start, complete):
+    asked = prompts(UNEVEN)
+    expected = folder.expected("plain", asked, NEW)
+    torch.use_deterministic_algorithms(False)
+    assert complete(start("plain", enforce_eager=False), asked, NEW) == expected
+
+
+@pytest.mark.parametrize("guesses", [3, 20])  # up to 15 decode, more are read as prompts
+@pytest.mark.parametrize("name", ["plain", "8 bits", "windows"])
+def test_guessed_tokens(folder, start, complete, name, guesses):
+    """Speculative decoding by n-grams, of requests of which some repeat themselves."""
+    asked = prompts([5, 40], 4) + [part * 12 for part in prompts([6, 9], 5)]
+    expected = folder.expected(name, asked, 64)
+    method = {"method": "ngram", "num_speculative_tokens": guesses, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    engine = start(name, speculative_config=method)
+    assert complete(engine, asked, 64) == expected
+    assert counted(engine, "spec_decode_num_accepted_tokens") > 0
+
+
+def test_a_dense_model_is_served_as_before(folder, start, complete):
+    asked = prompts(UNEVEN)
+    expected = folder.expected("dense", asked, NEW)
+    engine = start("dense", block_size=32)
+    assert attentions(engine) == {"CPUAttentionBackendImpl"}
+    assert complete(engine, asked, NEW) == expected
+
+
+def test_settings_from_the_command_line(folder, start, complete):
+    asked = prompts(UNEVEN)
+    engine = start("dense", hf_overrides={"sfa": {"topk": 8, "dense_dims": 16, "topk_query": 24}})
+    assert complete(engine, asked, NEW) == folder.expected("plain", asked, NEW)
+
+
+def test_a_switched_model_is_served_dense_on_request(folder, start, complete):
+    asked = prompts(UNEVEN)
+    engine = start("plain", hf_overrides={"sfa": None}, block_size=32)
+    assert complete(engine, asked, NEW) == folder.expected("dense", asked, NEW)
