@@ -70,7 +70,7 @@ def run(*command, folder):
     [
         ("rows", (90, 80, 86)), ("rows", (100, 120)),
         ("decode", (80, 86)), ("decode", (90,)), ("decode", (100,)), ("decode", (120,)),
-        ("narrow", (90,)), ("narrow", (120,)),
+        ("narrow", (90,)),
     ],
     ids=str,
 )  # fmt: skip
