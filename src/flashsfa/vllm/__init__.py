@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 
 _log = logging.getLogger("flashsfa")
-BACKEND = "flashsfa.vllm.backend.SparseFeatureBackend"
 
 
 def register() -> None:
@@ -18,7 +17,7 @@ def register() -> None:
     it. Runs in every vLLM process, and more than once in some."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    from .choice import watch_platform
+    from .choice import BACKEND, watch_platform
 
     custom = AttentionBackendEnum.CUSTOM
     if not custom.is_overridden():

@@ -13,8 +13,8 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from ..checks import require
-from . import BACKEND
 
+BACKEND = "flashsfa.vllm.backend.SparseFeatureBackend"
 _CUSTOM = AttentionBackendEnum.CUSTOM
 _WATCHED = "_watched_by_flashsfa"
 
