@@ -36,6 +36,7 @@ from .stored import KVView
 _PROMPT = "The history of science is"
 _WINDOW = 2048
 _LONGEST_PREFILL = 4096  # prefill is quadratic: longer contexts are timed for decode alone
+_TIMING_MS, _LEAST_TURNS, _MOST_TURNS = 1000, 5, 50
 
 
 @dataclass(frozen=True)
@@ -231,31 +232,36 @@ def _attention_times(model: Any, settings: ConvertSettings, progress: Progress) 
                 )
 
         kv = cached()
-        times = {"context": n, "decode_dense": _median_ms(lambda: dense(newest, False))}
-        times["decode_sfa"] = _median_ms(lambda: sparse_feature_decode(newest, kv, topk_query=budget.topk_query))
+        times = {"context": n} | _medians_ms(
+            decode_dense=lambda: dense(newest, False),
+            decode_sfa=lambda: sparse_feature_decode(newest, kv, topk_query=budget.topk_query),
+        )
         if n <= _LONGEST_PREFILL:
-            times |= {"prefill_dense": _median_ms(lambda: dense(q, True)), "prefill_sfa": _median_ms(prompt)}
+            times |= _medians_ms(prefill_dense=lambda: dense(q, True), prefill_sfa=prompt)
         step()
         return times
 
     return [row(n) for n in settings.contexts]
 
 
-def _median_ms(run: Callable[[], Any], repeats: int = 7) -> float:
-    def synchronize() -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+def _medians_ms(**runs: Callable[[], Any]) -> dict[str, float]:
+    """Median milliseconds of each of `runs`, which take turns, so that what else the machine does meets all of them."""
 
-    run()
-    times = []
-    gc.collect()
-    for _ in range(repeats):
-        synchronize()
+    def timed(run: Callable[[], Any]) -> float:
         start = time.perf_counter()
         run()
-        synchronize()
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return 1e3 * (time.perf_counter() - start)
+
+    first = sum(min(timed(run) for _ in range(2)) for run in runs.values())  # without what the first call compiles
+    turns = min(_MOST_TURNS, max(_LEAST_TURNS, round(_TIMING_MS / first)))
+    gc.collect()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(turns):
+        for name, run in runs.items():
+            times[name].append(timed(run))
+    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def _versions() -> dict[str, str]:

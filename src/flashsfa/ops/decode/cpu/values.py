@@ -42,18 +42,7 @@ def _sum_values(
             _sum_rows(
                 weights[head, :, start:end], needed, scale[scale_from:], v, at, v_at[2], parts[task], part_masses[task]
             )
-    for line in range(heads * rows):
-        head, row = line // rows, line % rows
-        total, mass = np.zeros(dims, np.float32), masses[head, row]
-        for task in range(head * per_head, head * per_head + per_head):
-            mass += part_masses[task, row]
-            total += parts[task, row]
-        if rotation:
-            _rotate(total, rotation)
-        total += sums[head, row]
-        if mass != 0:  # a row without weight sees nothing
-            total /= mass
-        out[head, row] = total
+    _combine(parts, part_masses, sums, masses, rotation, out)
 
 
 sum_values = Kernel(_sum_values)
@@ -138,6 +127,28 @@ def _sum_levels(weights, needed, scale, centre, v, start, stride, out, mass):
 
 
 @jit()
+def _combine(parts, part_masses, sums, masses, rotation, out):
+    """out [heads, R, Dv] from the tasks' sums [heads · tasks, R, Dv] and masses [heads · tasks, R] and those of the exact tokens. Not part of
+    the kernel itself, where numba would share out each sum of two rows over the cores, and have them wait for one another."""
+    heads, rows, _ = out.shape
+    per_head = len(parts) // heads
+    for head in range(heads):
+        for row in range(rows):
+            line, mass = out[head, row], masses[head, row]
+            line[:] = 0
+            for task in range(head * per_head, head * per_head + per_head):
+                mass += part_masses[task, row]
+                for j in range(len(line)):
+                    line[j] += parts[task, row, j]
+            if rotation:
+                _rotate(line, rotation)
+            for j in range(len(line)):
+                line[j] += sums[head, row, j]
+                if mass != 0:  # a row without weight sees nothing
+                    line[j] /= mass
+
+
+@jit()
 def _rotate(x, width):
     """Rotate x [Dv] in place, block by block of a power of two: `rotation.rotate`."""
     for block in range(0, len(x), width):
@@ -148,4 +159,5 @@ def _rotate(x, width):
                     a, b = x[j], x[j + step]
                     x[j], x[j + step] = a + b, a - b
             step *= 2
-    x *= np.float32(1 / math.sqrt(width))
+    for j in range(len(x)):
+        x[j] *= np.float32(1 / math.sqrt(width))
