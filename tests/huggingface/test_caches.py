@@ -11,27 +11,22 @@ from flashsfa.codes import quantize_rows, topk_codes
 transformers = pytest.importorskip("transformers")
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer  # noqa: E402
 
+import exact_models  # noqa: E402
+from exact_models import WINDOW, tokens  # noqa: E402
 from flashsfa.huggingface import SparseCache, StaticSparseCache  # noqa: E402
 from flashsfa.huggingface.cache import cache_nbytes  # noqa: E402
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
-WINDOW, CAPACITY = 7, 48
+CAPACITY = 48
 CLOSE = {"rtol": 1e-8, "atol": 1e-8}
 CLOSE_IN_FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}  # of scales
 
 
 def make(sliding=False, **options):
-    sizes = {"hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 6}
-    sizes |= {"num_key_value_heads": 2, "vocab_size": 61, "max_position_embeddings": 512, "initializer_range": 0.3}
-    # a layer with a window and one without
-    config = transformers.Qwen3Config(
-        **sizes, head_dim=16, use_sliding_window=sliding, sliding_window=WINDOW, max_window_layers=1,
-        layer_types=["sliding_attention" if sliding else "full_attention", "full_attention"],
-        pad_token_id=0, eos_token_id=None,
-    )  # fmt: skip
-    return flashsfa.enable(transformers.Qwen3ForCausalLM(config).double().eval(), 3, **{"dense_dims": 2, **options})
+    """All tokens coded."""
+    return exact_models.make(sliding, **{"recent": 0, "first": 0, **options})
 
 
 def cache_for(model, kind):
@@ -41,10 +36,6 @@ def cache_for(model, kind):
 def run(model, ids, cache=None):
     with torch.no_grad():
         return model(ids, past_key_values=cache, use_cache=cache is not None).logits
-
-
-def tokens(n, batch=2):
-    return torch.randint(1, 61, (batch, n))
 
 
 @pytest.fixture(params=[False, True], ids=["full", "sliding"])

@@ -39,3 +39,15 @@ def decode(backend, q, codes, v, rules, scale, tolerance, *, topk_query=None, v_
     """out and lse of `backend.decode`."""
     kv = KVView(codes, v, v_scale, rules.kv_lens, rules.page_table)
     return backend.decode(q, kv, rules.mask, ScoreRules(scale, softcap), tolerance, topk_query)
+
+
+def assert_graph_follows(step, lens):
+    """A CUDA graph of `step` gives what a call gives, bit for bit, whatever the lengths [2] on the device become."""
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for new in ([3000, 1], [17, 2900], [0, 64]):
+        lens.copy_(torch.tensor(new))
+        graph.replay()
+        torch.testing.assert_close(captured, step(), rtol=0, atol=0)

@@ -1,4 +1,4 @@
-"""A switched model of two layers in float64 whose caches keep exact tokens, and texts for it."""
+"""A switched model of two layers in float64 whose caches may keep exact tokens, and texts for it."""
 
 import pytest
 import torch

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from decode_cases import DecodeRules, decode
+from decode_cases import DecodeRules, assert_graph_follows, decode
 from flashsfa import FeatureCodes, explain, reference, sparse_feature_decode, topk_codes
 from flashsfa.budget import FeatureBudget
 from flashsfa.codes import code_queries
@@ -300,14 +300,7 @@ def test_cuda_graph_follows_kv_lens(tolerance):
     def step():
         return decode(decode_triton, q, codes, v, DecodeRules(lens), 0.125, tolerance)
 
-    step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    for new in ([3000, 1], [17, 2900], [0, 64]):
-        lens.copy_(torch.tensor(new))
-        graph.replay()
-        torch.testing.assert_close(captured, step(), **EXACT)
+    assert_graph_follows(step, lens)
 
 
 @pytest.mark.gpu

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from .machine import jit, lowest_bit, numba, widen
+from .machine import jit, lowest_bit, prange, widen
 from .softmax import capped
 from .tasks import chunk_of, rows_between, tasks_per_head
 from .threads import Kernel
-
-prange = numba.prange if numba else range
 
 _SCORE_KEYS = 128  # keys scored for all rows before the next: their codes stay in the first-level cache
 _LANES = 4  # query rows scored together

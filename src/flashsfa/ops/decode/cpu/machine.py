@@ -64,6 +64,7 @@ def _lowest_bit_code(typing: Any, word: Any) -> Any:
     return numba.types.int64(word), generate
 
 
+prange = numba.prange if numba else range
 widen: Any
 prefetch: Any
 lowest_bit: Any

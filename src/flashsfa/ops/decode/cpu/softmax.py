@@ -9,10 +9,8 @@ import math
 
 import numpy as np
 
-from .machine import jit, numba, widen
+from .machine import jit, prange, widen
 from .threads import Kernel
-
-prange = numba.prange if numba else range
 
 LOG2_E = 1 / math.log(2)
 _SUM_KEYS = 1024  # weights summed in float32 before float64 takes over

@@ -9,11 +9,9 @@ import math
 
 import numpy as np
 
-from .machine import jit, numba, prefetch, widen
+from .machine import jit, prange, prefetch, widen
 from .tasks import chunk_of, tasks_per_head
 from .threads import Kernel
-
-prange = numba.prange if numba else range
 
 _AHEAD_KEYS = 8  # V rows are asked for this many keys before they are used
 _LINE_BYTES = 64

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...triton.rows import next_power_of_2
 from .scores import Problem, rotated
+
+
+def run_splits(kernel: Any, problem: Problem, launch: dict[str, Any], waves: int, out: Tensor, lse: Tensor) -> None:
+    """Run a `kernel` that attends to the keys in splits, so many that each processor has `waves` programs, and merge them into out and
+    lse, both [heads, rows, ...]."""
+    splits = problem.splits(launch["BN"], waves)
+    partial = problem.scratch(splits, problem.padded_rows, problem.width)
+    peak, total = (problem.scratch(splits, problem.padded_rows) for _ in range(2))
+    kernel[problem.heads * problem.tiles, splits](
+        PARTIAL=partial, PEAK=peak, TOTAL=total,
+        **problem.visibility, **problem.places, **problem.coded, **problem.valued, **launch,
+    )  # fmt: skip
+    combine(problem, partial, peak, total, out, lse)
 
 
 def combine(

@@ -19,7 +19,7 @@ from ....mask import Mask
 from ....scores import ScoreRules
 from ....stored import KVView
 from ...triton.rows import next_power_of_2
-from .combine import combine
+from .combine import run_splits
 from .scores import FeatureProblem, block_keys, block_scores, channel_words, chunk, live_keys, locate, split_range
 from .skip import decode_skipping
 
@@ -59,7 +59,7 @@ def _run(
             if value_tolerance > 0:
                 decode_skipping(problem, value_tolerance, out, lse)
             else:
-                _decode_exact(problem, out, lse)
+                run_splits(decode_partial_kernel, problem, *_launch(problem), out, lse)
     return out, lse
 
 
@@ -89,18 +89,6 @@ def _decode_op(
 @_decode_op.register_fake
 def _(q: Tensor, dense: Tensor, values: Tensor, indices: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty((*q.shape[:3], v.shape[-1])), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-def _decode_exact(problem: FeatureProblem, out: Tensor, lse: Tensor) -> None:
-    launch, waves = _launch(problem)
-    splits = problem.splits(launch["BN"], waves)
-    partial = problem.scratch(splits, problem.padded_rows, problem.width)
-    peak, total = (problem.scratch(splits, problem.padded_rows) for _ in range(2))
-    decode_partial_kernel[problem.heads * problem.tiles, splits](
-        PARTIAL=partial, PEAK=peak, TOTAL=total,
-        **problem.visibility, **problem.places, **problem.coded, **problem.valued, **launch,
-    )  # fmt: skip
-    combine(problem, partial, peak, total, out, lse)
 
 
 def _launch(problem: FeatureProblem) -> tuple[dict[str, Any], int]:

@@ -22,7 +22,7 @@ from ....mask import Mask
 from ....narrow import NarrowRows
 from ....scores import ScoreRules
 from ....stored import KVView
-from .combine import combine
+from .combine import run_splits
 from .narrow_blocks import add_values, narrow_query_kernel, narrow_scores, rows_of, store_values
 from .scores import TRITON_DTYPES, Problem, chunk, live_keys, locate, split_range, strided
 
@@ -123,15 +123,7 @@ def _run(
     if out.numel():
         with torch.cuda.device_of(q):
             problem = NarrowProblem(q, held, page_table, mask, scores, topk_query)
-            launch, waves = _launch(problem)
-            splits = problem.splits(launch["BN"], waves)
-            partial = problem.scratch(splits, problem.padded_rows, problem.width)
-            peak, total = (problem.scratch(splits, problem.padded_rows) for _ in range(2))
-            decode_narrow_kernel[problem.heads * problem.tiles, splits](
-                PARTIAL=partial, PEAK=peak, TOTAL=total,
-                **problem.visibility, **problem.places, **problem.coded, **problem.valued, **launch,
-            )  # fmt: skip
-            combine(problem, partial, peak, total, out, lse)
+            run_splits(decode_narrow_kernel, problem, *_launch(problem), out, lse)
     return out, lse
 
 
