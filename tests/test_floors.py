@@ -25,6 +25,7 @@ FLOORS = (
     (
         "ops.record",
         "ops.compiled",
+        "ops.nvrtc",
         "ops.triton",
         "ops.select",
     ),  # 3: the record of what ran, what kernels share, and coding

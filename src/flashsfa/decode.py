@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
@@ -30,7 +31,7 @@ from .codes import FeatureCodes, code_queries
 from .contexts import without_autocast
 from .mask import Mask, checked_window
 from .narrow import NarrowCodes, NarrowRows
-from .ops.decode import plain
+from .ops.decode import gpu, plain
 from .ops.plan import plan_decode
 from .ops.prefill import operator, pieces
 from .scores import ScoreRules
@@ -256,17 +257,16 @@ def _decode_coded(
         mask = mask.with_lengths(mask.kv_lens.to(q.device))
     if budget.query_pattern is not None:  # the kernels know no pattern: they take the pruned rows as dense queries
         q, budget = code_queries(q, budget).to_dense(), budget.with_queries_kept()
-    run: Any = plain
-    if backend == "triton":
-        if kv.is_narrow:
-            from .ops.decode.triton import narrow as run
-        else:
-            from .ops.decode.triton import decode as run
+    run: Any = plain.decode
+    if backend == "hopper" or (backend == "triton" and kv.is_narrow):
+        run = partial(gpu.decode, backend=backend)
+    elif backend == "triton":
+        from .ops.decode.triton.decode import decode as run
     elif backend == "numba":
-        from .ops.decode import cpu as run
+        from .ops.decode.cpu import decode as run
     with without_autocast(q.device):
         topk_query = None if budget.keeps_queries else budget.topk_query
-        return run.decode(q, kv, mask, scores, value_tolerance, topk_query)
+        return run(q, kv, mask, scores, value_tolerance, topk_query)
 
 
 def _exact_tensors(kv: KVView) -> list[Tensor]:
@@ -284,11 +284,11 @@ def _check(q: Tensor, kv: KVView, mask: Mask, value_tolerance: float, *, is_of_c
         _check_stored(q, "dense", codes.dense, codes.scale, may_hold_nan)
     if isinstance(v, Tensor):
         _check_stored(q, "v", v, kv.v_scale, may_hold_nan)
-    for name, held in (("codes", codes), ("v", v)):
-        if held.device != device:
-            raise ValueError(f"{name} is on {held.device} but q is on {device}; move them together")
-        if len(held.shape) != 4:
-            raise ValueError(f"{name} must be [B, H, N, D], got shape {tuple(held.shape)}")
+    for name, rows in (("codes", codes), ("v", v)):
+        if rows.device != device:
+            raise ValueError(f"{name} is on {rows.device} but q is on {device}; move them together")
+        if len(rows.shape) != 4:
+            raise ValueError(f"{name} must be [B, H, N, D], got shape {tuple(rows.shape)}")
     if q.ndim != 4:
         raise ValueError(f"q must be [B, H, N, D], got shape {tuple(q.shape)}")
     v_scale = kv.v_scale

@@ -146,7 +146,7 @@ def hopper_is_faster(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) 
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """What attention of a few queries over codes runs on: the `backend`, "triton", "numba" or "torch", and the `reason`."""
+    """What attention of a few queries over codes runs on: the `backend`, "hopper", "triton", "numba" or "torch", and the `reason`."""
 
     backend: str
     reason: str
@@ -158,6 +158,8 @@ def plan_decode(q: Tensor, kv: KVView) -> DecodePlan:
     plan = _plan_decode(q.device.type, q.dtype, is_compiling or has_values(q), kv.is_narrow, is_compiling)
     if plan.backend == "numba":
         plan = _plan_numba(q.dtype, kv)
+    elif plan.backend == "triton":
+        plan = _plan_hopper(q, kv, plan)
     if is_compiling:
         return plan
     if kv.exact and not kv.v.shape[2]:
@@ -177,6 +179,14 @@ def _plan_numba(dtype: torch.dtype, kv: KVView) -> DecodePlan:
     if obstacle is not None:
         return DecodePlan("torch", f"the fused CPU code {obstacle}")
     return DecodePlan("numba", cpu.manner())
+
+
+def _plan_hopper(q: Tensor, kv: KVView, plan: DecodePlan) -> DecodePlan:
+    from .decode.hopper import decode as hopper
+
+    if hopper.obstacle(q, kv) is not None:
+        return plan
+    return DecodePlan("hopper", "the kernel for Hopper, split over the keys")
 
 
 @functools.cache

@@ -9,96 +9,21 @@ import torch
 pytest.importorskip("triton")
 
 from decode_cases import DecodeRules, assert_graph_follows
-from flashsfa import AxisBits, explain, sparse_feature_decode, topk_codes
-from flashsfa.axes import AxisCodes
-from flashsfa.formats import CodeFormat
-from flashsfa.narrow import NarrowCodes, NarrowRows
-from flashsfa.ops.decode import plain
-from flashsfa.ops.decode.triton import narrow
-from flashsfa.scores import ScoreRules
+from flashsfa import explain, sparse_feature_decode, topk_codes
+from flashsfa.narrow import NarrowRows
+from flashsfa.ops.decode import held
 from flashsfa.stored import KVView
+from held_cases import AXES, CODES, DEVICE, ROWS, assert_decodes, coded, draw, run
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # The interpreter multiplies bfloat16's bit patterns; but levels are multiplied in float16, and those of bfloat16 queries too.
 DTYPES = [torch.float16, torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
-
-# Keys of every kind: rows in some bits; codes of a dense channel in some bits, kept entries in some bits, and an index form; axes.
-ROWS = ["rows 16", "rows 8", "rows 4"]
-CODES = ["0 d8s4-packed", "9 d8s4-bitmap", "9 d16s16-uint8", "9 d8s8-packed", "0 d16s16-bitmap", "9 d16s4-uint8"]
-AXES = ["axes"]
-
-
-def draw(*, b=2, hkv=2, group=1, m=1, n=41, d=64, dv=None, dtype=torch.float32):
-    shapes = (b, hkv * group, m, d), (b, hkv, n, d), (b, hkv, n, dv or d)
-    return [torch.randn(shape, device=DEVICE).to(dtype) for shape in shapes]
-
-
-def axis_bits(heads, d):
-    """Another split of a key's bits per head, with fields of all widths and an odd number of 4 bits."""
-    bits = torch.tensor([8] * (d // 8) + [4] * 3 + [2] * (d // 2 - 2) + [0] * d)[:d]
-    other = torch.tensor([8] * (d // 8) + [4] * (3 + d // 4 - 1) + [0] * d)[:d]
-    bits = torch.stack([bits if h % 2 == 0 else other for h in range(heads)]).to(torch.uint8)
-    assert len(set(bits.sum(-1).tolist())) == 1
-    step = 3.0 / 2.0 ** bits.float() * (1 + torch.rand(heads, d))
-    return AxisBits(bits, step, torch.randn(heads, d)).to(DEVICE)
-
-
-def coded(kind, k, topk=5):
-    """Keys as `kind` of `ROWS`, `CODES` or `AXES` holds them."""
-    if kind == "axes":
-        return AxisCodes.encode(k, axis_bits(*k.shape[1::2]))
-    first, second = kind.split()
-    if first == "rows":
-        return NarrowRows.encode(k, int(second))
-    form = CodeFormat.named(second.replace("-", "v16-"))
-    return NarrowCodes.encode(topk_codes(k, topk, dense_dims=int(first)), form)
-
-
-def run(backend, q, kv, rules, *, topk_query=None, softcap=None, scale=None):
-    kv = replace(kv, kv_lens=rules.kv_lens, page_table=rules.page_table)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return backend.decode(q, kv, rules.mask, ScoreRules(scale, softcap), 0.0, topk_query)
-
-
-def dequantised(q, kv, rules, dtype, *, topk_query=None, **options):
-    """Plain decode in `dtype` over keys and values rounded to the dtype of q: what a program without this kernel computes."""
-    rows = kv.rows(torch.float64)
-    exact = KVView(NarrowRows(rows.k.to(dtype), None, None, rows.k.shape[-1], 16), rows.v.to(dtype))
-    if topk_query is not None:
-        q = topk_codes(q, topk_query, dense_dims=kv.key_budget[1]).to_dense()
-    return run(plain, q.to(dtype), exact, rules, **options)
-
-
-def assert_decodes(q, kv, rules=None, *, held=None, **options):
-    """Kernel error against float64 at most twice that of plain decode over rows of the same dtype, plus one rounding: of the output,
-    and of the queries that are folded, whose errors mostly cancel in a score. `held` is what the kernel reads where it differs in what
-    nobody sees."""
-    rules = rules or DecodeRules()
-    out, lse = run(narrow, q, held or kv, rules, **options)
-    rules = replace(rules, page_table=None)
-    truth = dequantised(q, kv, rules, torch.float64, **options)
-    same = dequantised(q, kv, rules, q.dtype, **options)
-    assert out.dtype == q.dtype
-    assert lse.dtype == torch.float32
-    for got, exact, rounded, eps in zip(
-        (out, lse), truth, same, (torch.finfo(q.dtype).eps, torch.finfo(q.dtype).eps / 16), strict=True
-    ):
-        seen = exact.isfinite()
-        assert torch.equal(got.isfinite(), seen)
-        assert torch.equal(got.double()[~seen], exact[~seen])
-        if seen.any():
-            got, exact, rounded = (x.double()[seen] for x in (got, exact, rounded))
-            # one rounding, and in float32 those of sums over as many levels as a row has features
-            slack = (2 * eps + 32 * torch.finfo(torch.float32).eps) * exact.abs().max().clamp(min=1)
-            assert (got - exact).abs().max() <= 2 * (rounded - exact).abs().max() + slack
-    return out, lse
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ROWS + CODES + AXES)
 def test_every_kind_of_keys(kind, dtype):
     q, k, v = draw(group=3, dtype=dtype)
-    assert_decodes(q, KVView(coded(kind, k), v))
+    assert_decodes("triton", q, KVView(coded(kind, k), v))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -107,14 +32,14 @@ def test_every_kind_of_values(bits, dtype):
     q, k, v = draw(group=2, dv=48, dtype=dtype)
     v[0, 0, 3] *= 1000  # one row's scale is far above the others'
     v[1, 1] *= 1e-4
-    assert_decodes(q, KVView(topk_codes(k, 5), NarrowRows.encode(v, bits)))
+    assert_decodes("triton", q, KVView(topk_codes(k, 5), NarrowRows.encode(v, bits)))
 
 
 @pytest.mark.parametrize("kind", ["rows 8", "rows 4", "axes"])
 def test_levels_do_not_depend_on_the_dtype_of_queries(kind):
     """Queries in bfloat16 over levels: no product is in bfloat16."""
     q, k, v = draw(group=2, dtype=torch.bfloat16)
-    assert_decodes(q, KVView(coded(kind, k), NarrowRows.encode(v, 4)))
+    assert_decodes("triton", q, KVView(coded(kind, k), NarrowRows.encode(v, 4)))
 
 
 @pytest.mark.parametrize("factor", [1e-5, 3e3])
@@ -123,14 +48,14 @@ def test_small_and_large_queries(kind, factor):
     """Folded queries are scaled, so float16 neither loses nor overflows them."""
     q, k, v = draw(dtype=torch.float16)
     scale = 0.125 / factor
-    assert_decodes(q * factor, KVView(coded(kind, k), NarrowRows.encode(v, 8)), scale=scale)
+    assert_decodes("triton", q * factor, KVView(coded(kind, k), NarrowRows.encode(v, 8)), scale=scale)
 
 
 @pytest.mark.parametrize(("d", "dv"), [(96, 96), (128, 64), (256, 128), (32, 16)])
 @pytest.mark.parametrize("kind", ["rows 4", "9 d8s4-packed", "0 d8s4-bitmap", "axes"])
 def test_widths(kind, d, dv):
     q, k, v = draw(b=1, group=3, n=35, d=d, dv=dv)
-    assert_decodes(q, KVView(coded(kind, k, topk=7), NarrowRows.encode(v, 4)))
+    assert_decodes("triton", q, KVView(coded(kind, k, topk=7), NarrowRows.encode(v, 4)))
 
 
 @pytest.mark.parametrize("topk", [1, 23])
@@ -138,14 +63,14 @@ def test_widths(kind, d, dv):
 def test_kept_entries(kind, topk):
     q, k, v = draw(b=1, n=35)
     k[0, 0, :, 30:] *= 9  # the first words of a bitmap are empty
-    assert_decodes(q, KVView(coded(kind, k, topk), v), topk_query=4 if topk == 1 else None)
+    assert_decodes("triton", q, KVView(coded(kind, k, topk), v), topk_query=4 if topk == 1 else None)
 
 
 @pytest.mark.parametrize("n", [0, 1, 15, 17, 130])
 @pytest.mark.parametrize(("group", "m"), [(1, 1), (8, 1), (3, 2), (1, 16), (2, 16)])
 def test_lengths_and_query_rows(n, group, m):
     q, k, v = draw(b=1, group=group, m=m, n=n, d=32)
-    assert_decodes(q, KVView(coded("rows 4", k), NarrowRows.encode(v, 4)))
+    assert_decodes("triton", q, KVView(coded("rows 4", k), NarrowRows.encode(v, 4)))
 
 
 def spoilt(kv, unseen):
@@ -172,7 +97,7 @@ def test_visibility(kind, v_bits, window, lens):
     rules = DecodeRules(None if LENGTHS[lens] is None else torch.tensor(LENGTHS[lens], device=DEVICE), window, padding)
     kv = KVView(coded(kind, k), NarrowRows.encode(v, v_bits))
     unseen = ~rules.visible(2, 70, DEVICE).any(1)[:, None]
-    assert_decodes(q, kv, rules, held=spoilt(kv, unseen), softcap=2.0)
+    assert_decodes("triton", q, kv, rules, read=spoilt(kv, unseen), softcap=2.0)
 
 
 @pytest.mark.parametrize("page_size", [16, 64])
@@ -194,8 +119,8 @@ def test_pages(kind, page_size):
 
     pools = kv.map(paged)
     table[0, -(-101 // page_size) :] = -7  # never read
-    found = assert_decodes(q, kv, DecodeRules(lens, 60, page_table=table), held=pools)
-    whole = run(narrow, q, kv, DecodeRules(lens, 60))
+    found = assert_decodes("triton", q, kv, DecodeRules(lens, 60, page_table=table), read=pools)
+    whole = run("triton", q, kv, DecodeRules(lens, 60))
     torch.testing.assert_close(found, whole, rtol=0, atol=0)
 
 
@@ -204,11 +129,11 @@ def test_strided_caches():
     q, k, v = draw(group=3)
     kv = KVView(coded("9 d8s4-packed", k), NarrowRows.encode(v, 4))
     turned = kv.map(lambda x: x.transpose(1, 2).contiguous().transpose(1, 2))
-    assert_decodes(q, kv, held=turned)
-    assert_decodes(q, kv.coded(3, 38))
+    assert_decodes("triton", q, kv, read=turned)
+    assert_decodes("triton", q, kv.coded(3, 38))
     wrong = replace(kv, v=replace(kv.v, kept=kv.v.kept.mT.contiguous().mT))
     with pytest.raises(ValueError, match="last dimension of v"):
-        run(narrow, q, wrong, DecodeRules())
+        run("triton", q, wrong, DecodeRules())
 
 
 @pytest.mark.parametrize("kind", ["rows 8", "9 d8s4-bitmap"])
@@ -216,23 +141,23 @@ def test_nan_of_a_seen_token_is_seen(kind):
     q, k, v = draw(b=1, hkv=1, group=2)
     q[0, 1, 0, 3] = math.nan
     kv = KVView(coded(kind, k), NarrowRows.encode(v, 4))
-    out, lse = run(narrow, q, kv, DecodeRules())
+    out, lse = run("triton", q, kv, DecodeRules())
     assert out.isnan().all(-1).flatten().tolist() == lse.isnan().flatten().tolist() == [False, True]
     q, v[0, 0, 5, 7] = q.nan_to_num(), math.inf
-    out, lse = run(narrow, q, KVView(coded(kind, k), NarrowRows.encode(v, 4)), DecodeRules())
+    out, lse = run("triton", q, KVView(coded(kind, k), NarrowRows.encode(v, 4)), DecodeRules())
     assert out.isnan().all()
     assert lse.isfinite().all()
     k[0, 0, 5, :30] = math.nan
-    assert run(narrow, q, KVView(coded(kind, k), NarrowRows.encode(v, 4)), DecodeRules())[1].isnan().all()
+    assert run("triton", q, KVView(coded(kind, k), NarrowRows.encode(v, 4)), DecodeRules())[1].isnan().all()
 
 
 def test_values_in_8_bits_with_a_scale_beside():
     """Axes in a cache of 8 bits: v and v_scale as `FeatureCodes` have them."""
     q, k, v = draw(group=2)
-    held = NarrowRows.encode(v, 8)
+    rows = NarrowRows.encode(v, 8)
     codes = coded("axes", k)
-    found = run(narrow, q, KVView(codes, held.kept, held.scale), DecodeRules())
-    torch.testing.assert_close(found, run(narrow, q, KVView(codes, held), DecodeRules()), rtol=0, atol=0)
+    found = run("triton", q, KVView(codes, rows.kept, rows.scale), DecodeRules())
+    torch.testing.assert_close(found, run("triton", q, KVView(codes, rows), DecodeRules()), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["rows 4", "9 d8s4-bitmap", "axes"])
@@ -242,7 +167,7 @@ def test_compiled_equals_eager(kind):
     lens = torch.tensor([41, 9], device=DEVICE)
 
     def step(q, kv, lens):
-        return run(narrow, q * 2, kv, DecodeRules(lens, 30))[0] + 1
+        return run("triton", q * 2, kv, DecodeRules(lens, 30))[0] + 1
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(q, kv, lens), step(q, kv, lens), rtol=0, atol=0)
@@ -251,11 +176,22 @@ def test_compiled_equals_eager(kind):
 @pytest.mark.parametrize("kind", ["rows 4", "9 d8s4-bitmap", "axes"])
 def test_opcheck(kind):
     q, k, v = draw(group=2, n=20)
-    held = narrow.Held.of(KVView(coded(kind, k), NarrowRows.encode(v, 4)))
-    tensors = [held.tensors.get(name) for name in narrow.NAMES]
+    what = held.Held.of(KVView(coded(kind, k), NarrowRows.encode(v, 4)))
+    tensors = [what.tensors.get(name) for name in held.NAMES]
     lens = torch.tensor([20, 9], device=DEVICE)
-    given = q, tensors, held.sizes, None, lens, torch.zeros(2, 20, dtype=torch.bool, device=DEVICE), 5, [0.1, 0.0], None
-    torch.library.opcheck(torch.ops.flashsfa.decode_narrow.default, given)
+    given = (
+        q,
+        tensors,
+        what.sizes,
+        None,
+        lens,
+        torch.zeros(2, 20, dtype=torch.bool, device=DEVICE),
+        5,
+        [0.1, 0.0, 0.0],
+        None,
+        "triton",
+    )
+    torch.library.opcheck(torch.ops.flashsfa.decode_held.default, given)
 
 
 @pytest.mark.gpu
@@ -266,7 +202,7 @@ def test_public_function_runs_triton(kind, dtype):
     kv = KVView(coded(kind, k), NarrowRows.encode(v, 4), kv_lens=torch.tensor([5000, 1, 17, 4000], device=DEVICE))
     found = sparse_feature_decode(q, kv, return_lse=True, topk_query="dense")
     assert "decode: triton" in explain()
-    assert_decodes(q, kv, DecodeRules(kv.kv_lens))
+    assert_decodes("triton", q, kv, DecodeRules(kv.kv_lens))
     for _ in range(3):
         again = sparse_feature_decode(q, kv, return_lse=True, topk_query="dense")
         torch.testing.assert_close(again, found, rtol=0, atol=0)
@@ -279,6 +215,6 @@ def test_cuda_graph_follows_kv_lens(kind):
     kv, lens = KVView(coded(kind, k), NarrowRows.encode(v, 4)), torch.tensor([3000, 1], device=DEVICE)
 
     def step():
-        return run(narrow, q, kv, DecodeRules(lens))
+        return run("triton", q, kv, DecodeRules(lens))
 
     assert_graph_follows(step, lens)

@@ -19,13 +19,13 @@ from ...contexts import without_autocast
 from ...mask import Mask
 from ...scores import ScoreRules
 from .. import record
+from ..nvrtc.cuda import CompilationError
 from ..plan import PrefillPlan, plan_prefill
 from ..select import operators as select
 from ..select.plain import by_token, empty_code, empty_rows
 from . import blocks, pieces
 from .blocks import lse_dtype as lse_dtype
 from .hopper import prefill as hopper
-from .hopper.cuda import CompilationError
 
 WAY_OUT = "pass backend='reference', which is plain PyTorch and has them"
 

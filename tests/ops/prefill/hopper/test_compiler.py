@@ -4,12 +4,15 @@ import os
 import shutil
 import stat
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 from flashsfa.ops import compiled as compiled_code
-from flashsfa.ops.prefill.hopper import compiler, cuda, prefill
+from flashsfa.ops import nvrtc
+from flashsfa.ops.nvrtc import cuda
+from flashsfa.ops.prefill.hopper import compiler, prefill
 
 pytestmark = pytest.mark.cpu
 TILE = compiler.Tile(torch.bfloat16, 64, 64)
@@ -173,7 +176,7 @@ def test_a_user_without_a_home(compiled, monkeypatch, caplog):
 
     for name in ("FLASHSFA_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(compiler.Path, "home", homeless)
+    monkeypatch.setattr(Path, "home", homeless)
     assert compiler.compile_cubin(TILE) == b"code 1"
     assert "there is no home" in caplog.text
 
@@ -188,7 +191,7 @@ def test_a_full_disk_costs_the_next_start(compiled, monkeypatch):
     def full(path, content):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(compiler, "write_whole", full)
+    monkeypatch.setattr(nvrtc, "write_whole", full)
     assert [compiler.compile_cubin(TILE) for _ in range(2)] == [b"code 1", b"code 2"]
 
 

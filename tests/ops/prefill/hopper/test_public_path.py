@@ -6,7 +6,8 @@ import torch
 import flashsfa
 from flashsfa import sparse_feature_attention
 from flashsfa.codes import topk_codes
-from flashsfa.ops.prefill.hopper import cuda, prefill
+from flashsfa.ops.nvrtc import cuda
+from flashsfa.ops.prefill.hopper import prefill
 from hopper_cases import BF16, FP16, attend, check_public, hopper, normal, packing, slope
 
 BUDGETS = [(64, 64, 8, 8, 0), (64, 64, 8, 32, 0), (64, 32, 8, 16, 32), (32, 16, 3, 5, 4)]  # D, Dv, topk, topk_query, M

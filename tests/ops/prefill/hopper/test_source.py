@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 
-from flashsfa.ops.prefill.hopper import compiler, cuda, prefill
+from flashsfa.ops.nvrtc import cuda
+from flashsfa.ops.prefill.hopper import compiler, prefill
 from flashsfa.ops.prefill.hopper.params import Params
 from hopper_cases import BF16, FP16
 

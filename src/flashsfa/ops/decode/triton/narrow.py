@@ -1,12 +1,7 @@
-"""Decode over keys and values of few bits: as `decode`, by kernels that unpack a block at a time, in registers.
-
-No host sync and no shape that depends on data: the launches can be captured in a CUDA graph. Deterministic.
-"""
+"""Decode over keys and values of few bits: as `decode`, by kernels that unpack a block at a time, in registers. Every value is read."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,142 +9,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ....axes import AxisCodes
-from ....checks import require
-from ....codes import FeatureCodes
-from ....formats import index_bits
 from ....mask import Mask
-from ....narrow import NarrowRows
 from ....scores import ScoreRules
-from ....stored import KVView
+from ..held import SCALES, TABLES, Held
 from .combine import run_splits
 from .narrow_blocks import add_values, narrow_query_kernel, narrow_scores, rows_of, store_values
 from .scores import TRITON_DTYPES, Problem, chunk, live_keys, locate, split_range, strided
 
-# Tensors of a view by the names that the kernels have for them: [B, Hkv, N, C] and [B, Hkv, N], or pools of pages; and tables of the
-# axes [Hkv, D].
-_ROWS = ("CHANNEL", "VALUES", "INDICES", "V")
-_SCALES = ("CHANNEL_SCALE", "CHANNEL_CENTRE", "VALUE_SCALE", "V_SCALE", "V_CENTRE")
-_TABLES = ("AXIS", "IS_START", "TOP", "STEP", "CENTRE")
-NAMES = (*_ROWS, *_SCALES, *_TABLES)
 
-
-def decode(
-    q: Tensor, kv: KVView, mask: Mask, scores: ScoreRules, value_tolerance: float, topk_query: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """As `plain.decode`, for float16, bfloat16 and float32. No host sync, deterministic, no gradients. No value is left out, so any
-    `value_tolerance` is kept.
-
-    Raises `ValueError` if a cache tensor's last dimension is not contiguous: copying a cache a step would cost more
-    than decoding it.
-    """
-    held = Held.of(kv)
-    for name in _ROWS:
-        x = held.tensors.get(name)
-        require(
-            x is None or x.shape[-1] <= 1 or x.stride(-1) == 1,
-            lambda: f"the last dimension of {name.lower()} must be contiguous, got strides {tuple(x.stride())}",  # noqa: B023 (called at once)
-        )
-    if not torch.compiler.is_compiling():
-        return _run(q, held, kv.page_table, mask, scores, topk_query)
-    return _decode_narrow_op(
-        q, [held.tensors.get(name) for name in NAMES], held.sizes,
-        kv.page_table, mask.kv_lens, mask.key_padding_mask, mask.window, [scores.scale, scores.softcap or 0.0], topk_query,
-    )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Held:
-    """What a view holds, as the kernels read it.
-
-    Attributes:
-        tensors: those that there are, by name.
-        channel, bits: places of the channel of a key, and its packing (`narrow_blocks`).
-        topk, index_bits: kept entries of the other features, and the bits of the place of each; 0 for a bitmap.
-        width: of a value.
-    """
-
-    tensors: dict[str, Tensor]
-    channel: int
-    bits: int
-    topk: int
-    index_bits: int
-    width: int
-
-    @property
-    def sizes(self) -> list[int]:
-        """All but the tensors, in order."""
-        return [self.channel, self.bits, self.topk, self.index_bits, self.width]
-
-    @classmethod
-    def of(cls, kv: KVView) -> Held:
-        """The tensors of a view."""
-        codes, v = kv.codes, kv.v
-        topk, place_bits = 0, 8
-        parts: dict[str, Tensor | None]
-        if isinstance(codes, NarrowRows):
-            channel, bits = codes.width, codes.bits
-            parts = {"CHANNEL": codes.kept, "CHANNEL_SCALE": codes.scale, "CHANNEL_CENTRE": codes.centre}
-        elif isinstance(codes, AxisCodes):
-            axes = codes.axes
-            channel, bits = 4 * axes.key_bytes, 2
-            parts = {"CHANNEL": codes.packed, "AXIS": axes.layout.axis, "IS_START": axes.layout.is_start}
-            parts |= {"TOP": axes.layout.top, "STEP": axes.step, "CENTRE": axes.centre}
-        else:
-            channel, topk = codes.dense_dims, codes.topk
-            if isinstance(codes, FeatureCodes):
-                channel_scale = value_scale = codes.scale
-            else:
-                channel_scale, value_scale = codes.dense_scale, codes.value_scale
-                form = codes.format.index_form(topk, codes.sparse_dims)
-                place_bits = {"uint8": 8, "packed": index_bits(codes.sparse_dims), "bitmap": 0}[form]
-            bits = 16 if channel_scale is None else 8
-            parts = {"VALUES": codes.values, "INDICES": codes.indices, "VALUE_SCALE": value_scale}
-            if channel:
-                parts |= {"CHANNEL": codes.dense, "CHANNEL_SCALE": channel_scale}
-        if isinstance(v, NarrowRows):
-            parts |= {"V": v.kept, "V_SCALE": v.scale, "V_CENTRE": v.centre}
-        else:
-            parts |= {"V": v, "V_SCALE": kv.v_scale}
-        held = {name: x for name, x in parts.items() if x is not None}
-        return cls(held, channel, bits, topk, place_bits, v.shape[-1])
-
-
-def _run(
-    q: Tensor, held: Held, page_table: Tensor | None, mask: Mask, scores: ScoreRules, topk_query: int | None
-) -> tuple[Tensor, Tensor]:
-    out = q.new_empty((*q.shape[:3], held.width))
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    if out.numel():
-        with torch.cuda.device_of(q):
-            problem = NarrowProblem(q, held, page_table, mask, scores, topk_query)
-            run_splits(decode_narrow_kernel, problem, *_launch(problem), out, lse)
-    return out, lse
-
-
-# For torch.compile, which cannot look into a launch. Eager calls save its cost to the host.
-@torch.library.custom_op("flashsfa::decode_narrow", mutates_args=())
-def _decode_narrow_op(
+def attend(
     q: Tensor,
-    tensors: Sequence[Tensor | None],
-    sizes: Sequence[int],
+    held: Held,
     page_table: Tensor | None,
-    kv_lens: Tensor | None,
-    key_padding_mask: Tensor | None,
-    window: int | None,
-    real: Sequence[float],
+    mask: Mask,
+    scores: ScoreRules,
+    value_tolerance: float,
     topk_query: int | None,
-) -> tuple[Tensor, Tensor]:
-    scale, softcap = real
-    named = zip(NAMES, tensors, strict=True)
-    held = Held({name: x for name, x in named if x is not None}, *sizes)
-    mask = Mask(True, window, key_padding_mask, kv_lens=kv_lens)
-    return _run(q, held, page_table, mask, ScoreRules(scale, softcap or None), topk_query)
-
-
-@_decode_narrow_op.register_fake
-def _(q: Tensor, tensors: Sequence[Tensor | None], sizes: Sequence[int], *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty((*q.shape[:3], sizes[-1])), q.new_empty(q.shape[:3], dtype=torch.float32)
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Write the output [B, Hq, M, Dv] and its log-sum-exp [B, Hq, M] over what is `held`. No value is left out, so any `value_tolerance` is
+    kept."""
+    problem = NarrowProblem(q, held, page_table, mask, scores, topk_query)
+    run_splits(decode_narrow_kernel, problem, *_launch(problem), out, lse)
 
 
 class NarrowProblem(Problem):
@@ -190,7 +72,7 @@ class NarrowProblem(Problem):
         by_place = q.new_empty((self.heads, places, self.padded_rows), dtype=levels)
         terms = self.scratch(3, self.padded_rows)
         narrow_query_kernel[self.heads, self.rows](
-            by_place, terms, **{name: held.tensors.get(name) for name in _TABLES}, **self.query_arguments(q, dense_dims, topk_query),
+            by_place, terms, **{name: held.tensors.get(name) for name in TABLES}, **self.query_arguments(q, dense_dims, topk_query),
             C=held.channel, BITS=held.bits, ROTATION=_rotation(held.channel) if held.bits == 4 else 1, num_warps=4,
         )  # fmt: skip
         return {"Q": by_place, "TERMS": terms, "T": places}
@@ -229,7 +111,7 @@ def _launch(problem: NarrowProblem) -> tuple[dict[str, Any], int]:
 
 
 # A cache grows at each step, and with it the strides of its scales; those of rows are multiples of 16 anyway.
-_GROWING = ["n", *(f"{name.lower()}_{stride}" for name in _SCALES for stride in ("sb", "sh"))]
+_GROWING = ["n", *(f"{name.lower()}_{stride}" for name in SCALES for stride in ("sb", "sh"))]
 
 
 @triton.jit(do_not_specialize=_GROWING)

@@ -1,24 +1,15 @@
-"""Run-time compilation of the prefill kernel with NVRTC: no nvcc, nothing at install time.
-
-One `Tile` is one specialisation. Its compiled code is kept in memory and, named by a hash of its source, options and
-compiler, in the folder `kernels` of the cache folder (`files.cache_folder`). What lies there runs on the GPU, so that it is
-believed only if it is whole and the user's own; anything else is compiled again and replaced.
-"""
+"""The source of the prefill kernel: one `Tile` is one specialisation."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ....files import is_private, write_whole
-from ... import compiled
-from . import cuda
+from ... import nvrtc
+from ...nvrtc import cuda
 from .params import Params
 
 SOURCES = Path(__file__).parent
@@ -26,7 +17,6 @@ _FILES = (  # in the order in which they use one another
     "queries.cuh", "params.cuh", "barriers.cuh", "copies.cuh", "math.cuh", "wgmma.cuh", "mask.cuh", "softmax.cuh",
     "scheduler.cuh", "consumer.cuh", "epilogue.cuh", "prefill.cu",
 )  # fmt: skip
-_OPTIONS = ("--gpu-architecture=sm_90a", "--std=c++17", "--device-as-default-execution-space")
 _REGISTERS = {1: (24, 240), 2: (24, 240), 3: (32, 160)}  # per thread of the producer and of a consumer, by consumers
 
 
@@ -134,39 +124,5 @@ def _matrix_functions(tile: Tile) -> str:
 
 
 def compile_cubin(tile: Tile, *, afresh: bool = False) -> bytes:
-    """Machine code of one specialisation for sm_90a, from the disk cache where it is there and not `afresh`. Needs no GPU.
-
-    Raises `CompilationError` if there is no NVRTC or it refuses.
-    """
-    text = source(tile)
-    key = hashlib.sha256(f"{cuda.nvrtc_version()}{_OPTIONS}{text}".encode()).hexdigest()[:32]
-    folder = compiled.code_folder("kernels")
-    path = folder and folder / f"prefill-sm_90a-{key}.cubin"
-    if path and not afresh and (kept := _read_kept(path)):
-        return kept
-    with compiled.said_if_slow("the prefill kernel"):
-        cubin = cuda.compile_cubin(text, "generated", _OPTIONS)
-    if path:
-        with contextlib.suppress(OSError):  # a full disk costs only the next start
-            write_whole(path, _digest(path, cubin) + cubin)
-            path.chmod(0o600)  # whatever the umask: what others may write is not believed
-    return cubin
-
-
-def _read_kept(path: Path) -> bytes | None:
-    """The code at `path`, if it is whole and nobody else can have written it."""
-    try:
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
-            content = file.read() if is_private(os.fstat(file.fileno())) else b""
-    except OSError:
-        return None
-    digest, cubin = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
-    return cubin if cubin and digest == _digest(path, cubin) else None
-
-
-_DIGEST_BYTES = 32
-
-
-def _digest(path: Path, cubin: bytes) -> bytes:
-    """Of the code and its name: one that was kept under another name is another."""
-    return hashlib.sha256(path.name.encode() + cubin).digest()
+    """Machine code of one specialisation for sm_90a, as `nvrtc.machine_code` finds or makes it."""
+    return nvrtc.machine_code("prefill", source(tile), afresh=afresh)

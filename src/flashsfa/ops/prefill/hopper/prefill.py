@@ -12,9 +12,11 @@ from torch import Tensor
 
 from ....codes import FeatureCodes
 from ....mask import Mask
+from ... import nvrtc
+from ...nvrtc import cuda
 from ...select.operators import prune_24_op
 from ...select.plain import empty_rows
-from . import compiler, cuda
+from . import compiler
 from .compiler import Tile
 from .params import Params
 
@@ -193,19 +195,9 @@ def _load(tile: Tile, device: int) -> ctypes.c_void_p:
 
 @functools.cache
 def _load_once(tile: Tile, device: int) -> ctypes.c_void_p | str:
-    def load(afresh: bool) -> ctypes.c_void_p:
-        cubin = compiler.compile_cubin(tile, afresh=afresh)
-        try:
-            return cuda.load_kernel(cubin, "prefill_kernel", tile.shared_bytes, device)
-        except cuda.CompilationError:
-            if afresh:
-                raise
-        return load(afresh=True)  # what the disk had may not be what the compiler makes
-
-    try:
-        return load(afresh=False)
-    except cuda.CompilationError as error:
-        return str(error)
+    return nvrtc.load_kernel(
+        lambda afresh: compiler.compile_cubin(tile, afresh=afresh), "prefill_kernel", tile.shared_bytes, device
+    )
 
 
 def _aligned(x: Tensor) -> Tensor:

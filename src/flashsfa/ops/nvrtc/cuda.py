@@ -1,4 +1,4 @@
-"""The few functions of NVRTC and the CUDA driver that the prefill kernel needs, through ctypes.
+"""The few functions of NVRTC and the CUDA driver that the kernels for Hopper need, through ctypes.
 
 Both libraries come with what is there anyway: NVRTC with torch's CUDA wheels or a CUDA toolkit, the driver with the GPU.
 """

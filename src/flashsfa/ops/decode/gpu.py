@@ -1,0 +1,103 @@
+"""Decode on a GPU whatever is held: one operator for torch.compile, and the next kernel where one cannot run.
+
+No host sync and no shape that depends on data: the launches can be captured in a CUDA graph. Deterministic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...mask import Mask
+from ...scores import ScoreRules
+from ...stored import KVView
+from .. import record
+from .held import NAMES, ROWS, Held
+
+
+def decode(
+    q: Tensor,
+    kv: KVView,
+    mask: Mask,
+    scores: ScoreRules,
+    value_tolerance: float,
+    topk_query: int | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """As `plain.decode`, for float16, bfloat16 and float32, on `backend` "triton" or "hopper". No gradients.
+
+    Raises `ValueError` if a cache tensor's last dimension is not contiguous: copying a cache a step would cost more
+    than decoding it.
+    """
+    held = Held.of(kv)
+    for name in ROWS:
+        x = held.tensors.get(name)
+        if x is not None and x.shape[-1] > 1 and x.stride(-1) != 1:
+            raise ValueError(
+                f"the last dimension of {name.lower()} must be contiguous, got strides {tuple(x.stride())}"
+            )
+    if not torch.compiler.is_compiling():
+        return _run(q, held, kv.page_table, mask, scores, value_tolerance, topk_query, backend)
+    return _decode_op(
+        q, [held.tensors.get(name) for name in NAMES], held.sizes, kv.page_table, mask.kv_lens, mask.key_padding_mask, mask.window,
+        [scores.scale, scores.softcap or 0.0, value_tolerance], topk_query, backend,
+    )  # fmt: skip
+
+
+def _run(
+    q: Tensor,
+    held: Held,
+    page_table: Tensor | None,
+    mask: Mask,
+    scores: ScoreRules,
+    value_tolerance: float,
+    topk_query: int | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    out = q.new_empty((*q.shape[:3], held.width))
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    if not out.numel():
+        return out, lse
+    from .triton import narrow
+
+    given = q, held, page_table, mask, scores, value_tolerance, topk_query, out, lse
+    with torch.cuda.device_of(q):
+        if backend == "hopper":
+            from .hopper import decode as hopper
+
+            obstacle = hopper.attend(*given)
+            if obstacle is None:
+                return out, lse
+            record.record("decode", "triton", f"kernels split over the keys; {obstacle}", fallback=True)
+        narrow.attend(*given)
+    return out, lse
+
+
+# For torch.compile, which cannot look into a launch. Eager calls save its cost to the host.
+@torch.library.custom_op("flashsfa::decode_held", mutates_args=())
+def _decode_op(
+    q: Tensor,
+    tensors: Sequence[Tensor | None],
+    sizes: Sequence[int],
+    page_table: Tensor | None,
+    kv_lens: Tensor | None,
+    key_padding_mask: Tensor | None,
+    window: int | None,
+    real: Sequence[float],
+    topk_query: int | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    scale, softcap, value_tolerance = real
+    named = zip(NAMES, tensors, strict=True)
+    held = Held({name: x for name, x in named if x is not None}, *sizes)
+    mask = Mask(True, window, key_padding_mask, kv_lens=kv_lens)
+    rules = ScoreRules(scale, softcap or None)
+    return _run(q, held, page_table, mask, rules, value_tolerance, topk_query, backend)
+
+
+@_decode_op.register_fake
+def _(q: Tensor, tensors: Sequence[Tensor | None], sizes: Sequence[int], *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty((*q.shape[:3], sizes[-1])), q.new_empty(q.shape[:3], dtype=torch.float32)

@@ -1,0 +1,1 @@
+"""Decode by a CUDA kernel for Hopper, compiled at run time."""

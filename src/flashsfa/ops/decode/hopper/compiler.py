@@ -1,0 +1,106 @@
+"""The source of the decode kernel: one `Variant` is one specialisation."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ... import nvrtc
+from .params import Params
+
+SOURCES = Path(__file__).parent
+FILES = ("params.cuh", "warp.cuh", "rows.cuh", "keys.cuh", "values.cuh", "decode.cu")  # as they use one another
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What the kernel is compiled for.
+
+    Attributes:
+        is_bf16: whether queries, and what is stored in 16 bits, are bfloat16; else float16.
+        head_dim: D; value_dim: Dv, 64 or 128.
+        rows: query rows of a warp, 1, 2, 4 or 8.
+        query_dims: rows of the query matrix: D, or the slots of axes.
+        channel: entries of the channel of a key, in slots for axes; 0 for none.
+        channel_bits: 16, 8, 4, or 2 for axes.
+        kept: kept entries K beside it; kept_bits: 16, 8 or 4.
+        index_bits: of the place of each; 0 for a bitmap.
+        value_bits: 16, 8 or 4.
+        channel_scale_bytes, kept_scale_bytes, value_scale_bytes: 0 for none, 2 for bfloat16, 4 for float32.
+        channel_centred, value_centred: whether rows have a centre, in bfloat16.
+        channel_alignment, kept_alignment, index_alignment: powers of two up to 16 that divide all addresses.
+        page_size: keys per page, 0 for no pages.
+        is_capped: whether scores have a softcap.
+        is_tolerant: whether values of little weight are left out.
+        warps: of a block; blocks: of a multiprocessor, at least.
+    """
+
+    is_bf16: bool
+    head_dim: int
+    value_dim: int
+    rows: int
+    query_dims: int
+    channel: int
+    channel_bits: int
+    kept: int
+    kept_bits: int
+    index_bits: int
+    value_bits: int
+    channel_scale_bytes: int
+    kept_scale_bytes: int
+    value_scale_bytes: int
+    channel_centred: bool
+    value_centred: bool
+    channel_alignment: int
+    kept_alignment: int
+    index_alignment: int
+    page_size: int
+    is_capped: bool
+    is_tolerant: bool
+    warps: int = 4
+    blocks: int = 3
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps
+
+    @property
+    def segment(self) -> int:
+        """Keys of which a warp has all scores before it reads values, with a tolerance."""
+        return 512 if self.rows <= 2 else 256
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of `Shared` in decode.cu."""
+        sparse_dims = self.head_dim - self.channel
+        words, double = -(-self.channel_bytes // 4), 1 + (self.channel_bits == 16)
+        pairs = -(-words // (4 * double)) * double * {16: 1, 8: 2, 4: 4, 2: 8}[self.channel_bits]
+        query = 128 * (pairs or 1) + 16 * (pairs if self.channel_bits == 2 else 1)
+        query += 4 * self.rows * ((sparse_dims if self.kept else 1) + 3) + 8
+        warp = 4 * (self.rows + 1) * (32 if self.channel else 2) + 96 * self.rows
+        warp += (4 * self.rows + 2) * self.segment if self.is_tolerant else 16
+        return -(-query // 8) * 8 + self.warps * warp
+
+    @property
+    def channel_bytes(self) -> int:
+        return self.channel // 4 if self.channel_bits == 2 else self.channel * self.channel_bits // 8
+
+
+def source(variant: Variant) -> str:
+    """The CUDA source of one specialisation: its sizes, and all files, each under its name and lines."""
+    return constants(variant) + "".join(f'#line 1 "{name}"\n{(SOURCES / name).read_text()}' for name in FILES)
+
+
+def constants(variant: Variant) -> str:
+    """What the files know of the specialisation."""
+    values = {
+        name.removeprefix("is_" if name != "is_bf16" else ""): int(value) for name, value in asdict(variant).items()
+    }
+    values |= {"segment": variant.segment, "params_bytes": ctypes.sizeof(Params), "shared_bytes": variant.shared_bytes}
+    return "".join(f"#define {name.upper()} {value}\n" for name, value in values.items())
+
+
+def compile_cubin(variant: Variant, *, afresh: bool = False) -> bytes:
+    """Machine code of one specialisation for sm_90a, as `nvrtc.machine_code` finds or makes it."""
+    return nvrtc.machine_code("decode", source(variant), afresh=afresh)

@@ -1,0 +1,376 @@
+// Attention of a few queries over codes, split over keys: each warp takes a split of its own, reads its codes and values straight into
+// registers and writes an unnormalised output. Warps do not wait for one another. Scores are in log2 units: softmax runs in base 2.
+//
+// The codes of the next keys are asked for as soon as those of the present ones are scored, and their values when the present ones are summed:
+// so a warp has most of its registers full of bytes under way.
+
+struct SharedWarp {
+  alignas(8) u16 weights[ROWS * WEIGHT_STRIDE];
+  float products[HAS_CHANNEL ? WARP_KEYS : 2][ROWS + 1];
+  float scores[TOLERANT ? ROWS : 1][TOLERANT ? SEGMENT : 2];  // of a segment
+  u16 needed[TOLERANT ? SEGMENT : 4];                         // its keys whose values are read
+};
+
+struct Shared {
+  SharedQuery query;
+  SharedWarp warps[WARPS];
+};
+
+// What a warp knows of its sequence.
+struct Sequence {
+  const u8* padding;
+  const int* pages;
+  int length, begin, end, first, batch;  // keys begin to end are the warp's; those from `first` on are seen by some query
+
+  // The keys from `start` on.
+  DEVICE Keys keys(int start) const {
+    const int key = start + lane_id();
+    const bool is_seen = key >= first && key < end && !(padding && padding[key]);
+    int page = 0;
+    if constexpr (IS_PAGED) page = is_seen ? pages[key / PAGE] : 0;
+    return {ballot(is_seen), key, page};
+  }
+};
+
+DEVICE Sequence sequence_of(const Params& p, int batch, int split, int splits) {
+  int length = p.n;
+  if (p.lengths) {
+    const i64 given = p.lengths_are_64_bit ? static_cast<const i64*>(p.lengths)[batch] : static_cast<const int*>(p.lengths)[batch];
+    length = given < 0 ? 0 : given < p.n ? int(given) : p.n;
+  }
+  int first = p.window ? length - p.m - p.window + 1 : 0;
+  first = first < 0 ? 0 : first;
+  const int from = first / WARP_KEYS * WARP_KEYS, each = (length - from + splits - 1) / splits;
+  const int share = (each + WARP_KEYS - 1) / WARP_KEYS * WARP_KEYS, begin = from + split * share;
+  return {p.padding ? p.padding + batch * p.padding_batch : nullptr, p.pages ? p.pages + batch * p.pages_batch : nullptr,
+          length, begin, begin + share < length ? begin + share : length, first, batch};
+}
+
+DEVICE Rows of_head(Rows x, int batch, int kv_head) {
+  x.data += kv_head * x.head + (IS_PAGED ? 0 : batch * x.outer);
+  return x;
+}
+
+// The online softmax of the query rows, and what it has summed.
+struct Sums {
+  float peak[ROWS];    // largest score so far, the same in all lanes
+  float total[ROWS];   // weights of the lane's keys, relative to 2^peak
+  float centre[ROWS];  // those times the middle of their values
+  float unit;          // of `out`: the largest scale of a value so far, so that a weight times its scale is within the range of float16
+  float out[VALUE_TILES][4];
+
+  DEVICE void clear() {
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      peak[r] = -INFINITE;
+      total[r] = centre[r] = 0;
+    }
+    unit = ARE_VALUES_LEVELS ? 0x1p-100f : 1.0f;
+#pragma unroll
+    for (int i = 0; i < VALUE_TILES; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) out[i][j] = 0;
+  }
+
+  DEVICE float base(int r) const { return peak[r] == -INFINITE ? 0.0f : peak[r]; }
+
+  // Scale `out` by a factor per query row.
+  DEVICE void scale_out(const float (&factor)[ROWS]) {
+    const int quad = lane_id() % 4;
+    float low = factor[0], high = factor[ROWS > 1 ? 1 : 0];
+#pragma unroll
+    for (int i = 1; i < 4; ++i)
+      if (2 * i < ROWS && quad == i) {
+        low = factor[2 * i % ROWS];
+        high = factor[(2 * i + 1) % ROWS];
+      }
+#pragma unroll
+    for (int i = 0; i < VALUE_TILES; ++i) {
+      out[i][0] *= low;
+      out[i][1] *= high;
+      out[i][2] *= low;
+      out[i][3] *= high;
+    }
+  }
+};
+
+// Makes room for the lane's scores and, of its value, the scale `step`; `kept` is relative to the peaks as `total` is.
+DEVICE void raise(Sums& sums, float (&kept)[ROWS], const float (&score)[ROWS], float step) {
+  float largest[ROWS], shrink[ROWS];
+  bool grows = false;
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    largest[r] = fmaxf(warp_max(score[r]), sums.peak[r]);
+    grows |= largest[r] > sums.peak[r];
+  }
+  float unit = sums.unit;
+  if constexpr (ARE_VALUES_LEVELS) {
+    unit = fmaxf(unit, warp_max(step < 0x1p100f ? step : 0.0f));
+    grows |= unit > sums.unit;
+  }
+  if (!grows) return;  // all lanes alike
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    shrink[r] = sums.peak[r] == -INFINITE ? 0.0f : exp2_fast(sums.peak[r] - largest[r]);
+    sums.peak[r] = largest[r];
+    sums.total[r] *= shrink[r];
+    sums.centre[r] *= shrink[r];
+    kept[r] *= shrink[r];
+    shrink[r] *= sums.unit / unit;
+  }
+  sums.unit = unit;
+  sums.scale_out(shrink);
+}
+
+// Scores of the lane's key from its products, -infinity where a query does not see it.
+DEVICE void apply_rules(float (&score)[ROWS], const Params& p, const Sequence& s, int first_row, const Keys& keys) {
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    score[r] *= p.scale;
+    if constexpr (CAPPED) score[r] = p.cap * (2.0f / (1.0f + exp2_fast(-2.8853900817779268f * score[r])) - 1.0f);  // tanh
+    const int last = s.length - p.m + (first_row + r) % p.m;
+    if (!keys.is_mine_seen() || keys.key > last || (p.window && keys.key <= last - p.window)) score[r] = -INFINITE;
+  }
+}
+
+struct ValueScale {
+  float step, centre;
+};
+
+DEVICE ValueScale load_value_scale(const Params& p, const Keys& keys) {
+  ValueScale x = {1.0f, 0.0f};
+  if constexpr (ARE_VALUES_LEVELS) {
+    x.step = 0;
+    if (keys.is_mine_seen()) {
+      x.step = from_bits(load_number<VALUE_SCALE_BYTES>(my_row(p.v_scale, keys)));
+      if constexpr (VALUE_CENTRED) x.centre = from_bits(load_number<2>(my_row(p.v_centre, keys)));
+    }
+  }
+  return x;
+}
+
+// Writes the lane's part of a split's result. All weights count in `total`.
+DEVICE void store(const Params& p, Sums& sums, i64 row) {
+  const int lane = lane_id(), quad = lane % 4, group = lane / 4;
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    sums.total[r] = warp_sum(sums.total[r]);
+    if constexpr (VALUE_CENTRED) sums.centre[r] = warp_sum(sums.centre[r]);
+    if (lane == 0) {
+      p.peak[row + r] = sums.peak[r];
+      p.total[row + r] = sums.total[r];
+    }
+    if (r / 2 == quad) {
+#pragma unroll
+      for (int i = 0; i < VALUE_TILES; ++i)
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+          p.partial[(row + r) * VALUE_DIM + value_feature(group, 2 * i + j)] = sums.out[i][2 * j + r % 2] * sums.unit + sums.centre[r];
+    }
+  }
+}
+
+// Puts the weights of the lane's key into the shared memory of its warp, as `add_values` reads them, and adds them to `mass`.
+DEVICE void weigh(Sums& sums, float (&mass)[ROWS], SharedWarp& own, const float (&score)[ROWS], ValueScale scale) {
+  const float inverse = ARE_VALUES_LEVELS ? scale.step / sums.unit : 1.0f;
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    const float weight = exp2_fast(score[r] - sums.base(r));
+    mass[r] += weight;
+    if constexpr (VALUE_CENTRED) sums.centre[r] += weight * scale.centre;
+    own.weights[r * WEIGHT_STRIDE + lane_id()] = to_weight(weight * inverse);
+  }
+}
+
+// Attends to the keys of a warp, reading every value.
+DEVICE void attend(Sums& sums, const Params& p, const Sequence& s, const SharedQuery& query, SharedWarp& own, int first_row) {
+  const Halves mask = query.halves;
+  StoredKeys stored;
+  StoredValues values;
+  Keys keys = s.keys(s.begin), next = s.keys(s.begin + WARP_KEYS);
+  load_keys(stored, p, keys);
+  ValueScale scale = load_value_scale(p, keys);
+  load_values<true>(values, 0, p, keys);
+  load_values<true>(values, 1, p, keys);
+  for (int start = s.begin; start < s.end; start += WARP_KEYS) {
+    float score[ROWS];
+    key_products(score, stored, query, own.products, mask);
+    apply_rules(score, p, s, first_row, keys);
+    load_keys(stored, p, next);
+    float none[ROWS] = {};
+    raise(sums, none, score, scale.step);
+    weigh(sums, sums.total, own, score, scale);
+    scale = load_value_scale(p, next);
+    const Keys behind = s.keys(start + 2 * WARP_KEYS);
+    sync_warp();
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile) {
+      add_values(sums.out, values, tile, own.weights, mask);
+      load_values<true>(values, tile, p, next);
+    }
+    sync_warp();  // before the next weights
+    keys = next;
+    next = behind;
+  }
+}
+
+constexpr int CHUNKS = SEGMENT / WARP_KEYS;
+
+// The share of its row's mass so far that the lane's key of each chunk of a segment has, the largest of all query rows; and that mass.
+DEVICE void find_shares(float (&share)[CHUNKS], float (&mass)[ROWS], Sums& sums, const SharedWarp& own) {
+  const int lane = lane_id();
+  float inverse[ROWS];
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+#pragma unroll
+    for (int i = 0; i < CHUNKS; ++i) sums.total[r] += exp2_fast(own.scores[r][WARP_KEYS * i + lane] - sums.base(r));
+    mass[r] = warp_sum(sums.total[r]);
+    inverse[r] = mass[r] > 0 ? 1 / mass[r] : 0.0f;
+  }
+#pragma unroll
+  for (int i = 0; i < CHUNKS; ++i) {
+    share[i] = 0;
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      const float x = exp2_fast(own.scores[r][WARP_KEYS * i + lane] - sums.base(r)) * inverse[r];
+      share[i] = x > share[i] || x != x ? x : share[i];  // NaN is not to be lost
+    }
+  }
+}
+
+// The largest share found below which all together have at most `budget`, and what they have.
+DEVICE float find_cut(const float (&share)[CHUNKS], float budget, float& below) {
+  float low = -40, high = 0, cut = 0;  // exponents
+  below = 0;
+  for (int step = 0; step < 9; ++step) {
+    const float middle = (low + high) / 2, edge = exp2_fast(middle);
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < CHUNKS; ++i) sum += share[i] < edge ? share[i] : 0.0f;
+    sum = warp_sum(sum);
+    if (sum <= budget) {
+      low = middle;
+      cut = edge;
+      below = sum;
+    } else {
+      high = middle;
+    }
+  }
+  return cut;
+}
+
+// Attends to the keys of a warp, but leaves out values that together carry at most `tolerance` of the mass of each query row, and lets the
+// others stand for them. What was left out before counts: segments after a heavy one may leave out more.
+DEVICE void attend_within(Sums& sums, const Params& p, const Sequence& s, const SharedQuery& query, SharedWarp& own, int first_row) {
+  const int lane = lane_id();
+  const Halves mask = query.halves;
+  StoredKeys stored;
+  Keys keys = s.keys(s.begin), next = s.keys(s.begin + WARP_KEYS);
+  load_keys(stored, p, keys);
+  float kept[ROWS] = {}, mass[ROWS] = {}, left_out = 0;  // left_out: a share of the mass so far
+  for (int segment = s.begin; segment < s.end; segment += SEGMENT) {
+    float largest[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) largest[r] = -INFINITE;
+    for (int i = 0; i < CHUNKS; ++i) {
+      const int start = segment + WARP_KEYS * i;
+      float score[ROWS];
+      if (start < s.end) {
+        key_products(score, stored, query, own.products, mask);
+        apply_rules(score, p, s, first_row, keys);
+        load_keys(stored, p, next);
+        keys = next;
+        next = s.keys(start + 2 * WARP_KEYS);
+      }
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) {
+        if (start >= s.end) score[r] = -INFINITE;
+        own.scores[r][WARP_KEYS * i + lane] = score[r];
+        largest[r] = fmaxf(largest[r], score[r]);
+      }
+    }
+    float before[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) before[r] = sums.peak[r];
+    raise(sums, kept, largest, 0);
+    float share[CHUNKS], shrink = 0, below;
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) before[r] = before[r] == -INFINITE ? 0.0f : mass[r] * exp2_fast(before[r] - sums.peak[r]);
+    find_shares(share, mass, sums, own);
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r)
+      if (mass[r] > 0) shrink = fmaxf(shrink, before[r] / mass[r]);
+    left_out *= fminf(shrink, 1.0f);
+    const float cut = find_cut(share, p.tolerance - left_out, below);
+    left_out += below;
+
+    int count = 0;
+#pragma unroll
+    for (int i = 0; i < CHUNKS; ++i) {
+      const bool is_needed = !(share[i] < cut) && share[i] != 0;
+      const u32 all = ballot(is_needed);
+      if (is_needed) own.needed[count + count_bits(all & ((1u << lane) - 1))] = u16(WARP_KEYS * i + lane);
+      count += count_bits(all);
+    }
+    sync_warp();
+    const auto needed = [&](int first) {
+      const bool is_one = first + lane < count;
+      const int key = segment + (is_one ? own.needed[first + lane] : 0);
+      return Keys{ballot(is_one), key, IS_PAGED ? s.pages[key / PAGE] : 0};
+    };
+    StoredValues values;
+    Keys there = needed(0);
+    ValueScale scale = load_value_scale(p, there);
+    load_values<false>(values, 0, p, there);
+    load_values<false>(values, 1, p, there);
+    for (int first = 0; first < count; first += WARP_KEYS) {
+      const Keys behind = needed(first + WARP_KEYS);
+      float score[ROWS];
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) score[r] = there.is_mine_seen() ? own.scores[r][there.key - segment] : -INFINITE;
+      raise(sums, kept, score, scale.step);
+      weigh(sums, kept, own, score, scale);
+      scale = load_value_scale(p, behind);
+      sync_warp();
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile) {
+        add_values(sums.out, values, tile, own.weights, mask);
+        load_values<false>(values, tile, p, behind);
+      }
+      sync_warp();  // before the next weights
+      there = behind;
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    const float all = warp_sum(sums.total[r]), some = warp_sum(kept[r]);
+    kept[r] = some > 0 ? all / some : 1.0f;
+    sums.centre[r] *= kept[r];
+  }
+  sums.scale_out(kept);
+}
+
+static_assert(sizeof(Shared) == SHARED_BYTES, "compiler.py asks for shared memory of another size");
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) decode_kernel(const __grid_constant__ Params given) {
+  extern __shared__ __align__(16) u8 dynamic[];
+  Shared& shared = *reinterpret_cast<Shared*>(dynamic);
+  const int tiles = given.padded_rows / ROWS, head = int(blockIdx.x) / tiles, first_row = int(blockIdx.x) % tiles * ROWS;
+  const int batch = head / given.kv_heads, kv_head = head % given.kv_heads;
+  load_query(shared.query, given, head, first_row, 32 * WARPS);
+  sync_block();
+  const int warp = threadIdx.x / 32, splits = int(gridDim.y) * WARPS, split = int(blockIdx.y) * WARPS + warp;
+  Params p = given;
+  for (Rows* x : {&p.channel, &p.channel_scale, &p.channel_centre, &p.kept, &p.kept_scale, &p.indices, &p.v, &p.v_scale, &p.v_centre})
+    *x = of_head(*x, batch, kv_head);
+  const Sequence s = sequence_of(p, batch, split, splits);
+  SharedWarp& own = shared.warps[warp];
+
+  Sums sums;
+  sums.clear();
+  if constexpr (TOLERANT)
+    attend_within(sums, p, s, shared.query, own, first_row);
+  else
+    attend(sums, p, s, shared.query, own, first_row);
+  store(p, sums, (i64(head) * splits + split) * p.padded_rows + first_row);
+}

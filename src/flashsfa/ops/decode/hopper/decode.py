@@ -1,0 +1,212 @@
+"""Decode by a CUDA kernel for Hopper, which keeps most of its registers full of the cache's bytes under way.
+
+Each warp takes a split of the keys of its own; `combine` merges them. With a tolerance, a warp scores a segment of keys first and reads the
+values of those alone that carry weight.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from ....mask import Mask
+from ....scores import ScoreRules
+from ....stored import KVView
+from ... import nvrtc
+from ...nvrtc import cuda
+from ..held import Held
+from . import compiler
+from .compiler import Variant
+from .params import Params, Rows
+
+_WARP_KEYS = 32
+_MOST_ROWS = 8  # query rows of a warp: the columns of its matrix products
+_BLOCKS = 3  # thread blocks of four warps that a multiprocessor holds: 168 registers a thread
+_MOST_WAVES = 4
+_WIDTHS = (64, 128)
+_MOST_KEPT = 64  # the loop over kept entries is unrolled
+_CERTAIN = 1 - 2**-7  # of the tolerance: room for the rounding of weights and sums
+_TENSORS = {
+    "channel": "CHANNEL", "channel_scale": "CHANNEL_SCALE", "channel_centre": "CHANNEL_CENTRE", "kept": "VALUES",
+    "kept_scale": "VALUE_SCALE", "indices": "INDICES", "v": "V", "v_scale": "V_SCALE", "v_centre": "V_CENTRE",
+}  # fmt: skip
+
+
+def is_hopper(q: Tensor) -> bool:
+    return q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) == (9, 0)
+
+
+def obstacle(q: Tensor, kv: KVView) -> str | None:
+    """Why the kernel cannot take these, or None if it can. Looks at no values."""
+    if not is_hopper(q):
+        return "the CUDA kernel is Hopper's (sm_90)"
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"the CUDA kernel takes float16 and bfloat16, not {q.dtype}"
+    held = Held.of(kv)
+    if held.width not in _WIDTHS:
+        return f"the CUDA kernel takes values of width 64 and 128, not {held.width}"
+    if q.shape[-1] > 256 or held.topk > _MOST_KEPT:
+        return f"the CUDA kernel takes heads of at most 256 and {_MOST_KEPT} kept entries, not {q.shape[-1]} and {held.topk}"
+    if held.topk and held.index_bits == 0 and q.shape[-1] - held.channel > 128:
+        return "the CUDA kernel takes bitmaps of at most 128 features"
+    if _channel_bytes(held) > 128:
+        return f"the CUDA kernel takes a channel of at most 128 bytes, not {_channel_bytes(held)}"
+    return None
+
+
+def attend(
+    q: Tensor,
+    held: Held,
+    page_table: Tensor | None,
+    mask: Mask,
+    scores: ScoreRules,
+    value_tolerance: float,
+    topk_query: int | None,
+    out: Tensor,
+    lse: Tensor,
+) -> str | None:
+    """Write the output [B, Hq, M, Dv] and its log-sum-exp [B, Hq, M] over what is `held`; or say why it cannot be done."""
+    from ..triton.combine import combine
+    from ..triton.narrow import NarrowProblem
+
+    v = held.tensors["V"]
+    piece = min(16, held.width * _bits(v, "V_CENTRE" in held.tensors) // 64)
+    if _alignment(v) < piece:
+        return f"the CUDA kernel reads values {piece} bytes at a time, and these do not begin at multiples of it"
+    if page_table is not None and any(_stride(x, 0) >= 1 << 31 for x in held.tensors.values()):
+        return "the CUDA kernel takes pages of less than 2 GiB"
+    problem = NarrowProblem(q, held, page_table, mask, scores, topk_query)
+    rows = min(problem.padded_rows, _MOST_ROWS)
+    variant = _variant(q, held, problem.coded["T"], rows, problem.places["PAGE"], scores, value_tolerance)
+    tiles = problem.heads * (problem.padded_rows // rows)
+    blocks = _blocks_per_tile(tiles, problem.keys // (2 * _WARP_KEYS * variant.warps), _resident(q.device))
+    splits = blocks * variant.warps
+    partial = problem.scratch(splits, problem.padded_rows, problem.width)
+    peak, total = (problem.scratch(splits, problem.padded_rows) for _ in range(2))
+    tables = {
+        name.lower(): held.tensors[name].data_ptr() for name in ("AXIS", "IS_START", "TOP") if name in held.tensors
+    }
+    lengths, padding, terms = problem.visibility["LENS"], problem.ruled["PADDING"], problem.coded["TERMS"]
+    pages = problem.places["PAGES"]
+    params = Params(
+        **{name: _rows(held.tensors[of]) for name, of in _TENSORS.items() if of in held.tensors},
+        **tables,
+        q=problem.coded["Q"].data_ptr(),
+        terms=None if terms is None else terms.data_ptr(),
+        lengths=None if lengths is None else lengths.data_ptr(),
+        padding=None if padding is None else padding.data_ptr(),
+        pages=None if pages is None else pages.data_ptr(),
+        partial=partial.data_ptr(),
+        peak=peak.data_ptr(),
+        total=total.data_ptr(),
+        padding_batch=problem.ruled["padding_sb"],
+        pages_batch=problem.places["pages_sb"],
+        kv_heads=problem.kv_heads,
+        n=problem.keys,
+        m=q.shape[2],
+        window=mask.window or 0,
+        padded_rows=problem.padded_rows,
+        lengths_are_64_bit=lengths is not None and lengths.dtype == torch.int64,
+        scale=problem.ruled["scale"],
+        cap=problem.ruled["cap"],
+        tolerance=value_tolerance * _CERTAIN,
+    )
+    obstacle = launch(variant, (tiles, blocks, 1), params)
+    if obstacle is None:
+        combine(problem, partial, peak, total, out, lse)
+    return obstacle
+
+
+def launch(variant: Variant, grid: tuple[int, int, int], params: Params) -> str | None:
+    """Run the kernel on torch's current device and stream, or say why it cannot be built."""
+    kernel = _load(variant, torch.cuda.current_device())
+    if isinstance(kernel, str):
+        return kernel
+    cuda.launch(kernel, grid, variant.threads, variant.shared_bytes, (params,))
+    return None
+
+
+@functools.cache
+def _load(variant: Variant, device: int) -> ctypes.c_void_p | str:
+    """The kernel of one specialisation, ready to launch on `device`, or why there is none: what failed once is not tried again."""
+    return nvrtc.load_kernel(
+        lambda afresh: compiler.compile_cubin(variant, afresh=afresh), "decode_kernel", variant.shared_bytes, device
+    )
+
+
+def _variant(
+    q: Tensor, held: Held, query_dims: int, rows: int, page_size: int, scores: ScoreRules, value_tolerance: float
+) -> Variant:
+    tensors = held.tensors
+
+    def scale_bytes(name: str) -> int:
+        return tensors[name].itemsize if name in tensors else 0
+
+    return Variant(
+        is_bf16=q.dtype == torch.bfloat16,
+        head_dim=q.shape[-1],
+        value_dim=held.width,
+        rows=rows,
+        query_dims=query_dims,
+        channel=held.channel,
+        channel_bits=held.bits,
+        kept=held.topk,
+        kept_bits=_bits(tensors["VALUES"], True) if held.topk else 16,
+        index_bits=held.index_bits,
+        value_bits=_bits(tensors["V"], "V_CENTRE" in tensors),
+        channel_scale_bytes=scale_bytes("CHANNEL_SCALE"),
+        kept_scale_bytes=scale_bytes("VALUE_SCALE"),
+        value_scale_bytes=scale_bytes("V_SCALE"),
+        channel_centred="CHANNEL_CENTRE" in tensors,
+        value_centred="V_CENTRE" in tensors,
+        channel_alignment=_alignment(tensors["CHANNEL"]) if held.channel else 16,
+        kept_alignment=_alignment(tensors["VALUES"]) if held.topk else 16,
+        index_alignment=_alignment(tensors["INDICES"]) if held.topk else 16,
+        page_size=page_size,
+        is_capped=scores.softcap is not None,
+        is_tolerant=value_tolerance > 0,
+        blocks=_BLOCKS,
+    )
+
+
+def _bits(x: Tensor, is_uint8_packed: bool) -> int:
+    """Bits of an entry of a cache tensor."""
+    return 4 if x.dtype == torch.uint8 and is_uint8_packed else 8 * x.itemsize
+
+
+def _channel_bytes(held: Held) -> int:
+    return held.channel // 4 if held.bits == 2 else held.channel * held.bits // 8
+
+
+def _stride(x: Tensor, dim: int) -> int:
+    """In bytes; 0 along a single entry, whose stride can be anything."""
+    return x.stride(dim) * x.itemsize if x.shape[dim] > 1 else 0
+
+
+def _alignment(x: Tensor) -> int:
+    """The largest power of two up to 16 that divides the addresses of all rows."""
+    return math.gcd(16, x.data_ptr(), *(_stride(x, dim) for dim in range(3)))
+
+
+def _rows(x: Tensor) -> Rows:
+    outer, head, key = (_stride(x, dim) for dim in range(3))
+    return Rows(x.data_ptr(), outer, head, key, outer if outer < 1 << 31 else 0)
+
+
+@functools.cache
+def _resident(device: torch.device) -> int:
+    """Thread blocks that run at a time."""
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return multiprocessors * _BLOCKS
+
+
+@functools.cache
+def _blocks_per_tile(tiles: int, most: int, resident: int) -> int:
+    """Thread blocks that share the keys of one tile of query rows, so that all end at about the same time: the fewest of the least waves
+    per block, and no more than `most`, from where each would have little to do."""
+    counts = range(1, max(1, min(most, _MOST_WAVES * resident // tiles)) + 1)
+    return min(counts, key=lambda count: (math.ceil(tiles * count / resident) / count, count))

@@ -1,0 +1,246 @@
+// Scores of 32 keys: the products of queries with a channel, which every key has, by matrix units, and with kept entries, whose features
+// each lane looks up for its key.
+//
+// A channel is read as words. Lane 4 * group + quad has some words of the keys `group`, `group` + 8, `group` + 16 and `group` + 24, and makes
+// pairs of entries from them: entries of 16 bits are pairs already; a level becomes the number 1024 + level (64 + level for the high half of a
+// byte) in float16 by setting it below that exponent. The query's fragments are laid out in the order of these pairs.
+
+constexpr int CHANNEL_BYTES = CHANNEL_BITS == 2 ? CHANNEL / 4 : CHANNEL * CHANNEL_BITS / 8;
+constexpr int CHANNEL_VECTOR = CHANNEL_BYTES % 64 == 0 && CHANNEL_ALIGNMENT >= 16 ? 4 : CHANNEL_BYTES % 32 == 0 && CHANNEL_ALIGNMENT >= 8 ? 2 : 1;
+constexpr int PAIRS_PER_WORD = CHANNEL_BITS == 16 ? 1 : CHANNEL_BITS == 8 ? 2 : CHANNEL_BITS == 4 ? 4 : 8;
+constexpr int LANE_WORDS = (words(CHANNEL_BYTES) + 4 * (CHANNEL_BITS == 16 ? 2 : 1) - 1) / (4 * (CHANNEL_BITS == 16 ? 2 : 1)) * (CHANNEL_BITS == 16 ? 2 : 1);
+constexpr int PAIRS = LANE_WORDS * PAIRS_PER_WORD;
+constexpr int KEPT_BYTES = (KEPT * KEPT_BITS + 7) / 8;
+constexpr int SPARSE_DIMS = HEAD_DIM - CHANNEL;
+constexpr int INDEX_BYTES = INDEX_BITS == 0 ? (SPARSE_DIMS + 7) / 8 : (KEPT * INDEX_BITS + 7) / 8;
+constexpr bool HAS_CHANNEL = CHANNEL > 0, HAS_KEPT = KEPT > 0;
+constexpr bool IS_CHANNEL_LEVELS = HAS_CHANNEL && CHANNEL_BITS < 16;
+
+// Queries of a kv head, shared by the warps of a block.
+struct SharedQuery {
+  u32 pairs[HAS_CHANNEL ? PAIRS : 1][32];             // by lane: of query row lane / 4, for the pairs of quad lane % 4
+  u32 fields[CHANNEL_BITS == 2 ? PAIRS : 1][4];       // by quad: the bits of levels that start in a slot
+  float features[HAS_KEPT ? SPARSE_DIMS : 1][ROWS];
+  float terms[3][ROWS];
+  Halves halves;
+};
+
+DEVICE int channel_word(int i, int quad) { return (i / CHANNEL_VECTOR * 4 + quad) * CHANNEL_VECTOR + i % CHANNEL_VECTOR; }
+
+// Entry (feature, or slot of two bits) `half` of pair `j` of a word.
+DEVICE int channel_entry(int word, int j, int half) {
+  if (CHANNEL_BITS == 16) return 2 * word + half;
+  if (CHANNEL_BITS == 8) return 4 * word + 2 * j + half;
+  if (CHANNEL_BITS == 4) return 8 * word + j + 4 * half;
+  return 4 * (4 * word + 2 * (j / 4) + half) + j % 4;
+}
+
+// The query rows of a tile from `q` [QUERY_DIMS, padded_rows]; by all threads of a block.
+DEVICE void load_query(SharedQuery& shared, const Params& p, i64 head, int first_row, int threads) {
+  const u16* q = static_cast<const u16*>(p.q) + head * QUERY_DIMS * p.padded_rows + first_row;
+  const int kv_head = int(head % p.kv_heads), thread = threadIdx.x;
+  shared.halves = {0x000f000f, 0x00f000f0};
+  if constexpr (HAS_CHANNEL) {
+    for (int i = thread; i < PAIRS * 32; i += threads) {
+      const int pair = i / 32, lane = i % 32, row = lane / 4 % ROWS;
+      const int word = channel_word(pair / PAIRS_PER_WORD, lane % 4);
+      u32 both = 0;
+      for (int half = 0; half < 2; ++half) {
+        const int entry = channel_entry(word, pair % PAIRS_PER_WORD, half);
+        if (entry < CHANNEL) both |= u32(q[entry * p.padded_rows + row]) << (16 * half);
+      }
+      shared.pairs[pair][lane] = both;
+    }
+  }
+  if constexpr (CHANNEL_BITS == 2) {
+    for (int i = thread; i < PAIRS * 4; i += threads) {
+      const int pair = i / 4, word = channel_word(pair / PAIRS_PER_WORD, i % 4);
+      u32 both = 0;
+      for (int half = 0; half < 2; ++half) {
+        const int slot = channel_entry(word, pair % PAIRS_PER_WORD, half);
+        if (slot < CHANNEL && p.is_start[kv_head * CHANNEL + slot])
+          both |= u32(p.top[kv_head * HEAD_DIM + p.axis[kv_head * CHANNEL + slot]]) << (slot % 4 * 2 + 16 * half);
+      }
+      shared.fields[pair][i % 4] = both;
+    }
+  }
+  if constexpr (HAS_KEPT) {
+    for (int i = thread; i < SPARSE_DIMS * ROWS; i += threads) {
+      const u16 x = q[(CHANNEL + i / ROWS) * p.padded_rows + i % ROWS];
+      shared.features[i / ROWS][i % ROWS] = IS_CHANNEL_LEVELS ? from_half(x) : stored_float(x);
+    }
+  }
+  for (int i = thread; i < 3 * ROWS; i += threads)
+    shared.terms[i / ROWS][i % ROWS] = p.terms ? p.terms[(head * 3 + i / ROWS) * p.padded_rows + first_row + i % ROWS] : i < ROWS;
+}
+
+// 32 keys as they are stored: a lane's part.
+struct StoredKeys {
+  u32 channel[4][HAS_CHANNEL ? LANE_WORDS : 1];  // of the keys group, group + 8, group + 16, group + 24
+  u32 kept[HAS_KEPT ? words(KEPT_BYTES) : 1], indices[HAS_KEPT ? words(INDEX_BYTES) : 1];  // of the lane's key, as are the others
+  u32 channel_scale, channel_centre, kept_scale;
+};
+
+template <bool ALL_SEEN>
+DEVICE void load_keys(StoredKeys& stored, const Params& p, const Keys& keys) {
+  const int quad = lane_id() % 4, group = lane_id() / 4;
+  if constexpr (HAS_CHANNEL) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const u8* row = row_of<true>(p.channel, keys, group + 8 * i);
+      const bool is_seen = ALL_SEEN || keys.is_seen(group + 8 * i);
+#pragma unroll
+      for (int j = 0; j < LANE_WORDS; j += CHANNEL_VECTOR) {
+        const int first = 4 * channel_word(j, quad);
+        u32* to = &stored.channel[i][j];
+        const bool may_lack = 4 * channel_word(j + CHANNEL_VECTOR - 1, 3) + 4 > CHANNEL_BYTES;
+        if (!is_seen || (may_lack && first >= CHANNEL_BYTES)) {
+#pragma unroll
+          for (int k = 0; k < CHANNEL_VECTOR; ++k) to[k] = 0;
+        } else if (!may_lack || first + 4 <= CHANNEL_BYTES) {
+          load_row<4 * CHANNEL_VECTOR, CHANNEL_ALIGNMENT>(to, row + first);
+        } else {
+          load_row<CHANNEL_BYTES % 4, CHANNEL_ALIGNMENT>(to, row + first);
+        }
+      }
+    }
+    stored.channel_scale = stored.channel_centre = 0;
+  }
+  if constexpr (HAS_KEPT) stored.kept_scale = 0;
+  if (!ALL_SEEN && !keys.is_mine_seen()) {
+    if constexpr (HAS_KEPT) {
+#pragma unroll
+      for (int i = 0; i < words(KEPT_BYTES); ++i) stored.kept[i] = 0;
+#pragma unroll
+      for (int i = 0; i < words(INDEX_BYTES); ++i) stored.indices[i] = 0;
+    }
+    return;
+  }
+  if constexpr (HAS_CHANNEL && CHANNEL_SCALE_BYTES > 0) stored.channel_scale = load_number<CHANNEL_SCALE_BYTES>(my_row(p.channel_scale, keys));
+  if constexpr (HAS_CHANNEL && CHANNEL_CENTRED) stored.channel_centre = load_number<2>(my_row(p.channel_centre, keys));
+  if constexpr (HAS_KEPT) {
+    load_row<KEPT_BYTES, KEPT_ALIGNMENT>(stored.kept, my_row(p.kept, keys));
+    load_row<INDEX_BYTES, INDEX_ALIGNMENT>(stored.indices, my_row(p.indices, keys));
+    if constexpr (KEPT_SCALE_BYTES > 0) stored.kept_scale = load_number<KEPT_SCALE_BYTES>(my_row(p.kept_scale, keys));
+  }
+}
+
+DEVICE void load_keys(StoredKeys& stored, const Params& p, const Keys& keys) {
+  if (keys.seen == ~0u)
+    load_keys<true>(stored, p, keys);
+  else
+    load_keys<false>(stored, p, keys);
+}
+
+// Pair j of a word of the channel.
+DEVICE u32 channel_pair(u32 word, int j, u32 field, Halves mask) {
+  if (CHANNEL_BITS == 16) return word;
+  if (CHANNEL_BITS == 8) return j ? bytes_of<0x4342>(word ^ 0x80808080, 0x64646464) : bytes_of<0x4140>(word ^ 0x80808080, 0x64646464);
+  if (CHANNEL_BITS == 4) {
+    const u32 x = word >> (j / 2 * 8);
+    return j % 2 ? high_halves(x, mask) : low_halves(x, mask);
+  }
+  const u32 x = j / 4 ? bytes_of<0x4342>(word, 0) : bytes_of<0x4140>(word, 0);
+  return (x & field) | 0x64006400;
+}
+
+// Products of the channels with the query rows, into `products` [32 keys][ROWS + 1] of this warp. Sync the warp before they are read.
+DEVICE void channel_products(const StoredKeys& stored, const SharedQuery& shared, float (*products)[ROWS + 1], Halves mask) {
+  const int lane = lane_id(), quad = lane % 4, group = lane / 4;
+#pragma unroll
+  for (int tile = 0; tile < 2; ++tile) {
+    float c[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int pair = 0; pair < PAIRS; pair += 2) {
+      u32 a[4];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int word = (pair + i) / PAIRS_PER_WORD, j = (pair + i) % PAIRS_PER_WORD;
+        const u32 field = CHANNEL_BITS == 2 ? shared.fields[pair + i][quad] : 0;
+        a[2 * i] = channel_pair(stored.channel[2 * tile][word], j, field, mask);
+        a[2 * i + 1] = channel_pair(stored.channel[2 * tile + 1][word], j, field, mask);
+      }
+      multiply<!IS_CHANNEL_LEVELS && IS_BF16>(c, a[0], a[1], a[2], a[3], shared.pairs[pair][lane], shared.pairs[pair + 1][lane]);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = 2 * quad + i % 2;
+      if (row < ROWS) products[16 * tile + group + i / 2 * 8][row] = c[i];
+    }
+  }
+}
+
+// Entry i of the kept ones.
+DEVICE float kept_entry(const u32* kept, int i) {
+  if (KEPT_BITS == 16) return stored_float(u16(kept[i / 2] >> (i % 2 * 16)));
+  if (KEPT_BITS == 8) {  // below the exponent of 2^23
+    const u32 biased = kept[i / 4] ^ 0x80808080, magic = 0x4b000000;
+    const u32 x = i % 4 == 0 ? bytes_of<0x7650>(biased, magic) : i % 4 == 1 ? bytes_of<0x7651>(biased, magic)
+                : i % 4 == 2 ? bytes_of<0x7652>(biased, magic) : bytes_of<0x7653>(biased, magic);
+    return from_bits(x) - 8388736.0f;
+  }
+  return from_bits(((kept[i / 8] >> (i % 8 * 4)) & 15) | 0x4b000000) - 8388608.0f - 7.5f;
+}
+
+// Adds the products of the lane's kept entries with the query rows.
+DEVICE void add_kept(float (&score)[ROWS], const StoredKeys& stored, const SharedQuery& shared) {
+  unsigned long long left = 0, behind = 0;  // a bitmap's bits
+  int base = 0;
+  if constexpr (INDEX_BITS == 0) {
+    left = stored.indices[0];
+    if constexpr (INDEX_BYTES > 4) left |= (unsigned long long)stored.indices[1] << 32;
+    if constexpr (INDEX_BYTES > 8) behind = stored.indices[2];
+    if constexpr (INDEX_BYTES > 12) behind |= (unsigned long long)stored.indices[3] << 32;
+  }
+#pragma unroll
+  for (int i = 0; i < KEPT; ++i) {
+    int feature;
+    if constexpr (INDEX_BITS == 0) {
+      if (INDEX_BYTES > 8 && left == 0) {
+        left = behind;
+        behind = 0;
+        base = 64;
+      }
+      feature = base + (left ? lowest_bit(left) : 0);
+      left &= left - 1;
+    } else {
+      constexpr u32 MASK = (1u << INDEX_BITS) - 1;
+      const int bit = i * INDEX_BITS, word = bit / 32, offset = bit % 32;
+      u32 x = stored.indices[word] >> offset;
+      if (offset + INDEX_BITS > 32) x |= stored.indices[smaller(word + 1, words(INDEX_BYTES) - 1)] << (32 - offset);
+      feature = int(x & MASK);
+    }
+    feature = smaller(feature, SPARSE_DIMS - 1);  // a corrupt index must not read outside of the query
+    const float entry = kept_entry(stored.kept, i);
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) score[r] += entry * shared.features[feature][r];
+  }
+}
+
+// Products of the query rows with the lane's key, in the units of the query.
+DEVICE void key_products(float (&score)[ROWS], const StoredKeys& stored, const SharedQuery& shared, float (*products)[ROWS + 1], Halves mask) {
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) score[r] = 0;
+  if constexpr (HAS_KEPT) {
+    add_kept(score, stored, shared);
+    if constexpr (KEPT_SCALE_BYTES > 0) {
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) score[r] *= from_bits(stored.kept_scale);
+    }
+  }
+  if constexpr (HAS_CHANNEL) {
+    channel_products(stored, shared, products, mask);
+    sync_warp();
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      float x = products[lane_id()][r];
+      if constexpr (IS_CHANNEL_LEVELS) x -= shared.terms[1][r];
+      if constexpr (CHANNEL_SCALE_BYTES > 0) x *= from_bits(stored.channel_scale);
+      if constexpr (CHANNEL_CENTRED) x += from_bits(stored.channel_centre) * shared.terms[2][r];
+      score[r] += x;
+    }
+    sync_warp();  // before the next products
+  }
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) score[r] *= shared.terms[0][r];
+}

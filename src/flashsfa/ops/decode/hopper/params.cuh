@@ -1,0 +1,34 @@
+// What a launch passes. `Params` of params.py mirrors it.
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef long long i64;
+
+// A cache tensor [outer, head, key, ...] as bytes. The outer dimension is the sequence, or the page of a pool.
+struct Rows {
+  const u8* data;
+  i64 outer, head;  // strides in bytes, as the next
+  int key, page;    // page: `outer` again, of a pool of pages
+};
+
+struct Params {
+  Rows channel, channel_scale, channel_centre, kept, kept_scale, indices, v, v_scale, v_centre;
+  const void* q;          // [heads, QUERY_DIMS, padded_rows], float16 for levels, else in the dtype of the query
+  const float* terms;     // [heads, 3, padded_rows] as `narrow_query_kernel` writes them, or none
+  const i64* axis;        // [kv_heads, CHANNEL] the axis that a slot belongs to
+  const u8* is_start;     // [kv_heads, CHANNEL]
+  const u8* top;          // [kv_heads, HEAD_DIM] highest level of an axis
+  const void* lengths;    // [batch] int32 or int64, or none
+  const u8* padding;      // [batch, n], or none
+  const int* pages;       // [batch, ...] page ids, or none
+  float* partial;         // [heads, splits, padded_rows, VALUE_DIM] unnormalised output
+  float* peak;            // [heads, splits, padded_rows] largest score
+  float* total;           // [heads, splits, padded_rows] sum of weights relative to 2^peak
+  i64 padding_batch, pages_batch;  // strides in entries
+  int kv_heads, n, m, window;      // window 0: none
+  int padded_rows, lengths_are_64_bit;
+  float scale, cap, tolerance;
+};
+
+static_assert(sizeof(Params) == PARAMS_BYTES, "params.py mirrors Params");

@@ -1,0 +1,133 @@
+"""The decode kernel for Hopper against plain decode: on such a GPU where there is one, else lane by lane on the CPU."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import emulated
+from decode_cases import DecodeRules
+from flashsfa import topk_codes
+from flashsfa.narrow import NarrowRows
+from flashsfa.ops.decode.hopper import decode as hopper
+from flashsfa.stored import KVView
+from held_cases import AXES, CODES, DEVICE, ROWS, assert_decodes, coded, draw, run
+
+DTYPES = [torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def kernel(monkeypatch):
+    if DEVICE.type == "cuda":
+        if not hopper.is_hopper(torch.empty(0, device=DEVICE)):
+            pytest.skip("needs a Hopper GPU, or none")
+    elif emulated.COMPILER is None:
+        pytest.skip("needs g++ to stand in for a GPU")
+    else:
+        monkeypatch.setattr(hopper, "launch", emulated.launch)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ROWS + CODES + AXES)
+def test_every_kind_of_keys(kind, dtype):
+    q, k, v = draw(group=3, n=141, dtype=dtype)
+    assert_decodes("hopper", q, KVView(coded(kind, k), v))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dv", [64, 128])
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_every_kind_of_values(bits, dv, dtype):
+    q, k, v = draw(group=2, n=141, dv=dv, dtype=dtype)
+    v[0, 0, 3] *= 1000  # one row's scale is far above the others'
+    v[1, 1] *= 1e-4
+    assert_decodes("hopper", q, KVView(topk_codes(k, 5), NarrowRows.encode(v, bits)))
+
+
+LENGTHS = [141, 0]
+VISIBILITY = {
+    "lengths": lambda: DecodeRules(torch.tensor(LENGTHS, device=DEVICE)),
+    "32-bit lengths": lambda: DecodeRules(torch.tensor([70, 33], dtype=torch.int32, device=DEVICE)),
+    "window": lambda: DecodeRules(window=50),
+    "window of lengths": lambda: DecodeRules(torch.tensor([140, 20], device=DEVICE), window=33),
+    "padding": lambda: DecodeRules(key_padding_mask=torch.rand(2, 141, device=DEVICE) < 0.3),
+}
+
+
+@pytest.mark.parametrize("kind", ["rows 8", "9 d8s4-bitmap", "axes"])
+@pytest.mark.parametrize("rules", VISIBILITY)
+def test_who_sees_what(rules, kind):
+    q, k, v = draw(group=2, m=3, n=141, dtype=torch.bfloat16)
+    assert_decodes("hopper", q, KVView(coded(kind, k), NarrowRows.encode(v, 4)), VISIBILITY[rules]())
+
+
+@pytest.mark.parametrize("kind", ["rows 4", "0 d8s4-packed", "axes"])
+@pytest.mark.parametrize(("group", "m"), [(1, 1), (4, 1), (7, 1), (3, 5), (1, 16)])
+def test_any_number_of_query_rows(kind, group, m):
+    q, k, v = draw(b=1, group=group, m=m, n=70, dtype=torch.float16)
+    assert_decodes("hopper", q, KVView(coded(kind, k), NarrowRows.encode(v, 4)), softcap=2.0 if m == 5 else None)
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.02])
+@pytest.mark.parametrize("kind", ["rows 8", "9 d8s4-bitmap", "9 d16s16-uint8"])
+def test_pages(kind, tolerance):
+    """In any order, with whatever lies in the rest of the pool."""
+    q, k, v = draw(group=2, n=160, dtype=torch.bfloat16)
+    kv, lens = KVView(coded(kind, k), NarrowRows.encode(v, 8)), torch.tensor([141, 50], device=DEVICE)
+    table = torch.randperm(16, device=DEVICE)[:10].to(torch.int32).reshape(2, 5)
+
+    def paged(x):  # [B, Hkv, N, ...] to [pages, Hkv, 32, ...]
+        pool = torch.full((16, x.shape[1], 32, *x.shape[3:]), 77, device=DEVICE).to(x.dtype)
+        pool[table.long()] = x.unflatten(2, (5, 32)).transpose(1, 2)
+        return pool
+
+    run("hopper", q, kv.map(paged), DecodeRules(lens, page_table=table), tolerance=tolerance)
+    found = run("hopper", q, kv.map(paged), DecodeRules(lens, page_table=table), tolerance=tolerance)
+    torch.testing.assert_close(found, run("hopper", q, kv, DecodeRules(lens), tolerance=tolerance), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("n", [31, 700, 1500])
+def test_values_of_little_weight_are_left_out(n, group, bits):
+    """Within the tolerance, and not read: they may hold NaN. What all values have in common stays."""
+    q, k, v = draw(b=1, hkv=1, group=group, n=n, dtype=torch.bfloat16)
+    q[:] = q[:, :1]  # all queries need the same
+    kv, tolerance = KVView(coded("0 d16s16-bitmap", k), NarrowRows.encode(v, bits)), 0.05
+    exact, lse = run("hopper", q, kv, DecodeRules(), scale=1.0)
+    codes = kv.codes.to_codes(torch.float32).to_dense()
+    shares = (q.float() @ codes.mT).softmax(-1)[0, 0, 0]
+    light = shares < shares.max() * tolerance / n / 2  # far below any cut
+    assert n < 100 or light.sum() > n / 10
+    spoilt = v.masked_fill(light[None, None, :, None], float("nan"))
+    kv = KVView(kv.codes, NarrowRows.encode(spoilt, bits))
+    out, other_lse = run("hopper", q, kv, DecodeRules(), scale=1.0, tolerance=tolerance)
+    torch.testing.assert_close(other_lse, lse, rtol=0, atol=2e-5)
+    assert (out.float() - exact.float()).norm(dim=-1).max() <= 2 * tolerance * v.float().norm(dim=-1).max()
+    alike = KVView(kv.codes, NarrowRows.encode(torch.ones_like(v), bits))
+    out = run("hopper", q, alike, DecodeRules(), scale=1.0, tolerance=tolerance)[0]
+    row = alike.rows(torch.float32).v[0, 0, 0]
+    torch.testing.assert_close(out[0, 0, 0].float(), row, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("kind", ["rows 4", "9 d8s4-bitmap", "9 d8s8-packed", "axes"])
+def test_a_tolerance_over_every_kind_of_keys(kind):
+    q, k, v = draw(group=2, m=2, n=600, dtype=torch.float16)
+    kv, rules = KVView(coded(kind, k), NarrowRows.encode(v, 4)), DecodeRules(torch.tensor([600, 90], device=DEVICE))
+    exact, lse = run("hopper", q, kv, rules)
+    out, other_lse = run("hopper", q, kv, rules, tolerance=0.03)
+    torch.testing.assert_close(other_lse, lse, rtol=0, atol=2e-5)
+    assert (out != exact).any()
+    assert (out.float() - exact.float()).norm(dim=-1).max() <= 0.06 * v.float().norm(dim=-1).max()
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.1])
+def test_no_number_is_lost(tolerance):
+    """A query of NaN gives NaN, and no other."""
+    q, k, v = draw(group=2, n=50, dtype=torch.bfloat16)
+    q[0, 1, 0, 3] = float("nan")
+    out, lse = run("hopper", q, KVView(coded("9 d16s16-uint8", k), v), DecodeRules(), tolerance=tolerance)
+    assert out[0, 1].isnan().all()
+    assert lse[0, 1].isnan().all()
+    assert out.isnan().sum() == 64
+    assert lse.isnan().sum() == 1
