@@ -16,6 +16,7 @@ pytest.importorskip("matplotlib")
 from flashsfa import benchmarking
 from flashsfa.benchmarking import decode, prefill, timing, topk
 from flashsfa.benchmarking.configuration import Configuration
+from flashsfa.stored import KVView
 
 CPU = torch.device("cpu")
 
@@ -291,7 +292,7 @@ def test_shaped_queries_have_the_share(groups):
     n, tolerance, share = 2048, 1e-2, 0.22
     cache = SparseKVCache(8, dense_dims=8)
     cache.append(torch.randn(2, 4, n, 64), torch.randn(2, 4, n, 64))
-    q = decode.shaped_queries(torch.randn(2, 4 * groups, 1, 64), cache.codes, tolerance, share)
+    q = decode.shaped_queries(torch.randn(2, 4 * groups, 1, 64), KVView(cache.codes, cache.v), tolerance, share=share)
     counted = []
     sparse_q = reference.topk_rows(q, 8, dense_dims=8).double()
     for b in range(2):
@@ -307,7 +308,7 @@ def test_shaped_queries_have_the_share(groups):
                     mass += float(weights[j])
             counted.append(len(heavy) / n)
     mean = sum(counted) / len(counted)
-    assert decode.needed_share(q, cache.codes, tolerance) == pytest.approx(mean, abs=2e-3)
+    assert decode.needed_share(q, KVView(cache.codes, cache.v), tolerance) == pytest.approx(mean, abs=2e-3)
     assert mean == pytest.approx(share, abs=0.06)  # the factor is found on the first sequence
 
 

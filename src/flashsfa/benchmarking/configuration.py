@@ -38,17 +38,15 @@ class Configuration:
     @classmethod
     def named(cls, name: str, head_dim: int) -> Configuration:
         """The configuration of a `name` such as `16+k16-int8`. Raises `ValueError` for what is no such name."""
-        found = re.fullmatch(r"(?:dense|(?:(\d+)\+)?k(\d+))(?:(-int4)|(-int8)?(-skip)?)|axes(\d+)-int4", name)
+        found = re.fullmatch(r"(?:dense|(?:(\d+)\+)?k(\d+)|axes(\d+)(?=-int4))(?:-int(4|8))?(-skip)?", name)
         require(
             found is not None,
             f"{name!r} names no configuration; names are such as dense-int8, k16, 16+k16-skip, 16+k16-int4, axes48-int4",
         )
         assert found is not None
-        dense_dims, topk, is_4_bit, is_8_bit, skips, axis_bytes = found.groups()
-        if axis_bytes is not None:
-            return cls(head_dim, axis_bytes=int(axis_bytes), bits=4)
-        bits = 4 if is_4_bit else 8 if is_8_bit else 16
-        return cls(head_dim, int(dense_dims or 0), None if topk is None else int(topk), bits, bool(skips))
+        dense_dims, topk, axis_bytes, bits, skips = found.groups()
+        numbers = [None if x is None else int(x) for x in (topk, axis_bytes)]
+        return cls(head_dim, int(dense_dims or 0), numbers[0], int(bits or 16), bool(skips), numbers[1])
 
     @property
     def name(self) -> str:
@@ -64,15 +62,14 @@ class Configuration:
 
     @property
     def code(self) -> tuple[int, int]:
-        """`topk` and `dense_dims` of the key code that holds it: all features are rows in 4 bits, else head_dim - 1 dense ones, and one
-        more."""
-        if self.topk is not None:
-            return self.topk, self.dense_dims
-        return (self.head_dim, 0) if self.bits == 4 else (1, self.head_dim - 1)
+        """`topk` and `dense_dims` of the key code that holds it."""
+        return (self.head_dim, 0) if self.topk is None else (self.topk, self.dense_dims)
 
     @property
     def cache_dtype(self) -> torch.dtype | CodeFormat | None:
         """The `dtype` of a cache that holds it."""
+        if self.is_dense and self.bits == 8:  # rows, not codes
+            return CodeFormat(value_bits=8, v_bits=8)
         return {16: None, 8: torch.int8, 4: CodeFormat()}[self.bits]
 
     @property

@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import reference
 from ..axes import AxisBits
 from ..cache.contiguous import SparseKVCache
-from ..codes import FeatureCodes, topk_codes
+from ..codes import topk_codes
 from ..decode import sparse_feature_decode
 from ..narrow import NarrowRows
 from ..ops.record import last_choice
@@ -29,7 +29,17 @@ from .configuration import Configuration
 
 # By head size, and whether queries are dense: as converted models run, and over a cache that keeps all features.
 _CONFIGURATIONS = {
-    (128, False): ("k16", "16+k16", "k16-int8", "16+k16-int8", "16+k16-skip", "k16-int4", "16+k16-int4"),
+    (128, False): (
+        "k16",
+        "16+k16",
+        "k16-int8",
+        "16+k16-int8",
+        "k16-int4",
+        "16+k16-int4",
+        "k16-skip",
+        "k16-int8-skip",
+        "k16-int4-skip",
+    ),
     (128, True): ("dense-int8", "dense-int4", "axes48-int4"),
     (64, False): ("k8",),
     (64, True): ("22+k12", "28+k12-int8", "22+k12-int4", "axes36-int4", "dense-int8", "dense-int4"),
@@ -111,8 +121,9 @@ class DecodeCase:
         q = draw(self.batch, self.query_heads, 1, self.configuration.head_dim)
         v_rows_read = None
         if self.value_tolerance:
-            q = shaped_queries(q, cache.codes, self.value_tolerance)
-            v_rows_read = needed_share(q, cache.codes, self.value_tolerance)
+            stored = KVView(cache.codes, cache.v, cache.v_scale)
+            q = shaped_queries(q, stored, self.value_tolerance, self.has_dense_queries)
+            v_rows_read = needed_share(q, stored, self.value_tolerance, self.has_dense_queries)
         options: dict[str, Any] = {"value_tolerance": self.value_tolerance, "v_scale": cache.v_scale}
         if self.has_dense_queries:
             options["topk_query"] = self.configuration.head_dim
@@ -194,8 +205,10 @@ def baselines(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Baseline]:
     }
 
 
-def shaped_queries(q: Tensor, codes: FeatureCodes, tolerance: float, share: float = _UNION_SHARE) -> Tensor:
-    """Queries whose softmax over `codes` is as peaked as a trained model's.
+def shaped_queries(
+    q: Tensor, stored: KVView, tolerance: float, has_dense_queries: bool = False, share: float = _UNION_SHARE
+) -> Tensor:
+    """Queries whose softmax over `stored` keys is as peaked as a trained model's.
 
     The query heads of a kv head are given a part in common, as they attend to related things, and all are scaled by
     one factor, found by bisection, so that `share` of the V rows carry all but `tolerance` of the
@@ -204,15 +217,15 @@ def shaped_queries(q: Tensor, codes: FeatureCodes, tolerance: float, share: floa
 
     Args:
         q: [B, Hq, 1, D] normal.
-        codes: [B, Hkv, N, ...].
+        stored: keys [B, Hkv, N, ...].
 
     Returns:
         [B, Hq, 1, D] in the dtype of q.
     """
-    groups = q.unflatten(1, (codes.values.shape[1], -1))  # [B, Hkv, G, 1, D]
+    groups = q.unflatten(1, (stored.v.shape[1], -1))  # [B, Hkv, G, 1, D]
     common = math.sqrt(groups.shape[2]) * groups.mean(2, keepdim=True)  # of the variance of each query
     q = (groups + common).flatten(1, 2)
-    sample = next(iter(_scores(q, codes)))  # one sequence, all of its heads
+    sample = next(iter(_scores(q, stored, has_dense_queries)))  # one sequence, all of its heads
     low, high = 0.0, 64.0 / float(sample.std())
     for _ in range(24):
         factor = (low + high) / 2
@@ -223,19 +236,20 @@ def shaped_queries(q: Tensor, codes: FeatureCodes, tolerance: float, share: floa
     return q * high
 
 
-def needed_share(q: Tensor, codes: FeatureCodes, tolerance: float) -> float:
+def needed_share(q: Tensor, stored: KVView, tolerance: float, has_dense_queries: bool = False) -> float:
     """Share of V rows outside the lightest ones that sum to at most `tolerance` of the weight, as the union over
     the query heads of a kv head, mean over all kv heads: the least that must be read."""
-    shares = [_needed(scores, tolerance).mean() for scores in _scores(q, codes)]
+    shares = [_needed(scores, tolerance).mean() for scores in _scores(q, stored, has_dense_queries)]
     return float(torch.stack(shares).mean())
 
 
-def _scores(q: Tensor, codes: FeatureCodes) -> Iterator[Tensor]:
+def _scores(q: Tensor, stored: KVView, has_dense_queries: bool) -> Iterator[Tensor]:
     """Scores [Hkv, G, N] of each sequence in turn, float32."""
-    kept = topk_codes(q, codes.topk, dense_dims=codes.dense_dims).to_dense()
-    rows = _grouped(kept, codes.values.shape[1]).float() / math.sqrt(q.shape[-1])
+    topk, dense_dims = stored.key_budget
+    kept = q if has_dense_queries else topk_codes(q, topk, dense_dims=dense_dims).to_dense()
+    rows = _grouped(kept, stored.v.shape[1]).float() / math.sqrt(q.shape[-1])
     for b in range(q.shape[0]):
-        yield rows[b] @ codes[b].to(torch.float32).to_dense().mT
+        yield rows[b] @ stored.map(lambda x: x[b : b + 1]).rows(torch.float32).k[0].mT  # noqa: B023 (called at once)
 
 
 def _needed(scores: Tensor, tolerance: float) -> Tensor:

@@ -30,6 +30,7 @@ class Variant:
         channel_scale_bytes, kept_scale_bytes, value_scale_bytes: 0 for none, 2 for bfloat16, 4 for float32.
         channel_centred, value_centred: whether rows have a centre, in bfloat16.
         channel_alignment, kept_alignment, index_alignment: powers of two up to 16 that divide all addresses.
+        channel_stride, kept_stride, index_stride, value_stride: bytes from a key's row to the next.
         page_size: keys per page, 0 for no pages.
         is_capped: whether scores have a softcap.
         is_tolerant: whether values of little weight are left out.
@@ -55,6 +56,10 @@ class Variant:
     channel_alignment: int
     kept_alignment: int
     index_alignment: int
+    channel_stride: int
+    kept_stride: int
+    index_stride: int
+    value_stride: int
     page_size: int
     is_capped: bool
     is_tolerant: bool
@@ -77,7 +82,7 @@ class Variant:
         words, double = -(-self.channel_bytes // 4), 1 + (self.channel_bits == 16)
         pairs = -(-words // (4 * double)) * double * {16: 1, 8: 2, 4: 4, 2: 8}[self.channel_bits]
         query = 128 * (pairs or 1) + 16 * (pairs if self.channel_bits == 2 else 1)
-        query += 4 * self.rows * ((sparse_dims if self.kept else 1) + 3) + 8
+        query += 4 * self.rows * ((sparse_dims if self.kept else 1) + 3)
         warp = 4 * (self.rows + 1) * (32 if self.channel else 2) + 96 * self.rows
         warp += (4 * self.rows + 2) * self.segment if self.is_tolerant else 16
         return -(-query // 8) * 8 + self.warps * warp

@@ -56,8 +56,9 @@ struct Sums {
   float peak[ROWS];    // largest score so far, the same in all lanes
   float total[ROWS];   // weights of the lane's keys, relative to 2^peak
   float centre[ROWS];  // those times the middle of their values
-  float unit;          // of `out`: the largest scale of a value so far, so that a weight times its scale is within the range of float16
-  float out[VALUE_TILES][4];
+  float unit;          // of `out` and `mass`: the largest scale of a value so far, so that a weight times its scale is within float16's range
+  float inverse;       // 1 / unit
+  float out[VALUE_TILES][4], mass[4];
 
   DEVICE void clear() {
 #pragma unroll
@@ -66,6 +67,8 @@ struct Sums {
       total[r] = centre[r] = 0;
     }
     unit = ARE_VALUES_LEVELS ? 0x1p-100f : 1.0f;
+    inverse = 1 / unit;
+    mass[0] = mass[1] = mass[2] = mass[3] = 0;
 #pragma unroll
     for (int i = 0; i < VALUE_TILES; ++i)
 #pragma unroll
@@ -74,7 +77,13 @@ struct Sums {
 
   DEVICE float base(int r) const { return peak[r] == -INFINITE ? 0.0f : peak[r]; }
 
-  // Scale `out` by a factor per query row.
+  // The lane's feature 2 * i + j for query row r, which it has.
+  DEVICE float output(int i, int j, int r) const {
+    if constexpr (!ARE_VALUES_LEVELS) return out[i][2 * j + r % 2];
+    return (out[i][2 * j + r % 2] * (j ? ODD_UNIT : EVEN_UNIT) - VALUE_MIDDLE * mass[r % 2]) * unit;
+  }
+
+  // Scale all sums of values by a factor per query row.
   DEVICE void scale_out(const float (&factor)[ROWS]) {
     const int quad = lane_id() % 4;
     float low = factor[0], high = factor[ROWS > 1 ? 1 : 0];
@@ -91,24 +100,21 @@ struct Sums {
       out[i][2] *= low;
       out[i][3] *= high;
     }
+    mass[0] *= low;
+    mass[1] *= high;
   }
 };
 
 // Makes room for the lane's scores and, of its value, the scale `step`; `kept` is relative to the peaks as `total` is.
 DEVICE void raise(Sums& sums, float (&kept)[ROWS], const float (&score)[ROWS], float step) {
-  float largest[ROWS], shrink[ROWS];
-  bool grows = false;
+  bool grows = ARE_VALUES_LEVELS && step > sums.unit && step < 0x1p100f;
 #pragma unroll
-  for (int r = 0; r < ROWS; ++r) {
-    largest[r] = fmaxf(warp_max(score[r]), sums.peak[r]);
-    grows |= largest[r] > sums.peak[r];
-  }
-  float unit = sums.unit;
-  if constexpr (ARE_VALUES_LEVELS) {
-    unit = fmaxf(unit, warp_max(step < 0x1p100f ? step : 0.0f));
-    grows |= unit > sums.unit;
-  }
-  if (!grows) return;  // all lanes alike
+  for (int r = 0; r < ROWS; ++r) grows |= score[r] > sums.peak[r];
+  if (!ballot(grows)) return;
+  float largest[ROWS], shrink[ROWS], unit = sums.unit;
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) largest[r] = fmaxf(warp_max(score[r]), sums.peak[r]);
+  if constexpr (ARE_VALUES_LEVELS) unit = fmaxf(unit, warp_max(step < 0x1p100f ? step : 0.0f));
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
     shrink[r] = sums.peak[r] == -INFINITE ? 0.0f : exp2_fast(sums.peak[r] - largest[r]);
@@ -119,6 +125,7 @@ DEVICE void raise(Sums& sums, float (&kept)[ROWS], const float (&score)[ROWS], f
     shrink[r] *= sums.unit / unit;
   }
   sums.unit = unit;
+  sums.inverse = 1 / unit;
   sums.scale_out(shrink);
 }
 
@@ -142,8 +149,8 @@ DEVICE ValueScale load_value_scale(const Params& p, const Keys& keys) {
   if constexpr (ARE_VALUES_LEVELS) {
     x.step = 0;
     if (keys.is_mine_seen()) {
-      x.step = from_bits(load_number<VALUE_SCALE_BYTES>(my_row(p.v_scale, keys)));
-      if constexpr (VALUE_CENTRED) x.centre = from_bits(load_number<2>(my_row(p.v_centre, keys)));
+      x.step = from_bits(load_number<VALUE_SCALE_BYTES>(my_row(p.v_scale, keys, p.v_scale.key)));
+      if constexpr (VALUE_CENTRED) x.centre = from_bits(load_number<2>(my_row(p.v_centre, keys, p.v_centre.key)));
     }
   }
   return x;
@@ -165,14 +172,14 @@ DEVICE void store(const Params& p, Sums& sums, i64 row) {
       for (int i = 0; i < VALUE_TILES; ++i)
 #pragma unroll
         for (int j = 0; j < 2; ++j)
-          p.partial[(row + r) * VALUE_DIM + value_feature(group, 2 * i + j)] = sums.out[i][2 * j + r % 2] * sums.unit + sums.centre[r];
+          p.partial[(row + r) * VALUE_DIM + value_feature(group, 2 * i + j)] = sums.output(i, j, r) + sums.centre[r];
     }
   }
 }
 
 // Puts the weights of the lane's key into the shared memory of its warp, as `add_values` reads them, and adds them to `mass`.
 DEVICE void weigh(Sums& sums, float (&mass)[ROWS], SharedWarp& own, const float (&score)[ROWS], ValueScale scale) {
-  const float inverse = ARE_VALUES_LEVELS ? scale.step / sums.unit : 1.0f;
+  const float inverse = ARE_VALUES_LEVELS ? scale.step * sums.inverse : 1.0f;
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
     const float weight = exp2_fast(score[r] - sums.base(r));
@@ -184,7 +191,6 @@ DEVICE void weigh(Sums& sums, float (&mass)[ROWS], SharedWarp& own, const float 
 
 // Attends to the keys of a warp, reading every value.
 DEVICE void attend(Sums& sums, const Params& p, const Sequence& s, const SharedQuery& query, SharedWarp& own, int first_row) {
-  const Halves mask = query.halves;
   StoredKeys stored;
   StoredValues values;
   Keys keys = s.keys(s.begin), next = s.keys(s.begin + WARP_KEYS);
@@ -194,7 +200,7 @@ DEVICE void attend(Sums& sums, const Params& p, const Sequence& s, const SharedQ
   load_values<true>(values, 1, p, keys);
   for (int start = s.begin; start < s.end; start += WARP_KEYS) {
     float score[ROWS];
-    key_products(score, stored, query, own.products, mask);
+    key_products(score, stored, query, own.products);
     apply_rules(score, p, s, first_row, keys);
     load_keys(stored, p, next);
     float none[ROWS] = {};
@@ -205,7 +211,7 @@ DEVICE void attend(Sums& sums, const Params& p, const Sequence& s, const SharedQ
     sync_warp();
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile) {
-      add_values(sums.out, values, tile, own.weights, mask);
+      add_values(sums.out, sums.mass, values, tile, own.weights);
       load_values<true>(values, tile, p, next);
     }
     sync_warp();  // before the next weights
@@ -263,7 +269,6 @@ DEVICE float find_cut(const float (&share)[CHUNKS], float budget, float& below) 
 // others stand for them. What was left out before counts: segments after a heavy one may leave out more.
 DEVICE void attend_within(Sums& sums, const Params& p, const Sequence& s, const SharedQuery& query, SharedWarp& own, int first_row) {
   const int lane = lane_id();
-  const Halves mask = query.halves;
   StoredKeys stored;
   Keys keys = s.keys(s.begin), next = s.keys(s.begin + WARP_KEYS);
   load_keys(stored, p, keys);
@@ -276,7 +281,7 @@ DEVICE void attend_within(Sums& sums, const Params& p, const Sequence& s, const 
       const int start = segment + WARP_KEYS * i;
       float score[ROWS];
       if (start < s.end) {
-        key_products(score, stored, query, own.products, mask);
+        key_products(score, stored, query, own.products);
         apply_rules(score, p, s, first_row, keys);
         load_keys(stored, p, next);
         keys = next;
@@ -334,7 +339,7 @@ DEVICE void attend_within(Sums& sums, const Params& p, const Sequence& s, const 
       sync_warp();
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile) {
-        add_values(sums.out, values, tile, own.weights, mask);
+        add_values(sums.out, sums.mass, values, tile, own.weights);
         load_values<false>(values, tile, p, behind);
       }
       sync_warp();  // before the next weights

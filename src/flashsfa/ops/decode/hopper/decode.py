@@ -79,7 +79,7 @@ def attend(
         return f"the CUDA kernel reads values {piece} bytes at a time, and these do not begin at multiples of it"
     if page_table is not None and any(_stride(x, 0) >= 1 << 31 for x in held.tensors.values()):
         return "the CUDA kernel takes pages of less than 2 GiB"
-    problem = NarrowProblem(q, held, page_table, mask, scores, topk_query)
+    problem = NarrowProblem(q, held, page_table, mask, scores, topk_query, are_biased=False)
     rows = min(problem.padded_rows, _MOST_ROWS)
     variant = _variant(q, held, problem.coded["T"], rows, problem.places["PAGE"], scores, value_tolerance)
     tiles = problem.heads * (problem.padded_rows // rows)
@@ -166,6 +166,10 @@ def _variant(
         channel_alignment=_alignment(tensors["CHANNEL"]) if held.channel else 16,
         kept_alignment=_alignment(tensors["VALUES"]) if held.topk else 16,
         index_alignment=_alignment(tensors["INDICES"]) if held.topk else 16,
+        channel_stride=_stride(tensors["CHANNEL"], 2) if held.channel else 0,
+        kept_stride=_stride(tensors["VALUES"], 2) if held.topk else 0,
+        index_stride=_stride(tensors["INDICES"], 2) if held.topk else 0,
+        value_stride=_stride(tensors["V"], 2),
         page_size=page_size,
         is_capped=scores.softcap is not None,
         is_tolerant=value_tolerance > 0,

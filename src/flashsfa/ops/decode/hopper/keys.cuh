@@ -2,8 +2,8 @@
 // each lane looks up for its key.
 //
 // A channel is read as words. Lane 4 * group + quad has some words of the keys `group`, `group` + 8, `group` + 16 and `group` + 24, and makes
-// pairs of entries from them: entries of 16 bits are pairs already; a level becomes the number 1024 + level (64 + level for the high half of a
-// byte) in float16 by setting it below that exponent. The query's fragments are laid out in the order of these pairs.
+// pairs of entries from them: entries of 16 bits are pairs already, levels are masked out. The query's fragments are laid out in the order of
+// these pairs, divided by what a level is multiplied by where it lies above the lowest bit.
 
 constexpr int CHANNEL_BYTES = CHANNEL_BITS == 2 ? CHANNEL / 4 : CHANNEL * CHANNEL_BITS / 8;
 constexpr int CHANNEL_VECTOR = CHANNEL_BYTES % 64 == 0 && CHANNEL_ALIGNMENT >= 16 ? 4 : CHANNEL_BYTES % 32 == 0 && CHANNEL_ALIGNMENT >= 8 ? 2 : 1;
@@ -22,7 +22,6 @@ struct SharedQuery {
   u32 fields[CHANNEL_BITS == 2 ? PAIRS : 1][4];       // by quad: the bits of levels that start in a slot
   float features[HAS_KEPT ? SPARSE_DIMS : 1][ROWS];
   float terms[3][ROWS];
-  Halves halves;
 };
 
 DEVICE int channel_word(int i, int quad) { return (i / CHANNEL_VECTOR * 4 + quad) * CHANNEL_VECTOR + i % CHANNEL_VECTOR; }
@@ -39,7 +38,6 @@ DEVICE int channel_entry(int word, int j, int half) {
 DEVICE void load_query(SharedQuery& shared, const Params& p, i64 head, int first_row, int threads) {
   const u16* q = static_cast<const u16*>(p.q) + head * QUERY_DIMS * p.padded_rows + first_row;
   const int kv_head = int(head % p.kv_heads), thread = threadIdx.x;
-  shared.halves = {0x000f000f, 0x00f000f0};
   if constexpr (HAS_CHANNEL) {
     for (int i = thread; i < PAIRS * 32; i += threads) {
       const int pair = i / 32, lane = i % 32, row = lane / 4 % ROWS;
@@ -47,7 +45,9 @@ DEVICE void load_query(SharedQuery& shared, const Params& p, i64 head, int first
       u32 both = 0;
       for (int half = 0; half < 2; ++half) {
         const int entry = channel_entry(word, pair % PAIRS_PER_WORD, half);
-        if (entry < CHANNEL) both |= u32(q[entry * p.padded_rows + row]) << (16 * half);
+        u16 x = entry < CHANNEL ? q[entry * p.padded_rows + row] : 0;
+        if (CHANNEL_BITS == 4 && entry % 2) x = to_half(from_half(x) / 16);  // its levels lie above the lowest bit
+        both |= u32(x) << (16 * half);
       }
       shared.pairs[pair][lane] = both;
     }
@@ -85,9 +85,10 @@ template <bool ALL_SEEN>
 DEVICE void load_keys(StoredKeys& stored, const Params& p, const Keys& keys) {
   const int quad = lane_id() % 4, group = lane_id() / 4;
   if constexpr (HAS_CHANNEL) {
+    const u8* first_rows[2] = {row_in_order(p.channel, keys, group, CHANNEL_STRIDE), row_in_order(p.channel, keys, 16 + group, CHANNEL_STRIDE)};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const u8* row = row_of<true>(p.channel, keys, group + 8 * i);
+      const u8* row = first_rows[i / 2] + i % 2 * 8 * CHANNEL_STRIDE;
       const bool is_seen = ALL_SEEN || keys.is_seen(group + 8 * i);
 #pragma unroll
       for (int j = 0; j < LANE_WORDS; j += CHANNEL_VECTOR) {
@@ -116,12 +117,12 @@ DEVICE void load_keys(StoredKeys& stored, const Params& p, const Keys& keys) {
     }
     return;
   }
-  if constexpr (HAS_CHANNEL && CHANNEL_SCALE_BYTES > 0) stored.channel_scale = load_number<CHANNEL_SCALE_BYTES>(my_row(p.channel_scale, keys));
-  if constexpr (HAS_CHANNEL && CHANNEL_CENTRED) stored.channel_centre = load_number<2>(my_row(p.channel_centre, keys));
+  if constexpr (HAS_CHANNEL && CHANNEL_SCALE_BYTES > 0) stored.channel_scale = load_number<CHANNEL_SCALE_BYTES>(my_row(p.channel_scale, keys, p.channel_scale.key));
+  if constexpr (HAS_CHANNEL && CHANNEL_CENTRED) stored.channel_centre = load_number<2>(my_row(p.channel_centre, keys, p.channel_centre.key));
   if constexpr (HAS_KEPT) {
-    load_row<KEPT_BYTES, KEPT_ALIGNMENT>(stored.kept, my_row(p.kept, keys));
-    load_row<INDEX_BYTES, INDEX_ALIGNMENT>(stored.indices, my_row(p.indices, keys));
-    if constexpr (KEPT_SCALE_BYTES > 0) stored.kept_scale = load_number<KEPT_SCALE_BYTES>(my_row(p.kept_scale, keys));
+    load_row<KEPT_BYTES, KEPT_ALIGNMENT>(stored.kept, my_row(p.kept, keys, KEPT_STRIDE));
+    load_row<INDEX_BYTES, INDEX_ALIGNMENT>(stored.indices, my_row(p.indices, keys, INDEX_STRIDE));
+    if constexpr (KEPT_SCALE_BYTES > 0) stored.kept_scale = load_number<KEPT_SCALE_BYTES>(my_row(p.kept_scale, keys, p.kept_scale.key));
   }
 }
 
@@ -133,19 +134,15 @@ DEVICE void load_keys(StoredKeys& stored, const Params& p, const Keys& keys) {
 }
 
 // Pair j of a word of the channel.
-DEVICE u32 channel_pair(u32 word, int j, u32 field, Halves mask) {
+DEVICE u32 channel_pair(u32 word, int j, u32 field) {
   if (CHANNEL_BITS == 16) return word;
-  if (CHANNEL_BITS == 8) return j ? bytes_of<0x4342>(word ^ 0x80808080, 0x64646464) : bytes_of<0x4140>(word ^ 0x80808080, 0x64646464);
-  if (CHANNEL_BITS == 4) {
-    const u32 x = word >> (j / 2 * 8);
-    return j % 2 ? high_halves(x, mask) : low_halves(x, mask);
-  }
-  const u32 x = j / 4 ? bytes_of<0x4342>(word, 0) : bytes_of<0x4140>(word, 0);
-  return (x & field) | 0x64006400;
+  if (CHANNEL_BITS == 8) return j ? bytes_of<0x4342>(word ^ 0x80808080, 0) : bytes_of<0x4140>(word ^ 0x80808080, 0);
+  if (CHANNEL_BITS == 4) return word >> (j / 2 * 8) & (j % 2 ? 0x00f000f0 : 0x000f000f);
+  return (j / 4 ? bytes_of<0x4342>(word, 0) : bytes_of<0x4140>(word, 0)) & field;
 }
 
 // Products of the channels with the query rows, into `products` [32 keys][ROWS + 1] of this warp. Sync the warp before they are read.
-DEVICE void channel_products(const StoredKeys& stored, const SharedQuery& shared, float (*products)[ROWS + 1], Halves mask) {
+DEVICE void channel_products(const StoredKeys& stored, const SharedQuery& shared, float (*products)[ROWS + 1]) {
   const int lane = lane_id(), quad = lane % 4, group = lane / 4;
 #pragma unroll
   for (int tile = 0; tile < 2; ++tile) {
@@ -157,8 +154,8 @@ DEVICE void channel_products(const StoredKeys& stored, const SharedQuery& shared
       for (int i = 0; i < 2; ++i) {
         const int word = (pair + i) / PAIRS_PER_WORD, j = (pair + i) % PAIRS_PER_WORD;
         const u32 field = CHANNEL_BITS == 2 ? shared.fields[pair + i][quad] : 0;
-        a[2 * i] = channel_pair(stored.channel[2 * tile][word], j, field, mask);
-        a[2 * i + 1] = channel_pair(stored.channel[2 * tile + 1][word], j, field, mask);
+        a[2 * i] = channel_pair(stored.channel[2 * tile][word], j, field);
+        a[2 * i + 1] = channel_pair(stored.channel[2 * tile + 1][word], j, field);
       }
       multiply<!IS_CHANNEL_LEVELS && IS_BF16>(c, a[0], a[1], a[2], a[3], shared.pairs[pair][lane], shared.pairs[pair + 1][lane]);
     }
@@ -218,7 +215,7 @@ DEVICE void add_kept(float (&score)[ROWS], const StoredKeys& stored, const Share
 }
 
 // Products of the query rows with the lane's key, in the units of the query.
-DEVICE void key_products(float (&score)[ROWS], const StoredKeys& stored, const SharedQuery& shared, float (*products)[ROWS + 1], Halves mask) {
+DEVICE void key_products(float (&score)[ROWS], const StoredKeys& stored, const SharedQuery& shared, float (*products)[ROWS + 1]) {
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) score[r] = 0;
   if constexpr (HAS_KEPT) {
@@ -229,12 +226,12 @@ DEVICE void key_products(float (&score)[ROWS], const StoredKeys& stored, const S
     }
   }
   if constexpr (HAS_CHANNEL) {
-    channel_products(stored, shared, products, mask);
+    channel_products(stored, shared, products);
     sync_warp();
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
       float x = products[lane_id()][r];
-      if constexpr (IS_CHANNEL_LEVELS) x -= shared.terms[1][r];
+      if constexpr (IS_CHANNEL_LEVELS) x = x * LEVEL_UNIT - shared.terms[1][r];
       if constexpr (CHANNEL_SCALE_BYTES > 0) x *= from_bits(stored.channel_scale);
       if constexpr (CHANNEL_CENTRED) x += from_bits(stored.channel_centre) * shared.terms[2][r];
       score[r] += x;

@@ -9,15 +9,8 @@ constexpr int WARP_KEYS = 32;
 constexpr int words(int bytes) { return (bytes + 3) / 4; }
 constexpr int smaller(int a, int b) { return a < b ? a : b; }
 
-// Masks of the low and the high half of bytes 0 and 2. They come from memory: a constant would be loaded anew for each operation that has
-// another one.
-struct Halves {
-  u32 low, high;
-};
-
-// The four levels of 4 bits of a byte and of the one 2 bytes behind, as pairs of numbers, 1024 or 64 larger.
-DEVICE u32 low_halves(u32 x, Halves mask) { return (x & mask.low) | 0x64006400; }
-DEVICE u32 high_halves(u32 x, Halves mask) { return (x & mask.high) | 0x54005400; }
+// A level alone in the low bits of 16 is, as float16, that level times 2^-24: a subnormal number, which matrix units multiply exactly.
+constexpr float LEVEL_UNIT = 0x1p24f;
 
 // BYTES from `at`, which is a multiple of ALIGNMENT. No byte behind them is touched; those of the last word are 0.
 template <int BYTES, int ALIGNMENT>
@@ -82,17 +75,20 @@ struct Keys {
   DEVICE bool is_mine_seen() const { return is_seen(lane_id()); }
 };
 
-// The row of a key of a sequence.
-DEVICE const u8* row_of(const Rows& x, int key, int page) {
-  if constexpr (IS_PAGED) return x.data + i64(page) * x.page + i64(key % PAGE) * x.key;
-  return x.data + i64(key) * x.key;
+// The row of a key of a sequence, rows being `stride` bytes apart.
+DEVICE const u8* row_of(const Rows& x, int key, int page, int stride) {
+  if constexpr (IS_PAGED) return x.data + i64(page) * x.page + i64(key % PAGE) * stride;
+  return x.data + i64(key) * stride;
 }
 
-DEVICE const u8* my_row(const Rows& x, const Keys& keys) { return row_of(x, keys.key, keys.page); }
+DEVICE const u8* my_row(const Rows& x, const Keys& keys, int stride) { return row_of(x, keys.key, keys.page, stride); }
 
-// The row of key i of 32; IN_ORDER: they follow one another.
-template <bool IN_ORDER>
-DEVICE const u8* row_of(const Rows& x, const Keys& keys, int i) {
-  const int key = IN_ORDER ? from_lane(keys.key, 0) + i : from_lane(keys.key, i);
-  return row_of(x, key, IS_PAGED ? from_lane(keys.page, i) : 0);
+// The row of key i of 32 that need not follow one another.
+DEVICE const u8* row_of(const Rows& x, const Keys& keys, int i, int stride) {
+  return row_of(x, from_lane(keys.key, i), IS_PAGED ? from_lane(keys.page, i) : 0, stride);
+}
+
+// The row of key i of 32 that do. The next ones up to a multiple of 16 lie behind it: a page has no fewer keys.
+DEVICE const u8* row_in_order(const Rows& x, const Keys& keys, int i, int stride) {
+  return row_of(x, keys.key - lane_id() + i, IS_PAGED ? from_lane(keys.page, i / 16 * 16) : 0, stride);
 }

@@ -8,8 +8,9 @@ constexpr int LANE_FEATURES = VALUE_DIM / 8, VALUE_WORDS = words(VALUE_BYTES / 8
 constexpr int VALUE_PIECE = smaller(16, VALUE_BYTES / 8);  // bytes that a lane reads at a time
 constexpr bool ARE_VALUES_LEVELS = VALUE_BITS < 16;
 constexpr int WEIGHT_STRIDE = 48;  // entries between the rows of weights: no two lanes of a load share a bank
-// What a level is too large by as a number, for even and odd features; with the middle of the range.
-constexpr float EVEN_ZERO = VALUE_BITS == 8 ? 1152.0f : 1031.5f, ODD_ZERO = VALUE_BITS == 8 ? 1152.0f : 71.5f;
+constexpr float VALUE_MIDDLE = VALUE_BITS == 8 ? 128.0f : 7.5f;  // of the levels, taken off at the end
+// What a sum of levels is multiplied by, for even and odd features: odd levels of 4 bits lie above the lowest bit.
+constexpr float EVEN_UNIT = LEVEL_UNIT, ODD_UNIT = VALUE_BITS == 4 ? LEVEL_UNIT / 16 : LEVEL_UNIT;
 
 // The feature that a lane's i-th is.
 DEVICE int value_feature(int group, int i) {
@@ -28,7 +29,7 @@ DEVICE void load_values(StoredValues& values, int tile, const Params& p, const K
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     const int i_key = 16 * tile + 4 * quad + j;
-    const u8* row = row_of<IN_ORDER>(p.v, keys, i_key) + group * VALUE_PIECE;
+    const u8* row = (IN_ORDER ? row_in_order(p.v, keys, i_key - j, VALUE_STRIDE) + j * VALUE_STRIDE : row_of(p.v, keys, i_key, VALUE_STRIDE)) + group * VALUE_PIECE;
     u32* to = values.rows[tile][j];
     if (!ALL_SEEN && !keys.is_seen(i_key)) {
 #pragma unroll
@@ -49,49 +50,40 @@ DEVICE void load_values(StoredValues& values, int tile, const Params& p, const K
 }
 
 // The features of a word of two keys, as pairs.
-DEVICE void pair_values(u32 (&pairs)[32 / VALUE_BITS], u32 x, u32 y, Halves mask) {
+DEVICE void pair_values(u32 (&pairs)[32 / VALUE_BITS], u32 x, u32 y) {
   if constexpr (VALUE_BITS == 16) {
     pairs[0] = bytes_of<0x5410>(x, y);
     pairs[1] = bytes_of<0x7632>(x, y);
   } else if constexpr (VALUE_BITS == 8) {
     const u32 low = bytes_of<0x5140>(x, y) ^ 0x80808080, high = bytes_of<0x7362>(x, y) ^ 0x80808080;
-    pairs[0] = bytes_of<0x4140>(low, 0x64646464);
-    pairs[1] = bytes_of<0x4342>(low, 0x64646464);
-    pairs[2] = bytes_of<0x4140>(high, 0x64646464);
-    pairs[3] = bytes_of<0x4342>(high, 0x64646464);
+    pairs[0] = bytes_of<0x4140>(low, 0);
+    pairs[1] = bytes_of<0x4342>(low, 0);
+    pairs[2] = bytes_of<0x4140>(high, 0);
+    pairs[3] = bytes_of<0x4342>(high, 0);
   } else {
     const u32 low = bytes_of<0x5410>(x, y), high = bytes_of<0x7632>(x, y);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const u32 both = (i < 4 ? low : high) >> (i % 4 / 2 * 8);
-      pairs[i] = i % 2 ? high_halves(both, mask) : low_halves(both, mask);
+      pairs[i] = both & (i % 2 ? 0x00f000f0 : 0x000f000f);
     }
   }
 }
 
-// Adds 16 keys of `values` under the weights at `weights` [ROWS][WEIGHT_STRIDE], those of 32 keys.
-DEVICE void add_values(float (&sum)[VALUE_TILES][4], const StoredValues& values, int tile, const u16* weights, Halves mask) {
+// Adds 16 keys of `values` under the weights at `weights` [ROWS][WEIGHT_STRIDE], those of 32 keys; and these weights, as they were rounded, to
+// `mass`, of the query rows as in a tile of `sum`.
+DEVICE void add_values(float (&sum)[VALUE_TILES][4], float (&mass)[4], const StoredValues& values, int tile, const u16* weights) {
   const int lane = lane_id(), quad = lane % 4, row = lane / 4 % ROWS;
   const u32* of_keys = reinterpret_cast<const u32*>(weights + row * WEIGHT_STRIDE + 16 * tile + 4 * quad);
   const u32 b0 = of_keys[0], b1 = of_keys[1];
-  if constexpr (ARE_VALUES_LEVELS) {  // taken off before the levels are added, so that sums never grow by it
-    float mass[4] = {0, 0, 0, 0};  // of the query rows 2 * quad and 2 * quad + 1
-    multiply<false>(mass, 0x3c003c00, 0x3c003c00, 0x3c003c00, 0x3c003c00, b0, b1);
-#pragma unroll
-    for (int i = 0; i < VALUE_TILES; ++i) {
-      sum[i][0] -= EVEN_ZERO * mass[0];
-      sum[i][1] -= EVEN_ZERO * mass[1];
-      sum[i][2] -= ODD_ZERO * mass[0];
-      sum[i][3] -= ODD_ZERO * mass[1];
-    }
-  }
+  if constexpr (ARE_VALUES_LEVELS) multiply<false>(mass, 0x3c003c00, 0x3c003c00, 0x3c003c00, 0x3c003c00, b0, b1);
   constexpr int FEATURES = 32 / VALUE_BITS;  // of a word
 #pragma unroll
   for (int i = 0; i < VALUE_WORDS; ++i) {
     const u32(&of)[4][VALUE_WORDS] = values.rows[tile];
     u32 first[FEATURES], second[FEATURES];
-    pair_values(first, of[0][i], of[1][i], mask);
-    pair_values(second, of[2][i], of[3][i], mask);
+    pair_values(first, of[0][i], of[1][i]);
+    pair_values(second, of[2][i], of[3][i]);
 #pragma unroll
     for (int j = 0; j < FEATURES; j += 2)
       multiply<!ARE_VALUES_LEVELS && IS_BF16>(sum[(i * FEATURES + j) / 2], first[j], first[j + 1], second[j], second[j + 1], b0, b1);

@@ -38,11 +38,18 @@ class NarrowProblem(Problem):
     """One decode call over what is `Held`.
 
     Attributes:
-        coded, valued: arguments of `narrow_scores` and `add_values`.
+        coded, valued: arguments of `narrow_scores` and `add_values`, whose levels are biased (`narrow_blocks`), or not.
     """
 
     def __init__(
-        self, q: Tensor, held: Held, page_table: Tensor | None, mask: Mask, rules: ScoreRules, topk_query: int | None
+        self,
+        q: Tensor,
+        held: Held,
+        page_table: Tensor | None,
+        mask: Mask,
+        rules: ScoreRules,
+        topk_query: int | None,
+        are_biased: bool = True,
     ) -> None:
         tensors = held.tensors
         super().__init__(q, tensors["V"], page_table, mask, rules)
@@ -52,7 +59,7 @@ class NarrowProblem(Problem):
             q.dtype if q.dtype == torch.float32 else torch.float16
         )  # exact for them, and has more digits than bfloat16
         self.coded: dict[str, Any] = {
-            **self._queries(q, levels, topk_query), **self.ruled,
+            **self._queries(q, levels, topk_query, are_biased), **self.ruled,
             **{name: tensors.get(name) for name in ("AXIS", "IS_START", "TOP")},
             **_arguments(tensors, "CHANNEL", "CHANNEL_SCALE", "CHANNEL_CENTRE", "VALUES", "VALUE_SCALE", "INDICES"),
             "D": self.head_dim, "C": held.channel, "BITS": held.bits, "K": held.topk, "INDEX_BITS": held.index_bits,
@@ -62,7 +69,7 @@ class NarrowProblem(Problem):
             "DTYPE": TRITON_DTYPES[levels if "V_SCALE" in tensors else q.dtype],
         }  # fmt: skip
 
-    def _queries(self, q: Tensor, levels: torch.dtype, topk_query: int | None) -> dict[str, Any]:
+    def _queries(self, q: Tensor, levels: torch.dtype, topk_query: int | None, are_biased: bool) -> dict[str, Any]:
         """Query rows [heads, T, R] by feature, or by place where axes have places, and what goes with them."""
         held = self.held
         dense_dims = held.channel if held.topk else 0
@@ -73,7 +80,7 @@ class NarrowProblem(Problem):
         terms = self.scratch(3, self.padded_rows)
         narrow_query_kernel[self.heads, self.rows](
             by_place, terms, **{name: held.tensors.get(name) for name in TABLES}, **self.query_arguments(q, dense_dims, topk_query),
-            C=held.channel, BITS=held.bits, ROTATION=_rotation(held.channel) if held.bits == 4 else 1, num_warps=4,
+            C=held.channel, BITS=held.bits, ROTATION=_rotation(held.channel) if held.bits == 4 else 1, BIASED=are_biased, num_warps=4,
         )  # fmt: skip
         return {"Q": by_place, "TERMS": terms, "T": places}
 
