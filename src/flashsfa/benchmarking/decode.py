@@ -249,7 +249,7 @@ def _scores(q: Tensor, stored: KVView, has_dense_queries: bool) -> Iterator[Tens
     kept = q if has_dense_queries else topk_codes(q, topk, dense_dims=dense_dims).to_dense()
     rows = _grouped(kept, stored.v.shape[1]).float() / math.sqrt(q.shape[-1])
     for b in range(q.shape[0]):
-        yield rows[b] @ stored.map(lambda x: x[b : b + 1]).rows(torch.float32).k[0].mT  # noqa: B023 (called at once)
+        yield rows[b] @ stored.map(lambda x: x[b : b + 1]).rows(torch.float32).k[0].float().mT  # noqa: B023 (called at once)
 
 
 def _needed(scores: Tensor, tolerance: float) -> Tensor:

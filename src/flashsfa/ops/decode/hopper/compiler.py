@@ -65,6 +65,7 @@ class Variant:
     is_tolerant: bool
     warps: int = 4
     blocks: int = 3
+    ahead_words: int = 48
 
     @property
     def threads(self) -> int:
@@ -85,7 +86,8 @@ class Variant:
         query += 4 * self.rows * ((sparse_dims if self.kept else 1) + 3)
         warp = 4 * (self.rows + 1) * (32 if self.channel else 2) + 96 * self.rows
         warp += (4 * self.rows + 2) * self.segment if self.is_tolerant else 16
-        return -(-query // 8) * 8 + self.warps * warp
+        sums = 4 * self.warps * self.rows * (2 + self.value_dim)
+        return -(-query // 8) * 8 + self.warps * warp + sums
 
     @property
     def channel_bytes(self) -> int:

@@ -1,5 +1,6 @@
-// Attention of a few queries over codes, split over keys: each warp takes a split of its own, reads its codes and values straight into
-// registers and writes an unnormalised output. Warps do not wait for one another. Scores are in log2 units: softmax runs in base 2.
+// Attention of a few queries over codes, split over keys: each warp takes some of its own and reads their codes and values straight into
+// registers. Warps wait for one another only at the end, when a block merges what they found and writes an unnormalised output. Scores are in
+// log2 units: softmax runs in base 2.
 //
 // The codes of the next keys are asked for as soon as those of the present ones are scored, and their values when the present ones are summed:
 // so a warp has most of its registers full of bytes under way.
@@ -11,9 +12,14 @@ struct SharedWarp {
   u16 needed[TOLERANT ? SEGMENT : 4];                         // its keys whose values are read
 };
 
+struct SharedSums {
+  float peak[WARPS][ROWS], total[WARPS][ROWS], out[WARPS][ROWS][VALUE_DIM];
+};
+
 struct Shared {
   SharedQuery query;
-  SharedWarp warps[WARPS];
+  alignas(8) SharedWarp warps[WARPS];
+  alignas(8) SharedSums sums;
 };
 
 // What a warp knows of its sequence.
@@ -156,23 +162,35 @@ DEVICE ValueScale load_value_scale(const Params& p, const Keys& keys) {
   return x;
 }
 
-// Writes the lane's part of a split's result. All weights count in `total`.
-DEVICE void store(const Params& p, Sums& sums, i64 row) {
-  const int lane = lane_id(), quad = lane % 4, group = lane / 4;
+// Merges what the warps of a block found and writes it. All weights count in `total`.
+DEVICE void store(const Params& p, Sums& sums, SharedSums& all, i64 first_row) {
+  const int lane = lane_id(), quad = lane % 4, group = lane / 4, warp = threadIdx.x / 32;
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
-    sums.total[r] = warp_sum(sums.total[r]);
-    if constexpr (VALUE_CENTRED) sums.centre[r] = warp_sum(sums.centre[r]);
+    const float total = warp_sum(sums.total[r]), centre = VALUE_CENTRED ? warp_sum(sums.centre[r]) : 0;
     if (lane == 0) {
-      p.peak[row + r] = sums.peak[r];
-      p.total[row + r] = sums.total[r];
+      all.peak[warp][r] = sums.peak[r];
+      all.total[warp][r] = total;
     }
     if (r / 2 == quad) {
 #pragma unroll
-      for (int i = 0; i < VALUE_TILES; ++i)
-#pragma unroll
-        for (int j = 0; j < 2; ++j)
-          p.partial[(row + r) * VALUE_DIM + value_feature(group, 2 * i + j)] = sums.output(i, j, r) + sums.centre[r];
+      for (int i = 0; i < LANE_FEATURES; ++i) all.out[warp][r][value_feature(group, i)] = sums.output(i / 2, i % 2, r) + centre;
+    }
+  }
+  sync_block();
+  for (int i = threadIdx.x; i < ROWS * VALUE_DIM; i += 32 * WARPS) {
+    const int r = i / VALUE_DIM, c = i % VALUE_DIM;
+    float peak = -INFINITE, total = 0, out = 0;
+    for (int w = 0; w < WARPS; ++w) peak = fmaxf(peak, all.peak[w][r]);
+    for (int w = 0; w < WARPS; ++w) {
+      const float factor = peak == -INFINITE ? 0.0f : exp2_fast(all.peak[w][r] - peak);
+      total += factor * all.total[w][r];
+      out += factor * all.out[w][r][c];
+    }
+    p.partial[(first_row + r) * VALUE_DIM + c] = out;
+    if (c == 0) {
+      p.peak[first_row + r] = peak;
+      p.total[first_row + r] = total;
     }
   }
 }
@@ -189,34 +207,45 @@ DEVICE void weigh(Sums& sums, float (&mass)[ROWS], SharedWarp& own, const float 
   }
 }
 
+constexpr int KEY_WORDS = (HAS_CHANNEL ? 4 * LANE_WORDS : 0) + (HAS_KEPT ? words(KEPT_BYTES) + words(INDEX_BYTES) : 0);
+// How many times 32 keys a warp asks for ahead: as many as some registers hold. Alone, keys have the room of values too.
+constexpr int AHEAD = KEY_WORDS + 8 * VALUE_WORDS <= AHEAD_WORDS / 2 ? 2 : 1, KEYS_AHEAD = KEY_WORDS <= 12 ? 4 : KEY_WORDS <= 24 ? 2 : 1;
+
 // Attends to the keys of a warp, reading every value.
 DEVICE void attend(Sums& sums, const Params& p, const Sequence& s, const SharedQuery& query, SharedWarp& own, int first_row) {
-  StoredKeys stored;
-  StoredValues values;
-  Keys keys = s.keys(s.begin), next = s.keys(s.begin + WARP_KEYS);
-  load_keys(stored, p, keys);
-  ValueScale scale = load_value_scale(p, keys);
-  load_values<true>(values, 0, p, keys);
-  load_values<true>(values, 1, p, keys);
-  for (int start = s.begin; start < s.end; start += WARP_KEYS) {
-    float score[ROWS];
-    key_products(score, stored, query, own.products);
-    apply_rules(score, p, s, first_row, keys);
-    load_keys(stored, p, next);
-    float none[ROWS] = {};
-    raise(sums, none, score, scale.step);
-    weigh(sums, sums.total, own, score, scale);
-    scale = load_value_scale(p, next);
-    const Keys behind = s.keys(start + 2 * WARP_KEYS);
-    sync_warp();
+  StoredKeys stored[AHEAD];
+  StoredValues values[AHEAD];
+  ValueScale scale[AHEAD];
+  Keys keys[AHEAD];
 #pragma unroll
-    for (int tile = 0; tile < 2; ++tile) {
-      add_values(sums.out, sums.mass, values, tile, own.weights);
-      load_values<true>(values, tile, p, next);
+  for (int i = 0; i < AHEAD; ++i) {
+    keys[i] = s.keys(s.begin + WARP_KEYS * i);
+    load_keys(stored[i], p, keys[i]);
+    scale[i] = load_value_scale(p, keys[i]);
+    load_values<true>(values[i], 0, p, keys[i]);
+    load_values<true>(values[i], 1, p, keys[i]);
+  }
+  Keys next = s.keys(s.begin + AHEAD * WARP_KEYS);
+  for (int first = s.begin; first < s.end; first += AHEAD * WARP_KEYS) {
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) {
+      float score[ROWS], none[ROWS] = {};
+      key_products(score, stored[i], query, own.products);
+      apply_rules(score, p, s, first_row, keys[i]);
+      load_keys(stored[i], p, next);
+      raise(sums, none, score, scale[i].step);
+      weigh(sums, sums.total, own, score, scale[i]);
+      scale[i] = load_value_scale(p, next);
+      keys[i] = next;
+      next = s.keys(first + WARP_KEYS * (i + 1 + AHEAD));
+      sync_warp();
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile) {
+        add_values(sums.out, sums.mass, values[i], tile, own.weights);
+        load_values<true>(values[i], tile, p, keys[i]);
+      }
+      sync_warp();  // before the next weights
     }
-    sync_warp();  // before the next weights
-    keys = next;
-    next = behind;
   }
 }
 
@@ -269,29 +298,33 @@ DEVICE float find_cut(const float (&share)[CHUNKS], float budget, float& below) 
 // others stand for them. What was left out before counts: segments after a heavy one may leave out more.
 DEVICE void attend_within(Sums& sums, const Params& p, const Sequence& s, const SharedQuery& query, SharedWarp& own, int first_row) {
   const int lane = lane_id();
-  StoredKeys stored;
-  Keys keys = s.keys(s.begin), next = s.keys(s.begin + WARP_KEYS);
-  load_keys(stored, p, keys);
+  StoredKeys stored[KEYS_AHEAD];
+  Keys keys[KEYS_AHEAD], next = s.keys(s.begin + KEYS_AHEAD * WARP_KEYS);
+#pragma unroll
+  for (int i = 0; i < KEYS_AHEAD; ++i) {
+    keys[i] = s.keys(s.begin + WARP_KEYS * i);
+    load_keys(stored[i], p, keys[i]);
+  }
   float kept[ROWS] = {}, mass[ROWS] = {}, left_out = 0;  // left_out: a share of the mass so far
   for (int segment = s.begin; segment < s.end; segment += SEGMENT) {
     float largest[ROWS];
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) largest[r] = -INFINITE;
-    for (int i = 0; i < CHUNKS; ++i) {
-      const int start = segment + WARP_KEYS * i;
-      float score[ROWS];
-      if (start < s.end) {
-        key_products(score, stored, query, own.products);
-        apply_rules(score, p, s, first_row, keys);
-        load_keys(stored, p, next);
-        keys = next;
-        next = s.keys(start + 2 * WARP_KEYS);
-      }
+    for (int first = 0; first < SEGMENT; first += KEYS_AHEAD * WARP_KEYS) {
 #pragma unroll
-      for (int r = 0; r < ROWS; ++r) {
-        if (start >= s.end) score[r] = -INFINITE;
-        own.scores[r][WARP_KEYS * i + lane] = score[r];
-        largest[r] = fmaxf(largest[r], score[r]);
+      for (int i = 0; i < KEYS_AHEAD; ++i) {
+        const int start = first + WARP_KEYS * i;
+        float score[ROWS];
+        key_products(score, stored[i], query, own.products);
+        apply_rules(score, p, s, first_row, keys[i]);
+        load_keys(stored[i], p, next);
+        keys[i] = next;
+        next = s.keys(segment + start + (KEYS_AHEAD + 1) * WARP_KEYS);
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+          own.scores[r][start + lane] = score[r];
+          largest[r] = fmaxf(largest[r], score[r]);
+        }
       }
     }
     float before[ROWS];
@@ -364,11 +397,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) decode_kernel(c
   const int batch = head / given.kv_heads, kv_head = head % given.kv_heads;
   load_query(shared.query, given, head, first_row, 32 * WARPS);
   sync_block();
-  const int warp = threadIdx.x / 32, splits = int(gridDim.y) * WARPS, split = int(blockIdx.y) * WARPS + warp;
+  const int warp = threadIdx.x / 32;
   Params p = given;
   for (Rows* x : {&p.channel, &p.channel_scale, &p.channel_centre, &p.kept, &p.kept_scale, &p.indices, &p.v, &p.v_scale, &p.v_centre})
     *x = of_head(*x, batch, kv_head);
-  const Sequence s = sequence_of(p, batch, split, splits);
+  const Sequence s = sequence_of(p, batch, int(blockIdx.y) * WARPS + warp, int(gridDim.y) * WARPS);
   SharedWarp& own = shared.warps[warp];
 
   Sums sums;
@@ -377,5 +410,5 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) decode_kernel(c
     attend_within(sums, p, s, shared.query, own, first_row);
   else
     attend(sums, p, s, shared.query, own, first_row);
-  store(p, sums, (i64(head) * splits + split) * p.padded_rows + first_row);
+  store(p, sums, shared.sums, (i64(head) * gridDim.y + blockIdx.y) * p.padded_rows + first_row);
 }

@@ -1,6 +1,6 @@
 """Decode by a CUDA kernel for Hopper, which keeps most of its registers full of the cache's bytes under way.
 
-Each warp takes a split of the keys of its own; `combine` merges them. With a tolerance, a warp scores a segment of keys first and reads the
+Each warp takes some of the keys, a block merges what its warps found, and `combine` the blocks. With a tolerance, a warp scores a segment of keys first and reads the
 values of those alone that carry weight.
 """
 
@@ -84,9 +84,8 @@ def attend(
     variant = _variant(q, held, problem.coded["T"], rows, problem.places["PAGE"], scores, value_tolerance)
     tiles = problem.heads * (problem.padded_rows // rows)
     blocks = _blocks_per_tile(tiles, problem.keys // (2 * _WARP_KEYS * variant.warps), _resident(q.device))
-    splits = blocks * variant.warps
-    partial = problem.scratch(splits, problem.padded_rows, problem.width)
-    peak, total = (problem.scratch(splits, problem.padded_rows) for _ in range(2))
+    partial = problem.scratch(blocks, problem.padded_rows, problem.width)
+    peak, total = (problem.scratch(blocks, problem.padded_rows) for _ in range(2))
     tables = {
         name.lower(): held.tensors[name].data_ptr() for name in ("AXIS", "IS_START", "TOP") if name in held.tensors
     }

@@ -66,7 +66,9 @@ def narrow_query_kernel(
     else:
         x = x.to(DTYPE)
         middle = tl.where(
-            place % 2 == 0, level_zero(DTYPE, 0 if BITS == 4 else 7, BIASED), level_zero(DTYPE, 4 if BITS == 4 else 7, BIASED)
+            place % 2 == 0,
+            level_zero(DTYPE, 0 if BITS == 4 else 7, BIASED),
+            level_zero(DTYPE, 4 if BITS == 4 else 7, BIASED),
         )
         middle += 7.5 if BITS == 4 else 0.0
     channel = tl.where(place < C, x.to(tl.float32), 0.0)
