@@ -103,6 +103,14 @@ DEVICE unsigned ballot(bool x) {
   for (int i = 0; i < 32; ++i) bits |= unsigned(all[i]) << i;
   return bits;
 }
+DEVICE unsigned sum_of_lanes(unsigned x) {
+  const auto* all = (unsigned long long*)exchanged((unsigned long long)x);
+  unsigned sum = 0;
+  for (int i = 0; i < 32; ++i) sum += unsigned(all[i]);
+  return sum;
+}
+DEVICE unsigned count_up(unsigned* at) { return (*at)++; }
+DEVICE float load_written(const float* at) { return *at; }
 template <unsigned SELECTOR>
 DEVICE unsigned bytes_of(unsigned low, unsigned high) {
   const unsigned long long both = low | (unsigned long long)high << 32;
@@ -111,7 +119,7 @@ DEVICE unsigned bytes_of(unsigned low, unsigned high) {
   return x;
 }
 DEVICE float exp2_fast(float x) { return exp2f(x); }
-DEVICE float log2_fast(float x) { return log2f(x); }
+DEVICE float log2_exact(float x) { return log2f(x); }
 
 static void require_aligned(const void* at, int bytes) {
   if ((unsigned long long)at % bytes) __builtin_trap();
@@ -120,6 +128,10 @@ template <int N>
 DEVICE void load(unsigned (&x)[N], const unsigned char* at) {
   require_aligned(at, 4 * N);
   memcpy(x, at, 4 * N);
+}
+template <int N>
+DEVICE void load_shared(unsigned (&x)[N], const unsigned char* at) {
+  load(x, at);
 }
 DEVICE unsigned load_2_bytes(const unsigned char* at) {
   require_aligned(at, 2);

@@ -32,6 +32,7 @@ class Variant:
         channel_alignment, kept_alignment, index_alignment: powers of two up to 16 that divide all addresses.
         channel_stride, kept_stride, index_stride, value_stride: bytes from a key's row to the next.
         page_size: keys per page, 0 for no pages.
+        has_several_queries: whether query rows see different keys.
         is_capped: whether scores have a softcap.
         is_tolerant: whether values of little weight are left out.
         warps: of a block; blocks: of a multiprocessor, at least.
@@ -61,6 +62,7 @@ class Variant:
     index_stride: int
     value_stride: int
     page_size: int
+    has_several_queries: bool
     is_capped: bool
     is_tolerant: bool
     warps: int = 4
@@ -74,24 +76,31 @@ class Variant:
     @property
     def segment(self) -> int:
         """Keys of which a warp has all scores before it reads values, with a tolerance."""
-        return 512 if self.rows <= 2 else 256
+        return 512 if self.rows <= 4 else 256
 
     @property
     def shared_bytes(self) -> int:
         """Of `Shared` in decode.cu."""
+
+        def aligned(size: int, to: int) -> int:
+            return -(-size // to) * to
+
         sparse_dims = self.head_dim - self.channel
-        words, double = -(-self.channel_bytes // 4), 1 + (self.channel_bits == 16)
-        pairs = -(-words // (4 * double)) * double * {16: 1, 8: 2, 4: 4, 2: 8}[self.channel_bits]
+        words, double = aligned(self.channel_bytes, 4) // 4, 1 + (self.channel_bits == 16)
+        pairs = aligned(words, 4 * double) // 4 * {16: 1, 8: 2, 4: 4, 2: 8}[self.channel_bits]
         query = 128 * (pairs or 1) + 16 * (pairs if self.channel_bits == 2 else 1)
-        query += 4 * self.rows * ((sparse_dims if self.kept else 1) + 3)
+        query += 128 * (sparse_dims if self.kept else 1) + 12 * self.rows
         warp = 4 * (self.rows + 1) * (32 if self.channel else 2) + 96 * self.rows
         warp += (4 * self.rows + 2) * self.segment if self.is_tolerant else 16
-        sums = 4 * self.warps * self.rows * (2 + self.value_dim)
-        return -(-query // 8) * 8 + self.warps * warp + sums
+        sums = aligned(4 * self.warps * self.rows * (2 + self.value_dim) + 4, 8)
+        return aligned(aligned(query, 16) + self.warps * warp + sums, 16)
 
     @property
     def channel_bytes(self) -> int:
         return self.channel // 4 if self.channel_bits == 2 else self.channel * self.channel_bits // 8
+
+
+_NAMES = {"has_several_queries": "several_queries", "is_capped": "capped", "is_tolerant": "tolerant"}
 
 
 def source(variant: Variant) -> str:
@@ -101,9 +110,7 @@ def source(variant: Variant) -> str:
 
 def constants(variant: Variant) -> str:
     """What the files know of the specialisation."""
-    values = {
-        name.removeprefix("is_" if name != "is_bf16" else ""): int(value) for name, value in asdict(variant).items()
-    }
+    values = {_NAMES.get(name, name): int(value) for name, value in asdict(variant).items()}
     values |= {"segment": variant.segment, "params_bytes": ctypes.sizeof(Params), "shared_bytes": variant.shared_bytes}
     return "".join(f"#define {name.upper()} {value}\n" for name, value in values.items())
 

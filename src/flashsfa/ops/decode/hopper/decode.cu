@@ -1,6 +1,6 @@
 // Attention of a few queries over codes, split over keys: each warp takes some of its own and reads their codes and values straight into
-// registers. Warps wait for one another only at the end, when a block merges what they found and writes an unnormalised output. Scores are in
-// log2 units: softmax runs in base 2.
+// registers. Warps wait for one another only at the end, when a block merges what they found, and the last block what all did. Scores are in log2
+// units: softmax runs in base 2.
 //
 // The codes of the next keys are asked for as soon as those of the present ones are scored, and their values when the present ones are summed:
 // so a warp has most of its registers full of bytes under way.
@@ -14,6 +14,7 @@ struct SharedWarp {
 
 struct SharedSums {
   float peak[WARPS][ROWS], total[WARPS][ROWS], out[WARPS][ROWS][VALUE_DIM];
+  int is_last;
 };
 
 struct Shared {
@@ -141,8 +142,12 @@ DEVICE void apply_rules(float (&score)[ROWS], const Params& p, const Sequence& s
   for (int r = 0; r < ROWS; ++r) {
     score[r] *= p.scale;
     if constexpr (CAPPED) score[r] = p.cap * (2.0f / (1.0f + exp2_fast(-2.8853900817779268f * score[r])) - 1.0f);  // tanh
-    const int last = s.length - p.m + (first_row + r) % p.m;
-    if (!keys.is_mine_seen() || keys.key > last || (p.window && keys.key <= last - p.window)) score[r] = -INFINITE;
+    bool is_seen = keys.is_mine_seen();
+    if constexpr (SEVERAL_QUERIES) {
+      const int last = s.length - p.m + (first_row + r) % p.m;
+      is_seen = is_seen && keys.key <= last && !(p.window && keys.key <= last - p.window);
+    }
+    if (!is_seen) score[r] = -INFINITE;
   }
 }
 
@@ -162,9 +167,26 @@ DEVICE ValueScale load_value_scale(const Params& p, const Keys& keys) {
   return x;
 }
 
-// Merges what the warps of a block found and writes it. All weights count in `total`.
-DEVICE void store(const Params& p, Sums& sums, SharedSums& all, i64 first_row) {
-  const int lane = lane_id(), quad = lane % 4, group = lane / 4, warp = threadIdx.x / 32;
+// Merges the results of `count` parts for query row r and value feature c, part i's being at i of `peak(i)`, `total(i)` and `out(i)`.
+struct Merged {
+  float peak, total, out;
+};
+
+template <class Peak, class Total, class Out>
+DEVICE Merged merged(int count, Peak peak, Total total, Out out) {
+  Merged all = {-INFINITE, 0, 0};
+  for (int i = 0; i < count; ++i) all.peak = fmaxf(all.peak, peak(i));
+  for (int i = 0; i < count; ++i) {
+    const float factor = all.peak == -INFINITE ? 0.0f : exp2_fast(peak(i) - all.peak);
+    all.total += factor * total(i);
+    all.out += factor * out(i);
+  }
+  return all;
+}
+
+// Merges what the warps of a block found, and what the blocks of a tile did: the last one to end writes the output.
+DEVICE void store(const Params& p, Sums& sums, SharedSums& all, int head, int first_row) {
+  const int lane = lane_id(), quad = lane % 4, group = lane / 4, warp = threadIdx.x / 32, splits = gridDim.y;
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
     const float total = warp_sum(sums.total[r]), centre = VALUE_CENTRED ? warp_sum(sums.centre[r]) : 0;
@@ -178,38 +200,66 @@ DEVICE void store(const Params& p, Sums& sums, SharedSums& all, i64 first_row) {
     }
   }
   sync_block();
+  const i64 tile_row = i64(head) * splits * p.padded_rows + first_row;
+  const auto row = [&](int split, int r) { return tile_row + split * p.padded_rows + r; };
   for (int i = threadIdx.x; i < ROWS * VALUE_DIM; i += 32 * WARPS) {
     const int r = i / VALUE_DIM, c = i % VALUE_DIM;
-    float peak = -INFINITE, total = 0, out = 0;
-    for (int w = 0; w < WARPS; ++w) peak = fmaxf(peak, all.peak[w][r]);
-    for (int w = 0; w < WARPS; ++w) {
-      const float factor = peak == -INFINITE ? 0.0f : exp2_fast(all.peak[w][r] - peak);
-      total += factor * all.total[w][r];
-      out += factor * all.out[w][r][c];
-    }
-    p.partial[(first_row + r) * VALUE_DIM + c] = out;
+    const Merged x = merged(
+        WARPS, [&](int w) { return all.peak[w][r]; }, [&](int w) { return all.total[w][r]; }, [&](int w) { return all.out[w][r][c]; });
+    const i64 to = row(blockIdx.y, r);
+    p.partial[to * VALUE_DIM + c] = x.out;
     if (c == 0) {
-      p.peak[first_row + r] = peak;
-      p.total[first_row + r] = total;
+      p.peak[to] = x.peak;
+      p.total[to] = x.total;
     }
+  }
+  sync_block();
+  if (threadIdx.x == 0) all.is_last = count_up(p.ended + blockIdx.x) == u32(splits) - 1;
+  sync_block();
+  if (!all.is_last) return;
+  for (int i = threadIdx.x; i < ROWS * VALUE_DIM; i += 32 * WARPS) {
+    const int r = i / VALUE_DIM, c = i % VALUE_DIM;
+    const Merged x = merged(
+        splits, [&](int s) { return load_written(p.peak + row(s, r)); }, [&](int s) { return load_written(p.total + row(s, r)); },
+        [&](int s) { return load_written(p.partial + row(s, r) * VALUE_DIM + c); });
+    const float some = x.total == 0 ? 1.0f : x.total;  // a row that sees no key: output 0, log-sum-exp -infinity
+    all.out[0][r][c] = x.out / some;
+    if (c == 0 && first_row + r < p.rows) p.lse[i64(head) * p.rows + first_row + r] = (x.peak + log2_exact(some)) * 0.6931471805599453f;
+  }
+  if constexpr (VALUE_CENTRED) {  // rotated values: back again
+    for (int step = 1; step < VALUE_DIM; step *= 2) {
+      sync_block();
+      for (int i = threadIdx.x; i < ROWS * VALUE_DIM / 2; i += 32 * WARPS) {
+        const int r = i / (VALUE_DIM / 2), j = i % (VALUE_DIM / 2), c = j / step * 2 * step + j % step;
+        const float x = all.out[0][r][c], y = all.out[0][r][c + step];
+        all.out[0][r][c] = x + y;
+        all.out[0][r][c + step] = x - y;
+      }
+    }
+  }
+  sync_block();
+  for (int i = threadIdx.x; i < ROWS * VALUE_DIM; i += 32 * WARPS) {
+    const int r = i / VALUE_DIM, c = i % VALUE_DIM;
+    const float x = all.out[0][r][c] * (VALUE_CENTRED ? (VALUE_DIM == 64 ? 0.125f : 0.08838834764831845f) : 1.0f);
+    if (first_row + r < p.rows) p.out[(i64(head) * p.rows + first_row + r) * VALUE_DIM + c] = IS_BF16 ? to_bf16(x) : to_half(x);
   }
 }
 
 // Puts the weights of the lane's key into the shared memory of its warp, as `add_values` reads them, and adds them to `mass`.
-DEVICE void weigh(Sums& sums, float (&mass)[ROWS], SharedWarp& own, const float (&score)[ROWS], ValueScale scale) {
+DEVICE void weigh(Sums& sums, float (&mass)[ROWS], SharedWarp& own, const float (&weight)[ROWS], ValueScale scale) {
   const float inverse = ARE_VALUES_LEVELS ? scale.step * sums.inverse : 1.0f;
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
-    const float weight = exp2_fast(score[r] - sums.base(r));
-    mass[r] += weight;
-    if constexpr (VALUE_CENTRED) sums.centre[r] += weight * scale.centre;
-    own.weights[r * WEIGHT_STRIDE + lane_id()] = to_weight(weight * inverse);
+    mass[r] += weight[r];
+    if constexpr (VALUE_CENTRED) sums.centre[r] += weight[r] * scale.centre;
+    own.weights[r * WEIGHT_STRIDE + lane_id()] = to_weight(weight[r] * inverse);
   }
 }
 
+constexpr bool IS_BITMAP = HAS_KEPT && INDEX_BITS == 0;
 constexpr int KEY_WORDS = (HAS_CHANNEL ? 4 * LANE_WORDS : 0) + (HAS_KEPT ? words(KEPT_BYTES) + words(INDEX_BYTES) : 0);
 // How many times 32 keys a warp asks for ahead: as many as some registers hold. Alone, keys have the room of values too.
-constexpr int AHEAD = KEY_WORDS + 8 * VALUE_WORDS <= AHEAD_WORDS / 2 ? 2 : 1, KEYS_AHEAD = KEY_WORDS <= 12 ? 4 : KEY_WORDS <= 24 ? 2 : 1;
+constexpr int AHEAD = KEY_WORDS + 8 * VALUE_WORDS <= AHEAD_WORDS / 2 ? 2 : 1, KEYS_AHEAD = KEY_WORDS <= 12 && !IS_BITMAP ? 4 : KEY_WORDS <= 24 ? 2 : 1;
 
 // Attends to the keys of a warp, reading every value.
 DEVICE void attend(Sums& sums, const Params& p, const Sequence& s, const SharedQuery& query, SharedWarp& own, int first_row) {
@@ -234,6 +284,8 @@ DEVICE void attend(Sums& sums, const Params& p, const Sequence& s, const SharedQ
       apply_rules(score, p, s, first_row, keys[i]);
       load_keys(stored[i], p, next);
       raise(sums, none, score, scale[i].step);
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) score[r] = exp2_fast(score[r] - sums.base(r));  // weights
       weigh(sums, sums.total, own, score, scale[i]);
       scale[i] = load_value_scale(p, next);
       keys[i] = next;
@@ -251,30 +303,42 @@ DEVICE void attend(Sums& sums, const Params& p, const Sequence& s, const SharedQ
 
 constexpr int CHUNKS = SEGMENT / WARP_KEYS;
 
-// The share of its row's mass so far that the lane's key of each chunk of a segment has, the largest of all query rows; and that mass.
-DEVICE void find_shares(float (&share)[CHUNKS], float (&mass)[ROWS], Sums& sums, const SharedWarp& own) {
+// Makes weights of a segment's scores. The share of its row's mass so far that the lane's key of each chunk has, the largest of all query
+// rows; and that mass.
+DEVICE void find_shares(float (&share)[CHUNKS], float (&mass)[ROWS], Sums& sums, SharedWarp& own) {
   const int lane = lane_id();
   float inverse[ROWS];
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
+    const float base = sums.base(r);
 #pragma unroll
-    for (int i = 0; i < CHUNKS; ++i) sums.total[r] += exp2_fast(own.scores[r][WARP_KEYS * i + lane] - sums.base(r));
+    for (int i = 0; i < CHUNKS; ++i) {
+      float& score = own.scores[r][WARP_KEYS * i + lane];
+      score = exp2_fast(score - base);
+      sums.total[r] += score;
+      if (ROWS == 1) share[i] = score;
+    }
     mass[r] = warp_sum(sums.total[r]);
     inverse[r] = mass[r] > 0 ? 1 / mass[r] : 0.0f;
   }
 #pragma unroll
   for (int i = 0; i < CHUNKS; ++i) {
+    if (ROWS == 1) {
+      share[i] *= inverse[0];
+      continue;
+    }
     share[i] = 0;
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-      const float x = exp2_fast(own.scores[r][WARP_KEYS * i + lane] - sums.base(r)) * inverse[r];
+      const float x = own.scores[r][WARP_KEYS * i + lane] * inverse[r];
       share[i] = x > share[i] || x != x ? x : share[i];  // NaN is not to be lost
     }
   }
 }
 
-// The largest share found below which all together have at most `budget`, and what they have.
+// The largest share found below which all together have at most `budget`, and an upper bound of what they have.
 DEVICE float find_cut(const float (&share)[CHUNKS], float budget, float& below) {
+  constexpr float STEPS = 0x1p24f;  // sums are of whole numbers, each lane's rounded up
   float low = -40, high = 0, cut = 0;  // exponents
   below = 0;
   for (int step = 0; step < 9; ++step) {
@@ -282,7 +346,7 @@ DEVICE float find_cut(const float (&share)[CHUNKS], float budget, float& below) 
     float sum = 0;
 #pragma unroll
     for (int i = 0; i < CHUNKS; ++i) sum += share[i] < edge ? share[i] : 0.0f;
-    sum = warp_sum(sum);
+    sum = sum_of_lanes(u32(sum * STEPS) + 1) / STEPS;
     if (sum <= budget) {
       low = middle;
       cut = edge;
@@ -327,9 +391,12 @@ DEVICE void attend_within(Sums& sums, const Params& p, const Sequence& s, const 
         }
       }
     }
-    float before[ROWS];
+    float before[ROWS], none[ROWS];
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) before[r] = sums.peak[r];
+    for (int r = 0; r < ROWS; ++r) {
+      before[r] = sums.peak[r];
+      none[r] = -INFINITE;
+    }
     raise(sums, kept, largest, 0);
     float share[CHUNKS], shrink = 0, below;
 #pragma unroll
@@ -363,11 +430,11 @@ DEVICE void attend_within(Sums& sums, const Params& p, const Sequence& s, const 
     load_values<false>(values, 1, p, there);
     for (int first = 0; first < count; first += WARP_KEYS) {
       const Keys behind = needed(first + WARP_KEYS);
-      float score[ROWS];
+      float weight[ROWS];
 #pragma unroll
-      for (int r = 0; r < ROWS; ++r) score[r] = there.is_mine_seen() ? own.scores[r][there.key - segment] : -INFINITE;
-      raise(sums, kept, score, scale.step);
-      weigh(sums, kept, own, score, scale);
+      for (int r = 0; r < ROWS; ++r) weight[r] = there.is_mine_seen() ? own.scores[r][there.key - segment] : 0.0f;
+      raise(sums, kept, none, scale.step);
+      weigh(sums, kept, own, weight, scale);
       scale = load_value_scale(p, behind);
       sync_warp();
 #pragma unroll
@@ -410,5 +477,5 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) decode_kernel(c
     attend_within(sums, p, s, shared.query, own, first_row);
   else
     attend(sums, p, s, shared.query, own, first_row);
-  store(p, sums, shared.sums, (i64(head) * gridDim.y + blockIdx.y) * p.padded_rows + first_row);
+  store(p, sums, shared.sums, head, first_row);
 }

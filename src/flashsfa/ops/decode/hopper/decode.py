@@ -1,6 +1,6 @@
 """Decode by a CUDA kernel for Hopper, which keeps most of its registers full of the cache's bytes under way.
 
-Each warp takes some of the keys, a block merges what its warps found, and `combine` the blocks. With a tolerance, a warp scores a segment of keys first and reads the
+Each warp takes some of the keys, a block merges what its warps found, and the last block what all did. With a tolerance, a warp scores a segment of keys first and reads the
 values of those alone that carry weight.
 """
 
@@ -70,7 +70,6 @@ def attend(
     lse: Tensor,
 ) -> str | None:
     """Write the output [B, Hq, M, Dv] and its log-sum-exp [B, Hq, M] over what is `held`; or say why it cannot be done."""
-    from ..triton.combine import combine
     from ..triton.narrow import NarrowProblem
 
     v = held.tensors["V"]
@@ -79,7 +78,7 @@ def attend(
         return f"the CUDA kernel reads values {piece} bytes at a time, and these do not begin at multiples of it"
     if page_table is not None and any(_stride(x, 0) >= 1 << 31 for x in held.tensors.values()):
         return "the CUDA kernel takes pages of less than 2 GiB"
-    problem = NarrowProblem(q, held, page_table, mask, scores, topk_query, are_biased=False)
+    problem = NarrowProblem(q, held, page_table, mask, scores, topk_query, are_biased=False, has_counts=True)
     rows = min(problem.padded_rows, _MOST_ROWS)
     variant = _variant(q, held, problem.coded["T"], rows, problem.places["PAGE"], scores, value_tolerance)
     tiles = problem.heads * (problem.padded_rows // rows)
@@ -102,22 +101,23 @@ def attend(
         partial=partial.data_ptr(),
         peak=peak.data_ptr(),
         total=total.data_ptr(),
+        ended=problem.counts.data_ptr(),
+        out=out.data_ptr(),
+        lse=lse.data_ptr(),
         padding_batch=problem.ruled["padding_sb"],
         pages_batch=problem.places["pages_sb"],
         kv_heads=problem.kv_heads,
         n=problem.keys,
         m=q.shape[2],
         window=mask.window or 0,
+        rows=problem.rows,
         padded_rows=problem.padded_rows,
         lengths_are_64_bit=lengths is not None and lengths.dtype == torch.int64,
         scale=problem.ruled["scale"],
         cap=problem.ruled["cap"],
         tolerance=value_tolerance * _CERTAIN,
     )
-    obstacle = launch(variant, (tiles, blocks, 1), params)
-    if obstacle is None:
-        combine(problem, partial, peak, total, out, lse)
-    return obstacle
+    return launch(variant, (tiles, blocks, 1), params)
 
 
 def launch(variant: Variant, grid: tuple[int, int, int], params: Params) -> str | None:
@@ -170,6 +170,7 @@ def _variant(
         index_stride=_stride(tensors["INDICES"], 2) if held.topk else 0,
         value_stride=_stride(tensors["V"], 2),
         page_size=page_size,
+        has_several_queries=q.shape[2] > 1,
         is_capped=scores.softcap is not None,
         is_tolerant=value_tolerance > 0,
         blocks=_BLOCKS,

@@ -16,11 +16,14 @@ constexpr int INDEX_BYTES = INDEX_BITS == 0 ? (SPARSE_DIMS + 7) / 8 : (KEPT * IN
 constexpr bool HAS_CHANNEL = CHANNEL > 0, HAS_KEPT = KEPT > 0;
 constexpr bool IS_CHANNEL_LEVELS = HAS_CHANNEL && CHANNEL_BITS < 16;
 
+// What is read of a feature's entries: of one row a float, of more rows 16 bits each.
+constexpr int ENTRY_BYTES = ROWS == 1 ? 4 : 2 * ROWS, COPIES = 128 / ENTRY_BYTES;
+
 // Queries of a kv head, shared by the warps of a block.
 struct SharedQuery {
   u32 pairs[HAS_CHANNEL ? PAIRS : 1][32];             // by lane: of query row lane / 4, for the pairs of quad lane % 4
   u32 fields[CHANNEL_BITS == 2 ? PAIRS : 1][4];       // by quad: the bits of levels that start in a slot
-  float features[HAS_KEPT ? SPARSE_DIMS : 1][ROWS];
+  alignas(16) u8 features[HAS_KEPT ? SPARSE_DIMS : 1][128];  // the query rows' entries, once for each lane of a load: no two share a bank
   float terms[3][ROWS];
 };
 
@@ -33,6 +36,8 @@ DEVICE int channel_entry(int word, int j, int half) {
   if (CHANNEL_BITS == 4) return 8 * word + j + 4 * half;
   return 4 * (4 * word + 2 * (j / 4) + half) + j % 4;
 }
+
+DEVICE float query_float(u16 x) { return IS_CHANNEL_LEVELS ? from_half(x) : stored_float(x); }
 
 // The query rows of a tile from `q` [QUERY_DIMS, padded_rows]; by all threads of a block.
 DEVICE void load_query(SharedQuery& shared, const Params& p, i64 head, int first_row, int threads) {
@@ -65,9 +70,15 @@ DEVICE void load_query(SharedQuery& shared, const Params& p, i64 head, int first
     }
   }
   if constexpr (HAS_KEPT) {
-    for (int i = thread; i < SPARSE_DIMS * ROWS; i += threads) {
-      const u16 x = q[(CHANNEL + i / ROWS) * p.padded_rows + i % ROWS];
-      shared.features[i / ROWS][i % ROWS] = IS_CHANNEL_LEVELS ? from_half(x) : stored_float(x);
+    for (int i = thread; i < SPARSE_DIMS * COPIES; i += threads) {
+      u8* entry = shared.features[i / COPIES] + i % COPIES * ENTRY_BYTES;
+      for (int r = 0; r < ROWS; ++r) {
+        const u16 x = q[(CHANNEL + i / COPIES) * p.padded_rows + r];
+        if constexpr (ROWS == 1)
+          *reinterpret_cast<float*>(entry) = query_float(x);
+        else
+          reinterpret_cast<u16*>(entry)[r] = x;
+      }
     }
   }
   for (int i = thread; i < 3 * ROWS; i += threads)
@@ -209,8 +220,10 @@ DEVICE void add_kept(float (&score)[ROWS], const StoredKeys& stored, const Share
     }
     feature = smaller(feature, SPARSE_DIMS - 1);  // a corrupt index must not read outside of the query
     const float entry = kept_entry(stored.kept, i);
+    u32 of_rows[words(ENTRY_BYTES)];
+    load_shared(of_rows, shared.features[feature] + lane_id() % COPIES * ENTRY_BYTES);
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) score[r] += entry * shared.features[feature][r];
+    for (int r = 0; r < ROWS; ++r) score[r] += entry * (ROWS == 1 ? from_bits(of_rows[0]) : query_float(u16(of_rows[r / 2] >> (r % 2 * 16))));
   }
 }
 

@@ -25,9 +25,12 @@ struct Params {
   float* partial;         // [heads, splits, padded_rows, VALUE_DIM] unnormalised output
   float* peak;            // [heads, splits, padded_rows] largest score
   float* total;           // [heads, splits, padded_rows] sum of weights relative to 2^peak
+  u32* ended;             // [tiles] how many blocks of a tile have ended, 0 at first
+  u16* out;               // [heads, rows, VALUE_DIM]
+  float* lse;             // [heads, rows] natural log-sum-exp
   i64 padding_batch, pages_batch;  // strides in entries
   int kv_heads, n, m, window;      // window 0: none
-  int padded_rows, lengths_are_64_bit;
+  int rows, padded_rows, lengths_are_64_bit;
   float scale, cap, tolerance;
 };
 

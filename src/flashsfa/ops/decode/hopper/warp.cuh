@@ -7,6 +7,7 @@ DEVICE void sync_warp() { __syncwarp(); }
 DEVICE void sync_block() { __syncthreads(); }
 DEVICE int from_lane(int x, int lane) { return __shfl_sync(~0u, x, lane); }
 DEVICE float from_lane_xor(float x, int bits) { return __shfl_xor_sync(~0u, x, bits); }
+DEVICE u32 sum_of_lanes(u32 x) { return __reduce_add_sync(~0u, x); }
 DEVICE u32 ballot(bool x) { return __ballot_sync(~0u, x); }
 
 // The bytes of low (0 to 3) and high (4 to 7) that the four digits of `selector` name, the lowest first.
@@ -21,11 +22,7 @@ DEVICE float exp2_fast(float x) {
   return y;
 }
 
-DEVICE float log2_fast(float x) {
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
+DEVICE float log2_exact(float x) { return log2f(x); }
 
 // Loads are volatile: they are issued where they stand, ahead of the work that hides them.
 DEVICE void load(u32 (&x)[4], const u8* at) {
@@ -35,6 +32,18 @@ DEVICE void load(u32 (&x)[2], const u8* at) {
   asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(x[0]), "=r"(x[1]) : "l"(at));
 }
 DEVICE void load(u32 (&x)[1], const u8* at) { asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(x[0]) : "l"(at)); }
+template <int WORDS>
+DEVICE void load_shared(u32 (&x)[WORDS], const u8* at) {
+  if constexpr (WORDS == 4) {
+    const uint4 y = *reinterpret_cast<const uint4*>(at);
+    x[0] = y.x, x[1] = y.y, x[2] = y.z, x[3] = y.w;
+  } else if constexpr (WORDS == 2) {
+    const uint2 y = *reinterpret_cast<const uint2*>(at);
+    x[0] = y.x, x[1] = y.y;
+  } else {
+    x[0] = *reinterpret_cast<const u32*>(at);
+  }
+}
 DEVICE u32 load_2_bytes(const u8* at) {
   u16 x;
   asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(x) : "l"(at));
@@ -78,4 +87,16 @@ DEVICE void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 
 }
 
 DEVICE int lowest_bit(unsigned long long x) { return __ffsll((long long)x) - 1; }
+// All that the block wrote before is seen by whoever sees the count; the count before.
+DEVICE u32 count_up(u32* at) {
+  u32 x;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(x) : "l"(at) : "memory");
+  return x;
+}
+// What other blocks wrote, past the first cache.
+DEVICE float load_written(const float* at) {
+  float x;
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x) : "l"(at) : "memory");
+  return x;
+}
 DEVICE int count_bits(u32 x) { return __popc(x); }

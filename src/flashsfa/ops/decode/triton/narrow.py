@@ -50,9 +50,12 @@ class NarrowProblem(Problem):
         rules: ScoreRules,
         topk_query: int | None,
         are_biased: bool = True,
+        has_counts: bool = False,
     ) -> None:
         tensors = held.tensors
         super().__init__(q, tensors["V"], page_table, mask, rules)
+        if has_counts:
+            self.counts = torch.empty(self.heads, self.rows, dtype=torch.int32, device=q.device)
         self.held, self.head_dim, self.width = held, q.shape[-1], held.width
         self.rotation = _rotation(held.width) if "V_CENTRE" in tensors else 1
         levels = (
@@ -79,7 +82,7 @@ class NarrowProblem(Problem):
         by_place = q.new_empty((self.heads, places, self.padded_rows), dtype=levels)
         terms = self.scratch(3, self.padded_rows)
         narrow_query_kernel[self.heads, self.rows](
-            by_place, terms, **{name: held.tensors.get(name) for name in TABLES}, **self.query_arguments(q, dense_dims, topk_query),
+            by_place, terms, self.counts, **{name: held.tensors.get(name) for name in TABLES}, **self.query_arguments(q, dense_dims, topk_query),
             C=held.channel, BITS=held.bits, ROTATION=_rotation(held.channel) if held.bits == 4 else 1, BIASED=are_biased, num_warps=4,
         )  # fmt: skip
         return {"Q": by_place, "TERMS": terms, "T": places}

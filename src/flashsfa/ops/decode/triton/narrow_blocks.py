@@ -20,14 +20,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .scores import query_row, rotated, ruled_scores
+from .scores import clear_counts, query_row, rotated, ruled_scores
 
 _LARGEST = tl.constexpr(256.0)  # folded queries in float16 are largest around here: the smallest then keep their digits
 
 
 @triton.jit
 def narrow_query_kernel(
-    BY_FEATURE, TERMS, AXIS, IS_START, TOP, STEP, CENTRE, Q, q_sb, q_sh, q_sm, q_sd, kv_heads, group, m,
+    BY_FEATURE, TERMS, COUNTS, AXIS, IS_START, TOP, STEP, CENTRE, Q, q_sb, q_sh, q_sm, q_sd, kv_heads, group, m,
     D: tl.constexpr, DENSE: tl.constexpr, K: tl.constexpr, R: tl.constexpr, INTEGER: tl.constexpr, CHUNK: tl.constexpr,
     C: tl.constexpr, BITS: tl.constexpr, ROTATION: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
@@ -38,6 +38,7 @@ def narrow_query_kernel(
     with what levels are too large by; and its sum, which the centre of a row goes with.
     """
     head, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    clear_counts(COUNTS, head, row)
     x = query_row(Q, head, row, q_sb, q_sh, q_sm, q_sd, kv_heads, group, m, D, DENSE, K, INTEGER, CHUNK).to(tl.float32)
     DTYPE: tl.constexpr = BY_FEATURE.dtype.element_ty
     d = tl.arange(0, x.shape[0])
