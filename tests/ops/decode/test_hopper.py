@@ -88,7 +88,7 @@ def test_pages(kind, tolerance):
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("group", [1, 4])
-@pytest.mark.parametrize("n", [31, 700, 1500])
+@pytest.mark.parametrize("n", [40, 700, 1500])
 def test_values_of_little_weight_are_left_out(n, group, bits):
     """Within the tolerance, and not read: they may hold NaN. What all values have in common stays."""
     q, k, v = draw(b=1, hkv=1, group=group, n=n, dtype=torch.bfloat16)

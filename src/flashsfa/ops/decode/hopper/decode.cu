@@ -27,15 +27,16 @@ struct Shared {
 struct Sequence {
   const u8* padding;
   const int* pages;
-  int length, begin, end, first, batch;  // keys begin to end are the warp's; those from `first` on are seen by some query
+  int length, begin, end, first;  // keys begin to end are the warp's; those from `first` on are seen by some query
+  int last_start;                 // 32 keys lie in the cache from here on, and no later
 
-  // The keys from `start` on.
+  // The keys from `start` on: where fewer than 32 are there, some before them too, which count as not seen.
   DEVICE Keys keys(int start) const {
-    const int key = start + lane_id();
-    const bool is_seen = key >= first && key < end && !(padding && padding[key]);
+    const int from = IS_PAGED || start <= last_start ? start : last_start, key = from + lane_id();
+    const bool is_there = key < end;
     int page = 0;
-    if constexpr (IS_PAGED) page = is_seen ? pages[key / PAGE] : 0;
-    return {ballot(is_seen), key, page};
+    if constexpr (IS_PAGED) page = is_there ? pages[key / PAGE] : 0;
+    return {ballot(is_there && key >= start && key >= first && !(padding && padding[key])), key, page};
   }
 };
 
@@ -50,7 +51,7 @@ DEVICE Sequence sequence_of(const Params& p, int batch, int split, int splits) {
   const int from = first / WARP_KEYS * WARP_KEYS, each = (length - from + splits - 1) / splits;
   const int share = (each + WARP_KEYS - 1) / WARP_KEYS * WARP_KEYS, begin = from + split * share;
   return {p.padding ? p.padding + batch * p.padding_batch : nullptr, p.pages ? p.pages + batch * p.pages_batch : nullptr,
-          length, begin, begin + share < length ? begin + share : length, first, batch};
+          length, begin, begin + share < length ? begin + share : length, first, p.n - WARP_KEYS};
 }
 
 DEVICE Rows of_head(Rows x, int batch, int kv_head) {
@@ -167,22 +168,8 @@ DEVICE ValueScale load_value_scale(const Params& p, const Keys& keys) {
   return x;
 }
 
-// Merges the results of `count` parts for query row r and value feature c, part i's being at i of `peak(i)`, `total(i)` and `out(i)`.
-struct Merged {
-  float peak, total, out;
-};
-
-template <class Peak, class Total, class Out>
-DEVICE Merged merged(int count, Peak peak, Total total, Out out) {
-  Merged all = {-INFINITE, 0, 0};
-  for (int i = 0; i < count; ++i) all.peak = fmaxf(all.peak, peak(i));
-  for (int i = 0; i < count; ++i) {
-    const float factor = all.peak == -INFINITE ? 0.0f : exp2_fast(peak(i) - all.peak);
-    all.total += factor * total(i);
-    all.out += factor * out(i);
-  }
-  return all;
-}
+// What 2^x is of 2^peak, which is no smaller.
+DEVICE float relative(float x, float peak) { return peak == -INFINITE ? 0.0f : exp2_fast(x - peak); }
 
 // Merges what the warps of a block found, and what the blocks of a tile did: the last one to end writes the output.
 DEVICE void store(const Params& p, Sums& sums, SharedSums& all, int head, int first_row) {
@@ -204,27 +191,45 @@ DEVICE void store(const Params& p, Sums& sums, SharedSums& all, int head, int fi
   const auto row = [&](int split, int r) { return tile_row + split * p.padded_rows + r; };
   for (int i = threadIdx.x; i < ROWS * VALUE_DIM; i += 32 * WARPS) {
     const int r = i / VALUE_DIM, c = i % VALUE_DIM;
-    const Merged x = merged(
-        WARPS, [&](int w) { return all.peak[w][r]; }, [&](int w) { return all.total[w][r]; }, [&](int w) { return all.out[w][r][c]; });
+    float peak = -INFINITE, total = 0, out = 0;
+    for (int w = 0; w < WARPS; ++w) peak = fmaxf(peak, all.peak[w][r]);
+    for (int w = 0; w < WARPS; ++w) {
+      const float factor = relative(all.peak[w][r], peak);
+      total += factor * all.total[w][r];
+      out += factor * all.out[w][r][c];
+    }
     const i64 to = row(blockIdx.y, r);
-    p.partial[to * VALUE_DIM + c] = x.out;
+    p.partial[to * VALUE_DIM + c] = out;
     if (c == 0) {
-      p.peak[to] = x.peak;
-      p.total[to] = x.total;
+      p.peak[to] = peak;
+      p.total[to] = total;
     }
   }
   sync_block();
   if (threadIdx.x == 0) all.is_last = count_up(p.ended + blockIdx.x) == u32(splits) - 1;
   sync_block();
   if (!all.is_last) return;
+  for (int r = warp; r < ROWS; r += WARPS) {
+    float peak = -INFINITE, total = 0;
+    for (int s = lane; s < splits; s += 32) peak = fmaxf(peak, load_written(p.peak + row(s, r)));
+    peak = warp_max(peak);
+    for (int s = lane; s < splits; s += 32) total += load_written(p.total + row(s, r)) * relative(load_written(p.peak + row(s, r)), peak);
+    total = warp_sum(total);
+    const float some = total == 0 ? 1.0f : total;  // a row that sees no key: output 0, log-sum-exp -infinity
+    if (lane == 0) {
+      all.peak[0][r] = peak;
+      all.total[0][r] = some;
+      if (first_row + r < p.rows) p.lse[i64(head) * p.rows + first_row + r] = (peak + log2_exact(some)) * 0.6931471805599453f;
+    }
+  }
+  sync_block();
   for (int i = threadIdx.x; i < ROWS * VALUE_DIM; i += 32 * WARPS) {
     const int r = i / VALUE_DIM, c = i % VALUE_DIM;
-    const Merged x = merged(
-        splits, [&](int s) { return load_written(p.peak + row(s, r)); }, [&](int s) { return load_written(p.total + row(s, r)); },
-        [&](int s) { return load_written(p.partial + row(s, r) * VALUE_DIM + c); });
-    const float some = x.total == 0 ? 1.0f : x.total;  // a row that sees no key: output 0, log-sum-exp -infinity
-    all.out[0][r][c] = x.out / some;
-    if (c == 0 && first_row + r < p.rows) p.lse[i64(head) * p.rows + first_row + r] = (x.peak + log2_exact(some)) * 0.6931471805599453f;
+    float out = 0;
+#pragma unroll 8
+    for (int s = 0; s < splits; ++s)
+      out += load_written(p.partial + row(s, r) * VALUE_DIM + c) * relative(load_written(p.peak + row(s, r)), all.peak[0][r]);
+    all.out[0][r][c] = out / all.total[0][r];
   }
   if constexpr (VALUE_CENTRED) {  // rotated values: back again
     for (int step = 1; step < VALUE_DIM; step *= 2) {
@@ -256,13 +261,14 @@ DEVICE void weigh(Sums& sums, float (&mass)[ROWS], SharedWarp& own, const float 
   }
 }
 
-constexpr bool IS_BITMAP = HAS_KEPT && INDEX_BITS == 0;
 constexpr int KEY_WORDS = (HAS_CHANNEL ? 4 * LANE_WORDS : 0) + (HAS_KEPT ? words(KEPT_BYTES) + words(INDEX_BYTES) : 0);
 // How many times 32 keys a warp asks for ahead: as many as some registers hold. Alone, keys have the room of values too.
-constexpr int AHEAD = KEY_WORDS + 8 * VALUE_WORDS <= AHEAD_WORDS / 2 ? 2 : 1, KEYS_AHEAD = KEY_WORDS <= 12 && !IS_BITMAP ? 4 : KEY_WORDS <= 24 ? 2 : 1;
+constexpr int AHEAD = KEY_WORDS + 8 * VALUE_WORDS <= AHEAD_WORDS / 2 ? 2 : 1, KEYS_AHEAD = KEY_WORDS <= 24 ? 2 : 1;
 
-// Attends to the keys of a warp, reading every value.
-DEVICE void attend(Sums& sums, const Params& p, const Sequence& s, const SharedQuery& query, SharedWarp& own, int first_row) {
+// Attends to the keys of a warp, of which there is one at least, reading every value. `wait` is for the queries, once the first keys are asked
+// for.
+template <class Wait>
+DEVICE void attend(Sums& sums, const Params& p, const Sequence& s, const SharedQuery& query, SharedWarp& own, int first_row, Wait wait) {
   StoredKeys stored[AHEAD];
   StoredValues values[AHEAD];
   ValueScale scale[AHEAD];
@@ -276,6 +282,7 @@ DEVICE void attend(Sums& sums, const Params& p, const Sequence& s, const SharedQ
     load_values<true>(values[i], 1, p, keys[i]);
   }
   Keys next = s.keys(s.begin + AHEAD * WARP_KEYS);
+  wait();
   for (int first = s.begin; first < s.end; first += AHEAD * WARP_KEYS) {
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i) {
@@ -288,15 +295,16 @@ DEVICE void attend(Sums& sums, const Params& p, const Sequence& s, const SharedQ
       for (int r = 0; r < ROWS; ++r) score[r] = exp2_fast(score[r] - sums.base(r));  // weights
       weigh(sums, sums.total, own, score, scale[i]);
       scale[i] = load_value_scale(p, next);
-      keys[i] = next;
-      next = s.keys(first + WARP_KEYS * (i + 1 + AHEAD));
       sync_warp();
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile) {
+        clear_unseen(values[i], tile, keys[i]);
         add_values(sums.out, sums.mass, values[i], tile, own.weights);
-        load_values<true>(values[i], tile, p, keys[i]);
+        load_values<true>(values[i], tile, p, next);
       }
       sync_warp();  // before the next weights
+      keys[i] = next;
+      next = s.keys(first + WARP_KEYS * (i + 1 + AHEAD));
     }
   }
 }
@@ -360,7 +368,8 @@ DEVICE float find_cut(const float (&share)[CHUNKS], float budget, float& below) 
 
 // Attends to the keys of a warp, but leaves out values that together carry at most `tolerance` of the mass of each query row, and lets the
 // others stand for them. What was left out before counts: segments after a heavy one may leave out more.
-DEVICE void attend_within(Sums& sums, const Params& p, const Sequence& s, const SharedQuery& query, SharedWarp& own, int first_row) {
+template <class Wait>
+DEVICE void attend_within(Sums& sums, const Params& p, const Sequence& s, const SharedQuery& query, SharedWarp& own, int first_row, Wait wait) {
   const int lane = lane_id();
   StoredKeys stored[KEYS_AHEAD];
   Keys keys[KEYS_AHEAD], next = s.keys(s.begin + KEYS_AHEAD * WARP_KEYS);
@@ -369,6 +378,7 @@ DEVICE void attend_within(Sums& sums, const Params& p, const Sequence& s, const 
     keys[i] = s.keys(s.begin + WARP_KEYS * i);
     load_keys(stored[i], p, keys[i]);
   }
+  wait();
   float kept[ROWS] = {}, mass[ROWS] = {}, left_out = 0;  // left_out: a share of the mass so far
   for (int segment = s.begin; segment < s.end; segment += SEGMENT) {
     float largest[ROWS];
@@ -439,6 +449,7 @@ DEVICE void attend_within(Sums& sums, const Params& p, const Sequence& s, const 
       sync_warp();
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile) {
+        clear_unseen(values, tile, there);
         add_values(sums.out, sums.mass, values, tile, own.weights);
         load_values<false>(values, tile, p, behind);
       }
@@ -462,8 +473,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) decode_kernel(c
   Shared& shared = *reinterpret_cast<Shared*>(dynamic);
   const int tiles = given.padded_rows / ROWS, head = int(blockIdx.x) / tiles, first_row = int(blockIdx.x) % tiles * ROWS;
   const int batch = head / given.kv_heads, kv_head = head % given.kv_heads;
-  load_query(shared.query, given, head, first_row, 32 * WARPS);
-  sync_block();
   const int warp = threadIdx.x / 32;
   Params p = given;
   for (Rows* x : {&p.channel, &p.channel_scale, &p.channel_centre, &p.kept, &p.kept_scale, &p.indices, &p.v, &p.v_scale, &p.v_centre})
@@ -473,9 +482,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) decode_kernel(c
 
   Sums sums;
   sums.clear();
-  if constexpr (TOLERANT)
-    attend_within(sums, p, s, shared.query, own, first_row);
+  const auto wait = [&] {
+    load_query(shared.query, p, head, first_row, 32 * WARPS);
+    sync_block();
+  };
+  if (s.begin >= s.end)
+    wait();
+  else if constexpr (TOLERANT)
+    attend_within(sums, p, s, shared.query, own, first_row, wait);
   else
-    attend(sums, p, s, shared.query, own, first_row);
+    attend(sums, p, s, shared.query, own, first_row, wait);
   store(p, sums, shared.sums, head, first_row);
 }

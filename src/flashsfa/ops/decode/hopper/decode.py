@@ -76,6 +76,8 @@ def attend(
     piece = min(16, held.width * _bits(v, "V_CENTRE" in held.tensors) // 64)
     if _alignment(v) < piece:
         return f"the CUDA kernel reads values {piece} bytes at a time, and these do not begin at multiples of it"
+    if page_table is None and v.shape[2] < _WARP_KEYS:
+        return f"the CUDA kernel takes at least {_WARP_KEYS} keys, not {v.shape[2]}"
     if page_table is not None and any(_stride(x, 0) >= 1 << 31 for x in held.tensors.values()):
         return "the CUDA kernel takes pages of less than 2 GiB"
     problem = NarrowProblem(q, held, page_table, mask, scores, topk_query, are_biased=False, has_counts=True)
@@ -210,7 +212,11 @@ def _resident(device: torch.device) -> int:
 
 @functools.cache
 def _blocks_per_tile(tiles: int, most: int, resident: int) -> int:
-    """Thread blocks that share the keys of one tile of query rows, so that all end at about the same time: the fewest of the least waves
-    per block, and no more than `most`, from where each would have little to do."""
+    """Thread blocks that share the keys of one tile of query rows, so that all end at about the same time, and no more than
+    `most`, from where each would have little to do. More are merged longer: they must gain a tenth."""
     counts = range(1, max(1, min(most, _MOST_WAVES * resident // tiles)) + 1)
-    return min(counts, key=lambda count: (math.ceil(tiles * count / resident) / count, count))
+    best = 1
+    for count in counts:
+        if math.ceil(tiles * count / resident) / count < 0.9 * math.ceil(tiles * best / resident) / best:
+            best = count
+    return best

@@ -70,14 +70,18 @@ DEVICE void load_query(SharedQuery& shared, const Params& p, i64 head, int first
     }
   }
   if constexpr (HAS_KEPT) {
-    for (int i = thread; i < SPARSE_DIMS * COPIES; i += threads) {
-      u8* entry = shared.features[i / COPIES] + i % COPIES * ENTRY_BYTES;
-      for (int r = 0; r < ROWS; ++r) {
-        const u16 x = q[(CHANNEL + i / COPIES) * p.padded_rows + r];
-        if constexpr (ROWS == 1)
-          *reinterpret_cast<float*>(entry) = query_float(x);
-        else
-          reinterpret_cast<u16*>(entry)[r] = x;
+    for (int i = thread; i < SPARSE_DIMS; i += threads) {
+      u16 x[ROWS];
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) x[r] = q[(CHANNEL + i) * p.padded_rows + r];
+      for (int copy = 0; copy < COPIES; ++copy) {
+        u8* entry = shared.features[i] + (copy + i) % COPIES * ENTRY_BYTES;  // no two threads to one bank
+        if constexpr (ROWS == 1) {
+          *reinterpret_cast<float*>(entry) = query_float(x[0]);
+        } else {
+#pragma unroll
+          for (int r = 0; r < ROWS; r += 2) reinterpret_cast<u32*>(entry)[r / 2] = x[r] | u32(x[r + 1]) << 16;
+        }
       }
     }
   }
@@ -92,56 +96,40 @@ struct StoredKeys {
   u32 channel_scale, channel_centre, kept_scale;
 };
 
-template <bool ALL_SEEN>
+// Of a key that no query sees, whatever lies there: its score does not count.
 DEVICE void load_keys(StoredKeys& stored, const Params& p, const Keys& keys) {
   const int quad = lane_id() % 4, group = lane_id() / 4;
   if constexpr (HAS_CHANNEL) {
-    const u8* first_rows[2] = {row_in_order(p.channel, keys, group, CHANNEL_STRIDE), row_in_order(p.channel, keys, 16 + group, CHANNEL_STRIDE)};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const u8* row = first_rows[i / 2] + i % 2 * 8 * CHANNEL_STRIDE;
-      const bool is_seen = ALL_SEEN || keys.is_seen(group + 8 * i);
+    for (int tile = 0; tile < 2; ++tile) {
+      const u8* first_row = row_in_order(p.channel, keys, 16 * tile + group, CHANNEL_STRIDE);
 #pragma unroll
-      for (int j = 0; j < LANE_WORDS; j += CHANNEL_VECTOR) {
-        const int first = 4 * channel_word(j, quad);
-        u32* to = &stored.channel[i][j];
-        const bool may_lack = 4 * channel_word(j + CHANNEL_VECTOR - 1, 3) + 4 > CHANNEL_BYTES;
-        if (!is_seen || (may_lack && first >= CHANNEL_BYTES)) {
+      for (int i = 0; i < 2; ++i) {
+        const u8* row = first_row + 8 * i * CHANNEL_STRIDE;
 #pragma unroll
-          for (int k = 0; k < CHANNEL_VECTOR; ++k) to[k] = 0;
-        } else if (!may_lack || first + 4 <= CHANNEL_BYTES) {
-          load_row<4 * CHANNEL_VECTOR, CHANNEL_ALIGNMENT>(to, row + first);
-        } else {
-          load_row<CHANNEL_BYTES % 4, CHANNEL_ALIGNMENT>(to, row + first);
+        for (int j = 0; j < LANE_WORDS; j += CHANNEL_VECTOR) {
+          const int first = 4 * channel_word(j, quad);
+          u32* to = &stored.channel[2 * tile + i][j];
+          const bool may_lack = 4 * channel_word(j + CHANNEL_VECTOR - 1, 3) + 4 > CHANNEL_BYTES;
+          if (may_lack && first >= CHANNEL_BYTES) {
+#pragma unroll
+            for (int k = 0; k < CHANNEL_VECTOR; ++k) to[k] = 0;
+          } else if (!may_lack || first + 4 <= CHANNEL_BYTES) {
+            load_row<4 * CHANNEL_VECTOR, CHANNEL_ALIGNMENT>(to, row + first);
+          } else {
+            load_row<CHANNEL_BYTES % 4, CHANNEL_ALIGNMENT>(to, row + first);
+          }
         }
       }
     }
-    stored.channel_scale = stored.channel_centre = 0;
+    if constexpr (CHANNEL_SCALE_BYTES > 0) stored.channel_scale = load_number<CHANNEL_SCALE_BYTES>(my_row(p.channel_scale, keys, p.channel_scale.key));
+    if constexpr (CHANNEL_CENTRED) stored.channel_centre = load_number<2>(my_row(p.channel_centre, keys, p.channel_centre.key));
   }
-  if constexpr (HAS_KEPT) stored.kept_scale = 0;
-  if (!ALL_SEEN && !keys.is_mine_seen()) {
-    if constexpr (HAS_KEPT) {
-#pragma unroll
-      for (int i = 0; i < words(KEPT_BYTES); ++i) stored.kept[i] = 0;
-#pragma unroll
-      for (int i = 0; i < words(INDEX_BYTES); ++i) stored.indices[i] = 0;
-    }
-    return;
-  }
-  if constexpr (HAS_CHANNEL && CHANNEL_SCALE_BYTES > 0) stored.channel_scale = load_number<CHANNEL_SCALE_BYTES>(my_row(p.channel_scale, keys, p.channel_scale.key));
-  if constexpr (HAS_CHANNEL && CHANNEL_CENTRED) stored.channel_centre = load_number<2>(my_row(p.channel_centre, keys, p.channel_centre.key));
   if constexpr (HAS_KEPT) {
     load_row<KEPT_BYTES, KEPT_ALIGNMENT>(stored.kept, my_row(p.kept, keys, KEPT_STRIDE));
     load_row<INDEX_BYTES, INDEX_ALIGNMENT>(stored.indices, my_row(p.indices, keys, INDEX_STRIDE));
     if constexpr (KEPT_SCALE_BYTES > 0) stored.kept_scale = load_number<KEPT_SCALE_BYTES>(my_row(p.kept_scale, keys, p.kept_scale.key));
   }
-}
-
-DEVICE void load_keys(StoredKeys& stored, const Params& p, const Keys& keys) {
-  if (keys.seen == ~0u)
-    load_keys<true>(stored, p, keys);
-  else
-    load_keys<false>(stored, p, keys);
 }
 
 // Pair j of a word of the channel.
@@ -178,6 +166,15 @@ DEVICE void channel_products(const StoredKeys& stored, const SharedQuery& shared
   }
 }
 
+// The bits `first` to `first` + count - 1 of a row of words, times 2^UP.
+template <int UP>
+DEVICE u32 bits_of_row(const u32* row, int first, int count, int row_words) {
+  const int word = first / 32, offset = first % 32;
+  u32 x = offset >= UP ? row[word] >> (offset - UP) : row[word] << (UP - offset);
+  if (offset + count > 32) x |= row[smaller(word + 1, row_words - 1)] << (32 - offset + UP);
+  return x & (((1u << count) - 1) << UP);
+}
+
 // Entry i of the kept ones.
 DEVICE float kept_entry(const u32* kept, int i) {
   if (KEPT_BITS == 16) return stored_float(u16(kept[i / 2] >> (i % 2 * 16)));
@@ -187,7 +184,7 @@ DEVICE float kept_entry(const u32* kept, int i) {
                 : i % 4 == 2 ? bytes_of<0x7652>(biased, magic) : bytes_of<0x7653>(biased, magic);
     return from_bits(x) - 8388736.0f;
   }
-  return from_bits(((kept[i / 8] >> (i % 8 * 4)) & 15) | 0x4b000000) - 8388608.0f - 7.5f;
+  return from_bits(bits_of_row<1>(kept, 4 * i, 4, words(KEPT_BYTES)) | 0x4a800000) - 4194311.5f;  // of 2^22
 }
 
 // Adds the products of the lane's kept entries with the query rows.
@@ -202,26 +199,26 @@ DEVICE void add_kept(float (&score)[ROWS], const StoredKeys& stored, const Share
   }
 #pragma unroll
   for (int i = 0; i < KEPT; ++i) {
-    int feature;
+    u32 offset;  // of a feature, in rows of 128 bytes
     if constexpr (INDEX_BITS == 0) {
       if (INDEX_BYTES > 8 && left == 0) {
         left = behind;
         behind = 0;
         base = 64;
       }
-      feature = base + (left ? lowest_bit(left) : 0);
+      offset = 128 * (base + (left ? lowest_bit(left) : 0));
       left &= left - 1;
     } else {
-      constexpr u32 MASK = (1u << INDEX_BITS) - 1;
-      const int bit = i * INDEX_BITS, word = bit / 32, offset = bit % 32;
-      u32 x = stored.indices[word] >> offset;
-      if (offset + INDEX_BITS > 32) x |= stored.indices[smaller(word + 1, words(INDEX_BYTES) - 1)] << (32 - offset);
-      feature = int(x & MASK);
+      offset = bits_of_row<7>(stored.indices, i * INDEX_BITS, INDEX_BITS, words(INDEX_BYTES));
     }
-    feature = smaller(feature, SPARSE_DIMS - 1);  // a corrupt index must not read outside of the query
+    // a corrupt index must not read outside of the query
+    if constexpr ((SPARSE_DIMS & (SPARSE_DIMS - 1)) == 0)
+      offset &= 128 * (SPARSE_DIMS - 1);
+    else
+      offset = offset < 128 * (SPARSE_DIMS - 1) ? offset : 128 * (SPARSE_DIMS - 1);
     const float entry = kept_entry(stored.kept, i);
     u32 of_rows[words(ENTRY_BYTES)];
-    load_shared(of_rows, shared.features[feature] + lane_id() % COPIES * ENTRY_BYTES);
+    load_shared(of_rows, shared.features[0] + lane_id() % COPIES * ENTRY_BYTES + offset);
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) score[r] += entry * (ROWS == 1 ? from_bits(of_rows[0]) : query_float(u16(of_rows[r / 2] >> (r % 2 * 16))));
   }

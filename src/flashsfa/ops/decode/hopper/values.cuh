@@ -22,31 +22,29 @@ struct StoredValues {
   u32 rows[2][4][VALUE_WORDS];  // of the keys 16 * i + 4 * quad + j
 };
 
-// The half `tile` of the values of 32 keys.
-template <bool IN_ORDER, bool ALL_SEEN>
+// The half `tile` of the values of 32 keys, which follow one another or do not.
+template <bool IN_ORDER>
 DEVICE void load_values(StoredValues& values, int tile, const Params& p, const Keys& keys) {
-  const int lane = lane_id(), quad = lane % 4, group = lane / 4;
+  const int lane = lane_id(), quad = lane % 4, group = lane / 4, first = 16 * tile + 4 * quad;
+  const u8* first_row = row_in_order(p.v, keys, first, VALUE_STRIDE);
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    const int i_key = 16 * tile + 4 * quad + j;
-    const u8* row = (IN_ORDER ? row_in_order(p.v, keys, i_key - j, VALUE_STRIDE) + j * VALUE_STRIDE : row_of(p.v, keys, i_key, VALUE_STRIDE)) + group * VALUE_PIECE;
-    u32* to = values.rows[tile][j];
-    if (!ALL_SEEN && !keys.is_seen(i_key)) {
+    const u8* row = IN_ORDER ? first_row + j * VALUE_STRIDE : row_of(p.v, keys, first + j, VALUE_STRIDE);
 #pragma unroll
-      for (int i = 0; i < VALUE_WORDS; ++i) to[i] = 0;
-    } else {
-#pragma unroll
-      for (int i = 0; i < VALUE_BYTES / 8; i += VALUE_PIECE) load_row<VALUE_PIECE, VALUE_PIECE>(to + i / 4, row + 8 * i);
-    }
+    for (int i = 0; i < VALUE_BYTES / 8; i += VALUE_PIECE)
+      load_row<VALUE_PIECE, VALUE_PIECE>(values.rows[tile][j] + i / 4, row + group * VALUE_PIECE + 8 * i);
   }
 }
 
-template <bool IN_ORDER>
-DEVICE void load_values(StoredValues& values, int tile, const Params& p, const Keys& keys) {
-  if (keys.seen == ~0u)
-    load_values<IN_ORDER, true>(values, tile, p, keys);
-  else
-    load_values<IN_ORDER, false>(values, tile, p, keys);
+// Values that no query sees may be no numbers, and 0 times such is none; levels are always numbers.
+DEVICE void clear_unseen(StoredValues& values, int tile, const Keys& keys) {
+  if (ARE_VALUES_LEVELS || keys.seen == ~0u) return;
+#pragma unroll
+  for (int j = 0; j < 4; ++j)
+    if (!keys.is_seen(16 * tile + 4 * (lane_id() % 4) + j)) {
+#pragma unroll
+      for (int i = 0; i < VALUE_WORDS; ++i) values.rows[tile][j][i] = 0;
+    }
 }
 
 // The features of a word of two keys, as pairs.
