@@ -36,6 +36,7 @@ class Variant:
         is_capped: whether scores have a softcap.
         is_tolerant: whether values of little weight are left out.
         warps: of a block; blocks: of a multiprocessor, at least.
+        keys_ahead: with a tolerance, how many times 32 keys a warp asks for ahead.
     """
 
     is_bf16: bool
@@ -67,7 +68,7 @@ class Variant:
     is_tolerant: bool
     warps: int = 4
     blocks: int = 3
-    ahead_words: int = 48
+    keys_ahead: int = 2
 
     @property
     def threads(self) -> int:

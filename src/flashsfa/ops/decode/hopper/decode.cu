@@ -261,51 +261,38 @@ DEVICE void weigh(Sums& sums, float (&mass)[ROWS], SharedWarp& own, const float 
   }
 }
 
-constexpr int KEY_WORDS = (HAS_CHANNEL ? 4 * LANE_WORDS : 0) + (HAS_KEPT ? words(KEPT_BYTES) + words(INDEX_BYTES) : 0);
-// How many times 32 keys a warp asks for ahead: as many as some registers hold. Alone, keys have the room of values too.
-constexpr int AHEAD = KEY_WORDS + 8 * VALUE_WORDS <= AHEAD_WORDS / 2 ? 2 : 1, KEYS_AHEAD = KEY_WORDS <= 24 ? 2 : 1;
-
-// Attends to the keys of a warp, of which there is one at least, reading every value. `wait` is for the queries, once the first keys are asked
+// Attends to the keys of a warp, reading every value. `wait` is for the queries, once the first keys are asked
 // for.
 template <class Wait>
 DEVICE void attend(Sums& sums, const Params& p, const Sequence& s, const SharedQuery& query, SharedWarp& own, int first_row, Wait wait) {
-  StoredKeys stored[AHEAD];
-  StoredValues values[AHEAD];
-  ValueScale scale[AHEAD];
-  Keys keys[AHEAD];
-#pragma unroll
-  for (int i = 0; i < AHEAD; ++i) {
-    keys[i] = s.keys(s.begin + WARP_KEYS * i);
-    load_keys(stored[i], p, keys[i]);
-    scale[i] = load_value_scale(p, keys[i]);
-    load_values<true>(values[i], 0, p, keys[i]);
-    load_values<true>(values[i], 1, p, keys[i]);
-  }
-  Keys next = s.keys(s.begin + AHEAD * WARP_KEYS);
+  StoredKeys stored;
+  StoredValues values;
+  Keys keys = s.keys(s.begin), next = s.keys(s.begin + WARP_KEYS);
+  load_keys(stored, p, keys);
+  ValueScale scale = load_value_scale(p, keys);
+  load_values<true>(values, 0, p, keys);
+  load_values<true>(values, 1, p, keys);
   wait();
-  for (int first = s.begin; first < s.end; first += AHEAD * WARP_KEYS) {
+  for (int start = s.begin; start < s.end; start += WARP_KEYS) {
+    float score[ROWS], none[ROWS] = {};
+    key_products(score, stored, query, own.products);
+    apply_rules(score, p, s, first_row, keys);
+    load_keys(stored, p, next);
+    raise(sums, none, score, scale.step);
 #pragma unroll
-    for (int i = 0; i < AHEAD; ++i) {
-      float score[ROWS], none[ROWS] = {};
-      key_products(score, stored[i], query, own.products);
-      apply_rules(score, p, s, first_row, keys[i]);
-      load_keys(stored[i], p, next);
-      raise(sums, none, score, scale[i].step);
+    for (int r = 0; r < ROWS; ++r) score[r] = exp2_fast(score[r] - sums.base(r));  // weights
+    weigh(sums, sums.total, own, score, scale);
+    scale = load_value_scale(p, next);
+    sync_warp();
 #pragma unroll
-      for (int r = 0; r < ROWS; ++r) score[r] = exp2_fast(score[r] - sums.base(r));  // weights
-      weigh(sums, sums.total, own, score, scale[i]);
-      scale[i] = load_value_scale(p, next);
-      sync_warp();
-#pragma unroll
-      for (int tile = 0; tile < 2; ++tile) {
-        clear_unseen(values[i], tile, keys[i]);
-        add_values(sums.out, sums.mass, values[i], tile, own.weights);
-        load_values<true>(values[i], tile, p, next);
-      }
-      sync_warp();  // before the next weights
-      keys[i] = next;
-      next = s.keys(first + WARP_KEYS * (i + 1 + AHEAD));
+    for (int tile = 0; tile < 2; ++tile) {
+      clear_unseen(values, tile, keys);
+      add_values(sums.out, sums.mass, values, tile, own.weights);
+      load_values<true>(values, tile, p, next);
     }
+    sync_warp();  // before the next weights
+    keys = next;
+    next = s.keys(start + 2 * WARP_KEYS);
   }
 }
 
@@ -388,6 +375,7 @@ DEVICE void attend_within(Sums& sums, const Params& p, const Sequence& s, const 
 #pragma unroll
       for (int i = 0; i < KEYS_AHEAD; ++i) {
         const int start = first + WARP_KEYS * i;
+        const int slot = start + ((keys[i].key - segment - start) & (WARP_KEYS - 1));  // of a score: keys may begin before `start`
         float score[ROWS];
         key_products(score, stored[i], query, own.products);
         apply_rules(score, p, s, first_row, keys[i]);
@@ -396,11 +384,12 @@ DEVICE void attend_within(Sums& sums, const Params& p, const Sequence& s, const 
         next = s.keys(segment + start + (KEYS_AHEAD + 1) * WARP_KEYS);
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
-          own.scores[r][start + lane] = score[r];
+          own.scores[r][slot] = score[r];
           largest[r] = fmaxf(largest[r], score[r]);
         }
       }
     }
+    sync_warp();
     float before[ROWS], none[ROWS];
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
@@ -486,9 +475,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) decode_kernel(c
     load_query(shared.query, p, head, first_row, 32 * WARPS);
     sync_block();
   };
-  if (s.begin >= s.end)
-    wait();
-  else if constexpr (TOLERANT)
+  if constexpr (TOLERANT)
     attend_within(sums, p, s, shared.query, own, first_row, wait);
   else
     attend(sums, p, s, shared.query, own, first_row, wait);
