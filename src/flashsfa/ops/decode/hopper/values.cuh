@@ -26,13 +26,13 @@ struct StoredValues {
 template <bool IN_ORDER>
 DEVICE void load_values(StoredValues& values, int tile, const Params& p, const Keys& keys) {
   const int lane = lane_id(), quad = lane % 4, group = lane / 4, first = 16 * tile + 4 * quad;
-  const u8* first_row = row_in_order(p.v, keys, first, VALUE_STRIDE);
+  const u8* first_row = row_in_order(p.v, keys, first, VALUE_STRIDE) + group * VALUE_PIECE;
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    const u8* row = IN_ORDER ? first_row + j * VALUE_STRIDE : row_of(p.v, keys, first + j, VALUE_STRIDE);
+    const u8* row = IN_ORDER ? first_row + j * VALUE_STRIDE : row_of(p.v, keys, first + j, VALUE_STRIDE) + group * VALUE_PIECE;
 #pragma unroll
     for (int i = 0; i < VALUE_BYTES / 8; i += VALUE_PIECE)
-      load_row<VALUE_PIECE, VALUE_PIECE>(values.rows[tile][j] + i / 4, row + group * VALUE_PIECE + 8 * i);
+      load_row<VALUE_PIECE, VALUE_PIECE>(values.rows[tile][j] + i / 4, row + 8 * i);
   }
 }
 
