@@ -66,9 +66,9 @@ class Variant:
     has_several_queries: bool
     is_capped: bool
     is_tolerant: bool
-    warps: int = 4
-    blocks: int = 3
-    keys_ahead: int = 2
+    warps: int
+    blocks: int
+    keys_ahead: int
 
     @property
     def threads(self) -> int:

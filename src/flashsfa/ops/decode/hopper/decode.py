@@ -25,7 +25,7 @@ from .params import Params, Rows
 
 _WARP_KEYS = 32
 _MOST_ROWS = 8  # query rows of a warp: the columns of its matrix products
-_BLOCKS = 3  # thread blocks of four warps that a multiprocessor holds: 168 registers a thread
+_WARPS = 4
 _MOST_WAVES = 4
 _WIDTHS = (64, 128)
 _MOST_KEPT = 64  # the loop over kept entries is unrolled
@@ -80,11 +80,14 @@ def attend(
         return f"the CUDA kernel takes at least {_WARP_KEYS} keys, not {v.shape[2]}"
     if page_table is not None and any(_stride(x, 0) >= 1 << 31 for x in held.tensors.values()):
         return "the CUDA kernel takes pages of less than 2 GiB"
-    problem = NarrowProblem(q, held, page_table, mask, scores, topk_query, are_biased=False, has_counts=True)
+    counts = torch.empty(q.shape[0] * q.shape[1] * q.shape[2], dtype=torch.int32, device=q.device)
+    problem = NarrowProblem(q, held, page_table, mask, scores, topk_query, are_biased=False, counts=counts)
     rows = min(problem.padded_rows, _MOST_ROWS)
     variant = _variant(q, held, problem.coded["T"], rows, problem.places["PAGE"], scores, value_tolerance)
     tiles = problem.heads * (problem.padded_rows // rows)
-    blocks = _blocks_per_tile(tiles, problem.keys // (2 * _WARP_KEYS * variant.warps), _resident(q.device))
+    blocks = _blocks_per_tile(
+        tiles, problem.keys // (2 * _WARP_KEYS * variant.warps), _multiprocessors(q.device) * variant.blocks
+    )
     partial = problem.scratch(blocks, problem.padded_rows, problem.width)
     peak, total = (problem.scratch(blocks, problem.padded_rows) for _ in range(2))
     tables = {
@@ -103,7 +106,7 @@ def attend(
         partial=partial.data_ptr(),
         peak=peak.data_ptr(),
         total=total.data_ptr(),
-        ended=problem.counts.data_ptr(),
+        ended=counts.data_ptr(),
         out=out.data_ptr(),
         lse=lse.data_ptr(),
         padding_batch=problem.ruled["padding_sb"],
@@ -143,6 +146,7 @@ def _variant(
     q: Tensor, held: Held, query_dims: int, rows: int, page_size: int, scores: ScoreRules, value_tolerance: float
 ) -> Variant:
     tensors = held.tensors
+    value_bits = _bits(tensors["V"], "V_CENTRE" in tensors)
 
     def scale_bytes(name: str) -> int:
         return tensors[name].itemsize if name in tensors else 0
@@ -158,7 +162,7 @@ def _variant(
         kept=held.topk,
         kept_bits=_bits(tensors["VALUES"], True) if held.topk else 16,
         index_bits=held.index_bits,
-        value_bits=_bits(tensors["V"], "V_CENTRE" in tensors),
+        value_bits=value_bits,
         channel_scale_bytes=scale_bytes("CHANNEL_SCALE"),
         kept_scale_bytes=scale_bytes("VALUE_SCALE"),
         value_scale_bytes=scale_bytes("V_SCALE"),
@@ -175,8 +179,22 @@ def _variant(
         has_several_queries=q.shape[2] > 1,
         is_capped=scores.softcap is not None,
         is_tolerant=value_tolerance > 0,
-        blocks=_BLOCKS,
+        warps=_WARPS,
+        blocks=_blocks(value_bits, rows, held.topk > 0 and not held.channel, value_tolerance > 0),
+        keys_ahead=2 if value_bits == 8 else 1,
     )
+
+
+def _blocks(value_bits: int, rows: int, is_kept_alone: bool, is_tolerant: bool) -> int:
+    """Thread blocks of a multiprocessor, and so registers of a thread: measured on an H200 (docs/notes/2026-11-29-decode-on-hopper.md).
+    More have more bytes under way, until registers are too few for what is read."""
+    if value_bits == 16 or (rows > 1 and is_tolerant):
+        return 3
+    if is_tolerant:
+        return 4
+    if value_bits == 8:
+        return 3
+    return 5 if rows == 1 and is_kept_alone else 4
 
 
 def _bits(x: Tensor, is_uint8_packed: bool) -> int:
@@ -204,10 +222,8 @@ def _rows(x: Tensor) -> Rows:
 
 
 @functools.cache
-def _resident(device: torch.device) -> int:
-    """Thread blocks that run at a time."""
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return multiprocessors * _BLOCKS
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @functools.cache

@@ -50,12 +50,11 @@ class NarrowProblem(Problem):
         rules: ScoreRules,
         topk_query: int | None,
         are_biased: bool = True,
-        has_counts: bool = False,
+        counts: Tensor | None = None,
     ) -> None:
         tensors = held.tensors
         super().__init__(q, tensors["V"], page_table, mask, rules)
-        if has_counts:
-            self.counts = torch.empty(self.heads, self.rows, dtype=torch.int32, device=q.device)
+        self.counts = counts
         self.held, self.head_dim, self.width = held, q.shape[-1], held.width
         self.rotation = _rotation(held.width) if "V_CENTRE" in tensors else 1
         levels = (
