@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.cpu
 
 # Bytes of shared memory that a program may have, by compute capability (CUDA C++ Programming Guide, table of technical
 # specifications). 89 is left out: it has 86's limits, and Triton the same code for both, but for 8-bit floats.
 SHARED = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
-SPILLED = 16  # bytes a thread: four registers, which the assembler gives up now and then so that one more program fits
+# Bytes a thread: four registers, which the assembler gives up now and then so that one more program fits. Triton 3.6 takes more of them
+# for some kernels of decode.
+SPILLED = 64 if triton.__version__.startswith("3.6.") else 16
 HERE = Path(__file__).parents[1] / "support"
 
 KERNELS = {

@@ -13,7 +13,7 @@ from ....mask import Mask
 from ....scores import ScoreRules
 from ..held import SCALES, TABLES, Held
 from .combine import run_splits
-from .narrow_blocks import add_values, narrow_query_kernel, narrow_scores, rows_of, store_values
+from .narrow_blocks import add_values, narrow_query_kernel, narrow_scores, store_values
 from .scores import TRITON_DTYPES, Problem, chunk, live_keys, locate, split_range, strided
 
 
@@ -157,12 +157,12 @@ def decode_narrow_kernel(
         score = narrow_scores(
             Q + head.to(tl.int64) * T * R + r,
             TERMS + head.to(tl.int64) * 3 * R + r if TERMS is not None else None,
-            rows_of(CHANNEL, outer, h, slot, channel_sb, channel_sh, channel_sn),
-            rows_of(CHANNEL_SCALE, outer, h, slot, channel_scale_sb, channel_scale_sh, channel_scale_sn),
-            rows_of(CHANNEL_CENTRE, outer, h, slot, channel_centre_sb, channel_centre_sh, channel_centre_sn),
-            rows_of(VALUES, outer, h, slot, values_sb, values_sh, values_sn),
-            rows_of(VALUE_SCALE, outer, h, slot, value_scale_sb, value_scale_sh, value_scale_sn),
-            rows_of(INDICES, outer, h, slot, indices_sb, indices_sh, indices_sn),
+            CHANNEL + outer * channel_sb + h * channel_sh + slot * channel_sn if CHANNEL is not None else None,
+            CHANNEL_SCALE + outer * channel_scale_sb + h * channel_scale_sh + slot * channel_scale_sn if CHANNEL_SCALE is not None else None,
+            CHANNEL_CENTRE + outer * channel_centre_sb + h * channel_centre_sh + slot * channel_centre_sn if CHANNEL_CENTRE is not None else None,
+            VALUES + outer * values_sb + h * values_sh + slot * values_sn if VALUES is not None else None,
+            VALUE_SCALE + outer * value_scale_sb + h * value_scale_sh + slot * value_scale_sn if VALUE_SCALE is not None else None,
+            INDICES + outer * indices_sb + h * indices_sh + slot * indices_sn if INDICES is not None else None,
             AXIS + h * C if AXIS is not None else None,
             IS_START + h * C if IS_START is not None else None,
             TOP + h * D if TOP is not None else None,
@@ -176,9 +176,9 @@ def decode_narrow_kernel(
         # weight 0 times an unfilled buffer's NaN would be NaN, so rows that nobody sees are not loaded
         low, high, unit = add_values(
             p,
-            rows_of(V, outer, h, slot, v_sb, v_sh, v_sn),
-            rows_of(V_SCALE, outer, h, slot, v_scale_sb, v_scale_sh, v_scale_sn),
-            rows_of(V_CENTRE, outer, h, slot, v_centre_sb, v_centre_sh, v_centre_sn),
+            V + outer * v_sb + h * v_sh + slot * v_sn,
+            V_SCALE + outer * v_scale_sb + h * v_scale_sh + slot * v_scale_sn if V_SCALE is not None else None,
+            V_CENTRE + outer * v_centre_sb + h * v_centre_sh + slot * v_centre_sn if V_CENTRE is not None else None,
             live, low, high, unit, shrink, DTYPE, DV,
         )  # fmt: skip
         peak = new_peak

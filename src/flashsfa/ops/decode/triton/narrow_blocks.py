@@ -105,15 +105,6 @@ def from_levels(x, DTYPE: tl.constexpr, BIT: tl.constexpr):
 
 
 @triton.jit
-def rows_of(X, outer, h, slot, sb, sh, sn: tl.constexpr):
-    """Pointers [BN] to the rows of a cache tensor; None for none."""
-    if X is None:
-        return None
-    else:
-        return X + outer * sb + h * sh + slot * sn
-
-
-@triton.jit
 def narrow_scores(
     q, terms, channel, channel_scale, channel_centre, values, value_scale, indices, axis, is_start, top,
     key, live, first_row, length, m, window, scale, cap,
