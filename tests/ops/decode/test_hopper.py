@@ -6,8 +6,8 @@ import torch
 pytest.importorskip("triton")
 
 import emulated
-from decode_cases import DecodeRules
-from flashsfa import topk_codes
+from decode_cases import DecodeRules, assert_graph_follows
+from flashsfa import explain, sparse_feature_decode, topk_codes
 from flashsfa.narrow import NarrowRows
 from flashsfa.ops.decode.hopper import decode as hopper
 from flashsfa.stored import KVView
@@ -131,3 +131,34 @@ def test_no_number_is_lost(tolerance):
     assert lse[0, 1].isnan().all()
     assert out.isnan().sum() == 64
     assert lse.isnan().sum() == 1
+
+
+def test_few_keys_are_left_to_the_next_kernel(caplog):
+    q, k, v = draw(n=31, dtype=torch.float16)
+    assert_decodes("hopper", q, KVView(coded("rows 8", k), v))
+    assert "at least 32 keys, not 31" in explain()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tolerance", [0.0, 0.02])
+@pytest.mark.parametrize("kind", [*ROWS, *CODES[:2], *AXES])
+def test_public_function_is_deterministic(kind, tolerance):
+    q, k, v = draw(b=4, hkv=4, group=4, n=5000, dtype=torch.bfloat16)
+    kv = KVView(coded(kind, k), NarrowRows.encode(v, 4), kv_lens=torch.tensor([5000, 1, 17, 4000], device=DEVICE))
+    options = {"return_lse": True, "topk_query": "dense", "value_tolerance": tolerance}
+    found = sparse_feature_decode(q, kv, **options)
+    assert "decode: hopper" in explain()
+    for _ in range(3):
+        torch.testing.assert_close(sparse_feature_decode(q, kv, **options), found, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["rows 4", "9 d8s4-bitmap", "axes"])
+def test_cuda_graph_follows_kv_lens(kind):
+    q, k, v = draw(group=4, n=3000, dtype=torch.bfloat16)
+    kv, lens = KVView(coded(kind, k), NarrowRows.encode(v, 4)), torch.tensor([3000, 1], device=DEVICE)
+
+    def step():
+        return run("hopper", q, kv, DecodeRules(lens))
+
+    assert_graph_follows(step, lens)

@@ -13,6 +13,7 @@ from flashsfa.budget import FeatureBudget
 from flashsfa.codes import code_queries
 from flashsfa.mask import Mask
 from flashsfa.ops.decode import plain as decode_torch
+from flashsfa.ops.decode.hopper import decode as hopper
 from flashsfa.ops.decode.triton import decode as decode_triton
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -269,7 +270,8 @@ def test_strided_caches():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_public_function_runs_triton(dtype):
+def test_public_function_runs_triton(dtype, monkeypatch):
+    monkeypatch.setattr(hopper, "obstacle", lambda *_: "another kernel is tested here")
     q, k, v = draw(group=4, dtype=dtype)
     codes = topk_codes(k, 8, dense_dims=4)
     out, lse = sparse_feature_decode(q, codes, v, return_lse=True)
