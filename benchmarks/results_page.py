@@ -51,7 +51,7 @@ def _is_dirty(environment: dict[str, Any]) -> bool:
     return str(environment.get("commit")).endswith("-dirty")
 
 
-DECODE, DECODE_CPU = _runs("decode")[-1], _runs("decode", on_gpu=False)[-1]
+DECODE, DECODE_CPU = _runs("decode")[::-1], _runs("decode", on_gpu=False)[-1]
 PREFILL, SELECTION = _runs("prefill")[-1], _runs("topk")[-1]
 WHOLE_MODELS = _runs("generate")[::-1]
 GPT2 = ("training-gpt2-2026-11-26-030f89a", "training-gpt2-2026-11-26-f7db930", "training-gpt2-2026-11-27-cd8fbd1")
@@ -117,7 +117,9 @@ not measured."""
 
 
 def _configurations() -> str:
-    rows, times = [], _decode_times(DECODE)
+    rows, times = [], {}
+    for run in reversed(DECODE):  # the newest that has a row
+        times |= _decode_times(run)
     for configuration in CONFIGURATIONS:
         width = configuration.head_dim
         saved = 1 - configuration.bytes / Configuration(width).bytes
@@ -138,7 +140,7 @@ def _configurations() -> str:
 
 Bytes are per token and kv head. *Converted*: perplexity of SmolLM2-135M against the dense model, without any training ([table](#converted-models)).
 *Trained so*: perplexity of a small model trained with the configuration from the start, by the best recipe found, against the same model with dense
-attention ([table](#trained-from-scratch)). *Decode*: one H100, batch 8, 16 query and 16 kv heads ([table](#decode)).
+attention ([table](#trained-from-scratch)). *Decode*: one H200 or, at head size 64, one H100, batch 8, 16 query and 16 kv heads ([tables](#decode)).
 
 {_table(head, rows)}
 
@@ -147,7 +149,10 @@ Quality has been measured at head size 64 alone, and most decode times at 128: o
 
 def _decode() -> str:
     parts = []
-    for name, device in ((DECODE, "One H100, batch 8"), (DECODE_CPU, "A CPU, batch 1, float32, cold caches")):
+    for name, device in (
+        *((run, "One GPU, batch 8") for run in DECODE),
+        (DECODE_CPU, "A CPU, batch 1, float32, cold caches"),
+    ):
         run, times = _read(name), _decode_times(name)
         lengths = list(dict.fromkeys(n for *_, n in times))
         keys = list(dict.fromkeys(key[:-1] for key in times))
@@ -533,7 +538,7 @@ commit; one that ran on a changed tree says so in its `note` and in `environment
 
 def draw(path: Path) -> None:
     """How much faster decode is than the fastest dense kernel, a bar a configuration, at 32k and 128k tokens."""
-    run, times = _read(DECODE), _decode_times(DECODE)
+    run, times = _read(DECODE[0]), _decode_times(DECODE[0])
     groups: dict[str, dict[str, dict[int, float]]] = {}
     rivals: dict[str, None] = {}
     for (name, width, heads, n), row in times.items():

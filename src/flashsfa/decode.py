@@ -94,8 +94,8 @@ def sparse_feature_decode(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Causal attention of the last M tokens over a cache of key codes. No gradients: refused where one is asked for.
 
-    Runs on Triton kernels on a GPU, compiled by numba on the CPU where it is installed, and in plain PyTorch
-    elsewhere; `flashsfa.explain()` tells which. Tokens that a cache holds as they came (`SparseKVCache(recent=, first=)`) are scored
+    Runs on a CUDA kernel on Hopper and on Triton kernels on other GPUs, compiled by numba on the CPU where it is installed, and in plain
+    PyTorch elsewhere; `flashsfa.explain()` tells which. Tokens that a cache holds as they came (`SparseKVCache(recent=, first=)`) are scored
     by the whole of q and k, whatever `topk_query`, in plain PyTorch; one softmax runs over these and the coded ones.
 
     Args:
@@ -117,7 +117,7 @@ def sparse_feature_decode(
         v_scale: [B, Hkv, N] float32 factor of each row of v, where v is int8. The codes may be 8-bit
             with their own scale (`FeatureCodes.quantize`) then.
         value_tolerance: leave out V rows that carry at most this share of each query's weight over the keys, 0 <= τ < 1. The
-            output moves by at most 2·τ·max‖v‖. 0 is exact. Over few bits on a GPU every value is read.
+            output moves by at most 2·τ·max‖v‖. 0 is exact. The Triton kernels over few bits read every value.
         return_lse: also return the log-sum-exp of each query's scores.
 
     Returns:

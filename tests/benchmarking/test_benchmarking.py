@@ -108,7 +108,7 @@ def test_bytes_of_decode(tmp_path):
     assert dense["bytes_per_token"] == 4 * 8 + 5 * 4 + 4 * 32
     assert dense["bytes_moved"] == 2 * 1024 * dense["bytes_per_token"] + 2 * queries
     assert int8["bytes_per_token"] == 8 + 2 * 4 + 4 + 32 + 4
-    assert all_kept["bytes_per_token"] == 31 + 2 * 1 + 4 + 32 + 4  # and an index that says nothing
+    assert all_kept["bytes_per_token"] == 32 + 4 + 32 + 4
     assert 1e-4 < int8["error"] < 0.1  # against unquantised codes
     assert 1e-4 < all_kept["error"] < 0.1
     v_in_4_bits = 32 // 2 + 4
@@ -257,7 +257,7 @@ def test_target_cases_are_registered():
         for n in (8192, 32768, 131072)
         for code in (
             (128, "k16", False), (128, "16+k16", False), (64, "k8", False), (128, "k16-int8", False), (128, "16+k16-int8", False),
-            (128, "16+k16-skip", False), (128, "dense-int8", True), (64, "dense-int8", True), (64, "22+k12", True),
+            (128, "k16-skip", False), (128, "k16-int8-skip", False), (128, "k16-int4-skip", False), (128, "dense-int8", True), (64, "dense-int8", True), (64, "22+k12", True),
             (64, "28+k12-int8", True), (128, "k16-int4", False), (128, "16+k16-int4", False), (128, "dense-int4", True),
             (128, "axes48-int4", True), (64, "22+k12-int4", True), (64, "axes36-int4", True), (64, "dense-int4", True),
         )
