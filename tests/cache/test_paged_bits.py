@@ -25,7 +25,7 @@ def draw(n, batch=1, dtype=torch.float64):
 def options(kind):
     """How a cache keeps its tokens: by topk in the widths that `kind` names, by every feature in 4 bits, or in bits per axis."""
     if kind == "axes":
-        sample = torch.randn(HKV, 64, D, generator=torch.Generator().manual_seed(0))
+        sample = torch.randn(HKV, 64, D, generator=torch.Generator(torch.get_default_device()).manual_seed(0))
         return {"axes": AxisBits.fit(sample, 6)[1], "dtype": CodeFormat()}
     if kind == "rows":
         return {"topk": D, "dtype": CodeFormat()}

@@ -9,16 +9,25 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 from ...files import is_private, write_whole
 from .. import compiled
 from . import cuda
 
 _OPTIONS = ("--gpu-architecture=sm_90a", "--std=c++17", "--device-as-default-execution-space")
+
+
+@torch.compiler.assume_constant_result  # what is asked of a device cannot be traced
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def machine_code(name: str, source: str, *, afresh: bool = False) -> bytes:

@@ -155,6 +155,7 @@ def has_fused(x: Tensor) -> bool:
     return False
 
 
+@torch.compiler.assume_constant_result  # what imports look at cannot be traced
 @functools.cache
 def triton_is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None

@@ -23,6 +23,8 @@ struct Shared {
   alignas(8) SharedSums sums;
 };
 
+constexpr int SETTLE = 4;  // times 32 keys between settlements of sums
+
 // What a warp knows of its sequence.
 struct Sequence {
   const u8* padding;
@@ -66,7 +68,8 @@ struct Sums {
   float centre[ROWS];  // those times the middle of their values
   float unit;          // of `out` and `mass`: the largest scale of a value so far, so that a weight times its scale is within float16's range
   float inverse;       // 1 / unit
-  float out[VALUE_TILES][4], mass[4];
+  float out[VALUE_TILES][4];
+  float mass[4];  // weights of the query rows 2 * quad and 2 * quad + 1 since sums were settled
 
   DEVICE void clear() {
 #pragma unroll
@@ -85,10 +88,20 @@ struct Sums {
 
   DEVICE float base(int r) const { return peak[r] == -INFINITE ? 0.0f : peak[r]; }
 
+  // Takes the middle of the levels off the sums so far. Matrix units cut sums off, so these must not grow far above what they mean.
+  DEVICE void settle() {
+    if constexpr (!ARE_VALUES_LEVELS) return;
+#pragma unroll
+    for (int i = 0; i < VALUE_TILES; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) out[i][j] -= VALUE_MIDDLE / (j < 2 ? EVEN_UNIT : ODD_UNIT) * mass[j % 2];
+    mass[0] = mass[1] = 0;
+  }
+
   // The lane's feature 2 * i + j for query row r, which it has.
   DEVICE float output(int i, int j, int r) const {
     if constexpr (!ARE_VALUES_LEVELS) return out[i][2 * j + r % 2];
-    return (out[i][2 * j + r % 2] * (j ? ODD_UNIT : EVEN_UNIT) - VALUE_MIDDLE * mass[r % 2]) * unit;
+    return out[i][2 * j + r % 2] * (j ? ODD_UNIT : EVEN_UNIT) * unit;
   }
 
   // Scale all sums of values by a factor per query row.
@@ -291,6 +304,7 @@ DEVICE void attend(Sums& sums, const Params& p, const Sequence& s, const SharedQ
       load_values<true>(values, tile, p, next);
     }
     sync_warp();  // before the next weights
+    if ((start - s.begin) / WARP_KEYS % SETTLE == SETTLE - 1) sums.settle();
     keys = next;
     next = s.keys(start + 2 * WARP_KEYS);
   }
@@ -445,6 +459,7 @@ DEVICE void attend_within(Sums& sums, const Params& p, const Sequence& s, const 
       sync_warp();  // before the next weights
       there = behind;
     }
+    sums.settle();
   }
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
@@ -479,5 +494,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) decode_kernel(c
     attend_within(sums, p, s, shared.query, own, first_row, wait);
   else
     attend(sums, p, s, shared.query, own, first_row, wait);
+  sums.settle();
   store(p, sums, shared.sums, head, first_row);
 }

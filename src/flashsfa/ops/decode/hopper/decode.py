@@ -36,13 +36,9 @@ _TENSORS = {
 }  # fmt: skip
 
 
-def is_hopper(q: Tensor) -> bool:
-    return q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) == (9, 0)
-
-
 def obstacle(q: Tensor, kv: KVView) -> str | None:
     """Why the kernel cannot take these, or None if it can. Looks at no values."""
-    if not is_hopper(q):
+    if not nvrtc.is_hopper(q.device):
         return "the CUDA kernel is Hopper's (sm_90)"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"the CUDA kernel takes float16 and bfloat16, not {q.dtype}"

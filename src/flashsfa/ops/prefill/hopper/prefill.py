@@ -149,7 +149,7 @@ def forward(
 
 
 def is_hopper(q: Tensor) -> bool:
-    return q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) == (9, 0)
+    return nvrtc.is_hopper(q.device)
 
 
 def sequences(q: FeatureCodes | Tensor, k: Tensor, mask: Mask) -> tuple[int, int, int]:
