@@ -5,6 +5,7 @@ import torch
 
 from flashsfa import AxisBits, SparseKVCache
 from flashsfa.benchmarking.configuration import Configuration
+from flashsfa.formats import CodeFormat
 
 
 @pytest.mark.parametrize(
@@ -30,11 +31,12 @@ def test_a_name_stands_for_bytes(name, head_dim, total):
     assert cache.nbytes == 2 * total
 
 
-def test_the_8_bit_cache_of_all_features_costs_one_index_more_by_our_code():
+def test_a_cache_of_all_features_holds_rows():
     configuration = Configuration.named("dense-int8", 64)
     assert configuration == Configuration(64, bits=8)
     assert configuration.bytes == 2 * (64 + 4)
-    assert configuration.code == (1, 63)
+    assert configuration.code == (64, 0)
+    assert configuration.cache_dtype == CodeFormat(value_bits=8, v_bits=8)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +47,6 @@ def test_the_8_bit_cache_of_all_features_costs_one_index_more_by_our_code():
         "16",
         "16+16",
         "k16-int2",
-        "k16-int4-skip",
         "axes48",
         "axes48-int8",
         "k=16",

@@ -30,6 +30,17 @@ def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
+@torch.compiler.assume_constant_result
+@functools.cache
+def obstacle() -> str | None:
+    """Why nothing can be compiled at run time, or None if it can."""
+    try:
+        cuda.nvrtc_version()
+    except cuda.CompilationError as error:
+        return str(error)
+    return None
+
+
 def machine_code(name: str, source: str, *, afresh: bool = False) -> bytes:
     """Machine code of the `source` of the kernel `name` for sm_90a, from the disk cache where it is there and not `afresh`. Needs no GPU.
 

@@ -40,6 +40,8 @@ def obstacle(q: Tensor, kv: KVView) -> str | None:
     """Why the kernel cannot take these, or None if it can. Looks at no values."""
     if not nvrtc.is_hopper(q.device):
         return "the CUDA kernel is Hopper's (sm_90)"
+    if nvrtc.obstacle() is not None:
+        return f"the CUDA kernel is compiled at run time: {nvrtc.obstacle()}"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"the CUDA kernel takes float16 and bfloat16, not {q.dtype}"
     held = Held.of(kv)
