@@ -1,11 +1,14 @@
 """The operators under torch.compile and torch.library's own checks."""
 
+import functools
+
 import pytest
 import torch
 
 from flashsfa import sparse_feature_attention, sparse_feature_attention_varlen, topk_codes
 from flashsfa.budget import FeatureBudget
 from flashsfa.codes import all_dense_codes
+from flashsfa.contexts import constant_in_traces
 from flashsfa.mask import Mask
 from flashsfa.ops.prefill import operator
 from flashsfa.scores import ScoreRules
@@ -106,3 +109,17 @@ def test_opcheck_attention(budget, backend, mask, dtype):
     ]
     parts = [part for code in codes for part in (code.dense, code.values, code.indices)]
     torch.library.opcheck(backward, (torch.randn_like(out), *parts, v, out, lse, *flat(True)))
+
+
+def test_what_cannot_be_traced_is_asked_once():
+    @functools.cache
+    @constant_in_traces
+    def answer(device):
+        torch._dynamo.graph_break()
+        return device.type == "meta"
+
+    def step(x):
+        return x + 1 if answer(x.device) else x - 1
+
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(torch.zeros(2)), torch.full((2,), -1.0))

@@ -1,10 +1,14 @@
-"""What surrounds a call and must not reach into it: autocast and inference mode."""
+"""What surrounds a call and must not reach into it: autocast, inference mode and traces."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
 
 import torch
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
@@ -18,3 +22,10 @@ def lasting_tensors() -> AbstractContextManager:
     if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():  # a graph is made outside of the mode
         return nullcontext()
     return torch.inference_mode(False)
+
+
+def constant_in_traces(function: _Function) -> _Function:
+    """Have torch.compile call `function` once, at its trace, in place of tracing it: as `torch.compiler.assume_constant_result` does, which
+    imports all of torch.compile."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function

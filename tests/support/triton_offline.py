@@ -55,7 +55,7 @@ def main(kernels, capability, *relatives):
     """Compile the kernels of `KERNELS` for a part and for `relatives`: parts for which Triton makes the same intermediate code, up
     to their name in it."""
     driver.set_active(Part(capability))
-    decode_scores._processors = lambda device: 132
+    decode_scores.processors = lambda device: 132
     run, seen = JITFunction.run, set()
 
     def compile_only(kernel, *arguments, grid, warmup, **options):

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from ...contexts import constant_in_traces
 from ...files import is_private, write_whole
 from .. import compiled
 from . import cuda
@@ -24,14 +25,14 @@ from . import cuda
 _OPTIONS = ("--gpu-architecture=sm_90a", "--std=c++17", "--device-as-default-execution-space")
 
 
-@torch.compiler.assume_constant_result  # what is asked of a device cannot be traced
 @functools.cache
+@constant_in_traces  # what is asked of a device cannot be traced
 def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
+@constant_in_traces
 def obstacle() -> str | None:
     """Why nothing can be compiled at run time, or None if it can."""
     try:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...contexts import constant_in_traces
 from .. import record
 from .plain import at_support, empty_code, empty_rows, plain_prune_24, plain_scatter, plain_topk
 
@@ -155,8 +156,8 @@ def has_fused(x: Tensor) -> bool:
     return False
 
 
-@torch.compiler.assume_constant_result  # what imports look at cannot be traced
 @functools.cache
+@constant_in_traces  # what imports look at cannot be traced
 def triton_is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 

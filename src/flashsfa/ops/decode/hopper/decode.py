@@ -69,6 +69,7 @@ def attend(
 ) -> str | None:
     """Write the output [B, Hq, M, Dv] and its log-sum-exp [B, Hq, M] over what is `held`; or say why it cannot be done."""
     from ..triton.narrow import NarrowProblem
+    from ..triton.scores import processors
 
     v = held.tensors["V"]
     piece = min(16, held.width * _bits(v, "V_CENTRE" in held.tensors) // 64)
@@ -84,7 +85,7 @@ def attend(
     variant = _variant(q, held, problem.coded["T"], rows, problem.places["PAGE"], scores, value_tolerance)
     tiles = problem.heads * (problem.padded_rows // rows)
     blocks = _blocks_per_tile(
-        tiles, problem.keys // (2 * _WARP_KEYS * variant.warps), _multiprocessors(q.device) * variant.blocks
+        tiles, problem.keys // (2 * _WARP_KEYS * variant.warps), processors(q.device) * variant.blocks
     )
     partial = problem.scratch(blocks, problem.padded_rows, problem.width)
     peak, total = (problem.scratch(blocks, problem.padded_rows) for _ in range(2))
@@ -217,11 +218,6 @@ def _alignment(x: Tensor) -> int:
 def _rows(x: Tensor) -> Rows:
     outer, head, key = (_stride(x, dim) for dim in range(3))
     return Rows(x.data_ptr(), outer, head, key, outer if outer < 1 << 31 else 0)
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @functools.cache

@@ -74,7 +74,7 @@ class Problem:
     def splits(self, block: int, waves: int) -> int:
         """Splits of each sequence: at most `waves` programs a processor, so that no last few run alone, but none with
         fewer than 2 blocks of keys, where the combine would cost as much as the keys."""
-        wanted = waves * _processors(self.device) // (self.heads * self.tiles)
+        wanted = waves * processors(self.device) // (self.heads * self.tiles)
         return max(1, min(wanted, self.keys // (2 * block)))
 
     def scratch(self, *shape: int) -> Tensor:
@@ -158,7 +158,8 @@ def strided(name: str, x: Tensor | None) -> dict[str, Any]:
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 for what stands in for one."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
