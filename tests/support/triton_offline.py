@@ -12,6 +12,7 @@ import sys
 import tempfile
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import triton
@@ -25,7 +26,8 @@ from flashsfa.axes import AxisBits
 from flashsfa.coder import Coder
 from flashsfa.codes import FeatureCodes
 from flashsfa.formats import CodeFormat
-from flashsfa.ops.decode.triton import decode, narrow
+from flashsfa.ops.decode import gpu
+from flashsfa.ops.decode.triton import decode
 from flashsfa.ops.decode.triton import scores as decode_scores
 from flashsfa.ops.prefill.triton import merge as merge_parts
 from flashsfa.ops.select.plain import empty_code
@@ -192,7 +194,15 @@ def narrow_case(dtype, group, m, head_dim, keys, form, storage, n=8192):
     x = torch.zeros(stored_shape(n, head_dim, storage == "pages"), dtype=dtype)
     view = coder.empty(x.shape[2], x[:, :, :1], x[:, :, :1])
     q = torch.empty(1, group, m, head_dim, dtype=dtype)
-    run(narrow, q, view.codes, view.v, rules_of(storage, n), 0.1, 0.0)
+    run(
+        SimpleNamespace(decode=partial(gpu.decode, backend="triton")),
+        q,
+        view.codes,
+        view.v,
+        rules_of(storage, n),
+        0.1,
+        0.0,
+    )
 
 
 def stored_shape(n, width, pages):
