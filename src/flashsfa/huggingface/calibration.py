@@ -129,7 +129,7 @@ def gather_moments(
     )
     moments: dict[int, Moments] = {}
     device, turn = tensor_device(model), None
-    shifts, draws = torch.zeros(length, dtype=torch.int64), torch.Generator().manual_seed(0)
+    shifts, draws = torch.zeros(length, dtype=torch.int64, device="cpu"), torch.Generator().manual_seed(0)
     if furthest > length:
         turn = _rotary_turn(model, modules, windows[:1, :_CHECKED_TOKENS].to(device), furthest)
 
@@ -145,7 +145,7 @@ def gather_moments(
         ):
             positions = torch.arange(length)
             if turn is not None:
-                shifts[1:] = torch.randint(furthest - length + 1, (length - 1,), generator=draws)
+                shifts[1:] = torch.randint(furthest - length + 1, (length - 1,), generator=draws, device="cpu")
             else:
                 positions[1:] += (furthest - length) * (index + 1 if count == 1 else index) // max(1, count - 1)
             _run(model, window[None].to(device), positions)
