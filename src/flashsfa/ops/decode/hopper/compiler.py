@@ -87,7 +87,7 @@ class Variant:
             return -(-size // to) * to
 
         sparse_dims = self.head_dim - self.channel
-        words, double = aligned(self.channel_bytes, 4) // 4, 1 + (self.channel_bits == 16)
+        words, double = aligned(channel_bytes(self.channel, self.channel_bits), 4) // 4, 1 + (self.channel_bits == 16)
         pairs = aligned(words, 4 * double) // 4 * {16: 1, 8: 2, 4: 4, 2: 8}[self.channel_bits]
         query = 128 * (pairs or 1) + 16 * (pairs if self.channel_bits == 2 else 1)
         query += 128 * (sparse_dims if self.kept else 1) + 12 * self.rows
@@ -96,9 +96,10 @@ class Variant:
         sums = aligned(4 * self.warps * self.rows * (2 + self.value_dim) + 4, 8)
         return aligned(aligned(query, 16) + self.warps * warp + sums, 16)
 
-    @property
-    def channel_bytes(self) -> int:
-        return self.channel // 4 if self.channel_bits == 2 else self.channel * self.channel_bits // 8
+
+def channel_bytes(channel: int, bits: int) -> int:
+    """Of the channel of a key, of so many entries, or slots of axes."""
+    return channel // 4 if bits == 2 else channel * bits // 8
 
 
 _NAMES = {"has_several_queries": "several_queries", "is_capped": "capped", "is_tolerant": "tolerant"}

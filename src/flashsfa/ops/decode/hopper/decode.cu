@@ -61,6 +61,9 @@ DEVICE Rows of_head(Rows x, int batch, int kv_head) {
   return x;
 }
 
+// What 2^x is of 2^peak, which is no smaller.
+DEVICE float relative(float x, float peak) { return peak == -INFINITE ? 0.0f : exp2_fast(x - peak); }
+
 // The online softmax of the query rows, and what it has summed.
 struct Sums {
   float peak[ROWS];    // largest score so far, the same in all lanes
@@ -138,7 +141,7 @@ DEVICE void raise(Sums& sums, float (&kept)[ROWS], const float (&score)[ROWS], f
   if constexpr (ARE_VALUES_LEVELS) unit = fmaxf(unit, warp_max(step < 0x1p100f ? step : 0.0f));
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
-    shrink[r] = sums.peak[r] == -INFINITE ? 0.0f : exp2_fast(sums.peak[r] - largest[r]);
+    shrink[r] = relative(sums.peak[r], largest[r]);
     sums.peak[r] = largest[r];
     sums.total[r] *= shrink[r];
     sums.centre[r] *= shrink[r];
@@ -180,9 +183,6 @@ DEVICE ValueScale load_value_scale(const Params& p, const Keys& keys) {
   }
   return x;
 }
-
-// What 2^x is of 2^peak, which is no smaller.
-DEVICE float relative(float x, float peak) { return peak == -INFINITE ? 0.0f : exp2_fast(x - peak); }
 
 // Merges what the warps of a block found, and what the blocks of a tile did: the last one to end writes the output.
 DEVICE void store(const Params& p, Sums& sums, SharedSums& all, int head, int first_row) {
@@ -413,7 +413,7 @@ DEVICE void attend_within(Sums& sums, const Params& p, const Sequence& s, const 
     raise(sums, kept, largest, 0);
     float share[CHUNKS], shrink = 0, below;
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) before[r] = before[r] == -INFINITE ? 0.0f : mass[r] * exp2_fast(before[r] - sums.peak[r]);
+    for (int r = 0; r < ROWS; ++r) before[r] = mass[r] * relative(before[r], sums.peak[r]);
     find_shares(share, mass, sums, own);
 #pragma unroll
     for (int r = 0; r < ROWS; ++r)

@@ -51,8 +51,9 @@ def obstacle(q: Tensor, kv: KVView) -> str | None:
         return f"the CUDA kernel takes heads of at most 256 and {_MOST_KEPT} kept entries, not {q.shape[-1]} and {held.topk}"
     if held.topk and held.index_bits == 0 and q.shape[-1] - held.channel > 128:
         return "the CUDA kernel takes bitmaps of at most 128 features"
-    if _channel_bytes(held) > 128:
-        return f"the CUDA kernel takes a channel of at most 128 bytes, not {_channel_bytes(held)}"
+    channel_bytes = compiler.channel_bytes(held.channel, held.bits)
+    if channel_bytes > 128:
+        return f"the CUDA kernel takes a channel of at most 128 bytes, not {channel_bytes}"
     return None
 
 
@@ -199,10 +200,6 @@ def _blocks(value_bits: int, rows: int, is_kept_alone: bool, is_tolerant: bool) 
 def _bits(x: Tensor, is_uint8_packed: bool) -> int:
     """Bits of an entry of a cache tensor."""
     return 4 if x.dtype == torch.uint8 and is_uint8_packed else 8 * x.itemsize
-
-
-def _channel_bytes(held: Held) -> int:
-    return held.channel // 4 if held.bits == 2 else held.channel * held.bits // 8
 
 
 def _stride(x: Tensor, dim: int) -> int:

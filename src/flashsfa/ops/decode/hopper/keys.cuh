@@ -8,7 +8,8 @@
 constexpr int CHANNEL_BYTES = CHANNEL_BITS == 2 ? CHANNEL / 4 : CHANNEL * CHANNEL_BITS / 8;
 constexpr int CHANNEL_VECTOR = CHANNEL_BYTES % 64 == 0 && CHANNEL_ALIGNMENT >= 16 ? 4 : CHANNEL_BYTES % 32 == 0 && CHANNEL_ALIGNMENT >= 8 ? 2 : 1;
 constexpr int PAIRS_PER_WORD = CHANNEL_BITS == 16 ? 1 : CHANNEL_BITS == 8 ? 2 : CHANNEL_BITS == 4 ? 4 : 8;
-constexpr int LANE_WORDS = (words(CHANNEL_BYTES) + 4 * (CHANNEL_BITS == 16 ? 2 : 1) - 1) / (4 * (CHANNEL_BITS == 16 ? 2 : 1)) * (CHANNEL_BITS == 16 ? 2 : 1);
+constexpr int STEP_WORDS = CHANNEL_BITS == 16 ? 2 : 1;  // of a lane, that fill a matrix product's depth at least
+constexpr int LANE_WORDS = (words(CHANNEL_BYTES) + 4 * STEP_WORDS - 1) / (4 * STEP_WORDS) * STEP_WORDS;
 constexpr int PAIRS = LANE_WORDS * PAIRS_PER_WORD;
 constexpr int KEPT_BYTES = (KEPT * KEPT_BITS + 7) / 8;
 constexpr int SPARSE_DIMS = HEAD_DIM - CHANNEL;
