@@ -15,7 +15,7 @@ from ...mask import Mask
 from ...scores import ScoreRules
 from ...stored import KVView
 from .. import record
-from .held import NAMES, ROWS, Held
+from .held import NAMES, ROWS, Call, Held
 
 
 def decode(
@@ -40,39 +40,30 @@ def decode(
                 f"the last dimension of {name.lower()} must be contiguous, got strides {tuple(x.stride())}"
             )
     if not torch.compiler.is_compiling():
-        return _run(q, held, kv.page_table, mask, scores, value_tolerance, topk_query, backend)
+        return _run(Call(q, held, kv.page_table, mask, scores, value_tolerance, topk_query), backend)
     return _decode_op(
         q, [held.tensors.get(name) for name in NAMES], held.sizes, kv.page_table, mask.kv_lens, mask.key_padding_mask, mask.window,
         [scores.scale, scores.softcap or 0.0, value_tolerance], topk_query, backend,
     )  # fmt: skip
 
 
-def _run(
-    q: Tensor,
-    held: Held,
-    page_table: Tensor | None,
-    mask: Mask,
-    scores: ScoreRules,
-    value_tolerance: float,
-    topk_query: int | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    out = q.new_empty((*q.shape[:3], held.width))
+def _run(call: Call, backend: str) -> tuple[Tensor, Tensor]:
+    q = call.q
+    out = q.new_empty((*q.shape[:3], call.held.width))
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if not out.numel():
         return out, lse
     from .triton import narrow
 
-    given = q, held, page_table, mask, scores, value_tolerance, topk_query, out, lse
     with torch.cuda.device_of(q):
         if backend == "hopper":
             from .hopper import decode as hopper
 
-            obstacle = hopper.attend(*given)
+            obstacle = hopper.attend(call, out, lse)
             if obstacle is None:
                 return out, lse
             record.record("decode", "triton", f"kernels split over the keys; {obstacle}", fallback=True)
-        narrow.attend(*given)
+        narrow.attend(call, out, lse)
     return out, lse
 
 
@@ -95,7 +86,7 @@ def _decode_op(
     held = Held({name: x for name, x in named if x is not None}, *sizes)
     mask = Mask(True, window, key_padding_mask, kv_lens=kv_lens)
     rules = ScoreRules(scale, softcap or None)
-    return _run(q, held, page_table, mask, rules, value_tolerance, topk_query, backend)
+    return _run(Call(q, held, page_table, mask, rules, value_tolerance, topk_query), backend)
 
 
 @_decode_op.register_fake

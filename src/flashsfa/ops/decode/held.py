@@ -9,7 +9,9 @@ from torch import Tensor
 from ...axes import AxisCodes
 from ...codes import FeatureCodes
 from ...formats import index_bits
+from ...mask import Mask
 from ...narrow import NarrowRows
+from ...scores import ScoreRules
 from ...stored import KVView
 
 # Tensors of a view by the names that the kernels have for them: [B, Hkv, N, C] and [B, Hkv, N], or pools of pages; and tables of the
@@ -75,3 +77,16 @@ class Held:
             parts |= {"V": v, "V_SCALE": kv.v_scale}
         held = {name: x for name, x in parts.items() if x is not None}
         return cls(held, channel, bits, topk, place_bits, v.shape[-1])
+
+
+@dataclass(frozen=True)
+class Call:
+    """One decode over what is held, as `plain.decode` is asked for it, `topk_query` None for dense queries."""
+
+    q: Tensor
+    held: Held
+    page_table: Tensor | None
+    mask: Mask
+    scores: ScoreRules
+    value_tolerance: float
+    topk_query: int | None

@@ -13,12 +13,10 @@ import math
 import torch
 from torch import Tensor
 
-from ....mask import Mask
-from ....scores import ScoreRules
 from ....stored import KVView
 from ... import nvrtc
 from ...nvrtc import cuda
-from ..held import Held
+from ..held import Call, Held
 from . import compiler
 from .compiler import Variant
 from .params import Params, Rows
@@ -57,22 +55,12 @@ def obstacle(q: Tensor, kv: KVView) -> str | None:
     return None
 
 
-def attend(
-    q: Tensor,
-    held: Held,
-    page_table: Tensor | None,
-    mask: Mask,
-    scores: ScoreRules,
-    value_tolerance: float,
-    topk_query: int | None,
-    out: Tensor,
-    lse: Tensor,
-) -> str | None:
+def attend(call: Call, out: Tensor, lse: Tensor) -> str | None:
     """Write the output [B, Hq, M, Dv] and its log-sum-exp [B, Hq, M] over what is `held`; or say why it cannot be done."""
     from ..triton.narrow import NarrowProblem
     from ..triton.scores import processors
 
-    v = held.tensors["V"]
+    q, held, page_table, v = call.q, call.held, call.page_table, call.held.tensors["V"]
     piece = min(16, held.width * _bits(v, "V_CENTRE" in held.tensors) // 64)
     if _alignment(v) < piece:
         return f"the CUDA kernel reads values {piece} bytes at a time, and these do not begin at multiples of it"
@@ -81,9 +69,9 @@ def attend(
     if page_table is not None and any(_stride(x, 0) >= 1 << 31 for x in held.tensors.values()):
         return "the CUDA kernel takes pages of less than 2 GiB"
     counts = torch.empty(q.shape[0] * q.shape[1] * q.shape[2], dtype=torch.int32, device=q.device)
-    problem = NarrowProblem(q, held, page_table, mask, scores, topk_query, are_biased=False, counts=counts)
+    problem = NarrowProblem(call, are_biased=False, counts=counts)
     rows = min(problem.padded_rows, _MOST_ROWS)
-    variant = _variant(q, held, problem.coded["T"], rows, problem.places["PAGE"], scores, value_tolerance)
+    variant = _variant(call, problem.coded["T"], rows, problem.places["PAGE"])
     tiles = problem.heads * (problem.padded_rows // rows)
     blocks = _blocks_per_tile(
         tiles, problem.keys // (2 * _WARP_KEYS * variant.warps), processors(q.device) * variant.blocks
@@ -114,13 +102,13 @@ def attend(
         kv_heads=problem.kv_heads,
         n=problem.keys,
         m=q.shape[2],
-        window=mask.window or 0,
+        window=call.mask.window or 0,
         rows=problem.rows,
         padded_rows=problem.padded_rows,
         lengths_are_64_bit=lengths is not None and lengths.dtype == torch.int64,
         scale=problem.ruled["scale"],
         cap=problem.ruled["cap"],
-        tolerance=value_tolerance * _CERTAIN,
+        tolerance=call.value_tolerance * _CERTAIN,
     )
     return launch(variant, (tiles, blocks, 1), params)
 
@@ -142,9 +130,8 @@ def _load(variant: Variant, device: int) -> ctypes.c_void_p | str:
     )
 
 
-def _variant(
-    q: Tensor, held: Held, query_dims: int, rows: int, page_size: int, scores: ScoreRules, value_tolerance: float
-) -> Variant:
+def _variant(call: Call, query_dims: int, rows: int, page_size: int) -> Variant:
+    q, held, is_tolerant = call.q, call.held, call.value_tolerance > 0
     tensors = held.tensors
     value_bits = _bits(tensors["V"], "V_CENTRE" in tensors)
 
@@ -177,10 +164,10 @@ def _variant(
         value_stride=_stride(tensors["V"], 2),
         page_size=page_size,
         has_several_queries=q.shape[2] > 1,
-        is_capped=scores.softcap is not None,
-        is_tolerant=value_tolerance > 0,
+        is_capped=call.scores.softcap is not None,
+        is_tolerant=is_tolerant,
         warps=_WARPS,
-        blocks=_blocks(value_bits, rows, held.topk > 0 and not held.channel, value_tolerance > 0),
+        blocks=_blocks(value_bits, rows, held.topk > 0 and not held.channel, is_tolerant),
         keys_ahead=2 if value_bits == 8 else 1,
     )
 

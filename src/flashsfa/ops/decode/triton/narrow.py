@@ -9,28 +9,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ....mask import Mask
-from ....scores import ScoreRules
-from ..held import SCALES, TABLES, Held
+from ..held import SCALES, TABLES, Call
 from .combine import run_splits
 from .narrow_blocks import add_values, narrow_query_kernel, narrow_scores, store_values
 from .scores import TRITON_DTYPES, Problem, chunk, live_keys, locate, split_range, strided
 
 
-def attend(
-    q: Tensor,
-    held: Held,
-    page_table: Tensor | None,
-    mask: Mask,
-    scores: ScoreRules,
-    value_tolerance: float,
-    topk_query: int | None,
-    out: Tensor,
-    lse: Tensor,
-) -> None:
+def attend(call: Call, out: Tensor, lse: Tensor) -> None:
     """Write the output [B, Hq, M, Dv] and its log-sum-exp [B, Hq, M] over what is `held`. No value is left out, so any `value_tolerance` is
     kept."""
-    problem = NarrowProblem(q, held, page_table, mask, scores, topk_query)
+    problem = NarrowProblem(call)
     run_splits(decode_narrow_kernel, problem, *_launch(problem), out, lse)
 
 
@@ -43,17 +31,13 @@ class NarrowProblem(Problem):
 
     def __init__(
         self,
-        q: Tensor,
-        held: Held,
-        page_table: Tensor | None,
-        mask: Mask,
-        rules: ScoreRules,
-        topk_query: int | None,
+        call: Call,
         are_biased: bool = True,
         counts: Tensor | None = None,
     ) -> None:
+        q, held = call.q, call.held
         tensors = held.tensors
-        super().__init__(q, tensors["V"], page_table, mask, rules)
+        super().__init__(q, tensors["V"], call.page_table, call.mask, call.scores)
         self.counts = counts
         self.held, self.head_dim, self.width = held, q.shape[-1], held.width
         self.rotation = _rotation(held.width) if "V_CENTRE" in tensors else 1
@@ -61,7 +45,7 @@ class NarrowProblem(Problem):
             q.dtype if q.dtype == torch.float32 else torch.float16
         )  # exact for them, and has more digits than bfloat16
         self.coded: dict[str, Any] = {
-            **self._queries(q, levels, topk_query, are_biased), **self.ruled,
+            **self._queries(q, levels, call.topk_query, are_biased), **self.ruled,
             **{name: tensors.get(name) for name in ("AXIS", "IS_START", "TOP")},
             **_arguments(tensors, "CHANNEL", "CHANNEL_SCALE", "CHANNEL_CENTRE", "VALUES", "VALUE_SCALE", "INDICES"),
             "D": self.head_dim, "C": held.channel, "BITS": held.bits, "K": held.topk, "INDEX_BITS": held.index_bits,
