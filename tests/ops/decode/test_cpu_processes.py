@@ -121,7 +121,7 @@ def test_compiled_code_that_cannot_be_kept_or_read(error, said, monkeypatch, cap
     """The kernel runs, one line says so, and what is damaged is gone."""
     q, codes, v = draw()
     expected = decode(decode_numba, q, codes, v, DecodeRules(), 1.0, 0.0)
-    kernel, errors = values.sum_values._compiled[True], [error]
+    kernel, errors = values.sum_rows._compiled[True], [error]
     (damaged := tmp_path / "kept").mkdir()
 
     def first_fails(*arguments):
@@ -129,10 +129,10 @@ def test_compiled_code_that_cannot_be_kept_or_read(error, said, monkeypatch, cap
             raise errors.pop()
         kernel(*arguments)
 
-    monkeypatch.setattr(values.sum_values, "_called", set())
-    monkeypatch.setattr(values.sum_values, "_compiled", {})
+    monkeypatch.setattr(values.sum_rows, "_called", set())
+    monkeypatch.setattr(values.sum_rows, "_compiled", {})
     monkeypatch.setattr(threads, "_folder", lambda parallel: damaged)
-    monkeypatch.setattr(values.sum_values, "_compile", lambda parallel, folder: first_fails)
+    monkeypatch.setattr(values.sum_rows, "_compile", lambda parallel, folder: first_fails)
     for found, same in zip(decode(decode_numba, q, codes, v, DecodeRules(), 1.0, 0.0), expected, strict=True):
         torch.testing.assert_close(found, same, rtol=0, atol=0)
     assert caplog.text.count(said) == 1

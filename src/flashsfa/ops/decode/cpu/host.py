@@ -15,20 +15,18 @@ from ....mask import Mask
 from ....narrow import NarrowCodes, NarrowRows
 from ....rotation import rotate
 from ....scores import ScoreRules
-from ....stored import ExactKV, KVView
+from ....stored import KVView
 from . import keys, threads
+from .parts import like, where
 from .softmax import LOG2_E, weigh
-from .values import sum_values
+from .values import sum_levels, sum_rows
 
-# numba knows no bfloat16: it sees the bits
-_UNSIGNED = {torch.float32: torch.uint32, torch.bfloat16: torch.uint16}
-_Part = tuple[np.ndarray, tuple[int, ...]]  # the bits of a part as one dimension, and the strides of B, Hkv and N
 _INDEX_FORMS = {"uint8": keys.UINT8, "packed": keys.PACKED, "bitmap": keys.BITMAP}
 
 
 def obstacle(dtype: torch.dtype, kv: KVView) -> str | None:
     """Why `decode` does not take queries of `dtype` over these keys and values; None if it does."""
-    if dtype not in _UNSIGNED:
+    if dtype not in (torch.float32, torch.bfloat16):
         return f"takes no {dtype}"
     if kv.page_table is not None:
         return "reads no pages"
@@ -47,8 +45,7 @@ def decode(
 ) -> tuple[Tensor, Tensor]:
     """As `plain.decode`, for q and a view without an `obstacle`; tokens that it holds as they came, without positions, included.
 
-    Parts have any strides of B and Hkv; they are copied first if the code rows of a head are not adjacent or the entries of a V
-    row are not.
+    Parts have any strides of B, Hkv and N; they are copied first if the entries of a key are not adjacent.
     """
     batch, kv_heads, n, value_dim = kv.v.shape
     m, rows, heads = q.shape[2], q.shape[1] // kv_heads * q.shape[2], batch * kv_heads
@@ -59,78 +56,84 @@ def decode(
     if topk_query is not None:
         thin = topk_codes(q.detach(), topk_query, dense_dims=kv.key_budget[1]).to_dense()
         coded = (thin.float() * factor).reshape(heads, rows, q.shape[-1])
-    first, last = _visible(batch, m, kv.n, mask)
-    padding = np.zeros((batch, 0), np.bool_)
-    if mask.key_padding_mask is not None:
-        padding = mask.key_padding_mask.contiguous().numpy()
-    n_first = kv.n_first
+    held: list[Tensor] = []
+    seen, exact = _seen(batch, m, kv, mask), _exact(kv, q, held)
     weights = np.empty((heads, rows, n), np.float32)
     lse, cuts, masses = (np.empty((heads, rows), np.float32) for _ in range(3))
     sums, out = (np.empty((heads, rows, value_dim), np.float32) for _ in range(2))
     with threads.ready():
-        where = (first, last, padding, kv_heads, n_first, n, cap, weights)
         if isinstance(kv.codes, FeatureCodes):
-            keys.score_features(coded.numpy(), *_feature_parts(kv.codes), *where)
+            keys.score_features(
+                (kv.codes.values.dtype,), coded.numpy(), *_features(kv.codes, held), *seen, cap, weights
+            )
         else:
             if isinstance(kv.codes, NarrowRows) and kv.codes.is_rotated:
                 coded = rotate(coded)
-            keys.score_levels(coded.numpy(), *_level_parts(kv.codes), *where)
-        weigh(
-            whole.numpy(), *_exact_parts(kv.first, q), n_first, *_exact_parts(kv.recent, q), kv.n - n_first - n, first, last,
-            padding, kv_heads, n, cap, float(value_tolerance), weights, lse, cuts, sums, masses,
-        )  # fmt: skip
-        sum_values(weights, cuts, padding, *_value_parts(kv), first, last, kv_heads, n_first, n, sums, masses, out)
+            scale_like, *levels = _levels(kv.codes, held)
+            keys.score_levels((scale_like.dtype,), coded.numpy(), scale_like, *levels, *seen, cap, weights)
+        weigh((q.dtype,), whole.numpy(), *exact, *seen, cap, float(value_tolerance), weights, lse, cuts, sums, masses)
+        if isinstance(kv.v, NarrowRows) and kv.v.is_rotated:
+            at, block = _book(held, kv.v.kept, kv.v.scale, kv.v.centre), kv.v.width & -kv.v.width
+            sum_levels((), weights, cuts, *seen, at, block, sums, masses, out)
+        else:
+            v, v_scale = (kv.v, kv.v_scale) if isinstance(kv.v, Tensor) else (kv.v.kept, kv.v.scale)
+            sum_rows((v.dtype,), weights, cuts, *seen, like(v.dtype), _book(held, v, v_scale), sums, masses, out)
+    del held  # what kernels read by its address was kept until here
     shape = (batch, q.shape[1], m)
     return torch.from_numpy(out).view(*shape, value_dim).to(q.dtype), torch.from_numpy(lse).view(shape)
 
 
-def _visible(batch: int, m: int, n: int, mask: Mask) -> tuple[np.ndarray, np.ndarray]:
-    """Each query's first visible key and the one past its last, both [B, M]; padding apart."""
-    if (
-        mask.kv_lens is None and mask.window is None and m == 1
-    ):  # the usual step, at less than the cost of the general rule
-        return np.zeros((batch, 1), np.int64), np.full((batch, 1), n)
-    lengths = np.full(batch, n) if mask.kv_lens is None else mask.kv_lens.numpy().astype(np.int64)
-    last = lengths[:, None] - m + np.arange(1, m + 1)  # [B, M]
-    first = np.zeros_like(last) if mask.window is None else last - mask.window
-    return first.clip(0, n), last.clip(0, n)
+def _seen(batch: int, m: int, kv: KVView, mask: Mask) -> tuple:
+    """Which of all tokens the queries see: the fields of `parts.Seen`."""
+    n, n_first, coded = kv.n, kv.n_first, kv.v.shape[2]
+    padding = np.zeros((batch, 0), np.bool_)
+    if mask.key_padding_mask is not None:
+        padding = mask.key_padding_mask.contiguous().numpy()
+    if mask.kv_lens is None and mask.window is None and m == 1:  # the usual step, at less than the general rule costs
+        first, last = np.zeros((batch, 1), np.int64), np.full((batch, 1), n)
+    else:
+        lengths = np.full(batch, n) if mask.kv_lens is None else mask.kv_lens.numpy().astype(np.int64)
+        last = lengths[:, None] - m + np.arange(1, m + 1)  # [B, M]
+        first = np.zeros_like(last) if mask.window is None else last - mask.window
+        first, last = first.clip(0, n), last.clip(0, n)
+    return first, last, padding, kv.v.shape[1], n_first, coded
 
 
-def _feature_parts(codes: FeatureCodes) -> tuple:
-    scale = _no_part(torch.float32) if codes.scale is None else _rows(codes.scale[..., None])
-    return (
-        *_rows(codes.values), *_rows(codes.indices), *_rows(codes.dense), *scale, codes.topk, codes.dense_dims
-    )  # fmt: skip
+def _features(codes: FeatureCodes, held: list[Tensor]) -> tuple:
+    at = _book(held, codes.values, codes.indices, codes.dense, codes.scale)
+    return like(codes.values.dtype), at, codes.topk, codes.dense_dims
 
 
-def _level_parts(codes: NarrowCodes | NarrowRows | AxisCodes) -> tuple:
-    """Of keys in levels, what `score_levels` takes."""
-    no_scale = _no_part(torch.bfloat16)
-    no_entries = (*_no_part(torch.uint8), 0, *_no_part(torch.uint8), 0, keys.NO_INDICES, 0, 0, 0, *no_scale)
+def _levels(codes: NarrowCodes | NarrowRows | AxisCodes, held: list[Tensor]) -> tuple:
+    no_entries = (0, 0, keys.NO_INDICES, 0, 0, 0)
     if isinstance(codes, AxisCodes):
         layout, axes = codes.axes.layout, codes.axes
         tables = (layout.byte, layout.shift, axes.bits, axes.step, axes.centre)
+        at = _book(held, codes.packed, *[None] * 5)
+        return _scale_like(None), at, axes.key_bytes, *(x.numpy() for x in tables), False, *no_entries
+    if isinstance(codes, NarrowRows):
+        at = _book(held, codes.kept.view(torch.uint8), codes.scale, codes.centre, *[None] * 3)
         return (
-            *_rows(codes.packed),
-            axes.key_bytes,
-            *(x.numpy() for x in tables),
-            False,
-            *no_scale,
-            *no_scale,
+            _scale_like(codes.scale),
+            at,
+            codes.kept.shape[3],
+            *_row_fields(codes.width, codes.bits),
+            codes.bits == 8,
             *no_entries,
         )
-    if isinstance(codes, NarrowRows):
-        fields, is_signed = _row_fields(codes.width, codes.bits), codes.bits == 8
-        scales = (*_scale_part(codes.scale), *_scale_part(codes.centre))
-        return (*_rows(codes.kept.view(torch.uint8)), codes.kept.shape[3], *fields, is_signed, *scales, *no_entries)
+    dense, values = codes.dense.view(torch.uint8), codes.values.view(torch.uint8)
+    at = _book(held, dense, codes.dense_scale, None, values, codes.indices, codes.value_scale)
     form = _INDEX_FORMS[codes.format.index_form(codes.topk, codes.sparse_dims)]
+    sparse = codes.format.value_bits, codes.indices.shape[3], form, index_bits(codes.sparse_dims), codes.topk
     return (
-        *_rows(codes.dense.view(torch.uint8)), codes.dense_dims, *_row_fields(codes.dense_dims, 8), True,
-        *_scale_part(codes.dense_scale), *no_scale,
-        *_rows(codes.values.view(torch.uint8)), codes.format.value_bits,
-        *_rows(codes.indices), codes.indices.shape[3], form, index_bits(codes.sparse_dims),
-        codes.topk, codes.dense_dims, *_scale_part(codes.value_scale),
-    )  # fmt: skip
+        _scale_like(codes.dense_scale),
+        at,
+        codes.dense_dims,
+        *_row_fields(codes.dense_dims, 8),
+        True,
+        *sparse,
+        codes.dense_dims,
+    )
 
 
 @functools.cache
@@ -144,45 +147,17 @@ def _row_fields(width: int, bits: int) -> tuple[np.ndarray, ...]:
     )  # fmt: skip
 
 
-def _exact_parts(part: ExactKV | None, q: Tensor) -> tuple:
-    """Keys and values that are held as they came."""
-    if part is None:
-        return (*_no_part(q.dtype), *_no_part(q.dtype))
-    return (*_rows(part.k, adjacent=False), *_rows(part.v, adjacent=False))
+def _exact(kv: KVView, q: Tensor, held: list[Tensor]) -> tuple:
+    """Of tokens that are held as they came, before and after the coded ones, what `weigh` takes."""
+    oldest, newest = ((None, None) if part is None else (part.k, part.v) for part in (kv.first, kv.recent))
+    counts = (0 if k is None else k.shape[2] for k, _ in (oldest, newest))
+    return like(q.dtype), _book(held, *oldest, *newest), *counts
 
 
-def _value_parts(kv: KVView) -> tuple:
-    """Of values, what `sum_values` takes."""
-    v = kv.v
-    if isinstance(v, Tensor):
-        scale = _no_part(torch.float32) if kv.v_scale is None else _scale_part(kv.v_scale)
-        return (*_rows(v, adjacent=False), *scale, *_no_part(torch.bfloat16), 0)
-    rotation = v.width & -v.width if v.is_rotated else 0
-    scale = _no_part(torch.float32) if v.scale is None else _scale_part(v.scale)
-    return (*_rows(v.kept, adjacent=False), *scale, *_scale_part(v.centre), rotation)
+def _scale_like(scale: Tensor | None) -> np.ndarray:
+    return like(torch.bfloat16 if scale is None else scale.dtype)
 
 
-def _scale_part(x: Tensor | None) -> _Part:
-    """A scale or centre [B, Hkv, N]; None for one that is not there."""
-    return _no_part(torch.bfloat16) if x is None else _rows(x[..., None])
-
-
-@functools.cache
-def _no_part(dtype: torch.dtype) -> _Part:
-    return _rows(torch.empty(0, 0, 0, 1, dtype=dtype, device="cpu"))
-
-
-def _rows(x: Tensor, adjacent: bool = True) -> _Part:
-    """The bits of x [B, Hkv, N, W] from its first element on, and its strides. x is copied if the entries of a row are not adjacent
-    or, with `adjacent`, the rows of a head."""
-    strides, (batch, heads, n, width) = x.stride(), x.shape
-    if strides[3] != 1 or (adjacent and strides[2] != width):
-        x = x.contiguous()
-        strides = x.stride()
-    across_b, across_h, across_n, _ = strides
-    extent = 0
-    if batch and heads and n and width:
-        extent = (batch - 1) * across_b + (heads - 1) * across_h + (n - 1) * across_n + width
-    bits = _UNSIGNED.get(x.dtype)
-    flat = x.detach().as_strided((extent,), (1,))
-    return (flat if bits is None else flat.view(bits)).numpy(), (across_b, across_h, across_n)
+def _book(held: list[Tensor], *parts: Tensor | None) -> np.ndarray:
+    """Where parts lie, [parts, 4]."""
+    return np.array([where(x, held) for x in parts])

@@ -30,12 +30,25 @@ def _widen_code(typing: Any, bits: Any) -> Any:
     """The float32 of an int8, or whose upper bits are `bits`: bfloat16 is float32's upper half, uint32 bits are all of it."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        if bits.signed:
-            return builder.sitofp(arguments[0], ir.FloatType())
-        word = builder.zext(arguments[0], ir.IntType(32))
-        return builder.bitcast(builder.shl(word, ir.IntType(32)(32 - bits.bitwidth)), ir.FloatType())
+        return float_bits(builder, arguments[0], bits)
 
     return numba.types.float32(bits), generate
+
+
+def float_bits(builder: Any, x: Any, bits: Any, width: int = 0) -> Any:
+    """The float32 that x tells, of numba's type `bits`: see `widen`. With a width x is a vector."""
+
+    def kind(scalar: Any) -> Any:
+        return ir.VectorType(scalar, width) if width else scalar
+
+    if isinstance(bits, numba.types.Float):
+        return x
+    if bits.signed:
+        return builder.sitofp(x, kind(ir.FloatType()))
+    if bits.bitwidth < 32:
+        word, shift = kind(ir.IntType(32)), 32 - bits.bitwidth
+        x = builder.shl(builder.zext(x, word), ir.Constant(word, [shift] * width if width else shift))
+    return builder.bitcast(x, kind(ir.FloatType()))
 
 
 def _prefetch_code(typing: Any, array: Any, index: Any) -> Any:

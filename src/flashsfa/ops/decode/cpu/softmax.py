@@ -10,6 +10,7 @@ import math
 import numpy as np
 
 from .machine import jit, prange, widen
+from .parts import Exact, Part, Seen, entries, place
 from .threads import Kernel
 
 LOG2_E = 1 / math.log(2)
@@ -19,42 +20,65 @@ _CUT_SLACK = 1 - 1e-4  # more than the float32 sums can be off
 
 
 def _weigh(
-    q, first_k, first_k_at, first_v, first_v_at, n_first, recent_k, recent_k_at, recent_v, recent_v_at, n_recent, first, last,
-    padding, kv_heads, n, cap, tolerance, scores, lse, cuts, sums, masses,
-):  # fmt: skip
+    q,
+    like,
+    at,
+    n_oldest,
+    n_newest,
+    first,
+    last,
+    padding,
+    kv_heads,
+    n_first,
+    n,
+    cap,
+    tolerance,
+    scores,
+    lse,
+    cuts,
+    sums,
+    masses,
+):
     """Turn scores [heads, R, n] of B·Hkv heads into weights relative to the row's largest. Write the row's log-sum-exp and its cut: a
     weight such that all weights up to it sum to at most the tolerance, found by bisection; the sum is taken, not estimated, so
-    that it is certified. Of the exact tokens, `n_first` before the coded ones and `n_recent` after them, write the sum of the
-    weighted values to sums [heads, R, Dv] and of the weights to masses [heads, R]."""
-    heads, rows, _ = scores.shape
-    m = first.shape[1]
-    for line in prange(heads * rows):
-        head, row = line // rows, line % rows
-        b, h = head // kv_heads, head % kv_heads
-        begin, end = first[b, row % m], last[b, row % m]
-        exact = np.empty(n_first + n_recent, np.float32)
-        at = b * first_k_at[0] + h * first_k_at[1]
-        _score_exact(q[head, row], first_k, at, first_k_at[2], 0, begin, end, padding[b], cap, exact[:n_first])
-        at = b * recent_k_at[0] + h * recent_k_at[1]
-        _score_exact(
-            q[head, row], recent_k, at, recent_k_at[2], n_first + n, begin, end, padding[b], cap, exact[n_first:]
-        )
-        # all that any row sees: what another row sees alone is hidden here
-        coded = scores[head, row, max(0, first[b].min() - n_first) : max(0, min(n, last[b].max() - n_first))]
-        largest = max(_largest(coded), _largest(exact))
-        mass = _to_weights(exact, largest)
-        total = _to_weights(coded, largest) + mass
-        lse[head, row] = (largest + np.log2(total)) / LOG2_E if total != 0 else -np.inf
-        cuts[head, row] = _find_cut(coded, tolerance * total * _CUT_SLACK) if tolerance > 0 else -1
-        sums[head, row] = 0
-        masses[head, row] = mass
-        at = b * first_v_at[0] + h * first_v_at[1]
-        _sum_exact(exact[:n_first], first_v, at, first_v_at[2], sums[head, row])
-        at = b * recent_v_at[0] + h * recent_v_at[1]
-        _sum_exact(exact[n_first:], recent_v, at, recent_v_at[2], sums[head, row])
+    that it is certified. Of the exact tokens, `n_oldest` before the coded ones and `n_newest` after them, write the sum of the
+    weighted values to sums [heads, R, Dv] and of the weights to masses [heads, R]. `at` [4, 4] tells where k and v of the former
+    and of the latter lie, which are like `like`; further arguments are those of `Seen`."""
+    for line in prange(len(q) * q.shape[1]):
+        _weigh_row(
+            np.int64(line), q, like, at, n_oldest, n_newest, first, last, padding, kv_heads, n_first, n, cap, tolerance, scores, lse, cuts,
+            sums, masses,
+        )  # fmt: skip
 
 
 weigh = Kernel(_weigh)
+
+
+@jit()
+def _weigh_row(
+    line, q, like, at, n_oldest, n_newest, first, last, padding, kv_heads, n_first, n, cap, tolerance, scores, lse, cuts,
+    sums, masses,
+):  # fmt: skip
+    seen = Seen(first, last, padding, kv_heads, n_first, n)
+    oldest = Exact(Part(like, at[0]), Part(like, at[1]))
+    newest = Exact(Part(like, at[2]), Part(like, at[3]))
+    rows, m = q.shape[1], first.shape[1]
+    head, row = line // rows, line % rows
+    b, h = head // kv_heads, head % kv_heads
+    exact = np.empty(n_oldest + n_newest, np.float32)
+    _score_exact(q[head, row], oldest, seen, b, h, row % m, 0, cap, exact[:n_oldest])
+    _score_exact(q[head, row], newest, seen, b, h, row % m, n_first + n, cap, exact[n_oldest:])
+    # all that any row sees: what another row sees alone is hidden here
+    coded = scores[head, row, max(0, first[b, 0] - n_first) : max(0, min(n, last[b, -1] - n_first))]
+    largest = max(_largest(coded), _largest(exact))
+    mass = _to_weights(exact, largest)
+    total = _to_weights(coded, largest) + mass
+    lse[head, row] = (largest + np.log2(total)) / LOG2_E if total != 0 else -np.inf
+    cuts[head, row] = _find_cut(coded, tolerance * total * _CUT_SLACK) if tolerance > 0 else -1
+    masses[head, row] = mass
+    sums[head, row] = 0
+    _sum_exact(exact[:n_oldest], oldest.v, b, h, sums[head, row])
+    _sum_exact(exact[n_oldest:], newest.v, b, h, sums[head, row])
 
 
 @jit()
@@ -64,36 +88,51 @@ def capped(score, cap):
 
 
 @jit(reorder=True)
-def _score_exact(q, k, at, stride, position, begin, end, padding, cap, scores):
-    """scores [E] of q [D] over the rows of k from `at` on, tokens `position` and next; -inf for those that are not seen."""
+def _score_exact(q, tokens, seen, b, h, query, position, cap, scores):
+    """scores [E] of q [D], the batch row's `query`, over `Exact` tokens from `position` on; -inf for those that are not seen."""
+    k, padding = entries(tokens.k), seen.padding[b]
     for key in range(len(scores)):
         token = position + key
         score = np.float32(-np.inf)
-        if token >= begin and token < end and not (len(padding) and padding[token]):
+        is_hidden = len(padding) > 0 and padding[token]
+        if token >= seen.first[b, query] and token < seen.last[b, query] and not is_hidden:
             score = np.float32(0)
-            row = at + key * stride
-            for u in range(len(q)):
-                score += q[u] * widen(k[row + u])
+            at = place(tokens.k, b, h, key)
+            for u in range(np.uint64(len(q))):
+                score += q[u] * widen(k[at + u])
             score = capped(score, cap)
         scores[key] = score
 
 
 @jit(reorder=True)
-def _sum_exact(weights, v, at, stride, out):
-    """Add to out [Dv] the rows of v from `at` on, by weights [E]."""
+def _sum_exact(weights, part, b, h, out):
+    """Add to out [Dv] the values of exact tokens, by weights [E]."""
+    v = entries(part)
     for key in range(len(weights)):
-        weight, row = weights[key], at + key * stride
+        weight, at = weights[key], place(part, b, h, key)
         if weight != 0:  # what is not seen may hold anything
-            for j in range(len(out)):
-                out[j] += weight * widen(v[row + j])
+            for j in range(np.uint64(len(out))):
+                out[j] += weight * widen(v[at + j])
 
 
-@jit(reorder=True)
+@jit()
 def _largest(scores):
-    largest = np.float32(-np.inf)
-    for score in scores:
-        largest = max(largest, score)
-    return largest
+    """The largest score [n], NaN where one is; -inf without any. Compared as integers of the same order, which vectorise."""
+    highest = _order(np.float32(-np.inf))
+    for x in scores.view(np.int32):
+        highest = max(highest, _ordered(x))
+    return np.int32(_ordered(highest)).view(np.float32)
+
+
+@jit()
+def _order(x):
+    return _ordered(np.float32(x).view(np.int32))
+
+
+@jit()
+def _ordered(bits):
+    """The bits of a float32, so that a larger number has larger ones as an int32; its own inverse."""
+    return np.int32(bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
 
 
 @jit(reorder=True)

@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ... import compiled
@@ -53,38 +52,41 @@ def ready() -> Iterator[None]:
             return
         # numba's first question starts its OpenMP threads, which sets OpenMP's number of them, torch's too, to all cores
         threads, before = torch.get_num_threads(), numba.get_num_threads()
-        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        wanted = min(threads, numba.config.NUMBA_NUM_THREADS)
+        if wanted != before:
+            numba.set_num_threads(wanted)
         try:
             yield
         finally:
-            numba.set_num_threads(before)
+            if wanted != before:
+                numba.set_num_threads(before)
             if torch.get_num_threads() != threads:
                 torch.set_num_threads(threads)
 
 
 class Kernel:
-    """A function with loops over `prange`, compiled for all cores or for one. Called within `ready()`."""
+    """A function with loops over `prange`, compiled for all cores or for one. Called within `ready()`, with the dtypes that it is
+    compiled for before its arguments."""
 
     def __init__(self, function: Callable) -> None:
         self._function = function
         self._compiled: dict[bool, Callable] = {}
-        self._called: set[tuple] = set()  # forms and dtypes that are compiled
+        self._called: set[tuple] = set()  # what is compiled
 
-    def __call__(self, *arguments: Any) -> None:
+    def __call__(self, dtypes: tuple, *arguments: Any) -> None:
         parallel = not _threads_are_lost
-        types = parallel, *[x.dtype for x in arguments if type(x) is np.ndarray]
-        if types in self._called:
+        if (parallel, dtypes) in self._called:
             self._compiled[parallel](*arguments)
             return
         self._call_first(parallel, arguments)
-        self._called.add(types)
+        self._called.add((parallel, dtypes))
 
     def _call_first(self, parallel: bool, arguments: tuple) -> None:
         """As a call, the first time with these dtypes: compiled, or read from where that is kept."""
         if not parallel:
             _say_one_thread()
         folder = _folder(parallel)
-        with compiled.said_if_slow("decode for the CPU"), _vectors_of_scalars():
+        with compiled.said_if_slow("decode for the CPU"):
             try:
                 if parallel not in self._compiled:
                     self._compiled[parallel] = self._compile(parallel, folder)
@@ -112,17 +114,6 @@ class Kernel:
 @functools.cache
 def _say_one_thread() -> None:
     _log.warning("decode runs on the numba backend: %s", manner())
-
-
-@contextmanager
-def _vectors_of_scalars() -> Iterator[None]:
-    """Within, numba compiles sums that stand side by side to vector instructions: a third of the time for four query rows."""
-    before = numba.config.SLP_VECTORIZE
-    numba.config.SLP_VECTORIZE = 1
-    try:
-        yield
-    finally:
-        numba.config.SLP_VECTORIZE = before
 
 
 def _folder(parallel: bool) -> Path | None:

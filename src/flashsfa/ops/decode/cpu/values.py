@@ -8,120 +8,228 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import torch
 
 from .machine import jit, prange, prefetch, widen
+from .parts import Part, Seen, entries, is_there, like, place
 from .tasks import chunk_of, tasks_per_head
 from .threads import Kernel
+from .vectors import SIXTEEN, add, add_scaled, filled16, load16, load16_lower, load16_upper, store
 
-_AHEAD_KEYS = 8  # V rows are asked for this many keys before they are used
+_GROUP_KEYS = (
+    32  # summed in registers before the sums are stored: often enough that their rows stay in the first-level cache
+)
 _LINE_BYTES = 64
+_UINT8, _FLOAT32, _BFLOAT16 = map(like, (torch.uint8, torch.float32, torch.bfloat16))
 
 
-def _sum_values(
-    weights, cuts, padding, v, v_at, scale, scale_at, centre, centre_at, rotation, first, last, kv_heads, n_first, n, sums, masses, out,
-):  # fmt: skip
-    """out [heads, R, Dv] of B·Hkv heads from weights [heads, R, n] of coded keys, which stand after `n_first` tokens, and from sums
-    [heads, R, Dv] and masses [heads, R] of the exact ones. `x` and `x_at` are the bits of x [B, Hkv, n, W] and its strides. With
-    `rotation` > 0 V is in 4 bits around a centre, and rotated in blocks of this width."""
+def _sum_rows(weights, cuts, first, last, padding, kv_heads, n_first, n, like, at, sums, masses, out):
+    """out [heads, R, Dv] of B·Hkv heads from weights [heads, R, n] of coded keys and from sums [heads, R, Dv] and masses [heads, R] of
+    the exact ones. `at` [2, 4] tells where rows like `like` and their scales, if any, lie; further arguments are those of `Seen`."""
     heads, rows, dims = out.shape
     per_head = tasks_per_head(n)
     parts = np.empty((heads * per_head, rows, dims), np.float32)
     part_masses = np.empty((heads * per_head, rows), np.float32)
     for task in prange(heads * per_head):
-        head, b, h, start, end = chunk_of(task, per_head, kv_heads, first, last, n_first, n)
-        at, scale_from = b * v_at[0] + h * v_at[1] + start * v_at[2], b * scale_at[0] + h * scale_at[1] + start
-        needed = _needed(weights[head, :, start:end], cuts[head], padding[b, n_first + start : n_first + end])
-        if rotation:
-            _sum_levels(
-                weights[head, :, start:end], needed, scale[scale_from:],
-                centre[b * centre_at[0] + h * centre_at[1] + start :], v, at, v_at[2], parts[task], part_masses[task],
-            )  # fmt: skip
-        else:
-            _sum_rows(
-                weights[head, :, start:end], needed, scale[scale_from:], v, at, v_at[2], parts[task], part_masses[task]
-            )
+        _sum_rows_of_chunk(
+            np.int64(task), per_head, weights, cuts, first, last, padding, kv_heads, n_first, n, like, at, parts[task],
+            part_masses[task],
+        )  # fmt: skip
+    _combine(parts, part_masses, sums, masses, 0, out)
+
+
+sum_rows = Kernel(_sum_rows)
+
+
+def _sum_levels(weights, cuts, first, last, padding, kv_heads, n_first, n, at, rotation, sums, masses, out):
+    """As `_sum_rows`, for values in 4 bits: centre[key] + (level - 7.5) * scale[key], two levels per byte, rotated in blocks of width
+    `rotation`. `at` [3, 4] tells where the bytes, the scales and the centres lie."""
+    heads, rows, dims = out.shape
+    per_head = tasks_per_head(n)
+    parts = np.empty((heads * per_head, rows, dims), np.float32)
+    part_masses = np.empty((heads * per_head, rows), np.float32)
+    for task in prange(heads * per_head):
+        _sum_levels_of_chunk(
+            np.int64(task), per_head, weights, cuts, first, last, padding, kv_heads, n_first, n, at, parts[task],
+            part_masses[task],
+        )  # fmt: skip
     _combine(parts, part_masses, sums, masses, rotation, out)
 
 
-sum_values = Kernel(_sum_values)
+sum_levels = Kernel(_sum_levels)
 
 
 @jit()
-def _needed(weights, cuts, padding):
-    """The keys of weights [R, n] that are no padding and above the cut of some row."""
-    needed, count = np.empty(weights.shape[1], np.int64), 0
-    for key in range(weights.shape[1]):
-        keep = False
-        for row in range(len(weights)):
-            keep |= not weights[row, key] <= cuts[row]  # NaN is kept, to be seen in the output
-        needed[count] = key
-        count += keep and (len(padding) == 0 or not padding[key])
-    return needed[:count]
-
-
-@jit(reorder=True)
-def _sum_rows(weights, needed, scale, v, start, stride, out, mass):
-    """out [R, Dv] = sum over the needed keys of weights [R, n] times the V row at v[start + key * stride], times scale[key]
-    unless that is empty, and mass [R], the sum of their weights."""
-    count, last, dims = len(needed), len(needed) - 1, out.shape[1]
+def _sum_rows_of_chunk(
+    task, per_head, weights, cuts, first, last, padding, kv_heads, n_first, n, like, at, out, masses
+):
+    head, b, h, start, end = chunk_of(task, per_head, Seen(first, last, padding, kv_heads, n_first, n))
+    needed = _needed(weights[head], cuts[head], padding[b], n_first, start, end)
+    kept = _kept(weights[head], needed, masses)
+    scale = Part(_FLOAT32, at[1])
+    if is_there(scale):
+        _scale(kept, needed, scale, b, h)
     out[:] = 0
-    mass[:] = 0
-    for i in range(0, count, 4):  # four keys a step: out is loaded and stored a fourth as often
-        for ahead in range(i + _AHEAD_KEYS, min(i + _AHEAD_KEYS + 4, count)):
-            at = start + needed[ahead] * stride
-            for line in range(at, at + dims, _LINE_BYTES // v.itemsize):
-                prefetch(v, line)
-        k0, k1, k2, k3 = needed[i], needed[min(i + 1, last)], needed[min(i + 2, last)], needed[min(i + 3, last)]
-        at0, at1 = np.uint64(start + k0 * stride), np.uint64(start + k1 * stride)
-        at2, at3 = np.uint64(start + k2 * stride), np.uint64(start + k3 * stride)
-        for row in range(len(weights)):
-            w0 = weights[row, k0]
-            w1 = weights[row, k1] if i + 1 < count else np.float32(0)
-            w2 = weights[row, k2] if i + 2 < count else np.float32(0)
-            w3 = weights[row, k3] if i + 3 < count else np.float32(0)
-            mass[row] += (w0 + w1) + (w2 + w3)
-            if len(scale):
-                w0, w1 = w0 * widen(scale[k0]), w1 * widen(scale[k1])
-                w2, w3 = w2 * widen(scale[k2]), w3 * widen(scale[k3])
-            for j in range(np.uint64(dims)):
-                out[row, j] += (w0 * widen(v[at0 + j]) + w1 * widen(v[at1 + j])) + (
-                    w2 * widen(v[at2 + j]) + w3 * widen(v[at3 + j])
-                )
+    _add_rows(kept, needed, Part(like, at[0]), b, h, out, 0, out.shape[1])
 
 
-@jit(reorder=True)
-def _sum_levels(weights, needed, scale, centre, v, start, stride, out, mass):
-    """As `_sum_rows`, for rows in 4 bits: centre[key] + (level - 7.5) * scale[key], two levels per byte."""
-    count, rows, width = len(needed), len(weights), out.shape[1] // 2
-    sums = np.zeros(
-        (rows, 2 * width), np.float32
-    )  # of the lower halves of the bytes, and of the upper ones behind them
-    levels, base = np.empty((4, 2 * width), np.float32), np.zeros(rows, np.float32)
-    mass[:] = 0
-    for i in range(0, count, 4):
-        keys = min(4, count - i)
-        levels[: 4 - keys] = 0  # the last keys stand last
-        for j in range(keys):
-            at = np.uint64(start + needed[i + j] * stride)
-            low, high = levels[4 - keys + j, :width], levels[4 - keys + j, width:]
-            for c in range(np.uint64(width)):
-                low[c] = np.float32(v[at + c] & 15) - np.float32(7.5)
-                high[c] = np.float32(v[at + c] >> 4) - np.float32(7.5)
-        for row in range(rows):
-            w0 = w1 = w2 = w3 = np.float32(0)
-            for j in range(keys):
-                key = needed[i + j]
-                weight = weights[row, key]
-                mass[row] += weight
-                base[row] += weight * widen(centre[key])
-                w0, w1, w2, w3 = w1, w2, w3, weight * widen(scale[key])
-            line = sums[row]
-            for c in range(np.uint64(2 * width)):
-                line[c] += (w0 * levels[0, c] + w1 * levels[1, c]) + (w2 * levels[2, c] + w3 * levels[3, c])
+@jit()
+def _sum_levels_of_chunk(task, per_head, weights, cuts, first, last, padding, kv_heads, n_first, n, at, out, masses):
+    head, b, h, start, end = chunk_of(task, per_head, Seen(first, last, padding, kv_heads, n_first, n))
+    needed = _needed(weights[head], cuts[head], padding[b], n_first, start, end)
+    kept = _kept(weights[head], needed, masses)
+    rows, width, centre = len(kept), out.shape[1] // 2, Part(_BFLOAT16, at[2])
+    centres, base = entries(centre), np.zeros(len(kept), np.float32)
+    for row in range(rows):
+        for i in range(len(needed)):
+            base[row] += kept[row, i] * widen(centres[place(centre, b, h, needed[i])])
+    _scale(kept, needed, Part(_BFLOAT16, at[1]), b, h)
+    # of the lower halves of the bytes, and of the upper ones behind them
+    sums, levels = np.zeros((rows, 2 * width), np.float32), Part(_UINT8, at[0])
+    _add_lower(kept, needed, levels, b, h, sums, 0, width)
+    _add_upper(kept, needed, levels, b, h, sums, width, width)
     for row in range(rows):
         for c in range(width):
             out[row, 2 * c] = sums[row, c] + base[row]
             out[row, 2 * c + 1] = sums[row, width + c] + base[row]
+
+
+@jit()
+def _needed(weights, cuts, padding, n_first, start, end):
+    """The keys start to end of weights [R, n] that are no padding and above the cut of some row, as unsigned integers."""
+    needed, count = np.empty(end - start, np.uint64), 0
+    is_exact = len(padding) == 0
+    for cut in cuts:
+        is_exact &= cut < 0
+    if is_exact:
+        for key in range(start, end):
+            needed[key - start] = key
+        return needed
+    for key in range(start, end):
+        keep = False
+        for row in range(len(weights)):
+            keep |= not weights[row, key] <= cuts[row]  # NaN is kept, to be seen in the output
+        needed[count] = key
+        count += keep and (len(padding) == 0 or not padding[n_first + key])
+    return needed[:count]
+
+
+@jit(reorder=True)
+def _kept(weights, needed, masses):
+    """The weights [R, kept] of the needed keys, and their sums to masses [R]."""
+    kept = np.empty((len(weights), len(needed)), np.float32)
+    for row in range(len(weights)):
+        line, source, mass = kept[row], weights[row], np.float32(0)
+        for i in range(len(needed)):
+            weight = source[needed[i]]
+            line[i] = weight
+            mass += weight
+        masses[row] = mass
+    return kept
+
+
+@jit()
+def _scale(weights, needed, scale, b, h):
+    """Multiply weights [R, kept] by the factors of the needed keys."""
+    factors = entries(scale)
+    for row in range(len(weights)):
+        for i in range(len(needed)):
+            weights[row, i] *= widen(factors[place(scale, b, h, needed[i])])
+
+
+def _adder(load_vector, load_one):
+    """A function that adds to out[:, column : column + width] the weighted sum over needed keys of what lies in `part`, read by
+    `load_vector(array, at)` and, at the end of a row, by `load_one(array, at)`."""
+
+    @jit()
+    def add_keys(weights, needed, part, b, h, out, column, width):
+        rows, count = weights.shape
+        v, per_line = entries(part), np.uint64(_LINE_BYTES // part.like.itemsize)
+        is_scattered = count > 0 and needed[count - 1] - needed[0] >= count
+        places = np.empty(count, np.uint64)
+        for i in range(count):
+            places[i] = place(part, b, h, needed[i])
+        for start in range(0, count, _GROUP_KEYS):
+            end = min(start + _GROUP_KEYS, count)
+            if is_scattered:  # the machine foresees the next of adjacent rows by itself
+                for ahead in range(end, min(end + _GROUP_KEYS, count)):
+                    for line in range(places[ahead], places[ahead] + np.uint64(width), per_line):
+                        prefetch(v, line)
+            row = 0
+            while row < rows:
+                if rows - row > 2:
+                    add_four(weights, v, places, start, end, out, row, column, width)
+                    row += 4
+                else:
+                    add_one(weights, v, places, start, end, out, row, column, width)
+                    row += 1
+            for c in range(width - width % SIXTEEN, width):
+                for row in range(rows):
+                    for i in range(start, end):
+                        out[row, column + c] += weights[row, i] * load_one(v, places[i] + np.uint64(c))
+
+    @jit()
+    def add_four(weights, v, places, start, end, out, row, column, width):
+        """Rows `row` to `row + 3`; in place of those that are not there the last is summed, again."""
+        last = len(weights) - 1
+        w0, w1 = weights[row], weights[min(row + 1, last)]
+        w2, w3 = weights[min(row + 2, last)], weights[min(row + 3, last)]
+        out0, out1, out2, out3 = out[row], out[min(row + 1, last)], out[min(row + 2, last)], out[min(row + 3, last)]
+        for c in range(np.uint64(column), np.uint64(column + width - width % SIXTEEN), np.uint64(SIXTEEN)):
+            s0, s1, s2, s3 = load16(out0, c), load16(out1, c), load16(out2, c), load16(out3, c)
+            offset = c - np.uint64(column)
+            for i in range(np.uint64(start), np.uint64(end)):
+                x = load_vector(v, places[i] + offset)
+                s0, s1 = add_scaled(s0, x, w0[i]), add_scaled(s1, x, w1[i])
+                s2, s3 = add_scaled(s2, x, w2[i]), add_scaled(s3, x, w3[i])
+            store(out0, c, s0)
+            store(out1, c, s1)
+            store(out2, c, s2)
+            store(out3, c, s3)
+
+    @jit()
+    def add_one(weights, v, places, start, end, out, row, column, width):
+        w, line = weights[row], out[row]
+        for c in range(np.uint64(column), np.uint64(column + width - width % SIXTEEN), np.uint64(SIXTEEN)):
+            total, offset = load16(line, c), c - np.uint64(column)
+            for i in range(np.uint64(start), np.uint64(end)):
+                total = add_scaled(total, load_vector(v, places[i] + offset), w[i])
+            store(line, c, total)
+
+    return add_keys
+
+
+@jit()
+def _row(v, at):
+    return load16(v, at)
+
+
+@jit()
+def _entry(v, at):
+    return widen(v[at])
+
+
+@jit()
+def _lower(v, at):
+    return add(load16_lower(v, at), filled16(-7.5))
+
+
+@jit()
+def _lower_entry(v, at):
+    return np.float32(np.uint64(v[at]) & np.uint64(15)) - np.float32(7.5)
+
+
+@jit()
+def _upper(v, at):
+    return add(load16_upper(v, at), filled16(-7.5))
+
+
+@jit()
+def _upper_entry(v, at):
+    return np.float32(np.uint64(v[at]) >> np.uint64(4)) - np.float32(7.5)
+
+
+_add_rows, _add_lower, _add_upper = _adder(_row, _entry), _adder(_lower, _lower_entry), _adder(_upper, _upper_entry)
 
 
 @jit()
