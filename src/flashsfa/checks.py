@@ -48,6 +48,17 @@ def has_values(x: Tensor) -> bool:
     )
 
 
+def runs_plainly(*tensors: Tensor) -> bool:
+    """Whether nothing traces, transforms or differentiates a call over these: the inside of an operator may then be called at
+    once, which saves the host what torch's dispatch of a custom operator costs (some 40 µs)."""
+    return (
+        not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch.jit.is_tracing()
+        and all(has_values(x) for x in tensors)
+    )
+
+
 def may_look(x: Tensor) -> bool:
     """Whether a check may look at x's values: on a GPU that is a sync, for checked mode alone."""
     return has_values(x) and (x.device.type == "cpu" or is_checked())

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .budget import FeatureBudget, require_budget
 from .checks import may_look, refuse_transforms, require, require_float
-from .ops.select.operators import prune_24_op, scatter_op, topk_op
+from .ops.select.operators import coded, pruned, scattered
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +124,7 @@ class FeatureCodes:
             return self.to(torch.float32).to_dense()
         if not self.topk and not self.sparse_dims:
             return self.dense
-        return scatter_op(self.dense, self.values, self.indices, self.head_dim)
+        return scattered(self.dense, self.values, self.indices, self.head_dim)
 
     def map(self, change: Callable[..., Tensor], *others: FeatureCodes) -> FeatureCodes:
         """The codes with each tensor changed alike, in leading dimensions or device, together with its like of `others`."""
@@ -207,11 +207,11 @@ def topk_codes(x: Tensor, topk: int, *, dense_dims: int = 0, pattern: str | None
     require_budget(topk, x.shape[-1], dense_dims, pattern)
     refuse_transforms("topk_codes", "use flashsfa.reference.topk_rows", x)
     if pattern is None:
-        dense, values, indices = topk_op(x, topk, dense_dims)
+        dense, values, indices = coded(x, topk, dense_dims)
     else:
-        dense, values, indices = prune_24_op(x, dense_dims)
+        dense, values, indices = pruned(x, dense_dims)
         if topk < values.shape[-1]:  # the largest of these: in each group a row's largest two come before its others
-            _, values, slots = topk_op(values, topk, 0)
+            _, values, slots = coded(values, topk, 0)
             indices = indices.gather(-1, slots.long())
     return FeatureCodes(dense, values, indices, x.shape[-1])
 

@@ -9,7 +9,7 @@ from flashsfa import benchmarking
 from flashsfa.benchmarking import results, timing
 
 pytest.importorskip("transformers")
-from flashsfa.benchmarking import generate
+from flashsfa.benchmarking import generate, models, plain
 from flashsfa.benchmarking.generate import GenerateCase
 from flashsfa.cli import main
 
@@ -36,7 +36,7 @@ def test_a_row_holds_times_and_bytes():
 
 
 def test_a_long_prompt_is_not_read(monkeypatch):
-    monkeypatch.setattr(generate, "_LONGEST_PROMPT", 255)
+    monkeypatch.setattr(generate, "LONGEST_PROMPT", 255)
     row = benchmarking.run_case(case(), 1e9, quick=True)
     assert row.status == "ok", row.note
     assert row.generation.first_token_ms is None
@@ -108,13 +108,13 @@ def test_the_largest_cases_are_those_of_the_targets():
 
 @pytest.mark.parametrize(("shape", "millions"), [("gpt2", 124.44), ("qwen3-0.6b", 596.05), ("qwen3-8b", 8190.74)])
 def test_published_shapes(shape, millions):
-    model = generate._skeleton(shape, torch.bfloat16)
+    model = models.skeleton(shape, torch.bfloat16)
     positions = model.transformer.wpe.weight if shape == "gpt2" else None  # more of them than were published
     more = 0 if positions is None else positions.numel() - 1024 * 768
     parameters = sum(p.numel() for p in model.parameters())
     assert parameters - more == pytest.approx(millions * 1e6, rel=1e-4)
     looked_up = {"gpt2": positions, "qwen3-0.6b": None, "qwen3-8b": model.get_input_embeddings().weight}[shape]
-    assert generate._weight_bytes(model) == 2 * (parameters - (0 if looked_up is None else looked_up.numel()))
+    assert models.weight_bytes(model) == 2 * (parameters - (0 if looked_up is None else looked_up.numel()))
 
 
 def test_the_command_runs_named_cases_alone(tmp_path, capsys):
@@ -130,6 +130,39 @@ def test_the_command_runs_named_cases_alone(tmp_path, capsys):
     assert row["generation"]["kv_bytes"] < row["baselines"]["sdpa"]["generation"]["kv_bytes"]
     for side in (row, row["baselines"]["sdpa"]):
         assert {"first_token_ms", "tokens_per_s", "peak_bytes", "kv_bytes", "kv_allocated"} <= set(side["generation"])
+
+
+def test_plain_generate(tmp_path):
+    """Each cache as generate() makes it, growing and of fixed size, in 16 and 8 bits, beside the dense one of its kind."""
+    assert main(["bench", "generate", "--plain", "--quick", "--device", "cpu", "-o", str(tmp_path)]) == 0
+    (file,) = tmp_path.glob("generate-plain-*.json")
+    rows = {row["curve"]: row for row in json.loads(file.read_text())["rows"]}
+    assert set(rows) == {f"8+k8{x}, {cache} cache, batch 2" for x in ("", "-int8") for cache in ("growing", "static")}
+    for row in rows.values():
+        assert row["status"] == "ok", row["note"]
+        assert set(row["baselines"]) == {"sdpa"}
+        for side in (row["generation"], row["baselines"]["sdpa"]["generation"]):
+            assert side["first_token_ms"] > 0
+            assert side["tokens_per_s"] > 0
+    held = rows["8+k8, growing cache, batch 2"]["generation"]["kv_bytes"]
+    assert held == 2 * 511 * 2 * 2 * (8 * 4 + 8 * 5 + 64 * 4)  # sequences, tokens, kv heads, layers
+    assert rows["8+k8-int8, growing cache, batch 2"]["generation"]["kv_bytes"] < held / 2
+
+
+def test_plain_is_for_generate_alone(tmp_path, capsys):
+    assert main(["bench", "decode", "--plain", "--device", "cpu", "-o", str(tmp_path)]) == 2
+    assert "--plain is a way to time generate, not decode" in capsys.readouterr().err
+
+
+def test_wrong_tokens_of_a_plain_cache_are_no_time(monkeypatch):
+    from flashsfa.huggingface import attention
+
+    attend = attention.attend_cached
+    monkeypatch.setattr(attention, "attend_cached", lambda q, *rest: (1.1 if q.shape[2] == 1 else 1) * attend(q, *rest))
+    (case, *_) = plain.cases(CPU, quick=True)
+    row = benchmarking.run_case(case, 1e9, quick=True)
+    assert (row.status, row.timing) == ("failed", None)
+    assert "from those without one" in row.note
 
 
 @pytest.mark.parametrize(("budget", "count"), [(0.0, 1), (1e9, timing._QUICK_REPEATS)])

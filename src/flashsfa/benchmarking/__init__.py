@@ -1,7 +1,7 @@
 """Benchmarks of decode, prefill, coding and whole models, beside the strongest dense kernels torch has.
 
 A case is timed only after its output has passed the error rule; a case that fails or cannot run is a row with its
-reason and no time. `decode`, `prefill`, `topk` and `generate` hold the cases, `timing` the clock and the copy bandwidth that serves as
+reason and no time. `decode`, `prefill`, `topk`, `generate` and `plain` hold the cases, `timing` the clock and the copy bandwidth that serves as
 roofline, `results` the rows, table and files, `findings` what they say together, `plots` the picture.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -22,19 +23,20 @@ from .results import BaselineResult, Results, Row, environment
 from .timing import copy_bandwidth, measure, release
 
 
-def _generate_cases(device: torch.device, quick: bool) -> Sequence[MeasuredCase]:
+def _whole_models(name: str, device: torch.device, quick: bool) -> Sequence[MeasuredCase]:
     try:
-        from . import generate  # needs transformers
+        module = import_module(f".{name}", __name__)  # needs transformers
     except ImportError as error:
         raise ImportError(f"{error}: {install_hint('hf')}") from error
-    return generate.cases(device, quick)
+    return module.cases(device, quick)
 
 
 CASES: dict[str, Callable[[torch.device, bool], Sequence[Case | MeasuredCase]]] = {
     "decode": decode.cases,
     "prefill": prefill.cases,
     "topk": topk.cases,
-    "generate": _generate_cases,
+    "generate": partial(_whole_models, "generate"),
+    "generate-plain": partial(_whole_models, "plain"),
 }
 
 

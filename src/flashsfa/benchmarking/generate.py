@@ -7,14 +7,11 @@ graph: what surrounds attention takes the time that it takes where one serves mo
 
 from __future__ import annotations
 
-import copy
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache, StaticCache
 from transformers.masking_utils import AttentionMaskInterface
@@ -25,12 +22,22 @@ from ..huggingface.switch import attention_shape
 from ..ops.record import last_choice
 from .cases import UnavailableError, WrongOutputError, sdpa_backends, tokens_label
 from .configuration import code_name
+from .models import (
+    check_tokens,
+    config_of,
+    fill,
+    random_model,
+    relative,
+    skeleton,
+    token_ids,
+    twin,
+    weight_bytes,
+)
 from .results import BaselineResult, Generation
 from .timing import release, repeat
 
-_CHUNK_TOKENS = 4096  # tokens that go into a cache at a time
 _ROOM = 128  # tokens that warm-up, checks and repeats append to a cache
-_LONGEST_PROMPT = 32768  # tokens: beyond, reading a prompt on every side takes minutes
+LONGEST_PROMPT = 32768  # tokens: beyond, reading a prompt on every side takes minutes
 _SHARE_OF_MEMORY = 0.97  # of what is free: the rest goes to fragments, handles and graphs
 
 
@@ -76,9 +83,9 @@ class GenerateCase:
     def measure(self, bandwidth: float, quick: bool) -> dict[str, Any]:
         """The figures of the case's row. Raises `WrongOutputError` before anything is timed."""
         self._require_memory(sparse=True)
-        model = _model(self.shape, self.dtype, self.device)
-        sparse = enable(_twin(model), self.topk, dense_dims=self.dense_dims)
-        error = self._check_tokens(model, sparse)
+        model = random_model(self.shape, self.dtype, self.device)
+        sparse = enable(twin(model), self.topk, dense_dims=self.dense_dims)
+        error = check_tokens(model, sparse)
         timing, ours = self._side(sparse, sparse=True, quick=quick)
         choice = last_choice("decode")
         baselines, notes = {}, []
@@ -88,7 +95,7 @@ class GenerateCase:
                 baselines[name] = self._side(baseline, sparse=False, quick=quick)
             except (UnavailableError, RuntimeError) as reason:
                 notes.append(f"{name}: {str(reason).strip().partition(chr(10))[0]}")
-        weights, rows = _weight_bytes(model), self._rows(model)
+        weights, rows = weight_bytes(model), self._rows(model)
         moved = weights + ours.kv_bytes
         return {
             "note": "; ".join(notes), "timing": timing, "error": error, "generation": ours,
@@ -111,7 +118,7 @@ class GenerateCase:
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             _compile_parts(model)
-        first = self._first_token_ms(model, sparse, quick) if self.n <= _LONGEST_PROMPT else None
+        first = self._first_token_ms(model, sparse, quick) if self.n <= LONGEST_PROMPT else None
         release(self.device)
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -131,7 +138,7 @@ class GenerateCase:
 
     def _first_token_ms(self, model: Any, sparse: bool, quick: bool) -> float:
         """Reading one prompt of n tokens into a growing cache, up to the logits of the next."""
-        ids = self._ids(1, self.n)
+        ids = token_ids(1, self.n, self.device)
 
         @torch.no_grad()
         def read() -> Tensor:
@@ -142,23 +149,17 @@ class GenerateCase:
 
     def _filled(self, model: Any, sparse: bool) -> tuple[Any, int]:
         """A static cache with all but its last tokens random, and the bytes that it took."""
-        _, kv_heads, head_dim = attention_shape(model)
         on_gpu = self.device.type == "cuda"
-        shape = (self.batch, kv_heads, min(_CHUNK_TOKENS, self.n), head_dim)
-        k, v = (torch.randn(shape, dtype=self.dtype, device=self.device) for _ in "kv")
         before = torch.cuda.memory_allocated(self.device) if on_gpu else 0
         cache = StaticSparseCache(model, self.n) if sparse else StaticCache(model.config, max_cache_len=self.n)
-        for layer in cache.layers:
-            for start in range(0, self.n - _ROOM, _CHUNK_TOKENS):
-                chunk = slice(0, min(_CHUNK_TOKENS, self.n - _ROOM - start))
-                layer.update(k[:, :, chunk], v[:, :, chunk])
+        fill(cache, model, self.batch, self.n - _ROOM)
         if on_gpu:  # what the allocator gave; the CPU's keeps no account
             return cache, torch.cuda.memory_allocated(self.device) - before
         return cache, cache_nbytes(cache)["total"]
 
     def _step(self, model: Any, cache: Any) -> Callable[[], Tensor]:
         """The next token as a call; on a GPU a captured graph of it."""
-        token = self._ids(self.batch, 1)
+        token = token_ids(self.batch, 1, self.device)
 
         @torch.no_grad()
         def step() -> Tensor:
@@ -171,41 +172,21 @@ class GenerateCase:
         for layer in cache.layers:
             layer.crop(-1)
         with torch.no_grad():
-            plain = model(self._ids(self.batch, 1), past_key_values=cache, use_cache=True).logits
-        error = _relative(out, plain)
+            plain = model(token_ids(self.batch, 1, self.device), past_key_values=cache, use_cache=True).logits
+        error = relative(out, plain)
         if not error < 1e-2:
             raise WrongOutputError(f"the captured step is {error:.1e} from the plain one")
-
-    def _check_tokens(self, model: Any, sparse: Any) -> float:
-        """A few tokens made one by one against the same tokens read at once: the error that a cache of codes and the decode
-        kernels make. At most three times that of the dense model with its own cache: rounding moves features, too."""
-        ids = self._ids(2, 64)
-
-        @torch.no_grad()
-        def error(model: Any, cache: Any) -> float:
-            whole = model(ids, use_cache=False).logits[:, -8:]
-            model(ids[:, :-8], past_key_values=cache)
-            tokens = [model(token, past_key_values=cache).logits for token in ids[:, -8:].split(1, dim=1)]
-            return _relative(torch.cat(tokens, dim=1), whole)
-
-        found = error(sparse, StaticSparseCache(sparse, 64))
-        allowed = 3 * error(model, StaticCache(model.config, max_cache_len=64)) + 4 * torch.finfo(self.dtype).eps
-        if not found <= allowed:
-            raise WrongOutputError(
-                f"tokens from the cache are {found:.1e} from those without one, allowed {allowed:.1e}"
-            )
-        return found
 
     def _require_memory(self, *, sparse: bool) -> None:
         """Raise `UnavailableError` if the weights and one side's cache or prompt do not fit the GPU."""
         if self.device.type != "cuda":
             return
-        config = _config(self.shape, self.dtype)
-        cached = self._kv_bytes(_skeleton(self.shape, self.dtype), sparse)
+        config = config_of(self.shape, self.dtype)
+        cached = self._kv_bytes(skeleton(self.shape, self.dtype), sparse)
         width = 4 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size) + 8 * config.hidden_size
-        prompt = min(self.n, _LONGEST_PROMPT)
+        prompt = min(self.n, LONGEST_PROMPT)
         reading = cached * prompt // (self.batch * self.n) + prompt * width * self.dtype.itemsize
-        needed = sum(p.nbytes for p in _skeleton(self.shape, self.dtype).parameters()) + max(cached, reading)
+        needed = sum(p.nbytes for p in skeleton(self.shape, self.dtype).parameters()) + max(cached, reading)
         free, _ = torch.cuda.mem_get_info(self.device)
         free = int(_SHARE_OF_MEMORY * (free + torch.cuda.memory_reserved(self.device)))
         if needed > free:
@@ -222,54 +203,6 @@ class GenerateCase:
     def _rows(self, model: Any) -> int:
         """Tokens and kv heads of all layers."""
         return self.batch * self.n * attention_shape(model)[1] * model.config.num_hidden_layers
-
-    def _ids(self, batch: int, n: int) -> Tensor:
-        generator = torch.Generator("cpu").manual_seed(0)
-        return torch.randint(0, 1000, (batch, n), generator=generator, device="cpu").to(self.device)
-
-
-def _config(shape: str, dtype: torch.dtype) -> Any:
-    """transformers' config of a published shape."""
-    if shape == "gpt2":
-        return transformers.GPT2Config(n_positions=32768, attn_pdrop=0.0, dtype=dtype)
-    common = {"max_position_embeddings": 131072, "dtype": dtype}
-    if shape == "tiny":
-        return transformers.Qwen3Config(
-            vocab_size=1000, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=64, **common,
-        )  # fmt: skip
-    width, inner, layers, heads = {"qwen3-0.6b": (1024, 3072, 28, 16), "qwen3-8b": (4096, 12288, 36, 32)}[shape]
-    return transformers.Qwen3Config(
-        hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=8, head_dim=128, tie_word_embeddings=shape == "qwen3-0.6b", **common,
-    )  # fmt: skip
-
-
-@functools.lru_cache(maxsize=1)  # the cases of a shape follow one another
-def _model(shape: str, dtype: torch.dtype, device: torch.device) -> Any:
-    """A model with random weights, drawn where they stay."""
-    with torch.device(device):
-        return transformers.AutoModelForCausalLM.from_config(_config(shape, dtype), dtype=dtype).eval()
-
-
-@functools.cache
-def _skeleton(shape: str, dtype: torch.dtype) -> Any:
-    """The model without weights."""
-    return _model.__wrapped__(shape, dtype, torch.device("meta"))
-
-
-def _twin(model: Any) -> Any:
-    """Another model over the same weights."""
-    return copy.deepcopy(model, {id(x): x for x in (*model.parameters(), *model.buffers())})
-
-
-def _weight_bytes(model: Any) -> int:
-    """Bytes of the weights that a token reads: input embeddings of their own are looked up in one row."""
-    read = {id(p): p.nbytes for p in model.parameters()}
-    for table in (m for m in model.modules() if isinstance(m, torch.nn.Embedding)):
-        if table.weight is not model.get_output_embeddings().weight:
-            read.pop(id(table.weight), None)
-    return sum(read.values())
 
 
 def _baselines(model: Any, device: torch.device) -> dict[str, Any]:
@@ -293,9 +226,9 @@ def _unmasked(model: Any, name: str, sdpa: Callable[..., Tensor]) -> Any:
 
     AttentionInterface.register(name, attend)
     AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
-    twin = _twin(model)
-    twin.set_attn_implementation(name)
-    return twin
+    copied = twin(model)
+    copied.set_attn_implementation(name)
+    return copied
 
 
 def _compile_parts(model: Any) -> None:
@@ -322,7 +255,3 @@ def _graphed(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
         return out
 
     return replay
-
-
-def _relative(found: Tensor, expected: Tensor) -> float:
-    return float((found.float() - expected.float()).norm() / expected.float().norm())

@@ -54,8 +54,7 @@ def measure(runs: Mapping[str, Callable[[], Any]], device: torch.device, quick: 
             start = _mark(device)
             run()
             marks[name].append((start, _mark(device)))
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    _wait(device)
     return {name: _summary([_elapsed_ms(*pair) for pair in pairs]) for name, pairs in marks.items()}
 
 
@@ -69,13 +68,25 @@ def repeat(run: Callable[[], Any], device: torch.device, quick: bool = False) ->
             start = _mark(device)
             run()
             marks.append((start, _mark(device)))
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        _wait(device)
         return [_elapsed_ms(*pair) for pair in marks]
 
     times = timed(1)
     most = _QUICK_REPEATS if quick else _REPEATS[device.type]
     return _summary(times + timed(min(most, int(_REPEAT_MS / times[0])) - 1))
+
+
+def wall_clock(run: Callable[[], Any], device: torch.device, calls: int) -> Timing:
+    """Time `run` as one waits for it, the host's part too, after a warm-up."""
+    run()
+    times = []
+    for _ in range(calls):
+        _wait(device)
+        start = time.perf_counter()
+        run()
+        _wait(device)
+        times.append(1e3 * (time.perf_counter() - start))
+    return _summary(times)
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -91,6 +102,11 @@ def release(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _mark(device: torch.device) -> Any:

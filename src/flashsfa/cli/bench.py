@@ -17,6 +17,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "operation", choices=("decode", "prefill", "topk", "generate"), metavar="OPERATION",
         help="what to time: decode, prefill, topk (coding) or generate (whole models)",
     )  # fmt: skip
+    bench.add_argument(
+        "--plain", action="store_true",
+        help="generate: model.generate() as one calls it first, where the host's part counts, in place of CUDA graphs",
+    )  # fmt: skip
     bench.add_argument("--quick", action="store_true", help="few cases at two lengths, few repeats")
     bench.add_argument(
         "--only", nargs="+", type=some_text, default=(), metavar="TEXT",
@@ -34,6 +38,8 @@ def _bench(options: argparse.Namespace) -> int:
     device = torch.device(("cuda" if on_gpu else "cpu") if options.device == "auto" else options.device)
     if device.type == "cuda" and not on_gpu:
         raise ValueError("--device cuda, but torch finds no CUDA device here; leave it out to run on the CPU")
+    if options.plain and options.operation != "generate":
+        raise ValueError(f"--plain is a way to time generate, not {options.operation}; leave it out")
     need("bench", "matplotlib", "rich")
     if options.operation == "generate":
         need("hf", "transformers")
@@ -41,8 +47,9 @@ def _bench(options: argparse.Namespace) -> int:
     from ..benchmarking.findings import findings
 
     screen = console()
+    operation = f"{options.operation}-plain" if options.plain else options.operation
     results, paths = benchmarking.run(
-        options.operation, device=device, quick=options.quick, directory=options.output, only=options.only,
+        operation, device=device, quick=options.quick, directory=options.output, only=options.only,
         on_start=lambda count: screen.print(f"{count} cases on {device}"),
         on_row=lambda row: screen.print(row.summary()),
     )  # fmt: skip

@@ -67,12 +67,12 @@ def enable(
         value_tolerance: as in `sparse_feature_decode`.
         positions: "channel" turns the dense channel alone by RoPE and leaves the sparse features free of position: for
             GPT-2 (whose learned positions are dropped) and Qwen3 models that are trained so. None for the model's own.
-        cache_dtype: in how many bits the switched layers' dynamic and offloaded caches keep codes and values. "int8": 8 bits with a
+        cache_dtype: in how many bits the switched layers' caches keep codes and values. "int8": 8 bits with a
             float32 scale a row; a key costs M + 2·K + 4 bytes (M dense dims, K kept features), a value Dv + 4. "int4": the
             dense channel in 8 bits, kept features and values in 4, indices as small as they go; other widths by a name such as
             "d8s8v4" (`CodeFormat`, which counts the bytes). With topk = head_dim keys are rows without indices, in the width
             after the s. None keeps all in the dtype that it comes in. A prompt attends to the rounded ones too; calls
-            without such a cache round nothing, and static caches are refused.
+            without such a cache round nothing.
         query_pattern: as in `sparse_feature_attention`, for prompts on Hopper's sparse tensor cores; for models that are trained
             with it, in others it costs quality (docs/explanation/prefill.md).
         recent: newest tokens that caches keep as they come, static ones beside their codes; queries see codes of the others. Tokens

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...budget import PATTERNS, FeatureBudget
+from ...checks import runs_plainly
 from ...codes import FeatureCodes, all_dense_codes, topk_codes
 from ...contexts import without_autocast
 from ...mask import Mask
@@ -44,6 +45,8 @@ def attend(
     """out [B, Hq, N_q, Dv] and lse [B, Hq, N_q] of checked inputs. Differentiable in q, k, v and the sinks."""
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, scores.sinks))
     call = _Call(budget, mask, scores, keep, gradient_of_all, backend)
+    if runs_plainly(*(x for x in (q, k, v, scores.sinks) if x is not None)):
+        return _forward(call, q, k, v)[:2]
     out, lse, *_ = _attention_op(q, k, v, *_flatten(call))
     return out, lse
 
@@ -109,11 +112,16 @@ def _attention_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """out, lse, and where they are to be kept the codes of q and of k; empty tensors for rows that stay as they are."""
-    call = _unflatten(padding, cu_q, cu_k, sinks, whole, real, backend)
+    return _forward(_unflatten(padding, cu_q, cu_k, sinks, whole, real, backend), q, k, v)
+
+
+def _forward(
+    call: _Call, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     budget, mask = call.budget, call.mask.without_idle_window(q.shape[2], k.shape[2])
     with without_autocast(q.device):
         k_rows, k_code = _coded(k, budget.topk, budget, call.keep)
-        plan = plan_prefill(q, k_rows, v, budget, mask, call.scores, backend)
+        plan = plan_prefill(q, k_rows, v, budget, mask, call.scores, call.backend)
         if budget.query_pattern is not None:
             codes = topk_codes(q, budget.topk_query, dense_dims=budget.dense_dims, pattern=budget.query_pattern)
             q_code = _parts(codes) if call.keep else _no_code(q)

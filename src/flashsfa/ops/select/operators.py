@@ -9,11 +9,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...checks import runs_plainly
 from ...contexts import constant_in_traces
 from .. import record
 from .plain import at_support, empty_code, empty_rows, plain_prune_24, plain_scatter, plain_topk
 
-# ---- the operators, which carry gradients
+# ---- what callers take, which carries gradients
+
+
+def coded(x: Tensor, topk: int, dense_dims: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Dense channel, values and indices of x [..., D]."""
+    return encode(x, topk, dense_dims) if runs_plainly(x) else topk_op(x, topk, dense_dims)
+
+
+def pruned(x: Tensor, dense_dims: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The code of the two largest of each aligned group of four of x [..., D], and its dense channel."""
+    return prune_24(x, dense_dims) if runs_plainly(x) else prune_24_op(x, dense_dims)
+
+
+def scattered(dense: Tensor, values: Tensor, indices: Tensor, head_dim: int) -> Tensor:
+    """A code as dense rows [..., D], as `FeatureCodes.to_dense`."""
+    run = scatter if runs_plainly(dense, values) and dense.shape[-1] < head_dim else scatter_op
+    return run(dense, values, indices, head_dim)
+
+
+# ---- the operators
 
 topk_op = torch.library.custom_op("flashsfa::topk", plain_topk, mutates_args=())
 
@@ -102,7 +122,7 @@ def coded_rows(
 
 
 def prune_24(x: Tensor, dense_dims: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The code of the two largest of each aligned group of four of x [..., D], and its dense channel."""
+    """As `pruned`."""
     if not has_fused(x):
         return plain_prune_24(x, dense_dims)
     from .triton import prune_24 as kernels
@@ -112,7 +132,7 @@ def prune_24(x: Tensor, dense_dims: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def scatter(dense: Tensor, values: Tensor, indices: Tensor, head_dim: int) -> Tensor:
-    """A code as dense rows [..., D], as `FeatureCodes.to_dense`."""
+    """As `scattered`."""
     if dense.shape[-1] == head_dim:
         return dense
     if not has_fused(values):

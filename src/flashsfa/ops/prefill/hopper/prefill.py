@@ -14,7 +14,7 @@ from ....codes import FeatureCodes
 from ....mask import Mask
 from ... import nvrtc
 from ...nvrtc import cuda
-from ...select.operators import prune_24_op
+from ...select.operators import pruned
 from ...select.plain import empty_rows
 from . import compiler
 from .compiler import Tile
@@ -175,7 +175,7 @@ def as_24_pattern(q: FeatureCodes) -> tuple[Tensor, Tensor, Tensor]:
     """Dense channel, values and indices of a code with exactly two entries per group, which may be zero."""
     if 2 * q.topk == q.sparse_dims:
         return q.dense, q.values, q.indices
-    return prune_24_op(q.to_dense(), q.dense_dims)
+    return pruned(q.to_dense(), q.dense_dims)
 
 
 def heads_per_l2_group(heads: int, kv_heads: int, head_bytes: int) -> int:
