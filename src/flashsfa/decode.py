@@ -32,7 +32,7 @@ from .contexts import without_autocast
 from .mask import Mask, checked_window
 from .narrow import NarrowCodes, NarrowRows
 from .ops.decode import gpu, plain
-from .ops.plan import plan_decode
+from .ops.plan import DecodePlan, plan_decode
 from .ops.prefill import operator, pieces
 from .scores import ScoreRules
 from .stored import ExactKV, KeyCodes, KVView
@@ -201,22 +201,29 @@ def _decode(
     """out [B, Hq, M, Dv] and lse [B, Hq, M] of checked inputs."""
     if 0 in (*q.shape, kv.n):
         return scores.with_sinks(*_nothing_seen(q, kv))
-    backend = plan_decode(q, kv).backend
-    takes_exact = backend == "numba" and not kv.is_placed and budget.query_pattern is None
+    plan = plan_decode(q, kv)
+    takes_exact = plan.backend == "numba" and not kv.is_placed and budget.query_pattern is None
     if not kv.exact or takes_exact:
-        return scores.with_sinks(*_decode_coded(q, kv, budget, mask, scores, value_tolerance, backend))
+        return scores.with_sinks(*_decode_coded(q, kv, budget, mask, scores, value_tolerance, plan))
+    plan = replace(plan, held=None)  # of these views, parts are read
     if kv.is_placed:
         coded, rest = replace(kv, recent=None), mask.hiding(kv.is_exact().expand(q.shape[0], -1))
-        out, lse = _decode_coded(q, coded, budget, rest, scores, value_tolerance, backend)
+        out, lse = _decode_coded(q, coded, budget, rest, scores, value_tolerance, plan)
     else:
-        out, lse = _decode_between(q, kv, budget, mask, scores, value_tolerance, backend)
+        out, lse = _decode_between(q, kv, budget, mask, scores, value_tolerance, plan)
     with without_autocast(q.device):
         pieces.merge(out, lse, *plain.decode_exact(q, kv, mask, scores))
     return scores.with_sinks(out, lse)
 
 
 def _decode_between(
-    q: Tensor, kv: KVView, budget: FeatureBudget, mask: Mask, scores: ScoreRules, value_tolerance: float, backend: str
+    q: Tensor,
+    kv: KVView,
+    budget: FeatureBudget,
+    mask: Mask,
+    scores: ScoreRules,
+    value_tolerance: float,
+    plan: DecodePlan,
 ) -> tuple[Tensor, Tensor]:
     """As `_decode_coded`, over the coded tokens after the first and before the newest exact ones."""
     parts = []
@@ -230,7 +237,7 @@ def _decode_between(
         # All of these queries see all of these tokens, so to a kernel, in which a later query sees more, they are further heads.
         heads = part.flatten(1, 2)[:, :, None]  # [B, Hq·m, 1, D]
         here = None if padding is None else padding[:, kv.n_first + start : kv.n_first + end]
-        out, lse = _decode_coded(heads, coded, budget, Mask(True, None, here), scores, value_tolerance, backend)
+        out, lse = _decode_coded(heads, coded, budget, Mask(True, None, here), scores, value_tolerance, plan)
         parts.append((out.reshape(*part.shape[:3], -1), lse.reshape(part.shape[:3])))
     return torch.cat([out for out, _ in parts], dim=2), torch.cat([lse for _, lse in parts], dim=2)
 
@@ -250,7 +257,13 @@ def _nothing_seen(q: Tensor, kv: KVView) -> tuple[Tensor, Tensor]:
 
 
 def _decode_coded(
-    q: Tensor, kv: KVView, budget: FeatureBudget, mask: Mask, scores: ScoreRules, value_tolerance: float, backend: str
+    q: Tensor,
+    kv: KVView,
+    budget: FeatureBudget,
+    mask: Mask,
+    scores: ScoreRules,
+    value_tolerance: float,
+    plan: DecodePlan,
 ) -> tuple[Tensor, Tensor]:
     """As `_decode`, over coded tokens alone and without sinks."""
     if mask.kv_lens is not None and mask.kv_lens.device != q.device:
@@ -258,8 +271,9 @@ def _decode_coded(
     if budget.query_pattern is not None:  # the kernels know no pattern: they take the pruned rows as dense queries
         q, budget = code_queries(q, budget).to_dense(), budget.with_queries_kept()
     run: Any = plain.decode
+    backend = plan.backend
     if backend == "hopper" or (backend == "triton" and kv.is_narrow):
-        run = partial(gpu.decode, backend=backend)
+        run = partial(gpu.decode, backend=backend, held=plan.held)
     elif backend == "triton":
         from .ops.decode.triton.decode import decode as run
     elif backend == "numba":

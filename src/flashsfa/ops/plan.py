@@ -14,7 +14,8 @@ from ..extras import install_hint
 from ..mask import Mask
 from ..scores import ScoreRules
 from ..stored import KVView
-from . import record
+from . import nvrtc, record
+from .decode.held import Held
 from .prefill import fused
 from .prefill.hopper import prefill as hopper
 from .select import operators as select
@@ -146,10 +147,12 @@ def hopper_is_faster(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) 
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """What attention of a few queries over codes runs on: the `backend`, "hopper", "triton", "numba" or "torch", and the `reason`."""
+    """What attention of a few queries over codes runs on: the `backend`, "hopper", "triton", "numba" or "torch", and the `reason`; and
+    the view as the kernels on a GPU read it, if it was looked at so."""
 
     backend: str
     reason: str
+    held: Held | None = None
 
 
 def plan_decode(q: Tensor, kv: KVView) -> DecodePlan:
@@ -159,7 +162,7 @@ def plan_decode(q: Tensor, kv: KVView) -> DecodePlan:
     if plan.backend == "numba":
         plan = _plan_numba(q.dtype, kv)
     elif plan.backend == "triton":
-        plan = _plan_hopper(q, kv, plan)
+        plan = _plan_gpu(q, kv, plan)
     if is_compiling:
         return plan
     if kv.exact and not kv.v.shape[2]:
@@ -181,12 +184,15 @@ def _plan_numba(dtype: torch.dtype, kv: KVView) -> DecodePlan:
     return DecodePlan("numba", cpu.manner())
 
 
-def _plan_hopper(q: Tensor, kv: KVView, plan: DecodePlan) -> DecodePlan:
+def _plan_gpu(q: Tensor, kv: KVView, plan: DecodePlan) -> DecodePlan:
     from .decode.hopper import decode as hopper
 
-    if hopper.obstacle(q, kv) is not None:
+    if not nvrtc.is_hopper(q.device):
         return plan
-    return DecodePlan("hopper", "the kernel for Hopper, split over the keys")
+    held = Held.of(kv)
+    if hopper.obstacle(q, held) is not None:
+        return DecodePlan(plan.backend, plan.reason, held)
+    return DecodePlan("hopper", "the kernel for Hopper, split over the keys", held)
 
 
 @functools.cache

@@ -26,13 +26,15 @@ def decode(
     value_tolerance: float,
     topk_query: int | None,
     backend: str,
+    held: Held | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `plain.decode`, for float16, bfloat16 and float32, on `backend` "triton" or "hopper". No gradients.
+    """As `plain.decode`, for float16, bfloat16 and float32, on `backend` "triton" or "hopper". No gradients. `held` is what the view holds,
+    where that is known.
 
     Raises `ValueError` if a cache tensor's last dimension is not contiguous: copying a cache a step would cost more
     than decoding it.
     """
-    held = Held.of(kv)
+    held = held or Held.of(kv)
     for name in ROWS:
         x = held.tensors.get(name)
         if x is not None and x.shape[-1] > 1 and x.stride(-1) != 1:

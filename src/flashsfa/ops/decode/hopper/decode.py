@@ -9,11 +9,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ....stored import KVView
 from ... import nvrtc
 from ...nvrtc import cuda
 from ..held import Call, Held
@@ -28,21 +28,19 @@ _MOST_WAVES = 4
 _WIDTHS = (64, 128)
 _MOST_KEPT = 64  # the loop over kept entries is unrolled
 _CERTAIN = 1 - 2**-7  # of the tolerance: room for the rounding of weights and sums
-_TENSORS = {
-    "channel": "CHANNEL", "channel_scale": "CHANNEL_SCALE", "channel_centre": "CHANNEL_CENTRE", "kept": "VALUES",
-    "kept_scale": "VALUE_SCALE", "indices": "INDICES", "v": "V", "v_scale": "V_SCALE", "v_centre": "V_CENTRE",
+_FIELDS = {
+    "CHANNEL": "channel", "CHANNEL_SCALE": "channel_scale", "CHANNEL_CENTRE": "channel_centre", "VALUES": "kept",
+    "VALUE_SCALE": "kept_scale", "INDICES": "indices", "V": "v", "V_SCALE": "v_scale", "V_CENTRE": "v_centre",
 }  # fmt: skip
+_TABLES = {"AXIS": "axis", "IS_START": "is_start", "TOP": "top"}
 
 
-def obstacle(q: Tensor, kv: KVView) -> str | None:
-    """Why the kernel cannot take these, or None if it can. Looks at no values."""
-    if not nvrtc.is_hopper(q.device):
-        return "the CUDA kernel is Hopper's (sm_90)"
+def obstacle(q: Tensor, held: Held) -> str | None:
+    """Why the kernel cannot take these on a Hopper GPU, or None if it can. Looks at no values."""
     if nvrtc.obstacle() is not None:
         return f"the CUDA kernel is compiled at run time: {nvrtc.obstacle()}"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"the CUDA kernel takes float16 and bfloat16, not {q.dtype}"
-    held = Held.of(kv)
     if held.width not in _WIDTHS:
         return f"the CUDA kernel takes values of width 64 and 128, not {held.width}"
     if q.shape[-1] > 256 or held.topk > _MOST_KEPT:
@@ -60,56 +58,59 @@ def attend(call: Call, out: Tensor, lse: Tensor) -> str | None:
     from ..triton.narrow import NarrowProblem
     from ..triton.scores import processors
 
-    q, held, page_table, v = call.q, call.held, call.page_table, call.held.tensors["V"]
-    piece = min(16, held.width * _bits(v, "V_CENTRE" in held.tensors) // 64)
-    if _alignment(v) < piece:
-        return f"the CUDA kernel reads values {piece} bytes at a time, and these do not begin at multiples of it"
-    if page_table is None and v.shape[2] < _WARP_KEYS:
-        return f"the CUDA kernel takes at least {_WARP_KEYS} keys, not {v.shape[2]}"
-    if page_table is not None and any(_stride(x, 0) >= 1 << 31 for x in held.tensors.values()):
-        return "the CUDA kernel takes pages of less than 2 GiB"
-    counts = torch.empty(q.shape[0] * q.shape[1] * q.shape[2], dtype=torch.int32, device=q.device)
+    q, held, m = call.q, call.held, call.q.shape[2]
+    counts = torch.empty(q.shape[0] * q.shape[1] * m, dtype=torch.int32, device=q.device)
     problem = NarrowProblem(call, are_biased=False, counts=counts)
+    lengths, padding, terms = problem.visibility["LENS"], problem.ruled["PADDING"], problem.queries["TERMS"]
+    pages, page_size = problem.places["PAGES"], problem.places["PAGE"]
     rows = min(problem.padded_rows, _MOST_ROWS)
-    variant = _variant(call, problem.coded["T"], rows, problem.places["PAGE"])
+    form = _Form(
+        q.dtype,
+        q.shape[-1],
+        rows,
+        problem.queries["T"],
+        page_size,
+        m > 1,
+        call.scores.softcap is not None,
+        call.value_tolerance > 0,
+    )
+    places = tuple((name, _Place.of(x)) for name, x in held.tensors.items() if name in _FIELDS)
+    prepared = _prepare(form, places, *held.sizes)
+    if isinstance(prepared, str):
+        return prepared
+    if pages is None and problem.keys < _WARP_KEYS:
+        return f"the CUDA kernel takes at least {_WARP_KEYS} keys, not {problem.keys}"
+    variant, template = prepared
     tiles = problem.heads * (problem.padded_rows // rows)
     blocks = _blocks_per_tile(
         tiles, problem.keys // (2 * _WARP_KEYS * variant.warps), processors(q.device) * variant.blocks
     )
-    partial = problem.scratch(blocks, problem.padded_rows, problem.width)
-    peak, total = (problem.scratch(blocks, problem.padded_rows) for _ in range(2))
-    tables = {
-        name.lower(): held.tensors[name].data_ptr() for name in ("AXIS", "IS_START", "TOP") if name in held.tensors
-    }
-    lengths, padding, terms = problem.visibility["LENS"], problem.ruled["PADDING"], problem.coded["TERMS"]
-    pages = problem.places["PAGES"]
-    params = Params(
-        **{name: _rows(held.tensors[of]) for name, of in _TENSORS.items() if of in held.tensors},
-        **tables,
-        q=problem.coded["Q"].data_ptr(),
-        terms=None if terms is None else terms.data_ptr(),
-        lengths=None if lengths is None else lengths.data_ptr(),
-        padding=None if padding is None else padding.data_ptr(),
-        pages=None if pages is None else pages.data_ptr(),
-        partial=partial.data_ptr(),
-        peak=peak.data_ptr(),
-        total=total.data_ptr(),
-        ended=counts.data_ptr(),
-        out=out.data_ptr(),
-        lse=lse.data_ptr(),
-        padding_batch=problem.ruled["padding_sb"],
-        pages_batch=problem.places["pages_sb"],
-        kv_heads=problem.kv_heads,
-        n=problem.keys,
-        m=q.shape[2],
-        window=call.mask.window or 0,
-        rows=problem.rows,
-        padded_rows=problem.padded_rows,
-        lengths_are_64_bit=lengths is not None and lengths.dtype == torch.int64,
-        scale=problem.ruled["scale"],
-        cap=problem.ruled["cap"],
-        tolerance=call.value_tolerance * _CERTAIN,
-    )
+    sums = (
+        problem.heads * blocks * problem.padded_rows
+    )  # as many weighted sums of values, and of maxima and sums of weights
+    scratch = torch.empty(sums * (held.width + 2), dtype=torch.float32, device=q.device)
+    params = Params.from_buffer_copy(template)
+    for name, x in held.tensors.items():
+        if name in _FIELDS:
+            getattr(params, _FIELDS[name]).data = x.data_ptr()
+        elif name in _TABLES:
+            setattr(params, _TABLES[name], x.data_ptr())
+    params.q, params.ended, params.out, params.lse = (x.data_ptr() for x in (problem.queries["Q"], counts, out, lse))
+    params.partial = scratch.data_ptr()
+    params.peak = params.partial + 4 * sums * held.width
+    params.total = params.peak + 4 * sums
+    if terms is not None:
+        params.terms = terms.data_ptr()
+    if lengths is not None:
+        params.lengths, params.lengths_are_64_bit = lengths.data_ptr(), lengths.dtype == torch.int64
+    if padding is not None:
+        params.padding, params.padding_batch = padding.data_ptr(), problem.ruled["padding_sb"]
+    if pages is not None:
+        params.pages, params.pages_batch = pages.data_ptr(), problem.places["pages_sb"]
+    params.kv_heads, params.n, params.m, params.window = problem.kv_heads, problem.keys, m, call.mask.window or 0
+    params.rows, params.padded_rows = problem.rows, problem.padded_rows
+    params.scale, params.cap = problem.ruled["scale"], problem.ruled["cap"]
+    params.tolerance = call.value_tolerance * _CERTAIN
     return launch(variant, (tiles, blocks, 1), params)
 
 
@@ -130,46 +131,109 @@ def _load(variant: Variant, device: int) -> ctypes.c_void_p | str:
     )
 
 
-def _variant(call: Call, query_dims: int, rows: int, page_size: int) -> Variant:
-    q, held, is_tolerant = call.q, call.held, call.value_tolerance > 0
-    tensors = held.tensors
-    value_bits = _bits(tensors["V"], "V_CENTRE" in tensors)
+class _Form(NamedTuple):
+    """What a variant follows from beside what is held."""
+
+    dtype: torch.dtype
+    head_dim: int
+    rows: int
+    query_dims: int
+    page_size: int
+    has_several_queries: bool
+    is_capped: bool
+    is_tolerant: bool
+
+
+class _Place(NamedTuple):
+    """How a tensor of a cache lies in memory: all but where, and how many keys there are."""
+
+    dtype: torch.dtype
+    offset: int  # of its address from a multiple of 16
+    strides: tuple[int, int, int]  # in bytes, of the batch or the page, the head and the key; 0 along a single one
+
+    @classmethod
+    def of(cls, x: Tensor) -> _Place:
+        size, (outer, head, key, *_), lengths = x.itemsize, x.stride(), x.shape
+        strides = (
+            outer * size if lengths[0] > 1 else 0,
+            head * size if lengths[1] > 1 else 0,
+            key * size if lengths[2] > 1 else 0,
+        )
+        return cls(x.dtype, x.data_ptr() % 16, strides)
+
+    @property
+    def alignment(self) -> int:
+        """The largest power of two up to 16 that divides the addresses of all rows."""
+        return math.gcd(16, self.offset, *self.strides)
+
+    def bits(self, is_uint8_packed: bool) -> int:
+        """Of an entry."""
+        return 4 if self.dtype == torch.uint8 and is_uint8_packed else 8 * self.dtype.itemsize
+
+
+@functools.lru_cache(maxsize=4096)  # a growing cache has other strides after each growth, not at each step
+def _prepare(
+    form: _Form,
+    held: tuple[tuple[str, _Place], ...],
+    channel: int,
+    channel_bits: int,
+    topk: int,
+    index_bits: int,
+    width: int,
+) -> tuple[Variant, bytes] | str:
+    """The kernel for what is `held`, and its parameters but for addresses and lengths; or why there is none."""
+    places = dict(held)
+    v, centred = places["V"], "V_CENTRE" in places
+    value_bits = v.bits(centred)
+    piece = min(16, width * value_bits // 64)
+    if v.alignment < piece:
+        return f"the CUDA kernel reads values {piece} bytes at a time, and these do not begin at multiples of it"
+    if form.page_size and any(x.strides[0] >= 1 << 31 for x in places.values()):
+        return "the CUDA kernel takes pages of less than 2 GiB"
 
     def scale_bytes(name: str) -> int:
-        return tensors[name].itemsize if name in tensors else 0
+        return places[name].dtype.itemsize if name in places else 0
 
-    return Variant(
-        is_bf16=q.dtype == torch.bfloat16,
-        head_dim=q.shape[-1],
-        value_dim=held.width,
-        rows=rows,
-        query_dims=query_dims,
-        channel=held.channel,
-        channel_bits=held.bits,
-        kept=held.topk,
-        kept_bits=_bits(tensors["VALUES"], True) if held.topk else 16,
-        index_bits=held.index_bits,
+    nothing = _Place(torch.uint8, 0, (0, 0, 0))
+    kept, indices = (places[name] if topk else nothing for name in ("VALUES", "INDICES"))
+    dense = places["CHANNEL"] if channel else nothing
+    variant = Variant(
+        is_bf16=form.dtype == torch.bfloat16,
+        head_dim=form.head_dim,
+        value_dim=width,
+        rows=form.rows,
+        query_dims=form.query_dims,
+        channel=channel,
+        channel_bits=channel_bits,
+        kept=topk,
+        kept_bits=kept.bits(True) if topk else 16,
+        index_bits=index_bits,
         value_bits=value_bits,
         channel_scale_bytes=scale_bytes("CHANNEL_SCALE"),
         kept_scale_bytes=scale_bytes("VALUE_SCALE"),
         value_scale_bytes=scale_bytes("V_SCALE"),
-        channel_centred="CHANNEL_CENTRE" in tensors,
-        value_centred="V_CENTRE" in tensors,
-        channel_alignment=_alignment(tensors["CHANNEL"]) if held.channel else 16,
-        kept_alignment=_alignment(tensors["VALUES"]) if held.topk else 16,
-        index_alignment=_alignment(tensors["INDICES"]) if held.topk else 16,
-        channel_stride=_stride(tensors["CHANNEL"], 2) if held.channel else 0,
-        kept_stride=_stride(tensors["VALUES"], 2) if held.topk else 0,
-        index_stride=_stride(tensors["INDICES"], 2) if held.topk else 0,
-        value_stride=_stride(tensors["V"], 2),
-        page_size=page_size,
-        has_several_queries=q.shape[2] > 1,
-        is_capped=call.scores.softcap is not None,
-        is_tolerant=is_tolerant,
+        channel_centred="CHANNEL_CENTRE" in places,
+        value_centred=centred,
+        channel_alignment=dense.alignment,
+        kept_alignment=kept.alignment,
+        index_alignment=indices.alignment,
+        channel_stride=dense.strides[2],
+        kept_stride=kept.strides[2],
+        index_stride=indices.strides[2],
+        value_stride=v.strides[2],
+        page_size=form.page_size,
+        has_several_queries=form.has_several_queries,
+        is_capped=form.is_capped,
+        is_tolerant=form.is_tolerant,
         warps=_WARPS,
-        blocks=_blocks(value_bits, rows, held.topk > 0 and not held.channel, is_tolerant),
+        blocks=_blocks(value_bits, form.rows, topk > 0 and not channel, form.is_tolerant),
         keys_ahead=2 if value_bits == 8 else 1,
     )
+    params = Params()
+    for name, place in held:
+        outer, head, key = place.strides
+        setattr(params, _FIELDS[name], Rows(None, outer, head, key, outer if outer < 1 << 31 else 0))
+    return variant, bytes(params)
 
 
 def _blocks(value_bits: int, rows: int, is_kept_alone: bool, is_tolerant: bool) -> int:
@@ -182,26 +246,6 @@ def _blocks(value_bits: int, rows: int, is_kept_alone: bool, is_tolerant: bool) 
     if value_bits == 8:
         return 3
     return 5 if rows == 1 and is_kept_alone else 4
-
-
-def _bits(x: Tensor, is_uint8_packed: bool) -> int:
-    """Bits of an entry of a cache tensor."""
-    return 4 if x.dtype == torch.uint8 and is_uint8_packed else 8 * x.itemsize
-
-
-def _stride(x: Tensor, dim: int) -> int:
-    """In bytes; 0 along a single entry, whose stride can be anything."""
-    return x.stride(dim) * x.itemsize if x.shape[dim] > 1 else 0
-
-
-def _alignment(x: Tensor) -> int:
-    """The largest power of two up to 16 that divides the addresses of all rows."""
-    return math.gcd(16, x.data_ptr(), *(_stride(x, dim) for dim in range(3)))
-
-
-def _rows(x: Tensor) -> Rows:
-    outer, head, key = (_stride(x, dim) for dim in range(3))
-    return Rows(x.data_ptr(), outer, head, key, outer if outer < 1 << 31 else 0)
 
 
 @functools.cache

@@ -26,7 +26,8 @@ class NarrowProblem(Problem):
     """One decode call over what is `Held`.
 
     Attributes:
-        coded, valued: arguments of `narrow_scores` and `add_values`, whose levels are biased (`narrow_blocks`), or not.
+        queries: query rows as kernels take them, whose levels are biased (`narrow_blocks`), or not.
+        coded, valued: arguments of `narrow_scores` and `add_values`.
     """
 
     def __init__(
@@ -36,23 +37,30 @@ class NarrowProblem(Problem):
         counts: Tensor | None = None,
     ) -> None:
         q, held = call.q, call.held
-        tensors = held.tensors
-        super().__init__(q, tensors["V"], call.page_table, call.mask, call.scores)
+        super().__init__(q, held.tensors["V"], call.page_table, call.mask, call.scores)
         self.counts = counts
         self.held, self.head_dim, self.width = held, q.shape[-1], held.width
-        self.rotation = _rotation(held.width) if "V_CENTRE" in tensors else 1
-        levels = (
-            q.dtype if q.dtype == torch.float32 else torch.float16
-        )  # exact for them, and has more digits than bfloat16
-        self.coded: dict[str, Any] = {
-            **self._queries(q, levels, call.topk_query, are_biased), **self.ruled,
+        self.rotation = _rotation(held.width) if "V_CENTRE" in held.tensors else 1
+        # float16 is exact for levels, and has more digits than bfloat16
+        self._levels = q.dtype if q.dtype == torch.float32 else torch.float16
+        self.queries = self._queries(q, self._levels, call.topk_query, are_biased)
+
+    @property
+    def coded(self) -> dict[str, Any]:
+        held, tensors = self.held, self.held.tensors
+        return {
+            **self.queries, **self.ruled,
             **{name: tensors.get(name) for name in ("AXIS", "IS_START", "TOP")},
             **_arguments(tensors, "CHANNEL", "CHANNEL_SCALE", "CHANNEL_CENTRE", "VALUES", "VALUE_SCALE", "INDICES"),
             "D": self.head_dim, "C": held.channel, "BITS": held.bits, "K": held.topk, "INDEX_BITS": held.index_bits,
         }  # fmt: skip
-        self.valued: dict[str, Any] = {
-            **_arguments(tensors, "V", "V_SCALE", "V_CENTRE"), "DV": held.width,
-            "DTYPE": TRITON_DTYPES[levels if "V_SCALE" in tensors else q.dtype],
+
+    @property
+    def valued(self) -> dict[str, Any]:
+        tensors = self.held.tensors
+        return {
+            **_arguments(tensors, "V", "V_SCALE", "V_CENTRE"), "DV": self.width,
+            "DTYPE": TRITON_DTYPES[self._levels if "V_SCALE" in tensors else self.dtype],
         }  # fmt: skip
 
     def _queries(self, q: Tensor, levels: torch.dtype, topk_query: int | None, are_biased: bool) -> dict[str, Any]:
