@@ -22,6 +22,7 @@ HERE = Path(__file__).parents[1] / "support"
 KERNELS = {
     "rows": {
         "topk_kernel", "topk_rows_kernel", "scatter_words_kernel", "scatter_over_zeros_kernel", "keep_support_kernel", "prune_24_kernel", "merge_parts_kernel",
+        "write_8_bit_kernel",
     },
     "decode": {
         "decode_query_kernel", "decode_partial_kernel", "decode_combine_kernel", "decode_score_kernel", "decode_count_kernel",

@@ -31,7 +31,7 @@ from flashsfa.ops.decode.triton import decode
 from flashsfa.ops.decode.triton import scores as decode_scores
 from flashsfa.ops.prefill.triton import merge as merge_parts
 from flashsfa.ops.select.plain import empty_code
-from flashsfa.ops.select.triton import prune_24, scatter
+from flashsfa.ops.select.triton import prune_24, quantize, scatter
 from flashsfa.ops.select.triton import topk as selection
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -164,6 +164,12 @@ def coding(dtype, head_dim, topk, dense_dims, n):
     yield f"topk_rows {name}", partial(selection.topk_rows, x, topk, dense_dims, out, code)
     yield f"scatter {name}", partial(scatter.scatter, *code, out)
     yield f"keep_support {name}", partial(scatter.keep_support, x, dense_dims, code[2], out)
+    narrow = [part.to(torch.int8) if part.dtype != torch.uint8 else part for part in buffers]
+    scales = [torch.empty(1, 2, 1024) for _ in range(2)]
+    yield (
+        f"write_8_bit {name}",
+        partial(quantize.write_8_bit, code, x, (*narrow[:3], scales[0], narrow[3], scales[1]), 3),
+    )
     if n == 1:
         yield f"append {name}", partial(selection.append, x, x, *buffers, torch.tensor(3))
 

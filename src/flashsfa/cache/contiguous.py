@@ -27,7 +27,7 @@ from ..codes import FeatureCodes
 from ..contexts import lasting_tensors
 from ..formats import CodeFormat
 from ..narrow import NarrowRows
-from ..ops.select.operators import append, append_op, has_fused
+from ..ops.select.operators import append, append_8_bit, append_op, has_fused
 from ..stored import ExactKV, KeyCodes, KVView
 from .exact import ExactSlots
 
@@ -273,10 +273,14 @@ class SparseKVCache(Coded):
 
     def _code(self, kv: KVView, k: Tensor, v: Tensor, start: int) -> None:
         """Code k and write it with v at coded token `start`, where nothing is held yet."""
-        if self.coder.bits is None and has_fused(k):
-            assert isinstance(kv.codes, FeatureCodes)
-            assert isinstance(kv.v, Tensor)
-            append(k, v, kv.codes.dense, kv.codes.values, kv.codes.indices, kv.v, start)
+        codes = kv.codes
+        if isinstance(codes, FeatureCodes) and isinstance(kv.v, Tensor) and has_fused(k):
+            parts = codes.dense, codes.values, codes.indices
+            if codes.scale is None:
+                append(k, v, *parts, kv.v, start)
+            else:
+                assert kv.v_scale is not None
+                append_8_bit(k, v, (*parts, codes.scale, kv.v, kv.v_scale), start)
             return
         for buffer, new in zip(kv.tensors(), self.coder.encode(k, v).tensors(), strict=True):
             buffer[:, :, start : start + new.shape[2]] = new

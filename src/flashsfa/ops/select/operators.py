@@ -193,6 +193,18 @@ def append(
         kernels.append(k, v, dense, values, indices, v_buffer, start)
 
 
+def append_8_bit(
+    k: Tensor, v: Tensor, buffers: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], start: int
+) -> None:
+    """As `append`, in 8 bits, in two launches. Buffers of dense channel, values, indices, their scales, v and its scales."""
+    from .triton import quantize
+    from .triton import topk as kernels
+
+    with torch.cuda.device_of(k):
+        code = kernels.encode(k, buffers[1].shape[-1], buffers[0].shape[-1])
+        quantize.write_8_bit(code, v, buffers, start)
+
+
 def _append_plain(
     k: Tensor, v: Tensor, dense: Tensor, values: Tensor, indices: Tensor, v_buffer: Tensor, start: Tensor
 ) -> None:
