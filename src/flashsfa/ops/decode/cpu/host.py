@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ....axes import AxisCodes
-from ....codes import FeatureCodes, topk_codes
+from ....codes import FeatureCodes
 from ....formats import index_bits
 from ....mask import Mask
 from ....narrow import NarrowCodes, NarrowRows
@@ -18,6 +18,7 @@ from ....scores import ScoreRules
 from ....stored import KVView
 from . import keys, threads
 from .parts import like, where
+from .queries import lay_out
 from .softmax import LOG2_E, weigh
 from .values import sum_levels, sum_rows
 
@@ -52,26 +53,25 @@ def decode(
     # scores come in log2 units; under a cap, which stands before them, as what its tanh takes
     cap = 0.0 if scores.softcap is None else scores.softcap * LOG2_E
     factor = scores.scale * LOG2_E if scores.softcap is None else scores.scale / scores.softcap
-    whole = coded = (q.detach().float() * factor).reshape(heads, rows, q.shape[-1])
-    if topk_query is not None:
-        thin = topk_codes(q.detach(), topk_query, dense_dims=kv.key_budget[1]).to_dense()
-        coded = (thin.float() * factor).reshape(heads, rows, q.shape[-1])
     held: list[Tensor] = []
     seen, exact = _seen(batch, m, kv, mask), _exact(kv, q, held)
     weights = np.empty((heads, rows, n), np.float32)
     lse, cuts, masses = (np.empty((heads, rows), np.float32) for _ in range(3))
     sums, out = (np.empty((heads, rows, value_dim), np.float32) for _ in range(2))
+    whole = coded = np.empty((heads, rows, q.shape[-1]), np.float32)
+    if topk_query is not None:
+        coded = np.empty_like(whole)
     with threads.ready():
+        kept = topk_query or 0, kv.key_budget[1]
+        lay_out((q.dtype,), like(q.dtype), _book(held, q)[0], kv_heads, m, factor, *kept, whole, coded)
         if isinstance(kv.codes, FeatureCodes):
-            keys.score_features(
-                (kv.codes.values.dtype,), coded.numpy(), *_features(kv.codes, held), *seen, cap, weights
-            )
+            keys.score_features((kv.codes.values.dtype,), coded, *_features(kv.codes, held), *seen, cap, weights)
         else:
             if isinstance(kv.codes, NarrowRows) and kv.codes.is_rotated:
-                coded = rotate(coded)
+                coded = rotate(torch.from_numpy(coded)).numpy()
             scale_like, *levels = _levels(kv.codes, held)
-            keys.score_levels((scale_like.dtype,), coded.numpy(), scale_like, *levels, *seen, cap, weights)
-        weigh((q.dtype,), whole.numpy(), *exact, *seen, cap, float(value_tolerance), weights, lse, cuts, sums, masses)
+            keys.score_levels((scale_like.dtype,), coded, scale_like, *levels, *seen, cap, weights)
+        weigh((q.dtype,), whole, *exact, *seen, cap, float(value_tolerance), weights, lse, cuts, sums, masses)
         if isinstance(kv.v, NarrowRows) and kv.v.is_rotated:
             at, block = _book(held, kv.v.kept, kv.v.scale, kv.v.centre), kv.v.width & -kv.v.width
             sum_levels((), weights, cuts, *seen, at, block, sums, masses, out)
