@@ -7,7 +7,8 @@ Three passes over a scratch array [rows, N] of float32, small beside the cache (
    below which weights may be left out.
 3. `values`: the weighted sum over the V rows that any query row of the kv head needs.
 
-Passes one and three are parallel over chunks of keys (`tasks`), so that one head uses all cores. numba is optional
+Before them `queries` lays the queries out. Passes one and three are parallel over chunks of keys (`tasks`), so that one head uses all cores. The host hands
+a cache over by its addresses (`parts`); what the loops keep in registers is in `vectors`. numba is optional
 (`pip install flashsfa[cpu]`). The first call with a dtype compiles for some seconds, once a machine (`threads`).
 """
 
