@@ -219,7 +219,7 @@ def _rotary_turn(model: Any, modules: list[Any], ids: Tensor, furthest: int) -> 
             for turned, far in zip(turn(*near, torch.full_like(positions, shift)), keys[1][layer], strict=True):
                 if not (turned - far.float()).norm() <= _SAME * far.float().norm():
                     return None
-    except (TypeError, ValueError, RuntimeError, KeyError):  # rotations of other signatures
+    except (TypeError, ValueError, RuntimeError, LookupError):  # rotations of other signatures
         return None
     return turn
 

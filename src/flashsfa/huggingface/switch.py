@@ -58,14 +58,16 @@ def enable(
 
     Args:
         model: a model whose attention goes through transformers' AttentionInterface (GPT-2, Llama, Qwen3 ...), bare or in the
-            wrappers of PEFT, torch.compile or distributed training.
+            wrappers of PEFT, torch.compile or distributed training. Of one with several parts (Gemma 3 and Qwen3-VL with images) the
+            part that generates text is switched.
         topk, topk_query: budgets, as in `sparse_feature_attention`. Without them keys are kept as the basis says, in a number of bits
             per axis.
         dense_dims: as in `sparse_feature_attention`; None for `default_dense_dims`, the part of a head that carries
             positions in a model with partial rotary embeddings (GPT-NeoX, Phi, StableLM, GLM-4), 0 in others.
         basis: [L, Hkv, D, D] coordinates from `calibrate`, for these budgets: its gain, and a dictionary, fit no others;
             None for the model's own. One that was calibrated with key_bytes takes the place of budgets. L counts the layers with attention, in their order.
-        layers: indices of the model's layers to switch, where others without attention count too; None for all.
+        layers: indices of the model's layers to switch, where others without attention count too; None for all. Layers that attend in
+            chunks (Llama 4) are left out.
         value_tolerance: as in `sparse_feature_decode`.
         positions: "channel" turns the dense channel alone by RoPE and leaves the sparse features free of position: for
             GPT-2 (whose learned positions are dropped) and Qwen3 models that are trained so. None for the model's own.
