@@ -1,11 +1,15 @@
 """Models of text and images: the text part's attention is switched, a vision tower's is not."""
 
+import inspect
+
 import pytest
 import torch
 
 import flashsfa
 
 transformers = pytest.importorskip("transformers")
+from transformers.masking_utils import create_chunked_causal_mask  # noqa: E402
+
 from flashsfa.huggingface import SparseCache, StaticSparseCache, calibrate  # noqa: E402
 from flashsfa.huggingface.loading import load_weights  # noqa: E402
 from flashsfa.huggingface.structure import attention_layers, default_dense_dims, text_part  # noqa: E402
@@ -162,6 +166,8 @@ def llama4(**options):
 
 @pytest.mark.parametrize("implementation", [None, "static"], ids=["dynamic", "static"])
 def test_layers_with_chunks_stay_dense_beside_switched_ones(implementation):
+    if implementation and "block_sequence_ids" not in inspect.signature(create_chunked_causal_mask).parameters:
+        pytest.skip("this version of transformers makes no masks of chunks for static caches")
     model, ids = llama4(), torch.randint(1, 59, (2, 21))
     mask = (torch.arange(21) >= torch.tensor([5, 0])[:, None]).long()
     given = {"input_ids": ids, "attention_mask": mask}
