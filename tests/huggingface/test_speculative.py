@@ -9,6 +9,7 @@ import flashsfa
 transformers = pytest.importorskip("transformers")
 from exact_models import make, tokens  # noqa: E402
 from flashsfa.huggingface import SparseCache, StaticSparseCache  # noqa: E402
+from flashsfa.huggingface.cache import SparseCacheLayer  # noqa: E402
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -70,15 +71,37 @@ def twin(model):
     return assistant
 
 
-@pytest.mark.parametrize("place", ["dynamic", pytest.param("offloaded", marks=pytest.mark.gpu)])
-def test_prompt_lookup(model, place, monkeypatch):
+def test_prompt_lookup(model, monkeypatch):
     ids = tokens(7, 1).repeat(1, 4)
     plain = greedy(model, ids)
     calls = counted(model, monkeypatch)
-    found = greedy(model, ids, prompt_lookup_num_tokens=3, cache_implementation=place, return_dict_in_generate=True)
+    found = greedy(model, ids, prompt_lookup_num_tokens=3, return_dict_in_generate=True)
     assert type(found.past_key_values) is SparseCache
     assert torch.equal(found.sequences, plain)
     assert max(calls[1:]) > 1  # guesses were tried
+
+
+@pytest.mark.gpu
+def test_an_offloaded_cache(model):
+    model, ids = model.cuda(), tokens(7, 1).repeat(1, 4).cuda()
+    found = greedy(model, ids, prompt_lookup_num_tokens=3, cache_implementation="offloaded")
+    assert torch.equal(found, greedy(model, ids))
+
+
+@pytest.mark.parametrize("name", ["int4, first exact", "axes, ring, dense prompts"])
+def test_layers_that_move_to_another_device_between_calls(name, sliding, monkeypatch):
+    """As an offloaded cache moves them, here to where they are."""
+    model, ids, update = made(sliding, name), tokens(7, 1).repeat(1, 4), SparseCacheLayer.update
+
+    def moving(layer, *args):
+        layer.prefetch()
+        found = update(layer, *args)
+        layer.offload()
+        return found
+
+    expected = greedy(model, ids)
+    monkeypatch.setattr(SparseCacheLayer, "update", moving)
+    assert torch.equal(greedy(model, ids, prompt_lookup_num_tokens=3), expected)
 
 
 @pytest.mark.parametrize("is_switched", [False, True], ids=["dense assistant", "switched assistant"])
