@@ -242,9 +242,9 @@ class SparseCacheLayer(_CodedLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """Remove -`tokens_to_remove` tokens from the end, as transformers counts."""
         _require_removal(tokens_to_remove)
-        removed = -int(tokens_to_remove)  # some versions of transformers pass a tensor
+        removed = int(tokens_to_remove)  # some versions of transformers pass a tensor
         if self.get_seq_length():
-            self.store.crop(-removed if removed else len(self.store))
+            self.store.crop(removed or len(self.store))  # of 0 it would forget all
 
 
 class SparseSlidingLayer(SparseCacheLayer):

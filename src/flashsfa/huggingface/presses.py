@@ -20,7 +20,7 @@ _INSTEAD = "take a press that scores tokens by themselves, such as SnapKVPress, 
 
 @contextmanager
 def pruning(model: Any, press: Any) -> Iterator[None]:
-    """Within this context, a prompt that fills an empty cache is pruned: `press`, a scorer press of kvpress such as
+    """Within this context, a prompt that fills an empty cache in one call is pruned: `press`, a scorer press of kvpress such as
     `KnormPress(compression_ratio=0.5)`, scores the tokens of each head by their keys and values as they come, and the cache holds
     codes of the best alone. The prompt itself attends to all of its tokens. Layers with a sliding window, and those left dense, keep
     theirs. Positions go on from the whole prompt.
@@ -108,6 +108,7 @@ class _Pruner:
             layer.guesses_after is None,
             "speculative decoding brings guesses with the prompt, which a press would score: decode without one of them",
         )
+        vars(layer).pop("update", None)  # of a call that failed
         update = layer.update
 
         def seen(key_states: Tensor, value_states: Tensor, *rest: Any, **options: Any) -> Any:
