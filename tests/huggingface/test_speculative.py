@@ -157,3 +157,13 @@ def test_static_caches_are_refused_before_anything_runs(kind, name, sliding, mon
             greedy(model, ids, **static, **options)
         assert "\n" not in str(error.value)
     assert not calls
+
+
+def test_an_assistant_with_a_static_cache_is_refused_too(monkeypatch):
+    model, ids = made(False, "16 bits"), tokens(20, 1)
+    assistant = flashsfa.enable(twin(model), 8)
+    assistant.generation_config.cache_implementation = "static"
+    calls = counted(model, monkeypatch)
+    with pytest.raises(ValueError, match="a static cache has overwritten others"):
+        greedy(model, ids, assistant_model=assistant)
+    assert not calls

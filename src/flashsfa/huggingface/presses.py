@@ -108,7 +108,7 @@ class _Pruner:
             layer.guesses_after is None,
             "speculative decoding brings guesses with the prompt, which a press would score: decode without one of them",
         )
-        vars(layer).pop("update", None)  # of a call that failed
+        layer.__dict__.pop("update", None)  # of a call that failed
         update = layer.update
 
         def seen(key_states: Tensor, value_states: Tensor, *rest: Any, **options: Any) -> Any:
