@@ -21,6 +21,7 @@ from flashsfa.benchmarking.cases import rival_name
 from flashsfa.benchmarking.configuration import Configuration, code_name
 from flashsfa.benchmarking.plots import speedup_bars
 from flashsfa.benchmarking.results import compared
+from flashsfa.evaluation.perplexity import spread
 from flashsfa.formats import CodeFormat, cache_bits
 
 ROOT = Path(__file__).parents[1]
@@ -57,7 +58,7 @@ WHOLE_MODELS = _runs("generate")[::-1]
 GPT2 = ("training-gpt2-2026-11-26-030f89a", "training-gpt2-2026-11-26-f7db930", "training-gpt2-2026-11-27-cd8fbd1")
 QWEN3 = ("training-qwen3-2026-11-26-030f89a", "training-qwen3-2026-11-26-f7db930")
 TRIALS, STEP = "training-trials-2026-11-26-f7db930", "training-step-2026-11-26-f7db930"
-CACHES = "cache-2026-11-29-ddb8670"
+CACHES, CHOSEN = "cache-2026-11-29-ddb8670", "choose-2026-11-29-088926f"
 CONVERTED, CONVERTED_LONGER = "conversion-2026-11-28-06f2435", "convert-8bit-2026-11-26-f7db930"
 DISTILLED, NEEDLE = "distill-2026-11-26-f7db930", "needle-2026-11-25-d2240b7"
 PICTURED = ("32k", "128k")  # tokens in the cache
@@ -86,7 +87,7 @@ def pages() -> dict[Path, str]:
     """What is written, by path."""
     page = "\n\n".join(
         (
-            _INTRODUCTION, _configurations(), _decode(), _prefill(), _whole_models(), _selection(), _caches(), _converted(), _distilled(), _trained(),
+            _INTRODUCTION, _configurations(), _decode(), _prefill(), _whole_models(), _selection(), _caches(), _chosen(), _converted(), _distilled(), _trained(),
             _needle(), _step(),
         )
     )  # fmt: skip
@@ -343,6 +344,30 @@ def _coded_bytes(options: dict[str, Any] | None, fit: dict[str, Any] | None) -> 
     if fit is not None and "key_bytes" in fit:
         return fit["key_bytes"] + form.v_bytes(64)
     return form.key_bytes(64, options["dense_dims"], options["topk"]) + form.v_bytes(64)
+
+
+def _chosen() -> str:
+    run = _read(CHOSEN)
+    dense, chosen = run["results"]["dense"], run["chosen"]
+
+    def loss(row: dict[str, Any], against: dict[str, Any]) -> str:
+        ratio, error = spread(row["window_losses"], against["window_losses"])
+        return f"{100 * (ratio - 1):+.2f} ± {100 * (error or 0):.2f} %".replace("-", "−")
+
+    rows = [
+        [
+            f"**{row['label']}**" if name == chosen else row["label"], row["token_bytes"], f"{100 * row['share']:.0f} %", f"{row['perplexity']:.2f}",
+            "" if name == "dense" else loss(row, dense),
+        ]
+        for name, row in sorted(run["results"].items(), key=lambda item: -item[1]["token_bytes"])
+    ]  # fmt: skip
+    confirmed = run["confirmed"]
+    return f"""## What is chosen
+
+`flashsfa convert --max-loss 1%` of SmolLM2-135M-Instruct: what it measured, on 4 windows of 2048 tokens, and in bold what it chose. On 6 other
+windows the written model lost {loss(confirmed["sfa"], confirmed["dense"])}. The losses of the presets are those of [caches of few bits](#caches-of-few-bits). {_where(run, CHOSEN)}
+
+{_table(("cache", "bytes of a coded token", "of dense", "perplexity", "loss"), rows)}"""
 
 
 def _converted() -> str:

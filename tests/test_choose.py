@@ -12,6 +12,7 @@ transformers = pytest.importorskip("transformers")
 from flashsfa import choose as module  # noqa: E402
 from flashsfa.choose import Kept, Limits, NothingFitsError, choose  # noqa: E402
 from flashsfa.huggingface.switch import is_enabled  # noqa: E402
+from small_llama import small_llama  # noqa: E402
 
 HEAD_DIM = 16
 EXACT = Exact(recent=2, first=1)
@@ -19,12 +20,7 @@ EXACT = Exact(recent=2, first=1)
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=61, hidden_size=64, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3, pad_token_id=0, eos_token_id=None,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).eval()
+    return small_llama(HEAD_DIM)
 
 
 @pytest.fixture

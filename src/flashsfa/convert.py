@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import platform
+import shutil
 import statistics
 import time
 from collections.abc import Callable
@@ -28,7 +29,8 @@ from .evaluation.text import separate_texts, token_windows
 from .files import require_place, whole_folder
 from .huggingface import disable
 from .huggingface.attention import LayerCoding
-from .huggingface.structure import attention_shape
+from .huggingface.loading import find_file
+from .huggingface.structure import attention_shape, require_whole
 from .models import BUNDLED_NAME, is_converted, load_model
 from .presets import PRESETS, require_one_way
 from .stored import KVView
@@ -36,6 +38,8 @@ from .stored import KVView
 _PROMPT = "The history of science is"
 _WINDOW = 2048
 _LONGEST_PREFILL = 4096  # prefill is quadratic: longer contexts are timed for decode alone
+# What transformers reads images and videos by.
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 _TIMING_MS, _LEAST_TURNS, _MOST_TURNS = 1000, 5, 50
 
 
@@ -124,6 +128,7 @@ def convert(
     loaded = progress("loading the model", 1)
     model, tokenizer = load_model(settings.model, getattr(torch, settings.dtype), settings.tokenizer)
     loaded()
+    require_whole(model)
     calibration, evaluation = _windows(settings, model, tokenizer)
     *_, head_dim = attention_shape(model)
     kept = Kept(output)
@@ -147,7 +152,7 @@ def convert(
             "texts": texts,
             "attention_ms": _attention_times(model, settings, progress),
         }
-        _write(model, tokenizer, report, output)
+        _write(model, tokenizer, report, settings.model, output)
     except Exception:  # what stops it from outside leaves the measurements
         kept.remove()
         raise
@@ -155,13 +160,17 @@ def convert(
     return report
 
 
-def _write(model: Any, tokenizer: Any, report: dict[str, Any], output: Path) -> None:
+def _write(model: Any, tokenizer: Any, report: dict[str, Any], source: str | None, output: Path) -> None:
     from .report import draw, draw_frontier
 
     try:
         with whole_folder(output) as folder:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+            for name in _PROCESSOR_FILES:
+                file = None if source is None else find_file(source, name, is_optional=True)
+                if file is not None:
+                    shutil.copy(file, folder / name)
             (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
             draw(report, folder / "report.png")
             if report["settings"]["max_loss"] is not None or report["settings"]["max_bytes"] is not None:

@@ -305,3 +305,30 @@ def test_what_does_not_fit_is_refused():
         sparse_feature_decode(q, view, key_padding_mask=torch.zeros(B, 1, dtype=torch.bool))
     with pytest.raises(TypeError, match="cast"):
         sparse_feature_decode(q.float(), view)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.int8], ids=str)
+@pytest.mark.parametrize("guesses", [1, 4, 30], ids=str)
+@pytest.mark.parametrize("kept", [0, 1, 29])
+def test_tokens_taken_back_to_a_mark_leave_nothing_behind(dtype, guesses, kept):
+    """As if they had not come, also where they drove exact tokens out of the ring, or the buffers grew."""
+    k, v = draw(40)
+    caches = [SparseKVCache(4, dense_dims=2, capacity=9, recent=5, first=2, dtype=dtype) for _ in range(2)]
+    for cache in caches:
+        cache.append(k[:, :, :10], v[:, :, :10])
+    cache, expected = caches
+    cache.mark()
+    for i in range(10, 10 + guesses):
+        cache.append(k[:, :, i : i + 1], v[:, :, i : i + 1])
+    kept = min(kept, guesses)
+    cache.crop(10 + kept)
+    if kept:
+        expected.append(k[:, :, 10 : 10 + kept], v[:, :, 10 : 10 + kept])
+    for held in (cache, expected):  # and go on alike
+        held.append(k[:, :, 36:], v[:, :, 36:])
+    assert len(cache) == len(expected)
+    for x, y in zip(cache.kv.tensors(), expected.kv.tensors(), strict=True):
+        assert torch.equal(x, y)
+    for part, other in zip(cache.kv.exact, expected.kv.exact, strict=True):
+        assert torch.equal(part.k, other.k)
+        assert torch.equal(part.v, other.v)

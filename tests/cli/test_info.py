@@ -112,6 +112,14 @@ CONFIGS = {  # kind: options, lines of its description
         SIZES | WINDOW | {"num_hidden_layers": 4, "head_dim": 64},
         ["can be switched: yes", "layers 0, 2: a sliding window of 16 tokens, 512 bytes", "layers 1, 3: full attention, 512"],
     ),
+    "Gemma3": (
+        {"text_config": SIZES | WINDOW | {"num_hidden_layers": 4, "head_dim": 64}, "vision_config": VISION},
+        ["Gemma3ForConditionalGeneration, dense", "can be switched: yes, the part that generates text", "layers 1, 3: full attention, 512"],
+    ),
+    "Qwen3VL": (
+        {"text_config": SIZES | {"num_hidden_layers": 2, "head_dim": 64}, "vision_config": {"depth": 1, "hidden_size": 32, "num_heads": 2}},
+        ["Qwen3VLForConditionalGeneration, dense", "can be switched: yes, the part that generates text", "layers 0 to 1: full attention, 512"],
+    ),
     "Qwen3Next": (
         SIZES | LINEAR | EXPERTS | {"num_hidden_layers": 4, "head_dim": 32},
         ["can be switched: yes", "layers 0 to 2: a state of fixed size (linear attention)\n",
@@ -124,7 +132,8 @@ CONFIGS = {  # kind: options, lines of its description
     ),
     "Llama4Text": (
         SIZES | {"num_hidden_layers": 4, "head_dim": 16, "num_local_experts": 2, "intermediate_size_mlp": 64},
-        ["can be switched: no: Llama4ForCausalLM has chunked attention", "layers 0 to 2: attention in chunks of 8192 tokens",
+        ["can be switched: no: Llama4ForCausalLM has chunked attention in layers [0, 1, 2], which sfa does not replace: leave them dense with "
+         "enable(layers=[3])", "layers 0 to 2: attention in chunks of 8192 tokens",
          "layer 3: full attention, 128 bytes"],
     ),
     "Gemma4Text": (

@@ -10,15 +10,12 @@ transformers = pytest.importorskip("transformers")
 from flashsfa.huggingface import calibration  # noqa: E402
 from flashsfa.huggingface.attention import dense_forward  # noqa: E402
 from flashsfa.huggingface.calibration import gather_moments  # noqa: E402
+from small_llama import small_llama  # noqa: E402
 
 
 @pytest.fixture
 def model():
-    config = transformers.LlamaConfig(
-        vocab_size=61, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3, pad_token_id=0, eos_token_id=None,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).eval()
+    return small_llama()
 
 
 @pytest.fixture

@@ -347,10 +347,16 @@ def test_dropout_and_dense_caches_refused(ids):
         logits(model, ids, past_key_values=transformers.StaticCache(config=model.config, max_cache_len=32))
 
 
-def test_masks_that_are_not_causal_refused(ids):
+def test_packed_sequences_equal_separate_ones(ids):
     model = switch(make("llama"))
-    with pytest.raises(ValueError, match="packed"):
-        logits(model, ids, position_ids=torch.arange(20).remainder(10)[None], use_cache=False)
+    found = logits(model, ids, position_ids=torch.arange(20).remainder(10)[None], use_cache=False)
+    assert "mask of its own" in flashsfa.explain()
+    expected = torch.cat([logits(model, part, use_cache=False) for part in ids.split(10, 1)], 1)
+    torch.testing.assert_close(found, expected, **CLOSE)
+
+
+def test_masks_of_the_callers_own_refused(ids):
+    model = switch(make("llama"))
     with pytest.raises(ValueError, match="2D attention mask"):
         logits(model, ids, attention_mask=torch.ones(2, 1, 20, 20).tril().bool())
 

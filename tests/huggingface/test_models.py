@@ -8,6 +8,7 @@ import flashsfa
 transformers = pytest.importorskip("transformers")
 from flashsfa.huggingface import SparseCache, StaticSparseCache  # noqa: E402
 from flashsfa.huggingface.switch import attention_shape, default_dense_dims  # noqa: E402
+from support_page import assert_listed  # noqa: E402
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -62,6 +63,15 @@ FAMILIES = {
     ),
     "glm4": ("Glm4Config", SIZES | GROUPED | PARTIAL | {"head_dim": 8}, 4),
 }  # fmt: skip
+NAMES = {
+    "gpt2": "GPT-2", "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral", "gemma3": "Gemma 3 text", "gemma2": "Gemma 2",
+    "gpt_oss": "gpt-oss", "gpt_neox": "GPT-NeoX", "phi": "Phi", "stablelm": "StableLM", "qwen3_next": "Qwen3-Next", "qwen3_5": "Qwen3.5 text",
+    "glm4_moe": "GLM-4 MoE", "glm4": "GLM-4",
+}  # fmt: skip
+
+
+def test_the_page_lists_what_is_tested():
+    assert_listed({NAMES[family]: dense_dims for family, (*_, dense_dims) in FAMILIES.items()})
 
 
 def make(family):

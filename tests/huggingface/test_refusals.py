@@ -71,33 +71,9 @@ def test_models_that_are_not_exactly_known(kind, options, words):
         flashsfa.enable(model, 3)
     assert "\n" not in str(error.value)
     assert not any(hasattr(module, "sfa") for module in model.modules())
-    if kind != "Bloom":
+    if kind not in ("Bloom", "Llama4Text"):  # whose other layers can be switched
         with pytest.raises(ValueError, match=words):
             flashsfa.calibrate(model, torch.randint(1, 61, (1, 20)), 3)
-
-
-VISION = {"hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "depth": 1}
-IMAGES = {
-    "Gemma3": {
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "image_size": 28,
-    },
-    "Qwen2VL": {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2},
-    "Qwen3VL": VISION | {"out_hidden_size": 32, "deepstack_visual_indexes": [0]},
-}
-
-
-@pytest.mark.parametrize("kind", IMAGES)
-def test_models_of_text_and_images_are_refused_by_name(kind):
-    config = getattr(transformers, f"{kind}Config")(text_config=SIZES | GROUPED, vision_config=IMAGES[kind])
-    with torch.device("meta"):
-        model = transformers.AutoModelForImageTextToText.from_config(config)
-    with pytest.raises(ValueError, match=f"{kind}ForConditionalGeneration has more than one part") as error:
-        flashsfa.enable(model, 3)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("indices", [(0, 0), (0, -1), (0, None), (0, 2)])

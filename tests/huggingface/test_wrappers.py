@@ -8,20 +8,12 @@ import flashsfa
 transformers = pytest.importorskip("transformers")
 from flashsfa.huggingface import SparseCache, StaticSparseCache, attention_shape  # noqa: E402
 from flashsfa.huggingface.switch import is_enabled  # noqa: E402
+from small_llama import small_llama  # noqa: E402
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 HEAD_DIM = 8
-
-
-def make():
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=61, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3, pad_token_id=0, eos_token_id=None,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).eval()
 
 
 def lora(model):
@@ -70,12 +62,12 @@ def greedy(model, ids, **options):
 
 def changes(model):
     """What differs on an instance from an untouched one."""
-    return sorted(set(vars(model)) - set(vars(make())))
+    return sorted(set(vars(model)) - set(vars(small_llama())))
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS)
 def test_the_model_inside_is_switched(wrap, ids):
-    model = wrap(make())
+    model = wrap(small_llama())
     core = inner(model)
     dense = greedy(core, ids)
     with torch.no_grad():
@@ -106,7 +98,7 @@ def test_the_model_inside_is_switched(wrap, ids):
 
 
 def test_a_compiled_wrapper_follows_the_switch(ids):
-    model = make()
+    model = small_llama()
     fast, options = compiled(model), {"use_cache": False, "attention_mask": torch.ones_like(ids)}
     with torch.no_grad():
         dense = fast(ids, **options).logits
@@ -119,7 +111,7 @@ def test_a_compiled_wrapper_follows_the_switch(ids):
 
 
 def test_the_inside_of_a_model_is_refused():
-    model = make()
+    model = small_llama()
     with pytest.raises(ValueError, match="the inside of a model"):
         flashsfa.enable(model.model, 3)
     with pytest.raises(ValueError, match="no transformers model"):
@@ -131,18 +123,18 @@ def test_the_inside_of_a_model_is_refused():
 
 def test_adapters_are_peft_s_to_save(ids, tmp_path):
     peft = pytest.importorskip("peft")
-    model = flashsfa.enable(lora(make()), 3)
+    model = flashsfa.enable(lora(small_llama()), 3)
     model.save_pretrained(tmp_path / "other", is_main_process=False)
     assert not list((tmp_path / "other").glob("*"))
     model.save_pretrained(tmp_path / "adapters")
     assert (tmp_path / "adapters" / "adapter_config.json").is_file()
-    again = peft.PeftModel.from_pretrained(flashsfa.enable(make(), 3), tmp_path / "adapters").eval()
+    again = peft.PeftModel.from_pretrained(flashsfa.enable(small_llama(), 3), tmp_path / "adapters").eval()
     assert torch.equal(greedy(again, ids), greedy(model, ids))
 
 
 def test_adapters_after_the_switch(ids, tmp_path):
-    model = lora(flashsfa.enable(make(), 3))
-    expected = greedy(flashsfa.enable(lora(make()), 3), ids)
+    model = lora(flashsfa.enable(small_llama(), 3))
+    expected = greedy(flashsfa.enable(lora(small_llama()), 3), ids)
     found = greedy(model, ids, return_dict_in_generate=True)
     assert type(found.past_key_values) is SparseCache
     assert torch.equal(found.sequences, expected)
@@ -156,14 +148,14 @@ def test_adapters_after_the_switch(ids, tmp_path):
 def test_prefix_tuning(ids):
     peft = pytest.importorskip("peft")
     config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
-    model = peft.get_peft_model(make(), config).eval()
+    model = peft.get_peft_model(small_llama(), config).eval()
     dense = greedy(model, ids, attention_mask=torch.ones_like(ids))
     flashsfa.enable(model, HEAD_DIM)
     assert torch.equal(greedy(model, ids, attention_mask=torch.ones_like(ids)), dense)
 
 
 def test_a_cache_of_codes_is_a_dynamic_cache_that_hands_out_no_keys(ids):
-    model = flashsfa.enable(make(), 3)
+    model = flashsfa.enable(small_llama(), 3)
     cache = greedy(model, ids, return_dict_in_generate=True).past_key_values
     assert isinstance(cache, transformers.DynamicCache)
     with pytest.raises(TypeError, match="pass the cache itself"):

@@ -47,7 +47,7 @@ class SparseKVCache(Coded):
         dtype: torch.int8 to keep codes and values in 8 bits with a scale a row, a `CodeFormat` for its widths, None to keep them as
             they come.
         recent: newest tokens that are kept as they come, whatever `dtype`. After a `crop` that reached into coded tokens, which
-            stay coded, fewer.
+            stay coded, fewer; but see `mark`.
         first: first tokens of the sequence that are kept as they come, whatever `dtype`.
     """
 
@@ -70,6 +70,7 @@ class SparseKVCache(Coded):
         self._first_capacity = capacity
         self._tokens = _Tokens()
         self._held: _Held | None = None
+        self._mark: _Mark | None = None
 
     def __len__(self) -> int:
         """Tokens held."""
@@ -153,7 +154,8 @@ class SparseKVCache(Coded):
                 held = held.with_coded(0, self._tokens.coded, max(coded, self.capacity + more))
         held, tokens = self._write(held, k, v, step)
         seen = held.view(tokens)
-        self._held, self._tokens = held, tokens
+        mark = None if self._mark is None else self._mark.followed_by(ExactKV(k.detach(), v.detach()))
+        self._held, self._tokens, self._mark = held, tokens, mark
         return seen
 
     def allocate(self, k: Tensor, v: Tensor) -> None:
@@ -219,12 +221,24 @@ class SparseKVCache(Coded):
             buffer.index_copy_(2, slots, new.detach())
         return self.kv
 
+    def mark(self) -> None:
+        """From here on `crop` takes tokens back as if they had not come: what was coded on account of them is as it was. Until the
+        next mark the cache holds the tokens that `append` brings as they come, too; to crop or to move ahead forgets the mark."""
+        self._mark = _Mark(self._held, self._tokens)
+
     def crop(self, length: int) -> None:
         """Forget all but the first `length` tokens; a negative `length` forgets that many from the end."""
         require_int("length", length)
         kept = len(self) + length if length < 0 else length
         require(kept >= 0, lambda: f"cannot crop {len(self)} tokens to {kept}")
-        self._tokens = self._tokens.cropped(kept)
+        mark, self._mark = self._mark, None
+        if mark is None or not mark.tokens.held <= kept < len(self):
+            self._tokens = self._tokens.cropped(kept)
+            return
+        self._held, self._tokens = mark.held or self._held, mark.tokens
+        again = None if mark.since is None else mark.since.tokens(0, kept - len(self))
+        if again is not None:
+            self.append(again.k, again.v)
 
     def keep_last(self, length: int, capacity: int) -> None:
         """Forget all but the last `length` tokens and move those of them that are coded to buffers of `capacity` tokens. The first
@@ -234,22 +248,31 @@ class SparseKVCache(Coded):
         held = self._buffers().with_coded(before.coded - tokens.coded, before.coded, capacity)
         if held.kv.first is not None and tokens.first < before.first:
             held = held.with_first(before.first - tokens.first, before.first)
-        self._held, self._tokens = held, tokens
+        self._held, self._tokens, self._mark = held, tokens, None
 
     def to(self, device: torch.device | str) -> None:
         """Move the buffers to `device`; further tokens must come from there."""
+        self._change(lambda x: x.to(device))
         if self._held is not None:
-            held = self._held.map(lambda x: x.to(device))
-            recent = held.kv.recent
+            recent = self._held.kv.recent
             if recent is not None and recent.positions is not None:
                 recent = replace(recent, positions=recent.positions.to(device))
-            self._held = replace(held, kv=replace(held.kv, recent=recent))
+                self._held = replace(self._held, kv=replace(self._held.kv, recent=recent))
 
     def select_batch(self, index: Tensor) -> None:
         """Keep the batch rows `index` [B'] (int64), in that order, repeats allowed: beam search, batch filters."""
         if self._held is not None:
             index = index.to(self._held.kv.v.device)
-            self._held = self._held.map(lambda x: x[index])
+            self._change(lambda x: x[index])
+
+    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Change every buffer alike, and what the mark holds."""
+        before, mark = self._held, self._mark
+        held = None if before is None else before.map(change)
+        if mark is not None:
+            marked = held if mark.held is before or mark.held is None else mark.held.map(change)
+            mark = replace(mark, held=marked, since=None if mark.since is None else mark.since.map(change))
+        self._held, self._mark = held, mark
 
     def _write(self, held: _Held, k: Tensor, v: Tensor, step: _Step) -> tuple[_Held, _Tokens]:
         """Store k and v where nothing is held yet: the first tokens of the sequence and the newest as they are, and codes of those
@@ -410,6 +433,18 @@ class _Held:
             return replace(
                 self, kv=replace(self.kv, recent=self.kv.recent.map(lambda x: _moved(x, start, end, x.shape[2])))
             )
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """What a cache held at a mark, and the tokens that came `since`. Appends write behind it, so its buffers are as they were."""
+
+    held: _Held | None
+    tokens: _Tokens
+    since: ExactKV | None = None
+
+    def followed_by(self, new: ExactKV) -> _Mark:
+        return replace(self, since=new if self.since is None else self.since.followed_by(new))
 
 
 def _moved(x: Tensor, start: int, end: int, capacity: int) -> Tensor:

@@ -160,7 +160,8 @@ def _print_model(source: str, context: int | None) -> None:
         model = describe(source, torch.bfloat16)  # as flashsfa convert loads it
         found = ways(model)
         print(f"{model.name}, dense, in bfloat16")
-        print(f"  can be switched: {'yes' if model.obstacle is None else f'no: {model.obstacle}'}")
+        part = ", the part that generates text" if model.is_part else ""
+        print(f"  can be switched: {f'yes{part}' if model.obstacle is None else f'no: {model.obstacle}'}")
         own = next((way for way in found if way.label == _USUAL), found[0])
     if model.shape is None:
         print("  heads: they differ from layer to layer")

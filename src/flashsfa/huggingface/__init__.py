@@ -2,6 +2,7 @@
 
 from .cache import SparseCache, StaticSparseCache, cache_nbytes
 from .calibration import calibrate
+from .presses import pruning
 from .settings import SFASettings
 from .structure import attention_shape
 from .switch import disable, enable, from_pretrained
@@ -16,4 +17,5 @@ __all__ = [
     "disable",
     "enable",
     "from_pretrained",
+    "pruning",
 ]

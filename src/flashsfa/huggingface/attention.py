@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
 from ..attention import sparse_feature_attention
 from ..basis import FeatureBasis
 from ..budget import FeatureBudget
 from ..checks import require
 from ..coder import Coder
+from ..codes import FeatureCodes, all_dense_codes, topk_codes
 from ..decode import FEW_QUERIES, attend_cached
 from ..formats import cache_bits
 from ..mask import Mask, checked_window
 from ..narrow import NarrowRows
-from ..ops.prefill import exact_band
+from ..ops.prefill import exact_band, masked
 from ..scores import ScoreRules
 from ..stored import ExactKV, KVView
 from .positions import channel_first
@@ -124,13 +126,29 @@ class LayerCoding(nn.Module):
         return super()._apply(moved, recurse)
 
 
+@dataclass(frozen=True)
+class SeenKV:
+    """Keys and values that some queries of a call see.
+
+    Attributes:
+        kv: the keys and values, up to that of the last of the queries.
+        queries: how many queries.
+        start: where kv begins among the tokens that the cache holds.
+    """
+
+    kv: KVView
+    queries: int
+    start: int = 0
+
+
 class CachedKeys:
     """What a cache of codes hands to the attention function in place of keys.
 
     Models pass it on as they do keys; a model that does more with them is told so.
 
     Attributes:
-        kv: codes and values, and exact tokens; its lengths are the slots filled so far of a cache of fixed size.
+        views: codes and values, and exact tokens, that the queries of the call see one after another: one view for all, or several.
+            The lengths of a cache of fixed size are the slots filled so far.
         key_code: of the layer that coded them; None for lossless codes.
         dtype: of the values as they came, and so of the attention's output.
         positions: [N] int64 position in the sequence of each slot's token, negative for an empty slot; None where
@@ -141,25 +159,48 @@ class CachedKeys:
 
     def __init__(
         self,
-        kv: KVView,
+        views: Sequence[SeenKV],
         key_code: tuple[Any, ...] | None,
         dtype: torch.dtype,
         *,
         positions: Tensor | None = None,
         is_static: bool = False,
     ) -> None:
-        self.kv, self.key_code, self.dtype, self.positions, self.is_static = kv, key_code, dtype, positions, is_static
+        self.views, self.key_code, self.dtype, self.positions, self.is_static = (
+            views,
+            key_code,
+            dtype,
+            positions,
+            is_static,
+        )
 
     @property
     def shape(self) -> torch.Size:
-        """[B, Hkv, N, D] of the keys held, coded or not."""
+        """[B, Hkv, N, D] of the keys that the call sees, coded or not."""
         batch, heads, _, head_dim = self.kv.codes.shape
-        return torch.Size((batch, heads, self.kv.n, head_dim))
+        n = self.views[-1].start - self.views[0].start + self.kv.n
+        return torch.Size((batch, heads, n, head_dim))
+
+    @property
+    def kv(self) -> KVView:
+        """What the last query sees."""
+        return self.views[-1].kv
 
     @property
     def values(self) -> Tensor:
         """What is handed out beside these keys."""
         return self.kv.v.kept if isinstance(self.kv.v, NarrowRows) else self.kv.v
+
+    def per_view(self) -> list[tuple[slice, slice, KVView]]:
+        """Each view, with its queries among those of the call and its keys among those that the call sees."""
+        if len(self.views) == 1:
+            return [(slice(None), slice(None), self.kv)]
+        parts, done, first = [], 0, self.views[0].start
+        for view in self.views:
+            begin = view.start - first
+            parts.append((slice(done, done + view.queries), slice(begin, begin + view.kv.n), view.kv))
+            done += view.queries
+        return parts
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # what pickle and copy ask for
@@ -177,6 +218,31 @@ _WORKS_ON_KEYS = (
 )
 
 
+class OtherMask:
+    """A mask of several queries that is more than causality, a window and padding. It is made when a layer asks for it: some models
+    have masks made that none of their layers uses."""
+
+    def __init__(self, make: Callable[[], Tensor]) -> None:
+        self._make = make
+
+    @functools.cached_property
+    def visible(self) -> Tensor:
+        """[B, 1, N_q, tokens] bool, True where a query sees a token."""
+        return self._make()
+
+    def contiguous(self) -> OtherMask:
+        """Itself: generate() asks it of every mask that it hands on."""
+        return self
+
+    def of(self, key: Tensor | CachedKeys) -> Tensor:
+        """[B, 1, N_q, N] bool: `visible` at the slots of `key`."""
+        visible = self.visible.to(key.device if isinstance(key, Tensor) else key.values.device)
+        positions = None if isinstance(key, Tensor) else key.positions
+        if positions is None:
+            return visible[..., : key.shape[2]]  # a static cache announces its capacity, and may hand out fewer keys
+        return visible[..., positions.clamp(min=0)] & (positions >= 0)
+
+
 # What models and their callers hand to an attention function that changes nothing in it: positions are in queries and keys, and
 # the rest concerns what becomes of the output.
 _WITHOUT_EFFECT = frozenset(
@@ -192,7 +258,8 @@ def attention_forward(
     query: Tensor,
     key: Tensor | CachedKeys,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | OtherMask | None,
+    dropout: float = 0.0,  # some libraries hand it on by place
     **rest: Any,
 ) -> tuple[Tensor, None]:
     """The attention of one layer, with the signature of transformers' AttentionInterface.
@@ -203,14 +270,20 @@ def attention_forward(
 
     Raises `ValueError` for an argument that would change the result of attention in a way unknown here, by its name.
     """
-    return _attend(module, getattr(module, "sfa", None), query, key, value, attention_mask, **rest)
+    return _attend(module, getattr(module, "sfa", None), query, key, value, attention_mask, dropout, **rest)
 
 
 def dense_forward(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **rest: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | OtherMask | None,
+    dropout: float = 0.0,
+    **rest: Any,
 ) -> tuple[Tensor, None]:
     """`attention_forward` with every feature kept, whatever the layer's code."""
-    return _attend(module, None, query, key, value, attention_mask, **rest)
+    return _attend(module, None, query, key, value, attention_mask, dropout, **rest)
 
 
 def _attend(
@@ -219,7 +292,7 @@ def _attend(
     query: Tensor,
     key: Tensor | CachedKeys,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | OtherMask | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -230,7 +303,11 @@ def _attend(
 ) -> tuple[Tensor, None]:
     require_no_dropout(module, dropout)
     _require_known(module, is_causal, kwargs)
-    padding = _padding(attention_mask, key)
+    if isinstance(attention_mask, OtherMask):
+        padding, visible = None, attention_mask.of(key)
+    else:
+        padding, visible = _padding(attention_mask, key), None
+    window = checked_window(sliding_window)
     if isinstance(key, Tensor):
         query = _cast(query, value.dtype)  # under autocast, norms and RoPE leave queries and keys in float32
         key = _cast(key, value.dtype)
@@ -238,11 +315,19 @@ def _attend(
             budget = FeatureBudget.of(key.shape[-1], key.shape[-1])
         else:
             query, key, budget = coding.queries(query), coding.keys(key), coding.budget
-        if coding is not None and coding.settings.shows_exact:
+        scores = ScoreRules.of(query, scaling, softcap, s_aux)
+        shows_exact = coding is not None and coding.settings.shows_exact
+        if visible is not None:
+            require(
+                not shows_exact,
+                "recent, first and prefill='dense' go without a cache with causal masks alone, and this call asks for another: call the "
+                "model with a cache, or without packed sequences and images",
+            )
+            out = masked.attend(query, KVView(_codes(key, budget), value), budget, visible, scores)
+        elif shows_exact:
+            assert coding is not None
             exact, coded = ExactKV(coding.exact_keys(key), value), coding.coder.rounded(key, value)
-            mask = Mask(True, checked_window(sliding_window), padding)
-            scores = ScoreRules.of(query, scaling, softcap, s_aux)
-            recent, first = coding.settings.recent, coding.settings.first
+            mask, recent, first = Mask(True, window, padding), coding.settings.recent, coding.settings.first
             out = exact_band.attend(query, exact, coded, budget, mask, scores, recent=recent, first=first)
         else:
             out = sparse_feature_attention(
@@ -255,12 +340,18 @@ def _attend(
         query = _cast(query, value.dtype if value.is_floating_point() else key.dtype)
         query = query if coding is None else coding.queries(query)
         budget = FeatureBudget.lossless(query.shape[-1]) if coding is None else coding.budget
-        kv = key.kv if value is key.values else replace(key.kv, v=value)  # a model may have worked on the values
-        kv = kv if coding is None else coding.exact(kv)
-        mask = Mask(True, checked_window(sliding_window), padding, kv_lens=kv.kv_lens)
         scores = ScoreRules.of(query, scaling, softcap, s_aux)
         tolerance = 0.0 if coding is None else coding.value_tolerance
-        out = attend_cached(query, kv, budget, mask, scores, tolerance).to(key.dtype)
+        outs = []
+        for rows, keys, kv in key.per_view():
+            kv = kv if value is key.values else replace(kv, v=value)  # a model may have worked on the values
+            kv = kv if coding is None else coding.exact(kv)
+            if visible is not None:
+                outs.append(masked.attend(query[:, :, rows], kv, budget, visible[..., rows, keys], scores))
+                continue
+            mask = Mask(True, window, None if padding is None else padding[:, keys], kv_lens=kv.kv_lens)
+            outs.append(attend_cached(query[:, :, rows], kv, budget, mask, scores, tolerance))
+        out = (outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)).to(key.dtype)
     return out.transpose(1, 2).contiguous(), None  # some models look at it by .view
 
 
@@ -275,20 +366,31 @@ def attention_mask(
     local_size: int | None = None,
     allow_is_causal_skip: bool = True,
     use_vmap: bool = False,
+    config: Any = None,
     **kwargs: Any,
-) -> Tensor | None:
-    """[B, 1, 1, kv_length] bool, False where a key is padding, or None. Causality and the window are the operator's.
+) -> Tensor | OtherMask | None:
+    """[B, 1, 1, kv_length] bool, False where a key is padding, or None. Causality and the window are the operator's. An `OtherMask`
+    for several queries and a mask that is more than these.
 
     A mask of four dimensions is one that transformers hands on as it is. transformers never allows a skip in the
     decode steps of a static cache, so there a sliding window is known by `use_vmap`, which any other mask sets.
     """
     may_skip = allow_is_causal_skip or (q_length == 1 and not use_vmap)
-    require(
-        mask_function is causal_mask_function or (local_size is not None and may_skip),
-        "sfa runs causal masks, with or without a sliding window and padding; this call asks for another mask (packed "
-        "sequences by position_ids, or a custom mask; a compiled model that is called without a cache cannot tell, and takes an "
-        "attention_mask of ones)",
-    )
+    is_window = local_size is not None and may_skip and local_size != getattr(config, "attention_chunk_size", None)
+    if mask_function is not causal_mask_function and not is_window:
+        require(
+            not torch.compiler.is_compiling() or q_length == 1,
+            "compiled models run causal masks, with or without a sliding window and padding; this call asks for another mask (packed "
+            "sequences by position_ids, or a custom mask; a compiled model that is called without a cache cannot tell, and takes an "
+            "attention_mask of ones)",
+        )
+        other = OtherMask(
+            functools.partial(
+                sdpa_mask, batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size,
+                allow_is_causal_skip=False, use_vmap=use_vmap, **kwargs,
+            )
+        )  # fmt: skip
+        return other.visible if q_length == 1 else other  # what one query does not see is padding to it
     if attention_mask is None:
         return None
     visible = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
@@ -334,7 +436,7 @@ def _require_own_cache(coding: LayerCoding | None, key: CachedKeys, value: Tenso
         "cache_dtype=None",
     )
     require(
-        not key.kv.exact or value is key.values,
+        value is key.values or not (key.kv.exact or len(key.views) > 1),
         "this model works on the values in its cache before it attends to them, which exact tokens do not allow: enable it with "
         "recent=0 and first=0",
     )
@@ -361,6 +463,13 @@ def _padding(mask: Tensor | None, key: Tensor | CachedKeys) -> Tensor | None:
     if positions is None:
         return padding[:, :n]  # a static cache announces its capacity, and may hand out fewer keys
     return padding[:, positions.clamp(min=0)] | (positions < 0)
+
+
+def _codes(k: Tensor, budget: FeatureBudget) -> FeatureCodes:
+    """The codes of keys k [B, Hkv, N, D], which a budget of all features leaves as they are."""
+    if budget.topk + budget.dense_dims == budget.head_dim:
+        return all_dense_codes(k)
+    return topk_codes(k, budget.topk, dense_dims=budget.dense_dims)
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:

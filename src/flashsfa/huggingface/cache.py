@@ -19,7 +19,7 @@ from ..checks import require, require_int
 from ..contexts import lasting_tensors
 from ..decode import FEW_QUERIES
 from ..stored import ExactKV, KVView
-from .attention import CachedKeys, LayerCoding
+from .attention import CachedKeys, LayerCoding, SeenKV
 from .structure import DENSE_LAYERS, dense_cache_layers, unwrap
 
 
@@ -41,6 +41,14 @@ class SparseCache(DynamicCache):
                 window = _window(layers[index])
                 layers[index] = SparseCacheLayer(coding) if window is None else SparseSlidingLayer(coding, window)
         Cache.__init__(self, layers=layers, offloading=offloading, offload_only_non_sliding=False)
+
+    def expect_guesses(self, after: int | None) -> None:
+        """Of the tokens to come, those behind the first `after` of the sequence are guesses, as in speculative decoding; None for
+        none. Each then sees, and leaves behind, what it would if it came alone, whatever the cache keeps as it comes, and `crop`
+        takes guesses back as if they had not come."""
+        for layer in self.layers:
+            if isinstance(layer, SparseCacheLayer):
+                layer.guesses_after = after
 
     def __iter__(self) -> Iterator[NoReturn]:
         raise TypeError("a cache of codes holds no keys that could be handed out layer by layer: pass the cache itself")
@@ -165,37 +173,66 @@ class SparseCacheLayer(_CodedLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[CachedKeys, Tensor]:
         _require_no_gradient(key_states, value_states)
-        start, dtype = self._first_seen(), self.dtype if self.is_initialized else value_states.dtype
+        dtype = self.dtype if self.is_initialized else value_states.dtype
         own = ExactKV(
             self._coding.keys(key_states.to(dtype)), value_states.to(dtype)
         )  # autocast leaves keys in float32
-        sees_dense = self._coding.settings.prefill == "dense" and own.k.shape[2] > 1
-        earlier = self.store.kv if sees_dense and self.is_initialized else None
+        views = [self._append(part) for part in self._apart(own)]
+        if not self.is_initialized:  # after all that may fail
+            self.lazy_initialization(key_states, value_states)
+        keys = CachedKeys(views, self._coding.key_code, value_states.dtype)
+        return keys, keys.values
+
+    def _apart(self, own: ExactKV) -> Iterator[ExactKV]:
+        """The tokens of a call, in the order in which the cache takes them: together, but for guesses where what a token sees
+        depends on how many come at once."""
+        settings, count = self._coding.settings, own.k.shape[2]
+        together = count
+        if self.guesses_after is not None and (settings.recent or settings.prefill == "dense"):
+            together = min(count, max(0, self.guesses_after - self.get_seq_length()))
+        if together == count:
+            yield own
+            return
+        if together:
+            yield own.map(lambda x: x[:, :, :together])
+        self.store.mark()
+        for i in range(together, count):
+            yield own.map(lambda x, i=i: x[:, :, i : i + 1])
+
+    def _append(self, own: ExactKV) -> SeenKV:
+        """Store tokens; what their queries see."""
+        start, count = self._first_seen(), own.k.shape[2]
+        sees_dense = self._coding.settings.prefill == "dense" and count > 1
+        earlier = self.store.kv if sees_dense and len(self.store) else None
         kv = self.store.append(own.k, own.v)
         if sees_dense:
             kv = (kv.coded(0, 0) if earlier is None else earlier).followed_by(own)
-        if not self.is_initialized:  # after all that may fail
-            self.lazy_initialization(key_states, value_states)
-        if start:
-            kv = kv.since(start)
-        keys = CachedKeys(kv, self._coding.key_code, value_states.dtype)
-        return keys, keys.values
+        return SeenKV(kv.since(start) if start else kv, count, start)
+
+    def replace_prompt(self, k: Tensor, v: Tensor) -> None:
+        """Hold the keys k [B, Hkv, N, D] and values v of fewer tokens in place of all that is held. The sequence is as long as it was."""
+        before = self.get_seq_length()
+        self.reset()
+        self.update(k, v)
+        self._pruned = before - len(self.store)
 
     def _first_seen(self) -> int:
         """The first token held that the next query sees."""
         return 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return len(self.store) + query_length, 0
+        return len(self.store) + query_length, self._pruned
 
     def get_seq_length(self) -> int:
-        return len(self.store)
+        return self._pruned + len(self.store)
 
     def get_max_length(self) -> int:
         return -1
 
     def reset(self) -> None:
         coder, settings = self._coding.coder, self._coding.settings
+        self.guesses_after: int | None = None
+        self._pruned = 0
         self.store = SparseKVCache(
             **coder.arguments(), recent=settings.recent,
             first=settings.first,
@@ -205,8 +242,9 @@ class SparseCacheLayer(_CodedLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """Remove -`tokens_to_remove` tokens from the end, as transformers counts."""
         _require_removal(tokens_to_remove)
-        if tokens_to_remove and self.get_seq_length():
-            self.store.crop(int(tokens_to_remove))  # some versions of transformers pass a tensor
+        removed = int(tokens_to_remove)  # some versions of transformers pass a tensor
+        if self.get_seq_length():
+            self.store.crop(removed or len(self.store))  # of 0 it would forget all
 
 
 class SparseSlidingLayer(SparseCacheLayer):
@@ -323,7 +361,9 @@ class StaticSparseLayer(_CodedLayer):
         seen, positions = self._store(coordinates, value_states.to(self.dtype), was_empty)
         self._kv_lens.add_(count)  # in place: `seen` may hold this tensor
         self._is_empty = False
-        keys = CachedKeys(seen, self._key_code, value_states.dtype, positions=positions, is_static=True)
+        keys = CachedKeys(
+            [SeenKV(seen, count)], self._key_code, value_states.dtype, positions=positions, is_static=True
+        )
         return keys, keys.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

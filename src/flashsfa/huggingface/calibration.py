@@ -18,11 +18,14 @@ from ..checks import require, require_int, require_tensor
 from .attention import attention_mask, dense_forward
 from .structure import (
     attention_layers,
+    attention_of,
     attention_shape,
     default_dense_dims,
     require_switchable,
+    set_attention,
     tensor_device,
     text_config,
+    text_part,
     unwrap,
 )
 
@@ -167,12 +170,12 @@ def _attention(model: Any, function: Callable[..., Any]) -> Iterator[None]:
     """The model's attention is `function`."""
     AttentionInterface.register(_NAME, function)
     AttentionMaskInterface.register(_NAME, attention_mask)
-    before = model.config._attn_implementation
-    model.set_attn_implementation(_NAME)
+    before = attention_of(model)
+    set_attention(model, _NAME)
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        set_attention(model, before)
 
 
 def _run(model: Any, ids: Tensor, positions: Tensor) -> None:
@@ -186,7 +189,7 @@ def _rotary_turn(model: Any, modules: list[Any], ids: Tensor, furthest: int) -> 
 
     None for a model where it is not found, or does not give the keys that the model itself has at positions further on.
     """
-    rotary = next((part for name, part in model.named_modules() if name.endswith("rotary_emb")), None)
+    rotary = next((part for name, part in text_part(model).named_modules() if name.endswith("rotary_emb")), None)
     apply = getattr(sys.modules.get(type(modules[0]).__module__), "apply_rotary_pos_emb", None)
     if rotary is None or apply is None:
         return None
@@ -216,7 +219,7 @@ def _rotary_turn(model: Any, modules: list[Any], ids: Tensor, furthest: int) -> 
             for turned, far in zip(turn(*near, torch.full_like(positions, shift)), keys[1][layer], strict=True):
                 if not (turned - far.float()).norm() <= _SAME * far.float().norm():
                     return None
-    except (TypeError, ValueError, RuntimeError, KeyError):  # rotations of other signatures
+    except (TypeError, ValueError, RuntimeError, LookupError):  # rotations of other signatures
         return None
     return turn
 

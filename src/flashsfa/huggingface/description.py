@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModel
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
-from .loading import refusing
-from .structure import attention_layers, attention_shape, dense_cache_layers, require_switchable, text_config
+from .loading import auto_class, refusing
+from .structure import attention_shape, dense_cache_layers, require_whole, text_config
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class ModelDescription:
         shape: query heads, kv heads and head_dim; None where they differ from layer to layer.
         kinds: its layers, kind by kind.
         obstacle: why `enable` does not switch it; None where it does.
+        is_part: whether it has other parts than the one that generates text: `enable` leaves them as they are.
     """
 
     name: str
@@ -63,6 +64,7 @@ class ModelDescription:
     shape: tuple[int, int, int] | None
     kinds: tuple[LayerKind, ...]
     obstacle: str | None
+    is_part: bool
 
     @property
     def has_bytes(self) -> bool:
@@ -82,7 +84,7 @@ def describe(source: str | Path, dtype: torch.dtype | None = None) -> ModelDescr
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         model = _skeleton(config)
         try:
-            require_switchable(model, attention_layers(model))
+            require_whole(model)
             obstacle = None
         except ValueError as error:
             obstacle = str(error)
@@ -91,18 +93,16 @@ def describe(source: str | Path, dtype: torch.dtype | None = None) -> ModelDescr
         except (AttributeError, RuntimeError, ValueError):
             shape = None
         dtype = dtype or getattr(config, "dtype", None) or getattr(text_config(model), "dtype", None) or torch.float32
-        return ModelDescription(
-            type(model).__name__, text_config(model), dtype, shape, _kinds(model, shape, dtype), obstacle
-        )
+        text = text_config(model)
+        kinds, is_part = _kinds(model, shape, dtype), text is not model.config
+        return ModelDescription(type(model).__name__, text, dtype, shape, kinds, obstacle, is_part)
 
 
 def _skeleton(config: Any) -> Any:
     """The model of a config without weights."""
     with torch.device("meta"):
-        for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
-            if type(config) in auto._model_mapping:
-                return auto.from_config(config)
-        return AutoModel.from_config(config)
+        auto = auto_class(config)
+        return (auto if type(config) in auto._model_mapping else AutoModel).from_config(config)
 
 
 def _kinds(model: Any, shape: tuple[int, int, int] | None, dtype: torch.dtype) -> tuple[LayerKind, ...]:

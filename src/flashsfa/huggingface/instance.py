@@ -4,6 +4,7 @@ called with. All of it can be pickled and copied with the model."""
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from transformers.generation import GenerationMode
 
 from ..basis import FeatureBasis
 from ..checks import require
-from .attention import NAME
+from .attention import NAME, OtherMask
 from .cache import SparseCache, StaticSparseCache, require_readable
 from .settings import BASIS_FILE
-from .structure import attention_shape
+from .structure import attention_of, attention_shape, text_config
 
 _METHODS = ("_prepare_cache_for_generation", "generate", "save_pretrained", "_get_files_timestamps")
 
@@ -55,17 +56,17 @@ def _prepare_cache(
     max_cache_length: int,
 ) -> None:
     """`_prepare_cache_for_generation` of transformers, with caches of codes."""
-    given = model_kwargs.get("past_key_values") is not None
-    if given or generation_config.use_cache is False or model.config._attn_implementation != NAME:
+    given = model_kwargs.get("past_key_values")
+    is_ours = attention_of(model) == NAME
+    guesses = generation_mode == GenerationMode.ASSISTED_GENERATION
+    if (guesses or generation_config.is_assistant) and is_ours:
+        _require_guesses(model, given, generation_config)
+    if given is not None or generation_config.use_cache is False or not is_ours:
         arguments = (generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
         type(model)._prepare_cache_for_generation(model, *arguments)
+        if isinstance(given, SparseCache):
+            given.expect_guesses(_prompt_length(model_kwargs, generation_config) if guesses else None)
         return
-    if generation_mode == GenerationMode.ASSISTED_GENERATION and model.config.sfa["recent"]:
-        warnings.warn(
-            f"speculative decoding checks several tokens at once, and these share one ring of recent={model.config.sfa['recent']} exact "
-            "tokens: what is generated may differ from plain decoding. Enable the model with recent=0 for the same tokens",
-            stacklevel=2,
-        )
     implementation = generation_config.cache_implementation or "dynamic"
     require(
         implementation in ("dynamic", "offloaded", "static"),
@@ -84,19 +85,50 @@ def _prepare_cache(
             cache.early_initialization(rows, kv_heads, head_dim, dtype, model.device)
     else:
         cache = SparseCache(model, offloading=implementation == "offloaded")
+        if guesses:
+            cache.expect_guesses(_prompt_length(model_kwargs, generation_config))
     if generation_config.is_assistant:
         cache.activate_past_recording()
     model_kwargs["past_key_values"] = cache
 
 
+def _require_guesses(model: Any, cache: Any, generation_config: Any) -> None:
+    """Raise `ValueError` if speculative decoding is asked for what it cannot do: to guess into a cache of fixed size, to go on from a
+    cache, or by the first layers of a model that has them in a part."""
+    require(
+        generation_config.is_assistant or cache is None or not cache.get_seq_length(),
+        "transformers' speculative decoding runs the whole prompt again whatever a cache holds: give it an empty one, or decode without an "
+        "assistant, prompt_lookup_num_tokens and assistant_early_exit",
+    )
+    require(
+        generation_config.assistant_early_exit is None or text_config(model) is model.config,
+        f"assistant_early_exit takes the first layers of a model of text alone, not of {type(model).__name__}: leave it out, or say "
+        "prompt_lookup_num_tokens",
+    )
+    require(
+        not isinstance(cache, StaticSparseCache) and generation_config.cache_implementation != "static",
+        "speculative decoding takes back tokens that were guessed wrong, and a static cache has overwritten others by then: leave "
+        "cache_implementation out, or say 'offloaded'; or decode without an assistant, prompt_lookup_num_tokens and assistant_early_exit",
+    )
+
+
+def _prompt_length(model_kwargs: dict[str, Any], generation_config: Any) -> int:
+    """Tokens of the sequence before the first that is generated."""
+    for name in ("position_ids", "attention_mask"):
+        if model_kwargs.get(name) is not None:
+            return int(model_kwargs[name].shape[-1])
+    return int(generation_config._mask_length)  # of a mask of ones, which transformers drops
+
+
 def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     """`generate` of transformers, which leaves the number of layers of an early exit in the config where that fails."""
-    layers = model.config.num_hidden_layers
+    config = text_config(model)
+    layers = config.num_hidden_layers
     try:
         return type(model).generate(model, *args, **kwargs)
     finally:
-        if model.config.num_hidden_layers != layers:
-            model.config.num_hidden_layers = layers
+        if config.num_hidden_layers != layers:
+            config.num_hidden_layers = layers
 
 
 def _save_with_basis(
@@ -135,6 +167,7 @@ class _CallCheck:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         for argument in (*args, *kwargs.values()):
             require_readable(argument)
+        _require_no_press(module)
         mask = kwargs.get("attention_mask")
         if self._keeps_first:
             _require_first_tokens(mask, kwargs)
@@ -155,11 +188,26 @@ class _CallCheck:
         )
 
 
+def _require_no_press(module: nn.Module) -> None:
+    """Raise `ValueError` if a press of kvpress hooks on a layer: it would take keys out of the cache, and put others there."""
+    if "kvpress" not in sys.modules:
+        return
+    for hook in (hook for layer in module.modules() for hook in layer._forward_hooks.values()):
+        press = type(getattr(hook, "__self__", None))
+        require(
+            not any(kind.__module__.split(".")[0] == "kvpress" for kind in press.__mro__),
+            f"{press.__name__} of kvpress would prune the keys in a cache, and a cache of codes holds none: enter "
+            "flashsfa.huggingface.pruning(model, press) in place of press(model), or disable the model",
+        )
+
+
 def _require_first_tokens(mask: Any, kwargs: dict[str, Any]) -> None:
     """Raise `ValueError` if a prompt begins with padding, which would be kept in place of the first tokens of its sequence. For a
     static cache `generate` hands over what `attention_mask` made of the mask, by kind of layer where there are several."""
     if isinstance(mask, dict):
         mask = mask.get("full_attention")
+    if isinstance(mask, OtherMask):
+        mask = mask.visible.any(2)[:, 0]
     if torch.compiler.is_compiling() or not isinstance(mask, torch.Tensor):
         return
     if mask.ndim == 4 and mask.shape[1:3] == (1, 1):

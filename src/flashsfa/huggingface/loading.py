@@ -19,7 +19,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import cached_file
 
 from ..checks import require
@@ -32,21 +32,34 @@ _NAMED_TENSORS = 4  # of a kind, in a message
 _LONGEST_REASON = 600  # characters
 
 
-def load_weights(source: str | Path, model_class: Any = AutoModelForCausalLM, **kwargs: Any) -> Any:
+def auto_class(config: Any) -> Any:
+    """The Auto class of transformers that makes the whole model of a config: of one with a part for text beside others, that part is
+    not all."""
+    is_composite = config.get_text_config(decoder=True) is not config
+    order = (AutoModelForImageTextToText, AutoModelForCausalLM)
+    found = (auto for auto in (order if is_composite else reversed(order)) if type(config) in auto._model_mapping)
+    return next(found, AutoModelForCausalLM)
+
+
+def load_weights(source: str | Path, model_class: Any = None, **kwargs: Any) -> Any:
     """The model of a checkpoint, with every tensor of it in its place and no other: `model_class.from_pretrained`, checked.
 
     Args:
         source: a local directory or a name on the hub.
-        model_class: a class of transformers, or one of its Auto classes.
+        model_class: a class of transformers, or one of its Auto classes; None for that of its config (`auto_class`).
         kwargs: as transformers takes them (dtype, device_map, revision, subfolder, gguf_file ...).
 
     Raises `ValueError` of one line: no such model, damaged files, a config that fits no model, tensors that are missing,
     of another shape, or that the model has no place for. Tied weights may be missing, and a class may ignore tensors.
     """
-    what = "a causal language model" if model_class is AutoModelForCausalLM else f"a {model_class.__name__}"
+    what = "a causal language model" if model_class is None else f"a {model_class.__name__}"
     with refusing(f"{source} cannot be loaded as {what}"), _quiet():
-        if not {"config", "gguf_file"} & kwargs.keys():
-            _read_config(source, **kwargs)
+        config = {} if {"config", "gguf_file"} & kwargs.keys() else _read_config(source, **kwargs)
+        if model_class is None:
+            has_parts = "text_config" in config and "auto_map" not in config
+            model_class = (
+                auto_class(AutoConfig.from_pretrained(source, **_of_hub(kwargs))) if has_parts else AutoModelForCausalLM
+            )
         model, found = model_class.from_pretrained(
             source,
             output_loading_info=True,
@@ -88,9 +101,13 @@ def find_file(source: str | Path, name: str, *, is_optional: bool = False, **kwa
         file = Path(source, kwargs.get("subfolder") or "", name)
         require(is_optional or file.is_file(), f"{name} is missing")
         return file if file.is_file() else None
-    hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if kwargs.get(key) is not None}
-    found = cached_file(source, name, _raise_exceptions_for_missing_entries=not is_optional, **hub)
+    found = cached_file(source, name, _raise_exceptions_for_missing_entries=not is_optional, **_of_hub(kwargs))
     return None if found is None else Path(found)
+
+
+def _of_hub(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Of the arguments of `load_weights` those that say where files lie."""
+    return {key: kwargs[key] for key in _HUB_ARGUMENTS if kwargs.get(key) is not None}
 
 
 @contextmanager
@@ -108,8 +125,8 @@ def refusing(what: str) -> Iterator[None]:
 def _read_config(source: str | Path, **kwargs: Any) -> dict[str, Any]:
     _require_found(source)
     config = _read_json(find_file(source, "config.json", **kwargs))
-    for name in _SIZES:
-        size = config.get(name)
+    parts = [config, *(part for part in (config.get("text_config"),) if isinstance(part, dict))]
+    for name, size in ((name, part.get(name)) for part in parts for name in _SIZES):
         require(
             not isinstance(size, (bool, str, float, int)) or (type(size) is int and size >= 1),
             f"{name} in config.json must be a whole number of at least 1, got {size!r}",

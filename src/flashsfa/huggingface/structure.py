@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.masking_utils import create_chunked_causal_mask
 
 from ..checks import require
 
@@ -30,12 +32,32 @@ def unwrap(model: Any) -> Any:
     return model
 
 
+def text_part(model: Any) -> Any:
+    """The part of a model that generates text: the model itself, or what is in it beside a vision tower and its like."""
+    model = unwrap(model)
+    config = text_config(model)
+    if config is model.config:
+        return model
+    return next((x for x in model.modules() if isinstance(x, PreTrainedModel) and x.config is config), model)
+
+
+def attention_of(model: Any) -> str:
+    """The name of the attention implementation of the part that generates."""
+    return str(text_config(model)._attn_implementation)
+
+
+def set_attention(model: Any, name: str) -> None:
+    """Change the attention implementation of the part that generates; a vision tower keeps its own."""
+    text_part(model).set_attn_implementation(name)
+
+
 def attention_layers(model: Any) -> list[nn.Module]:
-    """The self-attention modules, in the order of their layers. `layer_idx` of each is the layer of the model that it is in:
+    """The self-attention modules of the part that generates, in the order of their layers. `layer_idx` of each is the layer of the model that it is in:
     some models have attention in a few of their layers."""
     model = unwrap(model)
     require(isinstance(model, nn.Module), f"enable switches a transformers model, got {type(model).__name__}")
-    found = [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "scaling")]
+    part = text_part(model) if isinstance(model, PreTrainedModel) else model
+    found = [module for module in part.modules() if hasattr(module, "layer_idx") and hasattr(module, "scaling")]
     indices = [module.layer_idx for module in found]
     require(
         all(isinstance(index, int) and index >= 0 for index in indices) and len(set(indices)) == len(indices),
@@ -106,6 +128,13 @@ def require_no_dropout(module: nn.Module, share: float) -> None:
     )
 
 
+def require_whole(model: Any) -> None:
+    """Raise `ValueError` with the reason if not all attention of a model can be replaced."""
+    modules: list[Any] = attention_layers(model)
+    require_switchable(unwrap(model), modules)
+    require_whole_context(model, [module.layer_idx for module in modules])
+
+
 def require_switchable(model: Any, modules: list[nn.Module]) -> None:
     """Raise `ValueError` with the reason if the attention of a model of this kind cannot be replaced."""
     name = type(model).__name__
@@ -117,21 +146,29 @@ def require_switchable(model: Any, modules: list[nn.Module]) -> None:
         model.base_model is not model or model.can_generate(),
         f"{name} is the inside of a model: enable the whole one, whose forward or generate you call",
     )
-    config = model.config.get_text_config(decoder=True)
-    require(config is model.config, f"{name} has more than one part (text beside images, say): not yet supported")
+    require(
+        not getattr(model.config, "is_encoder_decoder", False)
+        and not getattr(model.config, "add_cross_attention", False),
+        f"{name} has cross-attention, which sfa does not replace",
+    )
+    config, part = text_config(model), text_part(model)
+    require(
+        config is part.config,
+        f"{name} has more than one part, and none of its modules is known for the one that generates text: enable that one, whose "
+        "generate you call",
+    )
     require(
         not getattr(config, "kv_lora_rank", None),
         f"{name} uses latent attention (MLA), which sfa does not replace",
     )
     require(
-        bool(modules) and model._can_set_attn_implementation(),
+        bool(modules) and part._can_set_attn_implementation(),
         f"{name} does not route its attention through transformers' AttentionInterface, so it cannot be switched",
     )
     require(
-        not getattr(config, "is_encoder_decoder", False) and not getattr(config, "add_cross_attention", False),
-        f"{name} has cross-attention, which sfa does not replace",
+        "chunked_attention" not in (getattr(config, "layer_types", None) or []) or _tells_chunks(),
+        f"{name} has chunked attention, which this version of transformers does not tell from a sliding window: upgrade it",
     )
-    require(not getattr(config, "attention_chunk_size", None), f"{name} has chunked attention: not yet supported")
     require(not getattr(config, "num_kv_shared_layers", None), f"{name} shares keys between layers: not yet supported")
     try:
         heads, kv_heads, head_dim = attention_shape(model)
@@ -141,6 +178,25 @@ def require_switchable(model: Any, modules: list[nn.Module]) -> None:
     _require_plain_cache(name, model, modules)
     for module in modules:
         _require_plain_attention(name, module, heads // kv_heads)
+
+
+def require_whole_context(model: Any, layers: Iterable[int]) -> None:
+    """Raise `ValueError` if `layers` of a model see chunks of the context: other layers can be switched beside them."""
+    kinds = getattr(text_config(model), "layer_types", None) or []
+    chunked = [index for index in layers if index < len(kinds) and kinds[index] == "chunked_attention"]
+    others = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
+    require(
+        not chunked,
+        lambda: (
+            f"{type(unwrap(model)).__name__} has chunked attention in layers {shortened(chunked)}, which sfa does not replace"
+            + (f": leave them dense with enable(layers={shortened(others)})" if others else "")
+        ),
+    )
+
+
+def shortened(numbers: Sequence[int]) -> str:
+    """A list of layers for a message."""
+    return str([*numbers]) if len(numbers) <= 8 else f"[{', '.join(map(str, numbers[:6]))}, ... {numbers[-1]}]"
 
 
 def _require_plain_attention(name: str, module: Any, group: int) -> None:
@@ -175,6 +231,11 @@ def _hands_over(module: nn.Module, argument: str) -> bool:
         return f"{argument}=" in inspect.getsource(type(module).forward)
     except (OSError, TypeError):  # no source at hand
         return False
+
+
+def _tells_chunks() -> bool:
+    """Whether transformers hands the config to whoever makes the mask of layers that attend in chunks."""
+    return "config=config" in inspect.getsource(create_chunked_causal_mask)
 
 
 def _require_plain_cache(name: str, model: Any, modules: list[nn.Module]) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoModelForCausalLM
 
 from ..basis import FeatureBasis
 from ..budget import FeatureBudget
@@ -22,9 +21,12 @@ from .positions import move_to_channel, require_channel, restore
 from .settings import BASIS_FILE, SFASettings
 from .structure import (
     attention_layers,
+    attention_of,
     attention_shape,
     default_dense_dims,
     require_switchable,
+    require_whole_context,
+    set_attention,
     tensor_device,
     unwrap,
 )
@@ -56,14 +58,16 @@ def enable(
 
     Args:
         model: a model whose attention goes through transformers' AttentionInterface (GPT-2, Llama, Qwen3 ...), bare or in the
-            wrappers of PEFT, torch.compile or distributed training.
+            wrappers of PEFT, torch.compile or distributed training. Of one with several parts (Gemma 3 and Qwen3-VL with images) the
+            part that generates text is switched.
         topk, topk_query: budgets, as in `sparse_feature_attention`. Without them keys are kept as the basis says, in a number of bits
             per axis.
         dense_dims: as in `sparse_feature_attention`; None for `default_dense_dims`, the part of a head that carries
             positions in a model with partial rotary embeddings (GPT-NeoX, Phi, StableLM, GLM-4), 0 in others.
         basis: [L, Hkv, D, D] coordinates from `calibrate`, for these budgets: its gain, and a dictionary, fit no others;
             None for the model's own. One that was calibrated with key_bytes takes the place of budgets. L counts the layers with attention, in their order.
-        layers: indices of the model's layers to switch, where others without attention count too; None for all.
+        layers: indices of the model's layers to switch, where others without attention count too; None for all. Layers that attend in
+            chunks (Llama 4) are left out.
         value_tolerance: as in `sparse_feature_decode`.
         positions: "channel" turns the dense channel alone by RoPE and leaves the sparse features free of position: for
             GPT-2 (whose learned positions are dropped) and Qwen3 models that are trained so. None for the model's own.
@@ -103,14 +107,14 @@ def enable(
     _warn_of_untested_version()
     disable(model)
     try:
-        model._sfa_dense_attention = model.config._attn_implementation
+        model._sfa_dense_attention = attention_of(model)
         channel = 0 if positions is None else move_to_channel(model, dense_dims)
         for place, module in enumerate(modules):
             if layers is not None and module.layer_idx not in layers:
                 continue
             coding = LayerCoding(budget, value_tolerance, None if basis is None else basis[place], channel, settings)
             module.sfa = coding.to(tensor_device(module))
-        model.set_attn_implementation(NAME)
+        set_attention(model, NAME)
         model.config.sfa = asdict(settings)
         extend(model, basis)
     except BaseException:
@@ -131,7 +135,7 @@ def disable(model: Any) -> Any:
     for module in inner.modules():
         if isinstance(getattr(module, "sfa", None), LayerCoding):
             del module.sfa
-    inner.set_attn_implementation(inner._sfa_dense_attention)
+    set_attention(inner, inner._sfa_dense_attention)
     restore(inner)
     retract(inner)
     vars(inner.config).pop("sfa", None)
@@ -174,12 +178,12 @@ def _load_basis(path: str | Path, settings: SFASettings, kwargs: dict[str, Any])
 
 
 def _saved_class(config: dict[str, Any]) -> Any:
-    """The class of transformers that a checkpoint was saved from; that of its model type for remote code."""
+    """The class of transformers that a checkpoint was saved from; None, for that of its config, for remote code."""
     names = config.get("architectures")
     named = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
     found = None if "auto_map" in config else getattr(transformers, named, None)
     is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
-    return found if is_model else AutoModelForCausalLM
+    return found if is_model else None
 
 
 def _check_settings(model: Any, present: list[int], settings: SFASettings, basis: FeatureBasis | None) -> FeatureBudget:
@@ -195,6 +199,7 @@ def _check_settings(model: Any, present: list[int], settings: SFASettings, basis
         require(basis is None, "positions='channel' has no basis: the model is trained in the coordinates it has")
         require_channel(model, settings.dense_dims, head_dim)
     unknown = [index for index in settings.layers or [] if index not in present]
+    require_whole_context(model, present if settings.layers is None else settings.layers)
     every = present == list(range(len(present)))
     held = f"layers 0 to {len(present) - 1}" if every else f"attention in layers {present}"
     require(not unknown, f"layers {unknown} do not exist: {name} has {held}")

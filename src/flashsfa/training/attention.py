@@ -21,7 +21,7 @@ from ..attention import sparse_feature_attention
 from ..basis import FeatureBasis
 from ..budget import FeatureBudget
 from ..huggingface.attention import LayerCoding
-from ..huggingface.switch import attention_layers
+from ..huggingface.structure import attention_layers, set_attention
 from ..ops.select.plain import by_token
 
 NAME = "sfa_training"
@@ -223,14 +223,14 @@ def install(model: Any, make: Callable[[int, nn.Module], Core]) -> None:
     AttentionMaskInterface.register(NAME, _no_mask)
     for index, module in enumerate(attention_layers(model)):
         module.sfa_core = make(index, module)
-    model.set_attn_implementation(NAME)
+    set_attention(model, NAME)
 
 
 def uninstall(model: Any, implementation: str) -> None:
     """Take the cores off again, and let `model` compute attention by transformers' `implementation`."""
     for module in attention_layers(model):
         del module.sfa_core
-    model.set_attn_implementation(implementation)
+    set_attention(model, implementation)
 
 
 def _attention_forward(

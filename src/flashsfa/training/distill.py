@@ -20,7 +20,7 @@ from ..extras import install_hint
 from ..huggingface import SFASettings, disable, enable, from_pretrained
 from ..huggingface.loading import find_file
 from ..huggingface.settings import BASIS_FILE
-from ..huggingface.switch import attention_layers
+from ..huggingface.structure import attention_layers, text_config
 from .attention import Core, DenseCore, DistillCore, TargetCore, TrainedBasis, install, uninstall
 from .data import IGNORED
 from .pretrain import Corpus, load_corpus, load_tokenizer, save
@@ -47,17 +47,17 @@ def _distill(recipe: DistillRecipe, place: RunDirectory) -> dict[str, Any]:
         f"model: {recipe.model} keeps keys in bits per axis, and training is for codes of topk: convert it with --topk",
     )
     lora = recipe.distill.lora
-    widest = getattr(model.config, "hidden_size", None)
+    widest = getattr(text_config(model), "hidden_size", None)
     require(
         lora is None or widest is None or lora.rank <= widest,
         f"distill.lora.rank must be at most the model's hidden size of {widest}, got {lora and lora.rank}",
     )
     tokenizer = load_tokenizer(recipe.data.tokenizer or recipe.model)
-    limit = getattr(model.config, "max_position_embeddings", recipe.data.context)
+    limit = getattr(text_config(model), "max_position_embeddings", recipe.data.context)
     require(recipe.data.context <= limit, f"data.context: the model has {limit} positions, got {recipe.data.context}")
     warmup = recipe.distill.warmup
     corpus = load_corpus(
-        recipe.data, recipe.training, tokenizer, model.config.vocab_size,
+        recipe.data, recipe.training, tokenizer, text_config(model).vocab_size,
         None if warmup is None else (warmup.text, warmup.tokens),
     )  # fmt: skip
     basis = _basis(recipe.model)

@@ -16,6 +16,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from ..checks import checked, require
 from ..codes import code_queries, topk_codes
 from ..huggingface.attention import attention_forward, attention_mask
+from ..huggingface.structure import set_attention, text_config
 from ..huggingface.switch import NAME, is_enabled
 
 _NAME = "sfa_support"
@@ -104,7 +105,7 @@ def support_statistics(model: Any, windows: Tensor, progress: Callable[[], None]
     """
     require(is_enabled(model), f"{type(model).__name__} is dense: flashsfa convert or flashsfa.enable makes it sparse")
     found: dict[int, _Sums] = {}
-    layers = model.config.num_hidden_layers
+    layers = text_config(model).num_hidden_layers
 
     def record(module: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
         coding = getattr(module, "sfa", None)
@@ -115,14 +116,14 @@ def support_statistics(model: Any, windows: Tensor, progress: Callable[[], None]
 
     AttentionInterface.register(_NAME, record)
     AttentionMaskInterface.register(_NAME, attention_mask)
-    model.set_attn_implementation(_NAME)
+    set_attention(model, _NAME)
     try:
         with checked():
             for window in windows:
                 model(input_ids=window[None].to(model.device), use_cache=False)
                 progress()
     finally:
-        model.set_attn_implementation(NAME)
+        set_attention(model, NAME)
     heads = next(iter(found.values())).counts.shape[0]
     missing = torch.full((heads,), math.nan, device="cpu")
     means = [found[i].means() if i in found else (missing,) * 3 for i in range(layers)]

@@ -28,6 +28,10 @@ def require_served(vllm_config: Any) -> None:
     settings = _read(model.hf_config)
     _basis_path(settings, model.model)
     require(
+        getattr(model.hf_config, "text_config", None) is None,
+        f"flashsfa serves models of text alone in vLLM, and {model.model} has other parts: run it in transformers",
+    )
+    require(
         cache.cache_dtype == "auto",
         f'flashsfa\'s pages hold codes in widths of their own, not in --kv-cache-dtype {cache.cache_dtype}: leave it "auto", and '
         "enable the model with cache_dtype='int8' for 8 bits",
