@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..basis import FeatureBasis
+from ..benchmarking.cases import tokens_label
 from ..benchmarking.configuration import Configuration
 from ..benchmarking.decode import DecodeCase
 from ..candidates import Exact, rivals
@@ -186,7 +187,7 @@ def draw(results: Results, length: int, path: Path) -> None:
         axes.set_xlabel(
             "bytes of a coded token per kv head, key and value"
             if n is None
-            else f"decode at {n} tokens, ms of one layer, batch 8"
+            else f"decode at {tokens_label(n)} tokens, ms of one layer, batch 8"
         )
         axes.grid(alpha=0.3)
     panels[0, 0].set_ylabel(f"loss of perplexity at {length} tokens, %, with its standard error")
