@@ -6,6 +6,10 @@
 #   recipes/scale.sh runs/scale training.tokens=9_830_400          further settings, for every run
 #
 # recipes/queue.sh trains them: a script that was stopped goes on where it was. A row takes five to seven minutes of one H200.
+#
+# What RoPE on a quarter of each head saves a model that is converted afterwards, at equal bytes, is the loss of these two:
+#   for name in dense dense-quarter; do flashsfa convert runs/scale/qwen3-$name/model -o runs/converted-$name --topk 16 \
+#     --dense-dims 32 --calibrate TRAIN --eval VALIDATION; done
 set -euo pipefail
 
 rows() {
@@ -23,11 +27,11 @@ gpt2-k8-best        gpt2-124m  $best
 qwen3-k16-map       qwen3-d128 $plain $full attention.train_basis=true
 qwen3-short64       qwen3-d128 $dense $full $short=64
 qwen3-40+16         qwen3-d128 attention.dense_dims=40
+qwen3-16+8          qwen3-d128 attention.dense_dims=16 attention.topk=8
 qwen3-dense-quarter qwen3-d128 $dense
 gpt2-short12        gpt2-124m  $short=12
 gpt2-k8             gpt2-124m  $k8
 gpt2-short32        gpt2-124m  $short=32
-qwen3-16+16         qwen3-d128 attention.dense_dims=16
 gpt2-dense-1        gpt2-124m  training.seed=1
 gpt2-k8-best-1      gpt2-124m  $best training.seed=1
 qwen3-dense-1       qwen3-d128 $dense $full training.seed=1

@@ -42,7 +42,17 @@ _CONFIGURATIONS = {
         "k16-int8-skip",
         "k16-int4-skip",
     ),
-    (128, True): ("32+k16", "32+k16-int8", "32+k16-int4", "dense-int8", "dense-int4", "axes48-int4"),
+    (128, True): (
+        "32+k16",
+        "32+k16-int8",
+        "32+k16-int4",
+        "16+k8",
+        "16+k8-int8",
+        "16+k8-int4",
+        "dense-int8",
+        "dense-int4",
+        "axes48-int4",
+    ),
     (64, False): ("k8",),
     (64, True): (
         "k8",
