@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -203,12 +202,13 @@ class TrainedBasis(nn.Module):
             self.register_buffer(name, x.float(), persistent=False)
 
     def forward(self) -> FeatureBasis:
-        factors, solve = self.factors, partial(torch.linalg.solve_triangular, unitriangular=True)
+        factors = self.factors
         with torch.autocast(factors.device.type, enabled=False):  # rounded, the sides would not be inverse
             one = torch.eye(factors.shape[-1], dtype=factors.dtype, device=factors.device)
             size = factors.diagonal(dim1=-2, dim2=-1).exp()[..., None]  # [H, D, 1]
             turn = (factors.tril(-1) + one) @ (size * (factors.triu(1) + one))
-            undone = solve(factors, solve(factors, one.expand_as(factors), upper=False) / size, upper=True)
+            undone = torch.linalg.solve_triangular(factors, one.expand_as(factors), upper=False, unitriangular=True)
+            undone = torch.linalg.solve_triangular(factors, undone / size, upper=True, unitriangular=True)
             return FeatureBasis(self.inverse @ undone.mT * self.gain, self.key @ turn)
 
 
