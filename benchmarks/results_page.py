@@ -574,7 +574,7 @@ def draw(path: Path) -> None:
     rivals: dict[str, None] = {}
     for (name, width, heads, n), row in times.items():
         if heads == "16/16" and n in PICTURED:
-            kept = f"{name}  ({_configuration(name, width).bytes} of {4 * width} bytes)"
+            kept = f"{name}  ({Configuration.named(name, width).bytes} of {4 * width} bytes)"
             groups.setdefault(f"head size {width}", {}).setdefault(kept, {})[row["n"]] = row["ratio"]
             rivals |= {rival_name(x.removesuffix("_grouped")): None for x in row["baselines"]}
     where = run["environment"]
@@ -616,12 +616,9 @@ def _decode_times(name: str) -> dict[tuple[str, int, str, str], dict[str, Any]]:
         if row["status"] == "failed":  # its check: no time is shown
             continue
         case = _case(r"d=(\d+), ([^, ]+)(, dense queries| by the same kernels)?, ([\d/]+) heads, n=(\w+)", row)
-        found[(case[2], int(case[1]), case[4], case[5])] = row | {"queries": "dense" if case[3] else "sparse"}
+        key = (case[2], int(case[1]), case[4], case[5])
+        found.setdefault(key, row | {"queries": "dense" if case[3] else "sparse"})  # of k8 with both, the sparse ones
     return found
-
-
-def _configuration(name: str, head_dim: int) -> Configuration:
-    return next(x for x in CONFIGURATIONS if (x.name, x.head_dim) == (name, head_dim))
 
 
 def _stored_bytes(run: dict[str, Any], dense: Configuration) -> int:

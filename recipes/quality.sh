@@ -2,15 +2,12 @@
 # The rows of docs/notes/2026-11-26-quality.md, the most telling first, those of docs/notes/2026-11-27-prefill.md last, and their comparison. From the
 # repository's root:
 #
-#   recipes/quality.sh runs/quality                       one run at a time
+#   recipes/quality.sh runs/quality                       one run at a time on each GPU
 #   JOBS=5 recipes/quality.sh runs/quality                five side by side: a model this small does not fill an H100
 #   recipes/quality.sh runs/quality training.tokens=9_633_792       further settings, for every run
 #
-# What is finished already is not run again, so a script that was stopped goes on where it was.
+# recipes/queue.sh trains them: a script that was stopped goes on where it was.
 set -euo pipefail
-export OUT=$1 SETTINGS="${*:2}"
-# accelerate then compiles one block of a model instead of all in a row
-export ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION=true
 
 rows() {
     k8="attention.kind=sfa attention.topk=8"
@@ -92,21 +89,4 @@ gpt2-k8-m32-denseq-all      gpt2-27m  $k8 attention.dense_dims=32 $best
 END
 }
 
-train() {
-    local name=$1 recipe=$2 set=()
-    for setting in "${@:3}" $SETTINGS; do set+=(--set "$setting"); done
-    [[ -f $OUT/$name/result.json ]] && return
-    flashsfa train pretrain "recipes/$recipe.yaml" -o "$OUT/$name" ${set[@]+"${set[@]}"} > "$OUT/$name.log" 2>&1 ||
-        echo "failed: $name: $(tail -n 1 "$OUT/$name.log")"
-}
-export -f train
-
-mkdir -p "$OUT"
-rows | xargs -P "${JOBS:-1}" -L 1 bash -c 'train "$@"' train
-for first in gpt2-dense qwen3-full qwen3-full-warm; do
-    runs=("$OUT/$first")
-    for result in "$OUT/${first%%-*}"-*/result.json; do
-        [[ $result == "$OUT/$first/result.json" ]] || runs+=("${result%/result.json}")
-    done
-    flashsfa train compare "${runs[@]}" -o "$OUT/compared"
-done
+rows | recipes/queue.sh "$1" "gpt2-dense qwen3-full qwen3-full-warm" "${@:2}"

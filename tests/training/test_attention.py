@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 import flashsfa
 from flashsfa import reference
+from flashsfa.huggingface.attention import LayerCoding
 from flashsfa.huggingface.positions import channel_first
 from flashsfa.training import recipe
 from flashsfa.training.attention import SparseCore, Visible, install
@@ -38,6 +39,41 @@ def test_what_was_trained_is_what_loads_again(tmp_path, name):
     model.save_pretrained(tmp_path / "model")
     loaded = flashsfa.from_pretrained(tmp_path / "model").eval()
     torch.testing.assert_close(logits(loaded, ids), trained)
+    continued = loaded.generate(ids[:, :8], max_new_tokens=4, do_sample=False, pad_token_id=0)
+    torch.testing.assert_close(continued[:, 8:9], logits(loaded, ids[:, :8])[:, -1:].argmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ("qwen3", {"topk": 4}),
+        ("qwen3", {"topk": 3, "dense_dims": 4, "topk_query": 16, "layers": [1], "window": 5}),
+        ("gpt2", {"topk": 4, "topk_query": 16, "gradient": "all", "equalize": True}),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_a_trained_basis_begins_as_the_identity_and_goes_with_the_model(tmp_path, architecture, options):
+    options = {"kind": "sfa", **options}
+    model, plain = make(architecture, train_basis=True, **options), make(architecture, **options)
+    ids = torch.randint(1, VOCABULARY, (2, CONTEXT))  # generate takes 0 for padding
+    torch.testing.assert_close(logits(model, ids), logits(plain, ids))
+    maps = [x for name, x in model.named_parameters() if name.endswith("trained.factors")]
+    assert len(maps) == len(options.get("layers", (0, 1)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    for _ in range(3):
+        model.zero_grad()
+        model.train()(ids, labels=ids, use_cache=False).loss.backward()
+        assert all(x.grad.flatten(1).norm(dim=1).min() > 0 for x in maps)  # of each head
+        optimizer.step()
+        equalize(model)
+    trained = logits(model.eval(), ids)
+    finish(model, recipe.Attention(train_basis=True, **options))
+    torch.testing.assert_close(logits(model, ids), trained, rtol=1e-4, atol=1e-5)
+    basis = [layer.key for layer in model.modules() if isinstance(layer, LayerCoding)]
+    assert min(float((x - torch.eye(16)).abs().amax()) for x in basis) > 1e-3
+    model.save_pretrained(tmp_path / "model")
+    loaded = flashsfa.from_pretrained(tmp_path / "model").eval()
+    torch.testing.assert_close(logits(loaded, ids), trained, rtol=1e-4, atol=1e-5)
     continued = loaded.generate(ids[:, :8], max_new_tokens=4, do_sample=False, pad_token_id=0)
     torch.testing.assert_close(continued[:, 8:9], logits(loaded, ids[:, :8])[:, -1:].argmax(-1))
 

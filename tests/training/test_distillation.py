@@ -50,7 +50,7 @@ def test_a_trained_basis_changes_no_score_before_topk():
     start = flashsfa.FeatureBasis.identity(2, 8)
     trained = TrainedBasis(start)
     with torch.no_grad():
-        trained.key += 0.1 * torch.randn_like(trained.key)
+        trained.factors += 0.1 * torch.randn_like(trained.factors)
     q, k = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)
     basis = trained()
     scores = basis.transform_query(q) @ basis.transform_key(k).repeat_interleave(2, 1).mT

@@ -41,6 +41,12 @@ from tiny import QWEN3, VOCABULARY, refused, run, write
         ("attention.query_pattern=2:4 attention.topk_query=12", "attention: a 2:4 pattern keeps at most half"),
         ("attention.query_pattern=2:4 attention.anneal.share=0.5", "anneal: not with query_pattern"),
         ("attention.sparse_temperature=-1", "attention.sparse_temperature must be above 0"),
+        (
+            "attention.kind=dense attention.topk=null attention.train_basis=true",
+            "attention.train_basis: only for kind sfa",
+        ),
+        ("attention.train_basis=true attention.positions=channel", "attention.train_basis: not with positions channel"),
+        ("attention.train_basis=true training.fsdp=true", "training.fsdp: not with attention.train_basis"),
         ("attention.positions=full", "attention.positions: gpt2 cannot have full positions"),
         ("attention.positions=channel", "attention: positions='channel' turns the dense channel in pairs"),
     ],

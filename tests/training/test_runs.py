@@ -11,7 +11,7 @@ import flashsfa
 from flashsfa.budget import FeatureBudget
 from flashsfa.training import needle, pretrain, recipe
 from flashsfa.training.run import Annealing, RunDirectory, RunTrainer
-from tiny import GPT2, Coding, losses, result, run
+from tiny import CONTEXT, GPT2, Coding, losses, result, run
 
 
 def test_a_run_that_was_killed_goes_on_with_the_same_losses(tmp_path, content, monkeypatch):
@@ -53,6 +53,28 @@ def test_a_run_killed_after_its_last_step_is_finished(tmp_path, content, monkeyp
     monkeypatch.undo()
     assert run(tmp_path, content) == 0
     assert len(losses(tmp_path)) == 5
+
+
+def test_a_trained_basis_goes_on_after_a_kill_and_is_in_the_model(tmp_path, content, tokens, monkeypatch):
+    content["attention"]["train_basis"] = True
+    assert run(tmp_path, content, name="whole") == 0
+    step = RunTrainer.training_step
+
+    def killed(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(RunTrainer, "training_step", killed)
+    assert run(tmp_path, content) == 130
+    monkeypatch.undo()
+    assert run(tmp_path, content) == 0
+    assert losses(tmp_path) == losses(tmp_path, "whole")
+    model = flashsfa.from_pretrained(tmp_path / "run" / "model").eval()
+    ids = torch.from_numpy(np.load(tokens)[: 8 * CONTEXT].astype(np.int64)).view(8, CONTEXT).to(model.device)
+    with torch.no_grad():
+        loss = model(ids, labels=ids, use_cache=False).loss
+    assert float(loss) == pytest.approx(result(tmp_path)["validation_loss"], rel=1e-4)
 
 
 def test_a_directory_holds_one_run(tmp_path, content, capsys):

@@ -22,12 +22,14 @@ from ..cache.contiguous import SparseKVCache
 from ..codes import topk_codes
 from ..decode import sparse_feature_decode
 from ..narrow import NarrowRows
+from ..ops.decode.plain import needed_rows
 from ..ops.record import last_choice
 from ..stored import ExactKV, KeyCodes, KVView
 from .cases import Baseline, Verdict, Workload, facet_name, sdpa_backends, tokens_label
 from .configuration import Configuration
 
-# By head size, and whether queries are dense: as converted models run, and over a cache that keeps all features.
+# By head size, and whether queries are dense: as converted models and those of recipes/scale.sh run, and over a cache that keeps all
+# features.
 _CONFIGURATIONS = {
     (128, False): (
         "k16",
@@ -40,9 +42,29 @@ _CONFIGURATIONS = {
         "k16-int8-skip",
         "k16-int4-skip",
     ),
-    (128, True): ("dense-int8", "dense-int4", "axes48-int4"),
+    (128, True): (
+        "32+k16",
+        "32+k16-int8",
+        "32+k16-int4",
+        "16+k8",
+        "16+k8-int8",
+        "16+k8-int4",
+        "dense-int8",
+        "dense-int4",
+        "axes48-int4",
+    ),
     (64, False): ("k8",),
-    (64, True): ("22+k12", "28+k12-int8", "22+k12-int4", "axes36-int4", "dense-int8", "dense-int4"),
+    (64, True): (
+        "k8",
+        "k8-int8",
+        "k8-int4",
+        "22+k12",
+        "28+k12-int8",
+        "22+k12-int4",
+        "axes36-int4",
+        "dense-int8",
+        "dense-int4",
+    ),
 }
 _QUICK = ("k16", "k16-int8", "k16-int4", "22+k12", "28+k12-int8", "axes48-int4", "dense-int8", "dense-int4")
 _APPEND_TOKENS = 8192  # coding a long context at once would need several times its memory
@@ -254,9 +276,7 @@ def _scores(q: Tensor, stored: KVView, has_dense_queries: bool) -> Iterator[Tens
 
 def _needed(scores: Tensor, tolerance: float) -> Tensor:
     """Which V rows [Hkv, N] the scores [Hkv, G, N] need, 0 or 1."""
-    ascending, order = scores.softmax(-1).sort(-1)
-    light = torch.zeros_like(scores).scatter(-1, order, (ascending.cumsum(-1) <= tolerance).to(scores.dtype))
-    return 1 - light.amin(1)
+    return needed_rows(scores.softmax(-1), tolerance).to(scores.dtype)
 
 
 def _grouped(x: Tensor, kv_heads: int) -> Tensor:

@@ -66,6 +66,48 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     needle.add_argument("--trials", type=int, default=1, metavar="N", help="prompts for each length and depth")
     needle.add_argument("--seed", type=int, default=0, metavar="N", help="another one gives other prompts")
 
+    compared = evaluations.add_parser(
+        "frontier", help="what trained models lose in each form of their caches, beside a dense one", formatter_class=HelpFormatter
+    )  # fmt: skip
+    compared.set_defaults(run=_frontier)
+    compared.add_argument(
+        "models", nargs="+", type=some_text, metavar="MODEL",
+        help="directories: the dense model that the others are compared with, then those, switched or dense",
+    )  # fmt: skip
+    compared.add_argument("--text", type=some_text, metavar="TEXT", help=f"file or folder (default: {HELP_TOPICS})")
+    compared.add_argument(
+        "--lengths",
+        type=integers,
+        default="1024",
+        metavar="N,N",
+        help="tokens of a window and of a haystack, by commas",
+    )
+    compared.add_argument(
+        "--windows", type=int, default=32, metavar="N", help="windows of each length, spread over the text"
+    )
+    compared.add_argument(
+        "--tolerances",
+        type=_shares,
+        default="0.01,0.05,0.1",
+        metavar="T,T",
+        help="of values, measured in 16 bits, by commas",
+    )
+    compared.add_argument(
+        "--trials", type=int, default=1, metavar="N", help="needles for each length and depth; 0 for none"
+    )
+    compared.add_argument(
+        "--decode",
+        nargs="+",
+        type=some_path,
+        default=(),
+        metavar="JSON",
+        help="results of flashsfa bench decode, for the times",
+    )
+    add_output(compared)
+    add_tokenizer(compared)
+    add_dtype(compared, "of the weights")
+    add_device(compared)
+
     tasks = add(
         "lm-eval", "tasks of EleutherAI's lm-eval, built in or of your own", _lm_eval, _lm_eval_table,
         context="2048, or the model's positions if fewer",
@@ -133,6 +175,31 @@ def _needle(options: argparse.Namespace, settings: SubjectSettings, bars: Progre
     )  # fmt: skip
 
 
+def _frontier(options: argparse.Namespace) -> None:
+    need("eval", "matplotlib", "rich", "transformers")
+    from ..evaluation.measure import measure_frontier
+
+    require_counts(options, windows=1, trials=0)
+    with progress() as bars:
+        document, paths = measure_frontier(
+            options.models, options.output, bars, text=options.text, lengths=options.lengths, windows=options.windows,
+            tolerances=options.tolerances, trials=options.trials, decode=options.decode, dtype=options.dtype, device=options.device,
+            tokenizer=options.tokenizer,
+        )  # fmt: skip
+    console().print(_forms_table(document["results"]))
+    if document["settings"]["tolerances"]:
+        console().print(_tolerances_table(document["results"]))
+    print_written(paths)
+
+
+def _shares(text: str) -> list[float]:
+    """Shares by commas, sorted, each once."""
+    try:
+        return sorted({float(part) for part in text.split(",") if part.strip()})
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of shares like 0.01,0.05") from None
+
+
 def _lm_eval(options: argparse.Namespace, settings: SubjectSettings, bars: Progress) -> Measured:
     from ..evaluation.measure import measure_tasks
 
@@ -164,6 +231,50 @@ def _perplexity_table(settings: dict[str, Any], results: dict[str, Any]) -> Tabl
             nbytes += f" ({100 * (row['kv_bytes_per_token'] / dense['kv_bytes_per_token'] - 1):+.0f} %)"
         table.add_row(VARIANTS[name], _with_error(row["perplexity"], row["standard_error"], ".2f"), change, nbytes)
     return table
+
+
+def _forms_table(results: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    every = [form for model in results.values() for form in model["forms"].values()]
+    lengths, timed = list(every[0]["lengths"]), sorted({n for form in every for n in form["decode_ms"]})
+    needles = [n for n in lengths if n in every[0]["needles"]]
+    table = Table(
+        "model", "cache", "bytes", *(f"perplexity at {n}" for n in lengths), *(f"loss at {n}" for n in lengths),
+        *(f"needles at {n}" for n in needles), *(f"ms at {n}" for n in timed), title="Each form of each model's cache",
+        caption="bytes of a coded token, key and value, per kv head; each token is scored as decode sees it; ms of one layer's decode, "
+        "batch 8, as recorded",
+    )  # fmt: skip
+    for name, model in results.items():
+        for kind, form in model["forms"].items():
+            rows = list(form["lengths"].values())
+            table.add_row(
+                name, kind, str(form["token_bytes"]), *(f"{row['perplexity']:.2f}" for row in rows), *(_loss(row) for row in rows),
+                *(f"{100 * form['needles'][n]:.0f} %" for n in needles),
+                *(f"{form['decode_ms'][n]:.3f}" if n in form["decode_ms"] else "" for n in timed),
+            )  # fmt: skip
+    return table
+
+
+def _tolerances_table(results: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    lengths = list(next(iter(next(iter(results.values()))["tolerances"].values())))
+    table = Table(
+        "model", "tolerance", *(x for n in lengths for x in (f"loss at {n}", f"V rows read at {n}")),
+        title="Values left out, in 16 bits", caption="V rows: of those that the last tokens of a window see",
+    )  # fmt: skip
+    for name, model in results.items():
+        for tolerance, by_length in model["tolerances"].items():
+            rows = by_length.values()
+            table.add_row(
+                name, f"{tolerance:g}", *(x for r in rows for x in (_loss(r), f"{100 * r['v_rows_read']:.0f} %"))
+            )
+    return table
+
+
+def _loss(row: dict[str, Any]) -> str:
+    return f"{_with_error(100 * row['loss'], None if row['error'] is None else 100 * row['error'], '+.2f')} %"
 
 
 def _needle_table(settings: dict[str, Any], results: dict[str, Any]) -> Table:

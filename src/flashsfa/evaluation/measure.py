@@ -13,16 +13,21 @@ from typing import Any
 
 import torch
 
-from ..checks import MOST_TOKENS, require, require_int
+from ..checks import MOST_TOKENS, require, require_int, require_tolerance
 from ..files import require_place
-from . import VARIANTS, needle
+from ..huggingface.switch import load_basis
+from ..models import is_converted, load_model
+from . import VARIANTS, frontier, needle
 from .harness import Harness
 from .haystack import Haystack, samples
 from .memory import cache_bytes_per_token
 from .perplexity import spread, window_losses
 from .results import document, save
-from .subject import Progress, Subject, SubjectSettings
+from .subject import Progress, Subject, SubjectSettings, named_device
 from .text import read_text, separate_texts, token_windows
+
+_DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of needles
+_MODEL_FOLDER = "model"  # of a run
 
 Measured = tuple[dict[str, Any], list[Path]]
 
@@ -105,6 +110,68 @@ def measure_tasks(
         if rounds and not (kept["recent"] or kept["first"] or kept["prefill"] == "dense"):
             content["settings"]["rounded"] = "what is generated; likelihoods use no cache"
         return _written(content, subject, output)
+
+
+def measure_frontier(
+    models: Sequence[str], output: Path, progress: Progress, *,
+    text: str | None, lengths: Sequence[int], windows: int, tolerances: Sequence[float], trials: int, decode: Sequence[Path],
+    dtype: str, device: str, tokenizer: str | None,
+) -> Measured:  # fmt: skip
+    """What trained models lose in each form of their caches, with a picture; "results" hold a model's figures by its name.
+
+    Args:
+        models: directories; the dense model that the others are compared with, then those, switched or dense.
+        text: file or folder; None for `read_text`'s own.
+        lengths: tokens of a window, of which there are at most `windows` each, and of a haystack.
+        tolerances: of values, in 16 bits.
+        trials: needles for each length and depth; 0 for none.
+        decode: results of `flashsfa bench decode`.
+    """
+    for length in lengths:
+        require_int("each of --lengths", length, 2, MOST_TOKENS)
+    for tolerance in tolerances:
+        require_tolerance(tolerance)
+    require(
+        not is_converted(models[0]),
+        f"{models[0]} is switched: name the dense model first, which the others are compared with",
+    )
+    labels = _labels(models)
+    with _fitting(output):
+        recorded, source = frontier.read_recorded(decode), read_text(text)
+        where, results, vocabulary = named_device(device), {}, None
+        for name, label in zip(models, labels, strict=True):
+            model, own = load_model(name, getattr(torch, dtype), tokenizer)
+            vocabulary = own.get_vocab() if vocabulary is None else vocabulary
+            require(
+                own.get_vocab() == vocabulary,
+                f"{name} has another tokenizer than {models[0]}: losses per token do not compare",
+            )
+            limit = getattr(model.config, "max_position_embeddings", None)
+            require(
+                limit is None or max(lengths) <= limit,
+                f"{name} has {limit} positions, fewer than the {max(lengths)} tokens asked for",
+            )
+            cuts = {n: token_windows(own, source, length=n, count=windows, purpose="evaluation") for n in lengths}
+            prompts = samples("single", Haystack(own, source), lengths, _DEPTHS, trials, 0) if trials else []
+            results[label] = frontier.measure_model(
+                label, model.to(where), own, load_basis(name), cuts, tolerances, prompts, recorded, progress
+            )
+        frontier.compare(results)
+        settings = {
+            "models": list(models), "text": text, "lengths": lengths, "windows": windows, "tolerances": tolerances, "trials": trials,
+            "decode": [path.name for path in decode], "dtype": dtype,
+        }  # fmt: skip
+        content = document("frontier", settings, where)
+        content["results"] = results
+        return content, save(content, output, lambda path: frontier.draw(results, max(lengths), path))
+
+
+def _labels(models: Sequence[str]) -> list[str]:
+    """A short name for each model: that of its folder, or of its run."""
+    paths = [Path(name).absolute() for name in models]
+    found = [path.parent.name if path.name == _MODEL_FOLDER else path.name for path in paths]
+    require(len(set(found)) == len(found), f"two of the models are named alike: {', '.join(found)}")
+    return found
 
 
 @contextmanager

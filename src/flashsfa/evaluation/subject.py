@@ -87,7 +87,7 @@ class Subject:
 
     def __init__(self, settings: SubjectSettings) -> None:
         self.settings = settings
-        self._device = _device(settings.device)
+        self._device = named_device(settings.device)
         self.name = settings.model or BUNDLED_NAME
         self.switched: dict[str, Any] | None = None
         converted = is_converted(settings.model)
@@ -187,7 +187,8 @@ class Subject:
         return {"topk": settings.topk, "topk_query": queries, "dense_dims": dense_dims, **options}
 
 
-def _device(name: str) -> torch.device:
+def named_device(name: str) -> torch.device:
+    """The device of --device: "cuda", "cpu" or "auto". Raises `ValueError` for a GPU that is not there."""
     on_gpu = torch.cuda.is_available()
     require(
         name != "cuda" or on_gpu, "--device cuda, but torch finds no CUDA device here; leave it out to run on the CPU"

@@ -161,20 +161,26 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> Any:
     require("sfa" in config, f"{path} holds a dense model; load it with transformers and call flashsfa.enable")
     with refusing(f"{path} cannot be loaded as a converted model"):
         settings = SFASettings.from_config(config["sfa"])
-        basis = _load_basis(path, settings, kwargs)
+        basis = load_basis(path, **kwargs)
+        _require_named(basis, settings)
     model = load_weights(path, _saved_class(config), **kwargs)
     return enable(model, basis=basis, **settings.arguments())
 
 
-def _load_basis(path: str | Path, settings: SFASettings, kwargs: dict[str, Any]) -> FeatureBasis | None:
+def load_basis(path: str | Path, **kwargs: Any) -> FeatureBasis | None:
+    """The basis beside a model that was saved while switched; None where there is none. Arguments as `from_pretrained`'s."""
     file = find_file(path, BASIS_FILE, is_optional=True, **kwargs)
+    return None if file is None else FeatureBasis.load(file)
+
+
+def _require_named(basis: FeatureBasis | None, settings: SFASettings) -> None:
+    """Raise `ValueError` unless there is a basis where the settings name one, and nowhere else."""
     require(
-        settings.has_basis == (file is not None),
+        settings.has_basis == (basis is not None),
         f"its settings name a basis, but {BASIS_FILE} is missing: it was saved without flashsfa, or is incomplete"
         if settings.has_basis
         else f"{BASIS_FILE} is there, but its settings name no basis: it belongs to another model, or config.json was changed",
     )
-    return None if file is None else FeatureBasis.load(file)
 
 
 def _saved_class(config: dict[str, Any]) -> Any:

@@ -20,6 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from ..attention import sparse_feature_attention
 from ..basis import FeatureBasis
 from ..budget import FeatureBudget
+from ..huggingface import SFASettings, enable
 from ..huggingface.attention import LayerCoding
 from ..huggingface.structure import attention_layers, set_attention
 from ..ops.select.plain import by_token
@@ -119,24 +120,29 @@ class EqualizedCore(Core):
 
 
 class SparseCore(Core):
-    """Sparse Feature Attention in the model's own coordinates.
+    """Sparse Feature Attention in the coordinates of the layer's coding, or in those of a basis that is trained.
 
     Args:
         coding: the budgets; read at each call, so that they may change during training.
         gradient: as in `flashsfa.sparse_feature_attention`.
+        trained: the basis to use in place of the coding's.
     """
 
-    def __init__(self, coding: LayerCoding, gradient: str = "kept") -> None:
+    def __init__(self, coding: LayerCoding, gradient: str = "kept", trained: TrainedBasis | None = None) -> None:
         super().__init__()
-        self.coding, self._gradient = coding, gradient
+        self.coding, self.trained, self._gradient = coding, trained, gradient
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
-        q, k = self.coding.queries(q), self.coding.keys(k)
+        if self.trained is not None:
+            basis = self.trained()
+            q, k = basis.transform_query(q), basis.transform_key(k)
+        else:
+            q, k = self.coding.queries(q), self.coding.keys(k)
         # Rows that are kept whole for the backward pass are kept by themselves: as views they would hold all that GPT-2
         # projects together.
         budget = self.coding.budget
         q, k = by_token(q) if budget.keeps_queries else q, by_token(k) if budget.keeps_keys else k
-        return sparse_attention(q, k, by_token(v), visible, self.coding, self._gradient)
+        return _attend(q, k, by_token(v), visible, budget, self._gradient)
 
 
 class TargetCore(DenseCore):
@@ -155,51 +161,55 @@ class TargetCore(DenseCore):
         return self.out
 
 
-class DistillCore(Core):
-    """Sparse Feature Attention in a basis, and while training Eq. 8's distance from a target.
+class DistillCore(SparseCore):
+    """Sparse Feature Attention, and while training Eq. 8's distance from a target.
 
     Attributes:
         target: [B, Hq, N, Dv] without gradient, set before each forward pass; None for no distance.
         distance: [Hq] of the last forward pass, the mean over its tokens; None if there is none.
-
-    Args:
-        coding: budgets and basis of the layer.
-        trained: the basis to use in place of the coding's.
     """
 
     def __init__(self, coding: LayerCoding, trained: TrainedBasis | None = None) -> None:
-        super().__init__()
-        self.coding, self.trained = coding, trained
+        super().__init__(coding, trained=trained)
         self.target: Tensor | None = None
         self.distance: Tensor | None = None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
-        if self.trained is not None:
-            basis = self.trained()
-            q, k = basis.transform_query(q), basis.transform_key(k)
-        else:
-            q, k = self.coding.queries(q), self.coding.keys(k)
-        out = sparse_attention(q, k, v, visible, self.coding)
+        out = super().forward(q, k, v, visible)
         if self.training and self.target is not None:
             self.distance = (out - self.target).float().square().sum(-1).mean((0, 2))
         return out
 
 
 class TrainedBasis(nn.Module):
-    """A basis of one layer as a parameter: the keys' side; the queries' is its inverse, transposed, times the gains."""
+    """A basis of one layer that is trained. The keys' side is that it begins with, times L·D·U, unit triangular L and U and a positive
+    diagonal D, which has an inverse whatever is learned; the queries' side is the inverse of the keys', transposed, times the gains.
 
+    Attributes:
+        factors: [H, D, D] what is learned: below its diagonal L, above it U, on it the logarithms of D. 0 changes nothing, and weight
+            decay draws towards it.
+    """
+
+    key: Tensor
+    inverse: Tensor  # of the key's side, transposed
     gain: Tensor  # [H, 1, D]
 
     def __init__(self, basis: FeatureBasis) -> None:
         super().__init__()
-        self.key = nn.Parameter(basis.key.float().clone())
-        gain = (basis.key.mT.double() @ basis.query.double()).diagonal(dim1=-2, dim2=-1)
-        self.register_buffer("gain", gain[:, None].float())
+        self.factors = nn.Parameter(torch.zeros_like(basis.key, dtype=torch.float32))
+        gain = (basis.key.double() * basis.query.double()).sum(-2, keepdim=True)
+        for name, x in (("key", basis.key), ("inverse", basis.query / gain), ("gain", gain)):
+            self.register_buffer(name, x.float(), persistent=False)
 
     def forward(self) -> FeatureBasis:
-        with torch.autocast(self.key.device.type, enabled=False):  # rounded, the sides would not be inverse
-            inverse, _ = torch.linalg.inv_ex(self.key)  # `inv` would look at the result, a device sync a layer
-            return FeatureBasis(inverse.mT * self.gain, self.key)
+        factors = self.factors
+        with torch.autocast(factors.device.type, enabled=False):  # rounded, the sides would not be inverse
+            one = torch.eye(factors.shape[-1], dtype=factors.dtype, device=factors.device)
+            size = factors.diagonal(dim1=-2, dim2=-1).exp()[..., None]  # [H, D, 1]
+            turn = (factors.tril(-1) + one) @ (size * (factors.triu(1) + one))
+            undone = torch.linalg.solve_triangular(factors, one.expand_as(factors), upper=False, unitriangular=True)
+            undone = torch.linalg.solve_triangular(factors, undone / size, upper=True, unitriangular=True)
+            return FeatureBasis(self.inverse @ undone.mT * self.gain, self.key @ turn)
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
@@ -208,13 +218,6 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=visible.scale, enable_gqa=grouped)
     return _attend(q, k, v, visible, FeatureBudget.lossless(q.shape[-1]))
-
-
-def sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, visible: Visible, coding: LayerCoding, gradient: str = "kept"
-) -> Tensor:
-    """Causal Sparse Feature Attention with the budget of `coding`."""
-    return _attend(q, k, v, visible, coding.budget, gradient)
 
 
 def install(model: Any, make: Callable[[int, nn.Module], Core]) -> None:
@@ -231,6 +234,23 @@ def uninstall(model: Any, implementation: str) -> None:
     for module in attention_layers(model):
         del module.sfa_core
     set_attention(model, implementation)
+
+
+def uninstall_sparse(model: Any, basis: FeatureBasis | None) -> None:
+    """Take the cores off a switched model; if they have trained a basis, what they have learned goes into their layers of `basis`,
+    and `basis` to the model."""
+    modules: list[Any] = attention_layers(model)
+    learned = [
+        (i, part) for i, m in enumerate(modules) for part in m.sfa_core.modules() if isinstance(part, TrainedBasis)
+    ]
+    uninstall(model, "sfa")
+    if basis is None or not learned:
+        return
+    with torch.no_grad():
+        for index, trained in learned:
+            sides = trained()
+            basis.query[index], basis.key[index] = sides.query.cpu(), sides.key.cpu()
+    enable(model, basis=basis, **SFASettings.from_config(model.config.sfa).arguments())
 
 
 def _attention_forward(

@@ -125,7 +125,9 @@ def compare(runs: Sequence[Run]) -> list[dict[str, Any]]:
         {
             "runs": [run.name for run in same],
             "seeds": [run.seed for run in same],
+            "model": same[0].recipe.get("model"),
             "attention": same[0].recipe.get("attention", {}),
+            "tokens": same[0].recipe["training"]["tokens"],
             "parameters": same[0].result["parameters"],
             "perplexity": [run.result["perplexity"] for run in same],
             "change": [run.result["perplexity"] / base[run.seed] - 1 for run in same],

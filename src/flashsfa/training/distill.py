@@ -17,11 +17,10 @@ from torch import Tensor
 from ..basis import FeatureBasis
 from ..checks import require
 from ..extras import install_hint
-from ..huggingface import SFASettings, disable, enable, from_pretrained
-from ..huggingface.loading import find_file
-from ..huggingface.settings import BASIS_FILE
+from ..huggingface import disable, from_pretrained
 from ..huggingface.structure import attention_layers, text_config
-from .attention import Core, DenseCore, DistillCore, TargetCore, TrainedBasis, install, uninstall
+from ..huggingface.switch import load_basis
+from .attention import Core, DenseCore, DistillCore, TargetCore, TrainedBasis, install, uninstall_sparse
 from .data import IGNORED
 from .pretrain import Corpus, load_corpus, load_tokenizer, save
 from .recipe import Distill, DistillRecipe, Lora
@@ -60,7 +59,7 @@ def _distill(recipe: DistillRecipe, place: RunDirectory) -> dict[str, Any]:
         recipe.data, recipe.training, tokenizer, text_config(model).vocab_size,
         None if warmup is None else (warmup.text, warmup.tokens),
     )  # fmt: skip
-    basis = _basis(recipe.model)
+    basis = load_basis(recipe.model)
     layers = _install(model, basis, recipe.distill)
     teacher = _teacher(recipe.model) if recipe.distill.weight or recipe.distill.logits else None
     trained: Any = model if recipe.distill.lora is None else _with_adapters(model, recipe.distill.lora)
@@ -75,7 +74,7 @@ def _distill(recipe: DistillRecipe, place: RunDirectory) -> dict[str, Any]:
     def finish() -> None:
         if recipe.distill.lora is not None:
             trainer.model = trained.merge_and_unload()
-        _finish(model, basis)
+        uninstall_sparse(model, basis)
 
     save(trainer, place, recipe, result, tokenizer, finish)
     return result
@@ -182,12 +181,6 @@ def _targets(model: Any, teacher: Any | None, layers: list[int]) -> list[tuple[D
     return [(ours[i].sfa_core, theirs[i].sfa_core) for i in layers]
 
 
-def _basis(path: str) -> FeatureBasis | None:
-    """The basis beside a converted model."""
-    file = find_file(path, BASIS_FILE, is_optional=True)
-    return None if file is None else FeatureBasis.load(file)
-
-
 def _install(model: Any, basis: FeatureBasis | None, settings: Distill) -> list[int]:
     """Give `model` the cores it is trained with; returns the layers that Eq. 8 looks at."""
     modules = attention_layers(model)
@@ -219,16 +212,3 @@ def _with_adapters(model: Any, settings: Lora) -> Any:
     return get_peft_model(
         model, LoraConfig(r=settings.rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
     )
-
-
-def _finish(model: Any, basis: FeatureBasis | None) -> None:
-    """A switched model again, with the basis it has learned."""
-    modules: list[Any] = attention_layers(model)
-    learned = {i: m.sfa_core.trained for i, m in enumerate(modules) if getattr(m.sfa_core, "trained", None) is not None}
-    uninstall(model, "sfa")
-    if learned and basis is not None:
-        for index, trained in learned.items():
-            with torch.no_grad():
-                sides = trained()
-                basis.query[index], basis.key[index] = sides.query.cpu(), sides.key.cpu()
-        enable(model, basis=basis, **SFASettings.from_config(model.config.sfa).arguments())

@@ -13,12 +13,23 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.activations import ACT2FN
 
+from ..basis import FeatureBasis
 from ..checks import checked, require
 from ..huggingface import enable
 from ..huggingface.attention import LayerCoding
 from ..huggingface.positions import channel_first, move_to_channel, require_channel
 from ..huggingface.switch import attention_layers, attention_shape
-from .attention import Core, DenseCore, EqualizedCore, SparseCore, Visible, install, uninstall
+from .attention import (
+    Core,
+    DenseCore,
+    EqualizedCore,
+    SparseCore,
+    TrainedBasis,
+    Visible,
+    install,
+    uninstall,
+    uninstall_sparse,
+)
 from .baselines import PerformerCore, QuantizedCore, factorise, multiply, scale_queries, shorten
 from .recipe import Attention, Model
 
@@ -43,7 +54,7 @@ def build(model: Model, attention: Attention, context: int, vocab_size: int | No
     torch.manual_seed(seed)
     built = _instance(config, None)
     built.loss_type = "ForCausalLM"  # told by no name, GPT-2 would warn at each trace, which breaks compiled graphs
-    heads, _, head_dim = attention_shape(built)
+    heads, kv_heads, head_dim = attention_shape(built)
     in_channel = attention.positions == "channel"
     try:
         if attention.kind == "sfa":
@@ -70,7 +81,8 @@ def build(model: Model, attention: Attention, context: int, vocab_size: int | No
         made: Core
         if hasattr(module, "sfa"):
             coding: LayerCoding = module.sfa  # type: ignore[assignment]
-            made = SparseCore(coding, attention.gradient)
+            trained = TrainedBasis(FeatureBasis.identity(kv_heads, head_dim)) if attention.train_basis else None
+            made = SparseCore(coding, attention.gradient, trained)
         elif attention.kind == "int8":
             made = QuantizedCore()
         elif attention.kind == "performer":
@@ -94,7 +106,10 @@ def finish(model: Any, attention: Attention) -> None:
         for part in layer.sfa_core.modules():  # type: ignore[union-attr]
             if isinstance(part, EqualizedCore):
                 part.fold(layer)
-    uninstall(model, "sfa" if attention.kind == "sfa" else _DENSE)
+    if attention.kind == "sfa":
+        uninstall_sparse(model, _own_coordinates(model) if attention.train_basis else None)
+    else:
+        uninstall(model, _DENSE)
     multiply(model)
 
 
@@ -113,6 +128,13 @@ class _Windowed(Core):
 
     def forward(self, q: Any, k: Any, v: Any, visible: Visible) -> Any:
         return self.core(q, k, v, Visible(visible.scale, self._window, visible.bounds, visible.longest))
+
+
+def _own_coordinates(model: Any) -> FeatureBasis:
+    """The identity in each layer of a model."""
+    _, kv_heads, head_dim = attention_shape(model)
+    one, layers = FeatureBasis.identity(kv_heads, head_dim), len(attention_layers(model))
+    return FeatureBasis(one.query.repeat(layers, 1, 1, 1), one.key.repeat(layers, 1, 1, 1))
 
 
 def _config(model: Model, attention: Attention, context: int, vocab_size: int | None) -> Any:

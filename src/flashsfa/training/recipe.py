@@ -70,6 +70,11 @@ class Attention:
             None for `temperature`.
         positions: "learned" (GPT-2) or "full", RoPE on the whole head (Qwen3), the defaults; "channel": RoPE on the
             `dense_dims` alone, in place of either.
+        train_basis: of "sfa", for models without a channel: learn a linear map of each kv head's keys between RoPE and top-k, which
+            begins as the identity. The paper has one in its Qwen3, "to isolate positional dimensions" (appendix A.1), and leaves open
+            whether queries and keys share it. Here the queries of the head get its inverse, transposed: the map decides what top-k
+            drops, and with every feature kept all scores are those of the dense model, which depend on distances alone. At the end it
+            is the model's basis.
         window: see the `window` most recent tokens only.
         width: of a baseline, see `kind`.
         anneal: shrink the budget of "sfa" during training.
@@ -86,6 +91,7 @@ class Attention:
     temperature: float = 1.0
     sparse_temperature: float | None = None
     positions: str | None = None
+    train_basis: bool = False
     window: int | None = None
     width: int | None = None
     anneal: Anneal | None = None
@@ -101,7 +107,15 @@ class Attention:
             f"attention.width: {'missing' if wide else 'only for kinds short, low_rank and performer'}",
         )
         _one_of("attention.gradient", self.gradient, GRADIENTS)
-        for name in ("topk_query", "anneal", "query_pattern", "layers", "gradient", "sparse_temperature"):
+        for name in (
+            "topk_query",
+            "anneal",
+            "query_pattern",
+            "layers",
+            "gradient",
+            "sparse_temperature",
+            "train_basis",
+        ):
             default = getattr(Attention, name)
             require(sparse or getattr(self, name) == default, f"attention.{name}: only for kind sfa")
         require(
@@ -120,6 +134,10 @@ class Attention:
         for name in ("topk", "topk_query", "window", "width"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"attention.{name} must be at least 1, got {value}")
+        require(
+            not self.train_basis or self.positions != "channel",
+            "attention.train_basis: not with positions channel, whose features stay in their places",
+        )
         require(self.dense_dims >= 0, f"attention.dense_dims must not be negative, got {self.dense_dims}")
         require(self.kind != "performer" or self.window is None, "attention.window: not with kind performer")
 
@@ -233,6 +251,10 @@ class PretrainRecipe:
         require(
             not (self.training.fsdp and self.attention.kind == "low_rank"),
             "training.fsdp: not with attention.kind low_rank, whose products are not sharded",
+        )
+        require(
+            not (self.training.fsdp and self.attention.train_basis),
+            "training.fsdp: not with attention.train_basis, which is not sharded",
         )
 
 

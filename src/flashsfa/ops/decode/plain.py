@@ -139,11 +139,9 @@ def _weigh_all(weights: Tensor, v: Tensor | NarrowRows) -> Tensor:
 
 
 def _weigh_some(weights: Tensor, v: Tensor | NarrowRows, tolerance: float) -> Tensor:
-    """As `_weigh_all`, leaving out the lightest rows of V whose weights sum to at most `tolerance` for every query
-    of the kv head. The rest is renormalised: dropping a share t moves the output by at most 2·t·max‖v‖."""
-    ascending, order = weights.sort(-1)  # [B, Hkv, R, N]
-    light = torch.empty_like(order, dtype=torch.bool).scatter_(-1, order, ascending.cumsum(-1) <= tolerance)
-    needed = ~light.all(2)  # [B, Hkv, N]: the union over the queries of a kv head
+    """As `_weigh_all`, with the rows of V alone that `needed_rows` names. The rest is renormalised: dropping a share t moves the
+    output by at most 2·t·max‖v‖."""
+    needed = needed_rows(weights, tolerance)  # [B, Hkv, N]
     out = weights.new_zeros((*weights.shape[:3], v.shape[-1]))
     for b in range(v.shape[0]):
         for h in range(v.shape[1]):
@@ -152,6 +150,14 @@ def _weigh_some(weights: Tensor, v: Tensor | NarrowRows, tolerance: float) -> Te
             total = kept.sum(-1, keepdim=True)
             out[b, h] = (kept / total.where(total > 0, 1)) @ _rows(v[b, h][rows], weights.dtype)
     return out
+
+
+def needed_rows(weights: Tensor, tolerance: float) -> Tensor:
+    """Which rows of V [..., N] queries that share them read, for their weights [..., R, N]: all but the lightest that sum to at most
+    `tolerance` for every one of them."""
+    ascending, order = weights.sort(-1)
+    light = torch.empty_like(order, dtype=torch.bool).scatter_(-1, order, ascending.cumsum(-1) <= tolerance)
+    return ~light.all(-2)
 
 
 def _rows(v: Tensor | NarrowRows, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,86 @@
+"""What a value tolerance costs and saves: each token of a window attends as decode with that tolerance lets it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from ..codes import code_queries, topk_codes
+from ..ops.decode.plain import needed_rows
+from ..scores import ScoreRules
+from .perplexity import window_losses
+
+_NAME = "sfa_tolerance"
+_LAST_TOKENS = 64  # of a window, whose context is about its length
+_MOST_WEIGHTS = 1 << 26  # attention weights at a time
+
+
+@torch.no_grad()
+def tolerance_losses(
+    model: Any, windows: Tensor, tolerance: float, progress: Callable[[], None] = lambda: None
+) -> tuple[list[float], float]:
+    """Losses as `window_losses`', and the share of V rows that the last tokens of a window read, of those that they see.
+
+    Args:
+        model: a causal language model of transformers, dense, or switched to keep its cache in the dtype that it comes in, without
+            exact tokens.
+        windows: [S, W] int64 token ids.
+        tolerance: as in `sparse_feature_decode`: which rows are read is what the kernels must find, in plain PyTorch.
+    """
+    shares: list[float] = []
+
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float | None = None,
+        sliding_window: int | None = None, softcap: float | None = None, **kwargs: Any,
+    ) -> tuple[Tensor, None]:  # fmt: skip
+        coding: Any = getattr(module, "sfa", None)
+        if coding is not None:
+            budget = coding.budget
+            query = code_queries(coding.queries(query), budget).to_dense()
+            key = topk_codes(coding.keys(key), budget.topk, dense_dims=budget.dense_dims).to_dense()
+        scores = ScoreRules.of(query, scaling, softcap)
+        out, share = _attend(query[0], key[0], value[0], scores, sliding_window, tolerance)
+        shares.append(share)
+        return out[None].to(query.dtype), None
+
+    AttentionInterface.register(_NAME, attend)
+    AttentionMaskInterface.register(_NAME, lambda *args, **kwargs: None)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(_NAME)
+    try:
+        losses = window_losses(model, windows, progress)
+    finally:
+        model.set_attn_implementation(before)
+    return losses, statistics.fmean(shares)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, scores: ScoreRules, window: int | None, tolerance: float
+) -> tuple[Tensor, float]:
+    """Output [N, Hq, Dv] of q [Hq, N, D] over k, v [Hkv, N, ...], and the share of V rows that the last tokens read."""
+    n, group = q.shape[1], q.shape[0] // k.shape[0]
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    rows = q.to(dtype).unflatten(0, (-1, group)).transpose(1, 2)  # [Hkv, N, G, D]
+    k, v = k.to(dtype), v.to(dtype)
+    positions = torch.arange(n, device=q.device)
+    parts, read, seen = [], 0.0, 0.0
+    for some in positions.split(max(1, _MOST_WEIGHTS // (q.shape[0] * n))):
+        visible = positions <= some[:, None]  # [M, N]
+        if window is not None:
+            visible &= positions > some[:, None] - window
+        s = scores.cap(scores.scale * (rows[:, some].flatten(1, 2) @ k.mT)).unflatten(1, (-1, group))  # [Hkv, M, G, N]
+        weights = s.masked_fill(~visible[:, None], -torch.inf).softmax(-1)
+        needed = needed_rows(weights, tolerance)  # [Hkv, M, N]
+        weights = weights * needed[:, :, None]
+        weights = weights / weights.sum(-1, keepdim=True)
+        parts.append((weights.flatten(1, 2) @ v).unflatten(1, (-1, group)))  # [Hkv, M, G, Dv]
+        late = some >= n - _LAST_TOKENS
+        read += float(needed[:, late].sum())
+        seen += float(visible[late].sum()) * k.shape[0]
+    return torch.cat(parts, dim=1).transpose(0, 1).flatten(1, 2), read / seen
