@@ -1,7 +1,7 @@
-"""Benchmarks of decode, prefill, coding and whole models, beside the strongest dense kernels torch has.
+"""Benchmarks of decode, prefill, coding and whole models, beside the strongest dense kernels torch has, and of servers beside vLLM's.
 
 A case is timed only after its output has passed the error rule; a case that fails or cannot run is a row with its
-reason and no time. `decode`, `prefill`, `topk` and `generate` hold the cases, `timing` the clock and the copy bandwidth that serves as
+reason and no time. `decode`, `prefill`, `topk`, `generate` and `serve` hold the cases, `timing` the clock and the copy bandwidth that serves as
 roofline, `results` the rows, table and files, `findings` what they say together, `plots` the picture.
 """
 
@@ -30,11 +30,20 @@ def _generate_cases(device: torch.device, quick: bool) -> Sequence[MeasuredCase]
     return generate.cases(device, quick)
 
 
+def _serve_cases(device: torch.device, quick: bool) -> Sequence[MeasuredCase]:
+    try:
+        from . import serve  # needs transformers
+    except ImportError as error:
+        raise ImportError(f"{error}: {install_hint('vllm')}") from error
+    return serve.cases(device, quick)
+
+
 CASES: dict[str, Callable[[torch.device, bool], Sequence[Case | MeasuredCase]]] = {
     "decode": decode.cases,
     "prefill": prefill.cases,
     "topk": topk.cases,
     "generate": _generate_cases,
+    "serve": _serve_cases,
 }
 
 

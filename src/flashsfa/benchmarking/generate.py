@@ -200,7 +200,7 @@ class GenerateCase:
         """Raise `UnavailableError` if the weights and one side's cache or prompt do not fit the GPU."""
         if self.device.type != "cuda":
             return
-        config = _config(self.shape, self.dtype)
+        config = published_config(self.shape, self.dtype)
         cached = self._kv_bytes(_skeleton(self.shape, self.dtype), sparse)
         width = 4 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size) + 8 * config.hidden_size
         prompt = min(self.n, _LONGEST_PROMPT)
@@ -228,7 +228,7 @@ class GenerateCase:
         return torch.randint(0, 1000, (batch, n), generator=generator, device="cpu").to(self.device)
 
 
-def _config(shape: str, dtype: torch.dtype) -> Any:
+def published_config(shape: str, dtype: torch.dtype) -> Any:
     """transformers' config of a published shape."""
     if shape == "gpt2":
         return transformers.GPT2Config(n_positions=32768, attn_pdrop=0.0, dtype=dtype)
@@ -249,7 +249,7 @@ def _config(shape: str, dtype: torch.dtype) -> Any:
 def _model(shape: str, dtype: torch.dtype, device: torch.device) -> Any:
     """A model with random weights, drawn where they stay."""
     with torch.device(device):
-        return transformers.AutoModelForCausalLM.from_config(_config(shape, dtype), dtype=dtype).eval()
+        return transformers.AutoModelForCausalLM.from_config(published_config(shape, dtype), dtype=dtype).eval()
 
 
 @functools.cache

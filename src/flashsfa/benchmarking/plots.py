@@ -19,6 +19,7 @@ _TITLES = {
     "prefill": "Prefill: a causal forward pass, selection of features included",
     "topk": "Selecting the features of keys",
     "generate": "Whole models: a token after a long context",
+    "serve": "Serving with vLLM: output tokens a second",
 }
 
 Groups = Mapping[str, Mapping[str, Mapping[int, float]]]
