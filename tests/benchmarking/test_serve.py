@@ -91,6 +91,27 @@ def test_what_is_no_figure(row, ours, dense, status, words):
     assert words in found.note
 
 
+def test_a_run_is_written(tmp_path, monkeypatch):
+    def measured(side, quick):
+        found = served(2.0 if "sfa" in side.arguments[0] else 3.0, 3000)
+        return serve._Served(found.error, dict.fromkeys(side.at_a_time, found.load(4)))
+
+    monkeypatch.setattr(serve, "_measured", measured)
+    names = []
+    _, (path, picture) = benchmarking.run(
+        "serve", device=CPU, quick=True, directory=tmp_path, only=["int8"], on_start=names.append,
+        on_row=lambda row: names.append(row.case),
+    )  # fmt: skip
+    assert names == [2, "tiny, eager, 8+k8-int8, 2 requests, n=512", "tiny, eager, 8+k8-int8, all that fit, n=512"]
+    assert picture.stat().st_size > 0
+    document = json.loads(path.read_text())
+    assert "vllm" in document["environment"]
+    for row in document["rows"]:
+        assert row["status"] == "ok"
+        assert row["ratio"] == pytest.approx(1.5)
+        assert row["serving"]["capacity"] == row["baselines"]["cpu_fp8"]["serving"]["capacity"] == 3000
+
+
 def test_the_cases_of_a_gpu():
     """Two shapes, eager and with graphs, two lengths, two codes, three numbers of requests; servers are asked in a row."""
     cases = serve.cases(CUDA, quick=False)

@@ -61,13 +61,13 @@ def require_served(vllm_config: Any) -> None:
 
 
 def _require_speculation(speculative: Any) -> None:
-    """Guesses come from the tokens, or from a dense model of its own. Heads on the model's hidden states have layers that carry on
-    its numbers, and would be coded."""
+    """Guesses come from the tokens or from a dense model of its own: layers that some methods add to the model would be coded by its
+    settings, and of the others none has been proven."""
     require(
         speculative.method in ("ngram", "draft_model"),
         lambda: (
-            f"flashsfa serves with speculation by n-grams or by a draft model, not by the method {speculative.method!r}, whose own "
-            'layers it would code: use "method": "ngram" or "draft_model" in --speculative-config'
+            f"flashsfa serves with speculation by n-grams or by a draft model, not by the method {speculative.method!r}, which is not "
+            'proven with codes: use "method": "ngram" or "draft_model" in --speculative-config'
         ),
     )
     if speculative.method == "ngram":
