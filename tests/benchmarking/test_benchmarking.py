@@ -324,7 +324,7 @@ def test_baselines_compute_attention():
 
 
 def test_summary_of_times():
-    assert timing._summary([5.0, 1.0, 4.0, 2.0, 3.0, 6.0]) == timing.Timing(3.5, 2.0, 5.0)
+    assert timing.summary([5.0, 1.0, 4.0, 2.0, 3.0, 6.0]) == timing.Timing(3.5, 2.0, 5.0)
 
 
 @pytest.mark.gpu

@@ -32,7 +32,15 @@ MODELS = {
     "windows": ("Mistral", {"sliding_window": 48}, _CODE),
     "Gemma 3": ("Gemma3", _HALF_WINDOWED | {"query_pre_attn_scalar": HEAD}, _CODE),
     "GPT-NeoX": ("GPTNeoX", {"rotary_pct": 0.25}, {"topk": 12, "topk_query": 48}),
+    "one layer": ("Qwen3", {}, _CODE | {"layers": [1]}),
+    "one layer in 4 bits": ("Llama", {}, _CODE | {"layers": [0], "cache_dtype": "int4"}),
+    "one layer with a basis": ("Qwen3", {}, _CODE | {"layers": [1], "cache_dtype": "int8"}),
+    "one layer of windows": ("Mistral", {"sliding_window": 48}, _CODE | {"layers": [0]}),
+    "the windows of Gemma 3": ("Gemma3", _HALF_WINDOWED | {"query_pre_attn_scalar": HEAD}, _CODE | {"layers": [0]}),
 }
+SWITCHED = [name for name, (_, _, code) in MODELS.items() if code is not None]
+# The same weights, not switched: what drafts for them.
+MODELS |= {f"dense {name}": (*MODELS[name][:2], None) for name in SWITCHED}
 
 
 def save(name, folder):
@@ -42,7 +50,7 @@ def save(name, folder):
     config_class = getattr(transformers, f"{family}{'Text' * (family == 'Gemma3')}Config")
     torch.manual_seed(0)
     model = getattr(transformers, f"{family}ForCausalLM")(config_class(**sizes | config)).eval()
-    if name == "basis":
+    if name in ("basis", "one layer with a basis"):
         text = torch.randint(2, VOCABULARY, (4, 128))
         code = code | {"basis": calibrate(model, text, code["topk"], dense_dims=code["dense_dims"])}
     if code is not None:

@@ -30,7 +30,13 @@ def vllm():
     names = {}
     for module in _MODULES:
         names |= vars(importlib.import_module(f"vllm.{module}"))
-    return SimpleNamespace(**names)
+    from vllm.platforms import current_platform
+
+    # vLLM looks for its kernels in every module, and stumbles over those of numba: once, before decode imports it
+    current_platform.register_triton_kernel_overrides()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(current_platform), "register_triton_kernel_overrides", classmethod(lambda cls: None))
+        yield SimpleNamespace(**names)
 
 
 @pytest.fixture
@@ -92,12 +98,9 @@ def start(vllm, folder):
     """`start(name, **arguments)`: an engine that serves the model `name` of vllm_models in this process. One at a time; asked for
     the same again, the same one."""
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-    from vllm.platforms import current_platform
 
     from vllm import LLM
 
-    # vLLM looks for its kernels in every module, and stumbles over those of numba: once, before decode imports it
-    current_platform.register_triton_kernel_overrides()
     running = {}
 
     def stop():
@@ -118,10 +121,8 @@ def start(vllm, folder):
             )  # fmt: skip
         return running[repr(key)]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(current_platform), "register_triton_kernel_overrides", classmethod(lambda cls: None))
-        yield start
-        stop()
+    yield start
+    stop()
 
 
 @pytest.fixture(scope="session")

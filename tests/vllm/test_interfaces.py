@@ -3,10 +3,14 @@
 import importlib
 import inspect
 import logging
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from flashsfa import FeatureBasis
+from flashsfa.huggingface.settings import BASIS_FILE
 from vllm_server import CODING, HKV, TOPK, D
 
 
@@ -32,8 +36,17 @@ def test_the_backend_has_every_name_that_vllm_calls(vllm, serve):
                   use_mm_prefix=False, use_per_head_quant_scales=False, device_capability=None, attn_type="decoder")  # fmt: skip
     check = backend.SparseFeatureBackend.validate_configuration
     assert check(head_size=128, dtype=torch.bfloat16, has_sliding_window=True, **config) == []
-    assert check(head_size=512, dtype=torch.bfloat16, **config) == ["head_size not supported"]
-    assert check(head_size=64, dtype=torch.bfloat16, **config | {"kv_cache_dtype": "fp8"})
+    for change, reason in (
+        ({"head_size": 512}, "head_size not supported"), ({"dtype": torch.float64}, "dtype not supported"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype not supported"), ({"block_size": 8}, "block_size not supported"),
+        ({"has_sink": True}, "attention sinks not supported"), ({"attn_type": "encoder_only"}, "attention type encoder_only not"),
+        ({"use_mla": True}, "MLA not supported"), ({"use_kv_connector": True}, "KV connector not supported"),
+        ({"use_dcp": True}, "DCP not supported"), ({"use_pcp": True}, "PCP not supported"),
+        ({"use_non_causal": True}, "non-causal attention not supported"),
+        ({"use_batch_invariant": True}, "batch invariance not supported"),
+    ):  # fmt: skip
+        reasons = check(**{"head_size": 128, "dtype": torch.bfloat16, **config, **change})
+        assert any(reason in found for found in reasons), change
 
 
 def test_what_cannot_run_is_refused(vllm, serve):
@@ -47,9 +60,6 @@ def test_what_cannot_run_is_refused(vllm, serve):
     ):  # fmt: skip
         with pytest.raises(ValueError, match="flashsfa's vLLM backend"):
             SparseFeatureImpl(*ordinary, **argument)
-    serve(**CODING, layers=[0])
-    with pytest.raises(ValueError, match="codes every layer"):
-        SparseFeatureImpl(*ordinary)
     serve(**CODING, query_pattern="1:2")
     with pytest.raises(ValueError, match="query_pattern must be one of"):
         SparseFeatureImpl(*ordinary)
@@ -99,7 +109,7 @@ def test_registering(vllm, caplog):
     assert custom.get_path() == "flashsfa.vllm.backend.SparseFeatureBackend"
     module, name = custom.get_path().rsplit(".", 1)
     assert inspect.isclass(getattr(importlib.import_module(module), name))
-    assert not caplog.records
+    assert not [x for x in caplog.records if x.name == "flashsfa"]
     vllm.register_backend(custom, "another.Backend")
     flashsfa.vllm.register()
     assert custom.get_path() == "another.Backend"
@@ -116,17 +126,23 @@ def test_registering(vllm, caplog):
         ("plain", {"block_size": 8}, "a multiple of 16 tokens, not --block-size 8"),
         ("plain", {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "KV connectors"),
         ("plain", {"kv_offloading_size": 1.0}, "KV connectors"),
-        (
-            "plain",
-            {"speculative_config": {"method": "ngram_gpu", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
-            "speculation by n-grams",
-        ),
         ("dense", {"attention_backend": "CUSTOM"}, "config.json has no settings"),
         ("plain", {"hf_overrides": {"sfa": {"topk": 8, "has_basis": True}}}, "is no local file"),
         ("basis", {"hf_overrides": {"sfa": {"topk": 8, "dense_dims": 16}}}, "settings name none"),
         ("basis", {"hf_overrides": {"sfa": {"topk": None, "has_basis": True}}}, "with topk, and a basis"),
-        ("plain", {"hf_overrides": {"sfa": {"topk": 8, "layers": [0]}}}, "codes every layer"),
+        ("plain", {"hf_overrides": {"sfa": 8}}, "must be an object with a topk, got 8"),
+        ("plain", {"hf_overrides": {"sfa": {"dense_dims": 16}}}, "topk is missing"),
+        ("plain", {"hf_overrides": {"sfa": {"topk": 8, "surprise": 1}}}, "knows no surprise"),
+        ("plain", {"hf_overrides": {"sfa": {"topk": 60, "dense_dims": 16}}}, "topk must be 1 to 48"),
+        ("plain", {"hf_overrides": {"sfa": {"topk": 8, "topk_query": 65}}}, "got 65"),
+        ("plain", {"hf_overrides": {"sfa": {"topk": 8, "query_pattern": "1:2"}}}, "query_pattern must be one of"),
+        ("plain", {"hf_overrides": {"sfa": {"topk": 8, "cache_dtype": "int3"}}}, "int3"),
+        ("plain", {"hf_overrides": {"sfa": {"topk": 8, "layers": [1, 2]}}}, r"layers \[2\] do not exist"),
         ("plain", {"hf_overrides": {"sfa": {"topk": 8, "recent": 32}}}, "codes every token"),
+        ("plain", {"hf_overrides": {"sfa": {"topk": 8, "first": 4}}}, "codes every token"),
+        ("plain", {"hf_overrides": {"sfa": {"topk": 8, "prefill": "dense"}}}, "codes every token"),
+        ("plain", {"hf_overrides": {"sfa": {"topk": 8, "positions": "channel"}}}, "does not turn the channel alone"),
+        ("GPT-NeoX", {"hf_overrides": {"sfa": {"topk": 8, "positions": "channel"}}}, "Qwen3 models alone"),
     ],
 )
 def test_what_is_refused_before_anything_is_loaded(vllm, folder, name, arguments, words):
@@ -134,3 +150,57 @@ def test_what_is_refused_before_anything_is_loaded(vllm, folder, name, arguments
 
     with pytest.raises(ValueError, match=words):
         EngineArgs(folder(name), dtype="float32", max_model_len=512, **arguments).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("draft", "arguments", "words"),
+    [
+        (None, {"method": "ngram_gpu", "prompt_lookup_max": 3}, "not by the method 'ngram_gpu'"),
+        (None, {"method": "custom_class", "model": "a.Proposer"}, "not by the method 'custom_class'"),
+        ("plain", {"method": "draft_model"}, 'has settings "sfa": draft with the dense model'),
+        (
+            "dense",
+            {"method": "draft_model", "num_speculative_tokens": 16},
+            "may guess 15 tokens, not num_speculative_tokens 16",
+        ),
+        ("dense", {"method": "draft_model", "attention_backend": "CPU_ATTN"}, "leave attention_backend out"),
+        ("dense", {"method": "draft_model", "kv_cache_dtype": "fp8"}, "leave kv_cache_dtype out"),
+    ],
+)
+def test_speculation_that_is_refused(vllm, folder, draft, arguments, words):
+    from vllm.engine.arg_utils import EngineArgs
+
+    model = {} if draft is None else {"model": folder(draft)}
+    speculation = {"num_speculative_tokens": 2, **model, **arguments}
+    with pytest.raises(ValueError, match=words):
+        EngineArgs(
+            folder("plain"), dtype="float32", max_model_len=512, speculative_config=speculation
+        ).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("layers", "factor", "words"),
+    [(3, 1, r"the model needs \[L, Hkv, D, D\]"), (2, 9, "undo one another"), (2, float("nan"), "NaN")],
+)
+def test_a_basis_that_is_not_the_models_is_refused(vllm, folder, tmp_path, layers, factor, words):
+    from vllm.engine.arg_utils import EngineArgs
+
+    model = shutil.copytree(folder("basis"), tmp_path / "model")
+    turn = torch.eye(64).expand(layers, 2, 64, 64).contiguous()
+    FeatureBasis(factor * turn, turn).save(model / BASIS_FILE)
+    with pytest.raises(ValueError, match=words):
+        EngineArgs(str(model), dtype="float32", max_model_len=512).create_engine_config()
+
+
+@pytest.mark.parametrize("layout", ["LBNHC", "BLNHC"])
+def test_layouts_that_are_refused(vllm, serve, monkeypatch, layout):
+    """Those in which the tokens of a head and page are apart, in vLLM's own words."""
+    from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, resolve_kv_cache_layout
+
+    from flashsfa.vllm.backend import SparseFeatureBackend
+
+    monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", layout)
+    served = [x.name for x in get_supported_kv_cache_layouts([SparseFeatureBackend])]
+    config = SimpleNamespace(cache_config=SimpleNamespace(kv_cache_layout=None))
+    with pytest.raises(ValueError, match=f"VLLM_KV_CACHE_LAYOUT={layout} does not satisfy"):
+        resolve_kv_cache_layout(config, [served])

@@ -59,22 +59,6 @@ def test_a_basis_beside_the_checkpoint(vllm, serve, ranks, rank):
         server.assert_attends(server.step(new), basis=mine)
 
 
-@pytest.mark.parametrize(
-    ("layers", "factor", "has_basis", "words"),
-    [
-        (2, 1, True, "for 2 layers"),
-        (3, 9, True, "undo one another"),
-        (3, torch.nan, True, "NaN"),
-        (3, 1, False, "name none"),
-    ],
-)
-def test_a_basis_that_is_not_the_models_is_refused(vllm, serve, layers, factor, has_basis, words):
-    key = torch.randn(layers, HKV, D, D)
-    basis = FeatureBasis(torch.linalg.inv(key).mT.contiguous() * factor, key)
-    with pytest.raises(ValueError, match=words):
-        Server(vllm, serve(basis, **CODING, has_basis=has_basis), hq=2 * HKV, hkv=HKV).step(STEPS[0])
-
-
 @pytest.mark.parametrize("window", [None, 12])
 def test_vllms_own_attention_layer(vllm, serve, window, monkeypatch):
     """vLLM builds the layer with the backend, updates its cache and calls it, through its forward context."""

@@ -1,7 +1,7 @@
-"""Benchmarks of decode, prefill, coding and whole models, beside the strongest dense kernels torch has.
+"""Benchmarks of decode, prefill, coding and whole models, beside the strongest dense kernels torch has, and of servers beside vLLM's.
 
 A case is timed only after its output has passed the error rule; a case that fails or cannot run is a row with its
-reason and no time. `decode`, `prefill`, `topk`, `generate` and `plain` hold the cases, `timing` the clock and the copy bandwidth that serves as
+reason and no time. `decode`, `prefill`, `topk`, `generate`, `plain` and `serve` hold the cases, `timing` the clock and the copy bandwidth that serves as
 roofline, `results` the rows, table and files, `findings` what they say together, `plots` the picture.
 """
 
@@ -23,11 +23,12 @@ from .results import BaselineResult, Results, Row, environment
 from .timing import copy_bandwidth, measure, release
 
 
-def _whole_models(name: str, device: torch.device, quick: bool) -> Sequence[MeasuredCase]:
+def _cases_with(extra: str, name: str, device: torch.device, quick: bool) -> Sequence[MeasuredCase]:
+    """Those of the module `name`, which needs what the `extra` installs."""
     try:
-        module = import_module(f".{name}", __name__)  # needs transformers
+        module = import_module(f".{name}", __name__)
     except ImportError as error:
-        raise ImportError(f"{error}: {install_hint('hf')}") from error
+        raise ImportError(f"{error}: {install_hint(extra)}") from error
     return module.cases(device, quick)
 
 
@@ -35,8 +36,9 @@ CASES: dict[str, Callable[[torch.device, bool], Sequence[Case | MeasuredCase]]] 
     "decode": decode.cases,
     "prefill": prefill.cases,
     "topk": topk.cases,
-    "generate": partial(_whole_models, "generate"),
-    "generate-plain": partial(_whole_models, "plain"),
+    "generate": partial(_cases_with, "hf", "generate"),
+    "generate-plain": partial(_cases_with, "hf", "plain"),
+    "serve": partial(_cases_with, "vllm", "serve"),
 }
 
 

@@ -126,7 +126,13 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, backend: SDPBackend | None = None,
         return F.scaled_dot_product_attention(q, k, v, **rules)
 
 
-_KERNELS = {"fa2": "FlashAttention-2", "fa4": "FlashAttention-4", "cudnn": "cuDNN", "sdpa": "SDPA"}
+_KERNELS = {
+    "flash": "FlashAttention",
+    "fa2": "FlashAttention-2",
+    "fa4": "FlashAttention-4",
+    "cudnn": "cuDNN",
+    "sdpa": "SDPA",
+}
 
 
 def rival_name(baseline: str) -> str:

@@ -24,8 +24,8 @@ from .cases import UnavailableError, WrongOutputError, sdpa_backends, tokens_lab
 from .configuration import code_name
 from .models import (
     check_tokens,
-    config_of,
     fill,
+    published_config,
     random_model,
     relative,
     skeleton,
@@ -181,7 +181,7 @@ class GenerateCase:
         """Raise `UnavailableError` if the weights and one side's cache or prompt do not fit the GPU."""
         if self.device.type != "cuda":
             return
-        config = config_of(self.shape, self.dtype)
+        config = published_config(self.shape, self.dtype)
         cached = self._kv_bytes(skeleton(self.shape, self.dtype), sparse)
         width = 4 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size) + 8 * config.hidden_size
         prompt = min(self.n, LONGEST_PROMPT)

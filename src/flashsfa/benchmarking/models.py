@@ -19,7 +19,7 @@ from .cases import WrongOutputError
 _CHUNK_TOKENS = 4096  # tokens that go into a cache at a time
 
 
-def config_of(shape: str, dtype: torch.dtype) -> Any:
+def published_config(shape: str, dtype: torch.dtype) -> Any:
     """transformers' config of a published shape."""
     if shape == "gpt2":
         return transformers.GPT2Config(n_positions=32768, attn_pdrop=0.0, dtype=dtype)
@@ -40,7 +40,7 @@ def config_of(shape: str, dtype: torch.dtype) -> Any:
 def random_model(shape: str, dtype: torch.dtype, device: torch.device) -> Any:
     """A model with random weights, drawn where they stay."""
     with torch.device(device):
-        return transformers.AutoModelForCausalLM.from_config(config_of(shape, dtype), dtype=dtype).eval()
+        return transformers.AutoModelForCausalLM.from_config(published_config(shape, dtype), dtype=dtype).eval()
 
 
 @functools.cache

@@ -20,6 +20,7 @@ _TITLES = {
     "topk": "Selecting the features of keys",
     "generate": "Whole models: a token after a long context",
     "generate-plain": "Whole models: a token of a plain model.generate()",
+    "serve": "Serving with vLLM: output tokens a second",
 }
 
 Groups = Mapping[str, Mapping[str, Mapping[int, float]]]

@@ -48,22 +48,47 @@ class Generation:
 
 
 @dataclass(frozen=True)
+class Serving:
+    """What one server gives and takes.
+
+    Attributes:
+        requests: at a time.
+        tokens_per_s: output tokens of all requests a second.
+        token_ms: from a token of a request to its next, the median.
+        first_token_ms: reading one prompt that is not in the cache, up to the first token.
+        capacity: tokens that the cache holds.
+    """
+
+    requests: int
+    tokens_per_s: float
+    token_ms: float
+    first_token_ms: float
+    capacity: int
+
+
+@dataclass(frozen=True)
 class BaselineResult:
     """A baseline measured beside its case.
 
     Attributes:
-        gb_per_s: bytes it must move over its median time.
+        gb_per_s: bytes it must move over its median time; None of a server.
         ratio: its median time over the case's: above 1 where the case is faster.
-        moved_per_token: bytes it must move a token and kv head.
+        moved_per_token: bytes it must move a token and kv head; None of a server.
         competes: as in `cases.Baseline`.
     """
 
     timing: Timing
-    gb_per_s: float
+    gb_per_s: float | None
     ratio: float
-    moved_per_token: float
+    moved_per_token: float | None
     competes: bool = True
     generation: Generation | None = None
+    serving: Serving | None = None
+
+    @property
+    def whole(self) -> Generation | Serving | None:
+        """What there is beside times, where a whole model was run."""
+        return self.generation or self.serving
 
 
 @dataclass(frozen=True)
@@ -80,6 +105,7 @@ class Row:
         moved_per_token: bytes that must be moved a token and kv head.
         v_rows_read: share of V rows that must be read, where only some are.
         generation: of a whole model; `timing` is then that of a token.
+        serving: of a server; `timing` is then that of an output token, whichever request's.
         error: norm of the output's error relative to fp64.
         backend, reason: what it ran on and why, as `flashsfa.explain()` says.
     """
@@ -99,10 +125,16 @@ class Row:
     moved_per_token: float | None = None
     v_rows_read: float | None = None
     generation: Generation | None = None
+    serving: Serving | None = None
     error: float | None = None
     backend: str = ""
     reason: str = ""
     baselines: Mapping[str, BaselineResult] = field(default_factory=dict)
+
+    @property
+    def whole(self) -> Generation | Serving | None:
+        """What there is beside times, where a whole model was run."""
+        return self.generation or self.serving
 
     @property
     def fastest_baseline(self) -> str | None:
@@ -127,11 +159,11 @@ class Row:
         if self.timing is None:
             return f"{self.case}: {self.status}: {self.note}"
         ratio = f", {self.against}" if self.against else ""
-        if self.generation is not None and self.generation.first_token_ms is not None:
+        if self.whole is not None and self.whole.first_token_ms is not None:
             against = _against(
                 self, "first_token_ms", lambda ours, theirs: f", {compared(theirs / ours, 'the fastest')}"
             )
-            ratio += f", first token {self.generation.first_token_ms:.4g} ms{against}"
+            ratio += f", first token {self.whole.first_token_ms:.4g} ms{against}"
         return f"{self.case}: {self.timing.median_ms:.4g} ms{ratio}" + (f" ({self.note})" if self.note else "")
 
 
@@ -153,7 +185,9 @@ class Results:
     def title(self) -> str:
         where = self.environment
         commit = f", commit {where['commit']}" if where["commit"] else ""
-        versions = ", ".join(f"{name} {where[name]}" for name in ("torch", "triton", "numba") if where.get(name))
+        versions = ", ".join(
+            f"{name} {where[name]}" for name in ("torch", "triton", "numba", "vllm") if where.get(name)
+        )
         return (
             f"flashsfa {where['flashsfa']}{commit}, {where['device']}, {versions}; "
             f"copy {self.copy_bytes_per_s / 1e9:.0f} GB/s"
@@ -201,6 +235,8 @@ class Results:
         """What the table says of a row with a time, by heading."""
         if any(row.generation is not None for row in self.rows):
             columns = dict(_OF_MODELS)
+        elif any(row.serving is not None for row in self.rows):
+            columns = dict(_OF_SERVERS)
         else:
             columns = dict(_OF_KERNELS)
             if all(row.v_rows_read is None for row in self.rows):
@@ -234,6 +270,7 @@ def environment(device: torch.device) -> dict[str, str | None]:
         "cuda": torch.version.cuda,
         "triton": _version("triton"),
         "numba": _version("numba"),
+        "vllm": _version("vllm"),
         "python": platform.python_version(),
     }
 
@@ -313,17 +350,30 @@ _OF_MODELS: dict[str, Callable[[Row], str]] = {
     "error": lambda row: _of(row, "error", ".1e"),
 }
 
+# Beside the times: how many tokens fit, against the most of the others.
+_OF_SERVERS: dict[str, Callable[[Row], str]] = {
+    "requests": lambda row: _of(row.serving, "requests", ".0f"),
+    "tokens/s": lambda row: _of(row.serving, "tokens_per_s", ".4g"),
+    "token ms": lambda row: _of(row.serving, "token_ms", ".4g"),
+    "first token ms": lambda row: _of(row.serving, "first_token_ms", ".4g"),
+    "first token": lambda row: _against(row, "first_token_ms", lambda ours, theirs: compared(theirs / ours)),
+    "capacity": lambda row: _of(row.serving, "capacity", ",.0f"),
+    "x capacity": lambda row: _against(row, "capacity", lambda ours, theirs: f"{ours / theirs:.2f}", max),
+    "error": lambda row: _of(row, "error", ".1e"),
+}
+
 
 def _of(owner: Any, figure: str, form: str, unit: int = 1) -> str:
     value = getattr(owner, figure, None)
     return "" if value is None else f"{value / unit:{form}}"
 
 
-def _against(row: Row, figure: str, compare: Callable[[float, float], str]) -> str:
-    """A figure of a model's row beside the smallest of the baselines."""
-    theirs = [getattr(result.generation, figure, None) for result in row.baselines.values()]
-    ours, least = getattr(row.generation, figure, None), min((x for x in theirs if x is not None), default=None)
-    return "" if ours is None or least is None else compare(ours, least)
+def _against(row: Row, figure: str, compare: Callable[[float, float], str], best: Callable[..., float] = min) -> str:
+    """A figure of a whole model's row beside the best of the baselines, the smallest or the largest."""
+    theirs = [getattr(result.whole, figure, None) for result in row.baselines.values()]
+    known = [x for x in theirs if x is not None]
+    ours = getattr(row.whole, figure, None)
+    return compare(ours, best(known)) if ours is not None and known else ""
 
 
 def _version(package: str) -> str | None:

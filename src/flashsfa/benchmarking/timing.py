@@ -55,7 +55,7 @@ def measure(runs: Mapping[str, Callable[[], Any]], device: torch.device, quick: 
             run()
             marks[name].append((start, _mark(device)))
     _wait(device)
-    return {name: _summary([_elapsed_ms(*pair) for pair in pairs]) for name, pairs in marks.items()}
+    return {name: summary([_elapsed_ms(*pair) for pair in pairs]) for name, pairs in marks.items()}
 
 
 def repeat(run: Callable[[], Any], device: torch.device, quick: bool = False) -> Timing:
@@ -73,7 +73,7 @@ def repeat(run: Callable[[], Any], device: torch.device, quick: bool = False) ->
 
     times = timed(1)
     most = _QUICK_REPEATS if quick else _REPEATS[device.type]
-    return _summary(times + timed(min(most, int(_REPEAT_MS / times[0])) - 1))
+    return summary(times + timed(min(most, int(_REPEAT_MS / times[0])) - 1))
 
 
 def wall_clock(run: Callable[[], Any], device: torch.device, calls: int) -> Timing:
@@ -86,7 +86,7 @@ def wall_clock(run: Callable[[], Any], device: torch.device, calls: int) -> Timi
         run()
         _wait(device)
         times.append(1e3 * (time.perf_counter() - start))
-    return _summary(times)
+    return summary(times)
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -121,7 +121,8 @@ def _elapsed_ms(start: Any, end: Any) -> float:
     return 1e3 * (end - start) if isinstance(start, float) else start.elapsed_time(end)
 
 
-def _summary(times: list[float]) -> Timing:
+def summary(times: list[float]) -> Timing:
+    """Of runs that took `times` milliseconds."""
     if len(times) == 1:
         return Timing(times[0], times[0], times[0])
     p20, *_, p80 = statistics.quantiles(times, n=5, method="inclusive")

@@ -1,4 +1,4 @@
-"""`flashsfa bench`: times beside torch's dense kernels."""
+"""`flashsfa bench`: times beside torch's dense kernels, and servers beside vLLM's."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from .screen import console, need, print_written
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     bench = commands.add_parser(
-        "bench", help="time decode, prefill, coding or whole models beside torch's dense kernels, each case checked first",
+        "bench", help="time decode, prefill, coding or whole models beside torch's dense kernels, or servers beside vLLM's, each case checked first",
         formatter_class=HelpFormatter,
     )  # fmt: skip
     bench.add_argument(
-        "operation", choices=("decode", "prefill", "topk", "generate"), metavar="OPERATION",
-        help="what to time: decode, prefill, topk (coding) or generate (whole models)",
+        "operation", choices=("decode", "prefill", "topk", "generate", "serve"), metavar="OPERATION",
+        help="what to time: decode, prefill, topk (coding), generate (whole models) or serve (vLLM with the plugin and without)",
     )  # fmt: skip
     bench.add_argument(
         "--plain", action="store_true",
@@ -43,6 +43,8 @@ def _bench(options: argparse.Namespace) -> int:
     need("bench", "matplotlib", "rich")
     if options.operation == "generate":
         need("hf", "transformers")
+    if options.operation == "serve":
+        need("vllm", "transformers", "vllm")
     from .. import benchmarking
     from ..benchmarking.findings import findings
 

@@ -2,7 +2,7 @@
 never on a GPU.
 
 vLLM finds `register` through the entry point group `vllm.general_plugins`. A model whose config.json has settings "sfa" is then
-served by `backend.SparseFeatureBackend` (`choice`), others as before. docs/reference/serving.md says what is proven.
+served by `backend.SparseFeatureBackend` in the layers that they switch (`choice`), others as before. docs/reference/serving.md says what is proven.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def register() -> None:
     it. Runs in every vLLM process, and more than once in some."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    from .choice import BACKEND, watch_platform
+    from .choice import BACKEND, watch_layers, watch_platform
 
     custom = AttentionBackendEnum.CUSTOM
     if not custom.is_overridden():
@@ -27,3 +27,4 @@ def register() -> None:
             "vLLM's attention backend CUSTOM is already %s; set VLLM_PLUGINS to choose one plugin", custom.get_path()
         )
     watch_platform()
+    watch_layers()

@@ -1,7 +1,9 @@
-"""Which attention backend vLLM runs: ours for every model whose config.json has settings "sfa", or an error at start-up.
+"""Which attention backend vLLM runs: ours for the layers that the settings "sfa" in a model's config.json switch, or an error at
+start-up; its own choice for all other layers, those of a draft model too.
 
 vLLM has no hook for it. Two methods of its platform are wrapped: the one that completes every config, in the process that the user
-started, and on the CPU the one that picks a backend, which there answers CPU_ATTN whatever was asked for.
+started, and on the CPU the one that picks a backend, which there answers CPU_ATTN whatever was asked for. A third wrap is around the
+layer's constructor, for vLLM picks a backend by the shape of a layer and knows nothing of its place.
 """
 
 from __future__ import annotations
@@ -9,6 +11,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from vllm.config import get_current_vllm_config
+from vllm.config.utils import replace
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
@@ -48,18 +52,47 @@ def watch_platform() -> None:
     setattr(platform, _WATCHED, True)
 
 
+def watch_layers() -> None:
+    """From now on a layer of this process that is not to be coded gets the backend that vLLM would pick without us. Doing it again
+    changes nothing."""
+    from vllm.model_executor.layers.attention import Attention
+
+    if hasattr(Attention, _WATCHED):
+        return
+    build = Attention.__init__
+
+    @functools.wraps(build)
+    def build_by_place(self: Any, *args: Any, **named: Any) -> None:
+        from .settings import is_coded
+
+        attention = get_current_vllm_config().attention_config
+        if attention.backend is not _CUSTOM or not _is_ours() or is_coded(named.get("prefix", "")):
+            return build(self, *args, **named)
+        attention.backend = None
+        try:
+            build(self, *args, **named)
+        finally:
+            attention.backend = _CUSTOM
+
+    Attention.__init__ = build_by_place
+    setattr(Attention, _WATCHED, True)
+
+
 def choose(vllm_config: Any) -> None:
-    """Name CUSTOM in the config of a switched model. Other models keep what they have.
+    """Name CUSTOM in the config of a switched model. Other models keep what they have, and a draft model what vLLM picks.
 
     Raises `ValueError` for a switched model that another backend is to serve, or whose settings or config ours does not run.
     """
     model, attention = vllm_config.model_config, vllm_config.attention_config
     if model is None:
         return
+    if model.runner_type == "draft":  # its config is made from that of the model that it drafts for
+        if attention.backend is _CUSTOM:
+            vllm_config.attention_config = replace(attention, backend=None)
+        return
     named = {backend for backend in (attention.backend, *attention.backend_per_kind.values()) if backend is not None}
-    is_ours = _CUSTOM.is_overridden() and _CUSTOM.get_path() == BACKEND
     if getattr(model.hf_config, "sfa", None) is None:
-        if is_ours and _CUSTOM in named:
+        if _is_ours() and _CUSTOM in named:
             _require_served(vllm_config)  # says what is missing
         return
     others = sorted(backend.name for backend in named if backend is not _CUSTOM)
@@ -69,13 +102,17 @@ def choose(vllm_config: Any) -> None:
         "flashsfa, or serve the model dense with --hf-overrides '{\"sfa\": null}'",
     )
     require(
-        is_ours,
+        _is_ours(),
         lambda: (
             f'{model.model} has settings "sfa", and CUSTOM is the backend {_CUSTOM.get_path()}: name flashsfa alone in VLLM_PLUGINS'
         ),
     )
     _require_served(vllm_config)
-    attention.backend = _CUSTOM
+    attention.backend, attention.backend_per_kind = _CUSTOM, {}
+
+
+def _is_ours() -> bool:
+    return _CUSTOM.is_overridden() and _CUSTOM.get_path() == BACKEND
 
 
 def _require_served(vllm_config: Any) -> None:

@@ -12,10 +12,12 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_pa
 from ..basis import FeatureBasis
 from ..checks import require
 from ..coder import Coder
+from ..decode import FEW_QUERIES
 from ..formats import cache_bits
 from ..huggingface import SFASettings
 from ..huggingface.positions import is_channel
 from ..huggingface.settings import BASIS_FILE
+from .layout import PageLayout
 
 PAGE_SIZES = [16, 32, 64, 128, 256]
 
@@ -24,9 +26,22 @@ _seen: SFASettings | None = None
 
 def require_served(vllm_config: Any) -> None:
     """Raise `ValueError`, with what to do, for a model or a config of vLLM that the backend does not run."""
-    model, cache, speculative = vllm_config.model_config, vllm_config.cache_config, vllm_config.speculative_config
-    settings = _read(model.hf_config)
-    _basis_path(settings, model.model)
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    settings, head_dim = _read(model.hf_config), model.get_head_size()
+    settings.budget(head_dim)
+    PageLayout(coder_of(settings), head_dim, head_dim, model.dtype)
+    path = _basis_path(settings, model.model)
+    if path is not None:
+        basis, expected = (
+            _read_basis(path),
+            (model.hf_config.num_hidden_layers, model.get_total_num_kv_heads(), head_dim, head_dim),
+        )
+        require(
+            tuple(basis.key.shape) == expected,
+            f"{path} is {tuple(basis.key.shape)}, and the model needs [L, Hkv, D, D] = {expected}: serve the whole folder that "
+            "flashsfa saved",
+        )
+        basis.check(settings.topk, settings.dense_dims)
     require(
         getattr(model.hf_config, "text_config", None) is None,
         f"flashsfa serves models of text alone in vLLM, and {model.model} has other parts: run it in transformers",
@@ -45,11 +60,36 @@ def require_served(vllm_config: Any) -> None:
         "KV connectors copy keys and values of tokens, which flashsfa's pages hold as codes: serve without --kv-transfer-config and "
         "--kv-offloading-size",
     )
+    if vllm_config.speculative_config is not None:
+        _require_speculation(vllm_config.speculative_config)
+
+
+def _require_speculation(speculative: Any) -> None:
+    """Guesses come from the tokens or from a dense model of its own: layers that some methods add to the model would be coded by its
+    settings, and of the others none has been proven."""
     require(
-        speculative is None or speculative.method == "ngram",
+        speculative.method in ("ngram", "draft_model"),
         lambda: (
-            f"flashsfa serves with speculation by n-grams, not by the method {speculative.method!r}, whose own layers it would code: "
-            'use "method": "ngram" in --speculative-config'
+            f"flashsfa serves with speculation by n-grams or by a draft model, not by the method {speculative.method!r}, which is not "
+            'proven with codes: use "method": "ngram" or "draft_model" in --speculative-config'
+        ),
+    )
+    if speculative.method == "ngram":
+        return
+    draft = speculative.draft_model_config
+    require(
+        getattr(draft.hf_config, "sfa", None) is None,
+        lambda: f'the draft model {draft.model} has settings "sfa": draft with the dense model that it was made from',
+    )
+    require(  # of longer guesses vLLM tells no length on the host
+        speculative.num_speculative_tokens < FEW_QUERIES,
+        f"a draft model may guess {FEW_QUERIES - 1} tokens, not num_speculative_tokens {speculative.num_speculative_tokens}",
+    )
+    named = [name for name in ("attention_backend", "kv_cache_dtype") if getattr(speculative, name) is not None]
+    require(
+        not named,
+        lambda: (
+            f"leave {' and '.join(named)} out of --speculative-config: beside flashsfa the draft model has vLLM's defaults"
         ),
     )
 
@@ -68,6 +108,12 @@ def current_settings() -> SFASettings:
     if _seen is None:
         raise ValueError("flashsfa's vLLM backend was asked for a cache before vLLM built a layer")
     return _seen
+
+
+def is_coded(layer_name: str) -> bool:
+    """Whether a layer of the model that vLLM builds now is to be coded, by its name in vLLM; asked where its config is set."""
+    layers = current_settings().layers
+    return layers is None or _layer_index(layer_name) in layers
 
 
 def longest_context() -> int:
@@ -89,30 +135,22 @@ class BasisFile:
     """
 
     def __init__(self) -> None:
-        config = get_current_vllm_config().model_config
-        self.settings, self.layers = current_settings(), config.hf_config.num_hidden_layers
-        self.path = _basis_path(self.settings, config.model)
+        self.path = _basis_path(current_settings(), get_current_vllm_config().model_config.model)
         self.share = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
 
     def load(self, layer_name: str, num_kv_heads: int) -> FeatureBasis:
-        """The basis [Hkv, D, D] of a layer that vLLM calls `layer_name` and that holds `num_kv_heads` heads here.
-
-        Raises `ValueError` for a file that holds no basis of this model.
-        """
-        index = next(int(part) for part in layer_name.split(".") if part.isdecimal())
-        rank, ranks = self.share
+        """The basis [Hkv, D, D] of a layer that vLLM calls `layer_name` and that holds `num_kv_heads` heads here."""
         assert self.path is not None
-        basis = _read_basis(self.path)
-        layers, heads = basis.key.shape[:2]
-        require(
-            layers == self.layers,
-            f"{self.path} is for {layers} layers of attention, and the model has {self.layers} layers",
-        )
-        first = rank * heads // ranks  # ranks beyond the number of heads share them, as vLLM's projections do
+        whole, layer, (rank, ranks) = _read_basis(self.path), _layer_index(layer_name), self.share
+        first = (
+            rank * whole.key.shape[1] // ranks
+        )  # ranks beyond the number of heads share them, as vLLM's projections do
         own = slice(first, first + num_kv_heads)
-        basis = FeatureBasis(basis.query[index, own].clone(), basis.key[index, own].clone())
-        basis.check(self.settings.topk, self.settings.dense_dims)
-        return basis
+        return FeatureBasis(whole.query[layer, own].clone(), whole.key[layer, own].clone())
+
+
+def _layer_index(layer_name: str) -> int:
+    return next(int(part) for part in layer_name.split(".") if part.isdecimal())
 
 
 def _basis_path(settings: SFASettings, model: str) -> Path | None:
@@ -140,7 +178,11 @@ def _read(hf_config: Any) -> SFASettings:
             """--hf-overrides '{"sfa": {"topk": 16, "dense_dims": 32, "topk_query": 128}}'"""
         )
     settings = SFASettings.from_config(stored)
-    require(settings.layers is None, "vLLM's backend codes every layer: enable the model with layers=None")
+    unknown = [index for index in settings.layers or [] if index >= hf_config.num_hidden_layers]
+    require(
+        not unknown,
+        lambda: f"layers {unknown} do not exist: the model has layers 0 to {hf_config.num_hidden_layers - 1}",
+    )
     require(
         settings.topk is not None,
         "vLLM's backend keeps the largest features of a key: enable the model with topk, and a basis of the same",
