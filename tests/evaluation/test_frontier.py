@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib")
 from bytes_model import TEXT, byte_tokenizer, save_tiny  # noqa: E402
 from flashsfa.benchmarking.configuration import Configuration  # noqa: E402
 from flashsfa.benchmarking.decode import DecodeCase  # noqa: E402
-from flashsfa.evaluation.frontier import decode_ms, forms  # noqa: E402
+from flashsfa.evaluation.frontier import decode_ms, forms, read_recorded  # noqa: E402
 from flashsfa.evaluation.perplexity import window_losses  # noqa: E402
 from flashsfa.evaluation.tolerance import tolerance_losses  # noqa: E402
 from flashsfa.huggingface import SFASettings, SparseCache  # noqa: E402
@@ -52,7 +52,7 @@ def frontier(models, output, *more, names=("dense", "k2", "mapped")):
     return main([*command, "--device", "cpu", "--dtype", "float32", "-o", str(output), *map(str, more)])
 
 
-def recorded(path, cases, baselines):
+def recorded(path, cases, baselines, device="A GPU"):
     """A file of `flashsfa bench decode` with milliseconds of cases, and of their baselines."""
     rows = [
         {
@@ -61,7 +61,7 @@ def recorded(path, cases, baselines):
         }
         for case, ms in cases.items()
     ]  # fmt: skip
-    path.write_text(json.dumps({"operation": "decode", "rows": rows}))
+    path.write_text(json.dumps({"operation": "decode", "environment": {"device": device}, "rows": rows}))
     return path
 
 
@@ -132,6 +132,16 @@ def test_the_strongest_rival_stands_for_a_dense_cache(tmp_path):
     assert decode_ms(rows, Configuration(8), False, 2) == {64: 2.0}
     assert decode_ms(rows, Configuration(8), False, 4) == {}
     assert decode_ms(rows, Configuration(16), False, 2) == {}
+
+
+def test_times_of_two_devices_are_not_mixed(tmp_path):
+    files = [
+        recorded(tmp_path / f"{name}.json", {case("k2", 64): 1.0}, {"sdpa": 3.0}, name) for name in ("H100", "H200")
+    ]
+    with pytest.raises(ValueError, match="times of H100 and H200 do not compare"):
+        read_recorded(files)
+    assert read_recorded(files[:1])[1] == "H100"
+    assert read_recorded([]) == ([], "")
 
 
 def test_forms_of_wide_heads_have_four_bits():

@@ -125,17 +125,23 @@ def compare(results: Results) -> None:
                 row |= {"loss": ratio - 1, "error": error}
 
 
-def read_recorded(files: Sequence[Path]) -> list[dict[str, Any]]:
-    """The rows of results of `flashsfa bench decode`. Raises `ValueError` for a file that holds none."""
+def read_recorded(files: Sequence[Path]) -> tuple[list[dict[str, Any]], str]:
+    """The rows of results of `flashsfa bench decode` that were timed, and the device that they were timed on. Raises `ValueError` for
+    a file that holds none, or files of several devices."""
     rows: list[dict[str, Any]] = []
+    devices: dict[str, None] = {}
     for file in files:
         require(file.is_file(), f"--decode {file} does not exist: name the JSON that flashsfa bench decode wrote")
         try:
             content = json.loads(file.read_bytes())
             rows += [row for row in content["rows"] if row["status"] == "ok" and row["timing"] and row["baselines"]]
+            devices[content["environment"]["device"]] = None
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(f"--decode {file} holds no results of flashsfa bench decode") from error
-    return rows
+    require(
+        len(devices) <= 1, f"--decode: times of {' and '.join(devices)} do not compare; name the files of one device"
+    )
+    return rows, "".join(devices)
 
 
 def decode_ms(
@@ -157,8 +163,9 @@ def decode_ms(
     return found
 
 
-def draw(results: Results, length: int, path: Path) -> None:
-    """Write the losses at windows of `length` tokens as a PNG: over bytes, and over the decode times at the two longest caches."""
+def draw(results: Results, length: int, device: str, path: Path) -> None:
+    """Write the losses at windows of `length` tokens as a PNG: over bytes, and over the decode times on `device` at the two longest
+    caches."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -187,7 +194,7 @@ def draw(results: Results, length: int, path: Path) -> None:
         axes.set_xlabel(
             "bytes of a coded token per kv head, key and value"
             if n is None
-            else f"decode at {tokens_label(n)} tokens, ms of one layer, batch 8"
+            else f"decode at {tokens_label(n)} tokens, ms of one layer\n{device}, batch 8"
         )
         axes.grid(alpha=0.3)
     panels[0, 0].set_ylabel(f"loss of perplexity at {length} tokens, %, with its standard error")

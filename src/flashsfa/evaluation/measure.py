@@ -137,7 +137,8 @@ def measure_frontier(
     )
     labels = _labels(models)
     with _fitting(output):
-        recorded, source = frontier.read_recorded(decode), read_text(text)
+        recorded, timed_on = frontier.read_recorded(decode)
+        source = read_text(text)
         where, results, vocabulary = named_device(device), {}, None
         for name, label in zip(models, labels, strict=True):
             model, own = load_model(name, getattr(torch, dtype), tokenizer)
@@ -159,11 +160,11 @@ def measure_frontier(
         frontier.compare(results)
         settings = {
             "models": list(models), "text": text, "lengths": lengths, "windows": windows, "tolerances": tolerances, "trials": trials,
-            "decode": [path.name for path in decode], "dtype": dtype,
+            "decode": [path.name for path in decode], "decode_device": timed_on, "dtype": dtype,
         }  # fmt: skip
         content = document("frontier", settings, where)
         content["results"] = results
-        return content, save(content, output, lambda path: frontier.draw(results, max(lengths), path))
+        return content, save(content, output, lambda path: frontier.draw(results, max(lengths), timed_on, path))
 
 
 def _labels(models: Sequence[str]) -> list[str]:
