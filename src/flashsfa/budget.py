@@ -93,7 +93,7 @@ def _resolve(
     require_int("topk_query", topk_query)
     budget = FeatureBudget(head_dim, topk, int(topk_query), dense_dims, query_pattern)
     if not budget.keeps_queries:
-        require_budget(topk_query, head_dim, dense_dims, query_pattern)
+        require_budget(topk_query, head_dim, dense_dims, query_pattern, name="topk_query")
     return budget
 
 
@@ -106,9 +106,11 @@ def query_features(topk_query: int | str, head_dim: int) -> int:
     return head_dim if topk_query == DENSE else int(topk_query)
 
 
-def require_budget(topk: int, head_dim: int, dense_dims: int, pattern: str | None = None) -> None:
+def require_budget(
+    topk: int, head_dim: int, dense_dims: int, pattern: str | None = None, *, name: str = "topk"
+) -> None:
     """`topk` features can be kept of the `head_dim - dense_dims` sparse ones, in `pattern` None or "2:4"."""
-    require_int("topk", topk)
+    require_int(name, topk)
     require_int("dense_dims", dense_dims)
     require(1 <= head_dim <= 256, lambda: f"head_dim must be 1 to 256 (indices are uint8), got {head_dim}")
     require(
@@ -118,7 +120,7 @@ def require_budget(topk: int, head_dim: int, dense_dims: int, pattern: str | Non
     sparse_dims = head_dim - dense_dims
     require(
         1 <= topk <= sparse_dims,
-        lambda: f"topk must be 1 to {sparse_dims} (head_dim {head_dim} less dense_dims {dense_dims}), got {topk}",
+        lambda: f"{name} must be 1 to {sparse_dims} (head_dim {head_dim} less dense_dims {dense_dims}), got {topk}",
     )
     if pattern is None:
         return
@@ -126,7 +128,7 @@ def require_budget(topk: int, head_dim: int, dense_dims: int, pattern: str | Non
     require(
         sparse_dims % 4 == 0 and 2 * topk <= sparse_dims,
         lambda: (
-            f"a 2:4 pattern keeps at most half of a sparse part of whole groups of four; got topk {topk} of {sparse_dims} "
+            f"a 2:4 pattern keeps at most half of a sparse part of whole groups of four; got {name} {topk} of {sparse_dims} "
             f"(head_dim {head_dim} less dense_dims {dense_dims})"
         ),
     )
