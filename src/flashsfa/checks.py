@@ -52,7 +52,8 @@ def runs_plainly(*tensors: Tensor) -> bool:
     """Whether nothing traces, transforms or differentiates a call over these: the inside of an operator may then be called at
     once, which saves the host what torch's dispatch of a custom operator costs (some 40 µs)."""
     return (
-        not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+        not torch.compiler.is_compiling()  # the rest cannot be traced
+        and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
         and not torch._C._len_torch_dispatch_stack()
         and not torch.jit.is_tracing()
         and all(has_values(x) for x in tensors)
