@@ -41,7 +41,7 @@ def arguments(model, text, output, *more):
         ("no model", "config.json is missing"),
         ("no directory", "there is no such directory"),
         ("budget", "topk must be"),
-        ("query budget", "topk must be"),
+        ("query budget", "topk_query must be"),
         ("window", "--window must be"),
     ],
 )
