@@ -16,6 +16,7 @@ pytest.importorskip("matplotlib")
 import flashsfa.choose  # noqa: E402
 import flashsfa.convert  # noqa: E402
 from words_model import assert_refused  # noqa: E402
+from words_model import convert_arguments as arguments  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -23,11 +24,6 @@ def short(monkeypatch):
     """Times of one short context alone."""
     settings = functools.partial(flashsfa.convert.ConvertSettings, contexts=(64,))
     monkeypatch.setattr(flashsfa.convert, "ConvertSettings", settings)
-
-
-def arguments(model, text, output, *more):
-    sizes = ["--window", "40", "--windows", "2", "--dtype", "float32"]
-    return ["convert", str(model), "-o", str(output), "--calibrate", str(text), "--eval", str(text), *sizes, *more]
 
 
 def test_the_choice_is_written_with_the_frontier(tiny, text, tmp_path, capsys):

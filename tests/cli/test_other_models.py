@@ -14,6 +14,7 @@ pytest.importorskip("matplotlib")
 import flashsfa.convert  # noqa: E402
 from multimodal import MODELS, config_of  # noqa: E402
 from words_model import assert_refused, save_tiny  # noqa: E402
+from words_model import convert_arguments as arguments  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -21,11 +22,6 @@ def short(monkeypatch):
     """Times of one short context alone."""
     settings = functools.partial(flashsfa.convert.ConvertSettings, contexts=(64,))
     monkeypatch.setattr(flashsfa.convert, "ConvertSettings", settings)
-
-
-def arguments(model, text, output, *more):
-    sizes = ["--window", "40", "--windows", "2", "--dtype", "float32"]
-    return ["convert", str(model), "-o", str(output), "--calibrate", str(text), "--eval", str(text), *sizes, *more]
 
 
 def save(folder, model):

@@ -36,3 +36,9 @@ def assert_refused(capsys, command, message):
     assert len(lines) == 1, lines
     assert lines[0].startswith("flashsfa: error:")
     assert message in lines[0]
+
+
+def convert_arguments(model, text, output, *more):
+    """`flashsfa convert` of a tiny model, on short windows."""
+    sizes = ["--window", "40", "--windows", "2", "--dtype", "float32"]
+    return ["convert", str(model), "-o", str(output), "--calibrate", str(text), "--eval", str(text), *sizes, *more]

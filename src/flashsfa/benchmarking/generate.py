@@ -19,11 +19,11 @@ from transformers.masking_utils import AttentionMaskInterface
 from ..huggingface import SparseCache, StaticSparseCache, enable
 from ..huggingface.cache import cache_nbytes
 from ..huggingface.switch import attention_shape
-from ..ops.record import last_choice
 from .cases import UnavailableError, WrongOutputError, sdpa_backends, tokens_label
 from .configuration import code_name
 from .models import (
     check_tokens,
+    figures,
     fill,
     published_config,
     random_model,
@@ -31,9 +31,8 @@ from .models import (
     skeleton,
     token_ids,
     twin,
-    weight_bytes,
 )
-from .results import BaselineResult, Generation
+from .results import Generation
 from .timing import release, repeat
 
 _ROOM = 128  # tokens that warm-up, checks and repeats append to a cache
@@ -86,8 +85,7 @@ class GenerateCase:
         model = random_model(self.shape, self.dtype, self.device)
         sparse = enable(twin(model), self.topk, dense_dims=self.dense_dims)
         error = check_tokens(model, sparse)
-        timing, ours = self._side(sparse, sparse=True, quick=quick)
-        choice = last_choice("decode")
+        ours = self._side(sparse, sparse=True, quick=quick)
         baselines, notes = {}, []
         for name, baseline in _baselines(model, self.device).items():
             try:
@@ -95,23 +93,8 @@ class GenerateCase:
                 baselines[name] = self._side(baseline, sparse=False, quick=quick)
             except (UnavailableError, RuntimeError) as reason:
                 notes.append(f"{name}: {str(reason).strip().partition(chr(10))[0]}")
-        weights, rows = weight_bytes(model), self._rows(model)
-        moved = weights + ours.kv_bytes
-        return {
-            "note": "; ".join(notes), "timing": timing, "error": error, "generation": ours,
-            "gb_per_s": moved / timing.median_ms / 1e6,
-            "roofline_percent": 100 * 1e3 * moved / bandwidth / timing.median_ms,
-            "bytes_moved": moved, "bytes_per_token": ours.kv_bytes / rows, "moved_per_token": moved / rows,
-            "backend": choice.backend if choice else "not recorded", "reason": choice.reason if choice else "",
-            "baselines": {
-                name: BaselineResult(
-                    theirs, gb_per_s=(weights + generation.kv_bytes) / theirs.median_ms / 1e6,
-                    ratio=theirs.median_ms / timing.median_ms, moved_per_token=(weights + generation.kv_bytes) / rows,
-                    generation=generation,
-                )
-                for name, (theirs, generation) in baselines.items()
-            },
-        }  # fmt: skip
+        found = figures(model, self._rows(model), bandwidth, ours, baselines)
+        return found | {"note": "; ".join(notes), "error": error}
 
     def _side(self, model: Any, *, sparse: bool, quick: bool) -> tuple[Any, Generation]:
         """Time of a token, and what else one side takes; nothing of it stays in memory."""

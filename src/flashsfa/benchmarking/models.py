@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,10 @@ from transformers import StaticCache
 
 from ..huggingface import StaticSparseCache
 from ..huggingface.switch import attention_shape
+from ..ops.record import last_choice
 from .cases import WrongOutputError
+from .results import BaselineResult, Generation
+from .timing import Timing
 
 _CHUNK_TOKENS = 4096  # tokens that go into a cache at a time
 
@@ -108,6 +111,31 @@ def check_tokens(model: Any, sparse: Any, cache_of: Callable[[Any], Any] | None 
     if not found <= allowed:
         raise WrongOutputError(f"tokens from the cache are {found:.1e} from those without one, allowed {allowed:.1e}")
     return found
+
+
+def figures(
+    model: Any,
+    rows: int,
+    bandwidth: float,
+    ours: tuple[Timing, Generation],
+    baselines: Mapping[str, tuple[Timing, Generation]],
+) -> dict[str, Any]:
+    """What a row says of its times, for caches of so many tokens of all kv heads and layers."""
+    weights, (timing, generation) = weight_bytes(model), ours
+    moved, choice = weights + generation.kv_bytes, last_choice("decode")
+    return {
+        "timing": timing, "generation": generation, "gb_per_s": moved / timing.median_ms / 1e6,
+        "roofline_percent": 100 * 1e3 * moved / bandwidth / timing.median_ms,
+        "bytes_moved": moved, "bytes_per_token": generation.kv_bytes / rows, "moved_per_token": moved / rows,
+        "backend": choice.backend if choice else "not recorded", "reason": choice.reason if choice else "",
+        "baselines": {
+            name: BaselineResult(
+                theirs, gb_per_s=(weights + held.kv_bytes) / theirs.median_ms / 1e6, ratio=theirs.median_ms / timing.median_ms,
+                moved_per_token=(weights + held.kv_bytes) / rows, generation=held,
+            )
+            for name, (theirs, held) in baselines.items()
+        },
+    }  # fmt: skip
 
 
 def relative(found: Tensor, expected: Tensor) -> float:

@@ -14,12 +14,12 @@ from transformers import DynamicCache, StaticCache
 
 from ..huggingface import SparseCache, StaticSparseCache, enable
 from ..huggingface.cache import cache_nbytes
-from ..ops.record import last_choice
+from ..huggingface.switch import attention_shape
 from .cases import UnavailableError, tokens_label
 from .configuration import code_name
 from .generate import LONGEST_PROMPT
-from .models import check_tokens, fill, random_model, token_ids, twin, weight_bytes
-from .results import BaselineResult, Generation
+from .models import check_tokens, figures, fill, random_model, token_ids, twin
+from .results import Generation
 from .timing import Timing, release, wall_clock
 
 _TOKENS, _CALLS = 32, 5  # made per call of generate, and calls that are timed
@@ -79,29 +79,14 @@ class PlainCase:
         model = random_model(self.shape, self.dtype, self.device)
         sparse = enable(twin(model), self.topk, dense_dims=self.dense_dims, cache_dtype=self.cache_dtype)
         error = check_tokens(model, sparse, SparseCache)
-        timing, ours = self._side(sparse, sparse=True, quick=quick)
-        choice = last_choice("decode")
+        ours = self._side(sparse, sparse=True, quick=quick)
         baselines, note = {}, ""
         try:
             baselines["sdpa"] = self._side(model, sparse=False, quick=quick)
         except (UnavailableError, RuntimeError) as reason:
             note = f"sdpa: {str(reason).strip().partition(chr(10))[0]}"
-        weights, cached = weight_bytes(model), self.batch * self.n
-        moved = weights + ours.kv_bytes
-        return {
-            "note": note, "timing": timing, "error": error, "generation": ours, "bytes_moved": moved,
-            "gb_per_s": moved / timing.median_ms / 1e6,
-            "roofline_percent": 100 * 1e3 * moved / bandwidth / timing.median_ms,
-            "backend": choice.backend if choice else "not recorded", "reason": choice.reason if choice else "",
-            "baselines": {
-                name: BaselineResult(
-                    theirs, gb_per_s=(weights + generation.kv_bytes) / theirs.median_ms / 1e6,
-                    ratio=theirs.median_ms / timing.median_ms, moved_per_token=(weights + generation.kv_bytes) / cached,
-                    generation=generation,
-                )
-                for name, (theirs, generation) in baselines.items()
-            },
-        }  # fmt: skip
+        rows = self.batch * self.n * attention_shape(model)[1] * model.config.num_hidden_layers
+        return figures(model, rows, bandwidth, ours, baselines) | {"note": note, "error": error}
 
     def _side(self, model: Any, *, sparse: bool, quick: bool) -> tuple[Timing, Generation]:
         """Time of a token, and what else one side takes; nothing of it stays in memory."""
