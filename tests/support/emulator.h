@@ -96,6 +96,7 @@ DEVICE int lane_id() { return threadIdx.x % 32; }
 DEVICE void sync_warp() { exchanged(0); }
 DEVICE void sync_block() { wait_for(2); }
 DEVICE int from_lane(int x, int lane) { return from(lane, x); }
+DEVICE float from_lane(float x, int lane) { return from(lane, x); }
 DEVICE float from_lane_xor(float x, int bits) { return from(lane_id() ^ bits, x); }
 DEVICE unsigned ballot(bool x) {
   const auto* all = (unsigned long long*)exchanged((unsigned long long)x);
@@ -109,7 +110,11 @@ DEVICE unsigned sum_of_lanes(unsigned x) {
   for (int i = 0; i < 32; ++i) sum += unsigned(all[i]);
   return sum;
 }
-DEVICE unsigned count_up(unsigned* at) { return (*at)++; }
+DEVICE unsigned count_to(unsigned last, unsigned* at) {
+  const unsigned x = *at;
+  *at = x >= last ? 0 : x + 1;
+  return x;
+}
 DEVICE float load_written(const float* at) { return *at; }
 template <unsigned SELECTOR>
 DEVICE unsigned bytes_of(unsigned low, unsigned high) {

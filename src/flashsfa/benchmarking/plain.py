@@ -22,7 +22,7 @@ from .models import check_tokens, figures, fill, random_model, token_ids, twin
 from .results import Generation
 from .timing import Timing, release, wall_clock
 
-_TOKENS, _CALLS = 32, 5  # made per call of generate, and calls that are timed
+_TOKENS, _CALLS = 16, 5  # made per call of generate, and calls that are timed
 _QUICK_TOKENS, _QUICK_CALLS = 4, 2
 _STATIC_ROOM = (_CALLS + 1) * _TOKENS  # that calls append
 

@@ -10,7 +10,15 @@ from ... import nvrtc
 from .params import Params
 
 SOURCES = Path(__file__).parent
-FILES = ("params.cuh", "warp.cuh", "rows.cuh", "keys.cuh", "values.cuh", "decode.cu")  # as they use one another
+FILES = (
+    "params.cuh",
+    "warp.cuh",
+    "rows.cuh",
+    "keys.cuh",
+    "query.cuh",
+    "values.cuh",
+    "decode.cu",
+)  # as they use one another
 
 
 @dataclass(frozen=True)

@@ -219,7 +219,7 @@ DEVICE void store(const Params& p, Sums& sums, SharedSums& all, int head, int fi
     }
   }
   sync_block();
-  if (threadIdx.x == 0) all.is_last = count_up(p.ended + blockIdx.x) == u32(splits) - 1;
+  if (threadIdx.x == 0) all.is_last = count_to(u32(splits) - 1, p.ended + blockIdx.x) == u32(splits) - 1;
   sync_block();
   if (!all.is_last) return;
   for (int r = warp; r < ROWS; r += WARPS) {
@@ -232,7 +232,7 @@ DEVICE void store(const Params& p, Sums& sums, SharedSums& all, int head, int fi
     if (lane == 0) {
       all.peak[0][r] = peak;
       all.total[0][r] = some;
-      if (first_row + r < p.rows) p.lse[i64(head) * p.rows + first_row + r] = (peak + log2_exact(some)) * 0.6931471805599453f;
+      if (p.lse && first_row + r < p.rows) p.lse[i64(head) * p.rows + first_row + r] = (peak + log2_exact(some)) * 0.6931471805599453f;
     }
   }
   sync_block();
@@ -487,7 +487,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) decode_kernel(c
   Sums sums;
   sums.clear();
   const auto wait = [&] {
-    load_query(shared.query, p, head, first_row, 32 * WARPS);
+    static_assert(sizeof(u16[ROWS][QUERY_DIMS]) <= sizeof(SharedSums), "queries lie where sums will");
+    load_query(shared.query, reinterpret_cast<u16(*)[QUERY_DIMS]>(&shared.sums), p, batch, kv_head, first_row);
     sync_block();
   };
   if constexpr (TOLERANT)

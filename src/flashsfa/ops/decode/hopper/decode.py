@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,9 @@ from torch import Tensor
 
 from ... import nvrtc
 from ...nvrtc import cuda
+from ...triton.rows import next_power_of_2
 from ..held import Call, Held
+from ..triton.scores import LOG2_E, processors
 from . import compiler
 from .compiler import Variant
 from .params import Params, Rows
@@ -32,7 +35,7 @@ _FIELDS = {
     "CHANNEL": "channel", "CHANNEL_SCALE": "channel_scale", "CHANNEL_CENTRE": "channel_centre", "VALUES": "kept",
     "VALUE_SCALE": "kept_scale", "INDICES": "indices", "V": "v", "V_SCALE": "v_scale", "V_CENTRE": "v_centre",
 }  # fmt: skip
-_TABLES = {"AXIS": "axis", "IS_START": "is_start", "TOP": "top"}
+_TABLES = {"AXIS": "axis", "IS_START": "is_start", "TOP": "top", "STEP": "step", "CENTRE": "centre"}
 
 
 def obstacle(q: Tensor, held: Held) -> str | None:
@@ -55,63 +58,98 @@ def obstacle(q: Tensor, held: Held) -> str | None:
 
 def attend(call: Call, out: Tensor, lse: Tensor) -> str | None:
     """Write the output [B, Hq, M, Dv] and its log-sum-exp [B, Hq, M] over what is `held`; or say why it cannot be done."""
-    from ..triton.narrow import NarrowProblem
-    from ..triton.scores import processors
+    q = call.q if call.q.stride(-1) == 1 else call.q.contiguous()
+    prepared = Prepared.of(replace(call, q=q))
+    return prepared if isinstance(prepared, str) else prepared.attend(q, out, lse)
 
-    q, held, m = call.q, call.held, call.q.shape[2]
-    counts = torch.empty(q.shape[0] * q.shape[1] * m, dtype=torch.int32, device=q.device)
-    problem = NarrowProblem(call, are_biased=False, counts=counts)
-    lengths, padding, terms = problem.visibility["LENS"], problem.ruled["PADDING"], problem.queries["TERMS"]
-    pages, page_size = problem.places["PAGES"], problem.places["PAGE"]
-    rows = min(problem.padded_rows, _MOST_ROWS)
-    form = _Form(
-        q.dtype,
-        q.shape[-1],
-        rows,
-        problem.queries["T"],
-        page_size,
-        m > 1,
-        call.scores.softcap is not None,
-        call.value_tolerance > 0,
-    )
-    places = tuple((name, _Place.of(x)) for name, x in held.tensors.items() if name in _FIELDS)
-    prepared = _prepare(form, places, *held.sizes)
-    if isinstance(prepared, str):
-        return prepared
-    if pages is None and problem.keys < _WARP_KEYS:
-        return f"the CUDA kernel takes at least {_WARP_KEYS} keys, not {problem.keys}"
-    variant, template = prepared
-    tiles = problem.heads * (problem.padded_rows // rows)
-    blocks = _blocks_per_tile(
-        tiles, problem.keys // (2 * _WARP_KEYS * variant.warps), processors(q.device) * variant.blocks
-    )
-    sums = (
-        problem.heads * blocks * problem.padded_rows
-    )  # as many weighted sums of values, and of maxima and sums of weights
-    scratch = torch.empty(sums * (held.width + 2), dtype=torch.float32, device=q.device)
-    params = Params.from_buffer_copy(template)
-    for name, x in held.tensors.items():
-        if name in _FIELDS:
-            getattr(params, _FIELDS[name]).data = x.data_ptr()
-        elif name in _TABLES:
-            setattr(params, _TABLES[name], x.data_ptr())
-    params.q, params.ended, params.out, params.lse = (x.data_ptr() for x in (problem.queries["Q"], counts, out, lse))
-    params.partial = scratch.data_ptr()
-    params.peak = params.partial + 4 * sums * held.width
-    params.total = params.peak + 4 * sums
-    if terms is not None:
-        params.terms = terms.data_ptr()
-    if lengths is not None:
-        params.lengths, params.lengths_are_64_bit = lengths.data_ptr(), lengths.dtype == torch.int64
-    if padding is not None:
-        params.padding, params.padding_batch = padding.data_ptr(), problem.ruled["padding_sb"]
-    if pages is not None:
-        params.pages, params.pages_batch = pages.data_ptr(), problem.places["pages_sb"]
-    params.kv_heads, params.n, params.m, params.window = problem.kv_heads, problem.keys, m, call.mask.window or 0
-    params.rows, params.padded_rows = problem.rows, problem.padded_rows
-    params.scale, params.cap = problem.ruled["scale"], problem.ruled["cap"]
-    params.tolerance = call.value_tolerance * _CERTAIN
-    return launch(variant, (tiles, blocks, 1), params)
+
+@dataclass
+class Prepared:
+    """The kernel for queries of one form over tensors that lie where they lay: only how many keys there are may change.
+
+    Attributes:
+        params: what the kernel is passed but for the queries, the number of keys and where its results go.
+        keys: at most.
+        tiles: of query rows, of all heads; rows: in all of them.
+        lasting: what the kernel reads beside the cache and the queries.
+    """
+
+    variant: Variant
+    params: Params
+    keys: int
+    tiles: int
+    rows: int
+    lasting: tuple[Tensor | None, ...]
+
+    @classmethod
+    def of(cls, call: Call) -> Prepared | str:
+        """For a call whose queries are contiguous along the last dimension, or why the kernel cannot take it."""
+        q, held = call.q, call.held
+        (batch, q_heads, m, head_dim), v = q.shape, held.tensors["V"]
+        kv_heads = v.shape[1]
+        table, lengths, padding = (
+            None if x is None else x.contiguous()
+            for x in (call.page_table, call.mask.kv_lens, call.mask.key_padding_mask)
+        )
+        keys = v.shape[2] * (1 if table is None else table.shape[1])
+        if table is None and keys < _WARP_KEYS:
+            return f"the CUDA kernel takes at least {_WARP_KEYS} keys, not {keys}"
+        heads, query_rows = batch * kv_heads, q_heads // kv_heads * m
+        padded_rows = next_power_of_2(query_rows)
+        rows = min(padded_rows, _MOST_ROWS)
+        softcap = call.scores.softcap
+        form = _Form(
+            q.dtype,
+            head_dim,
+            rows,
+            0 if table is None else v.shape[2],
+            m > 1,
+            softcap is not None,
+            call.value_tolerance > 0,
+        )
+        places = tuple((name, _Place.of(x)) for name, x in held.tensors.items() if name in _FIELDS)
+        specialised = _specialised(form, places, *held.sizes)
+        if isinstance(specialised, str):
+            return specialised
+        variant, template = specialised
+        params = Params.from_buffer_copy(template)
+        for name, x in held.tensors.items():
+            if name in _FIELDS:
+                getattr(params, _FIELDS[name]).data = x.data_ptr()
+            else:
+                setattr(params, _TABLES[name], x.data_ptr())
+        params.q_batch, params.q_head, params.q_token, _ = q.stride()
+        params.topk_query = call.topk_query or head_dim
+        if lengths is not None:
+            params.lengths, params.lengths_are_64_bit = lengths.data_ptr(), lengths.dtype == torch.int64
+        if padding is not None:
+            params.padding, params.padding_batch = padding.data_ptr(), padding.stride(0)
+        if table is not None:
+            params.pages, params.pages_batch = table.data_ptr(), table.stride(0)
+        params.kv_heads, params.m, params.window = kv_heads, m, call.mask.window or 0
+        params.rows, params.padded_rows = query_rows, padded_rows
+        # log2 units; under a cap, which stands before them, in units of it
+        params.scale = call.scores.scale * LOG2_E if softcap is None else call.scores.scale / softcap
+        params.cap = (softcap or 0.0) * LOG2_E
+        params.tolerance = call.value_tolerance * _CERTAIN
+        return cls(variant, params, keys, heads * (padded_rows // rows), heads * padded_rows, (table, lengths, padding))
+
+    def attend(self, q: Tensor, out: Tensor, lse: Tensor | None, keys: int | None = None) -> str | None:
+        """As `attend`, for queries such as those that this was prepared for, over the first `keys`."""
+        variant, params, device = self.variant, self.params, q.device
+        params.n = self.keys if keys is None else keys
+        blocks = _blocks_per_tile(
+            self.tiles, params.n // (2 * _WARP_KEYS * variant.warps), processors(device) * variant.blocks
+        )
+        sums = self.rows * blocks  # as many weighted sums of values, and of maxima and sums of weights
+        scratch = torch.empty(sums * (variant.value_dim + 2), dtype=torch.float32, device=device)
+        params.q, params.out = q.data_ptr(), out.data_ptr()
+        params.lse = None if lse is None else lse.data_ptr()
+        params.partial = scratch.data_ptr()
+        params.peak = params.partial + 4 * sums * variant.value_dim
+        params.total = params.peak + 4 * sums
+        params.ended = _counters(self.tiles, device).data_ptr()
+        return launch(variant, (self.tiles, blocks, 1), params)
 
 
 def launch(variant: Variant, grid: tuple[int, int, int], params: Params) -> str | None:
@@ -137,7 +175,6 @@ class _Form(NamedTuple):
     dtype: torch.dtype
     head_dim: int
     rows: int
-    query_dims: int
     page_size: int
     has_several_queries: bool
     is_capped: bool
@@ -172,7 +209,7 @@ class _Place(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)  # a growing cache has other strides after each growth, not at each step
-def _prepare(
+def _specialised(
     form: _Form,
     held: tuple[tuple[str, _Place], ...],
     channel: int,
@@ -202,7 +239,7 @@ def _prepare(
         head_dim=form.head_dim,
         value_dim=width,
         rows=form.rows,
-        query_dims=form.query_dims,
+        query_dims=channel if channel_bits == 2 else form.head_dim,
         channel=channel,
         channel_bits=channel_bits,
         kept=topk,
@@ -246,6 +283,23 @@ def _blocks(value_bits: int, rows: int, is_kept_alone: bool, is_tolerant: bool) 
     if value_bits == 8:
         return 3
     return 5 if rows == 1 and is_kept_alone else 4
+
+
+_ended: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _counters(tiles: int, device: torch.device) -> Tensor:
+    """`tiles` numbers that are 0 when a kernel begins, which leaves them so: those of a stream, where kernels follow one another. A
+    graph that is captured may run on another stream, and has its own."""
+    stream = 0
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return torch.zeros(tiles, dtype=torch.int32, device=device)
+        stream = cuda.current_stream()
+    kept = _ended.get((device, stream))
+    if kept is None or kept.numel() < tiles:
+        kept = _ended[device, stream] = torch.zeros(max(tiles, 1024), dtype=torch.int32, device=device)
+    return kept
 
 
 @functools.cache

@@ -25,7 +25,7 @@ struct SharedQuery {
   u32 pairs[HAS_CHANNEL ? PAIRS : 1][32];             // by lane: of query row lane / 4, for the pairs of quad lane % 4
   u32 fields[CHANNEL_BITS == 2 ? PAIRS : 1][4];       // by quad: the bits of levels that start in a slot
   alignas(16) u8 features[HAS_KEPT ? SPARSE_DIMS : 1][128];  // the query rows' entries, once for each lane of a load: no two share a bank
-  float terms[3][ROWS];
+  float terms[3][ROWS];  // what a product is multiplied by, what it is too large by, and the sum of the channel
 };
 
 DEVICE int channel_word(int i, int quad) { return (i / CHANNEL_VECTOR * 4 + quad) * CHANNEL_VECTOR + i % CHANNEL_VECTOR; }
@@ -40,10 +40,9 @@ DEVICE int channel_entry(int word, int j, int half) {
 
 DEVICE float query_float(u16 x) { return IS_CHANNEL_LEVELS ? from_half(x) : stored_float(x); }
 
-// The query rows of a tile from `q` [QUERY_DIMS, padded_rows]; by all threads of a block.
-DEVICE void load_query(SharedQuery& shared, const Params& p, i64 head, int first_row, int threads) {
-  const u16* q = static_cast<const u16*>(p.q) + head * QUERY_DIMS * p.padded_rows + first_row;
-  const int kv_head = int(head % p.kv_heads), thread = threadIdx.x;
+// The query rows of a tile as `key_products` reads them; by all threads of a block.
+DEVICE void lay_out(SharedQuery& shared, const u16 (*q)[QUERY_DIMS], const Params& p, int kv_head) {
+  const int thread = threadIdx.x, threads = 32 * WARPS;
   if constexpr (HAS_CHANNEL) {
     for (int i = thread; i < PAIRS * 32; i += threads) {
       const int pair = i / 32, lane = i % 32, row = lane / 4 % ROWS;
@@ -51,7 +50,7 @@ DEVICE void load_query(SharedQuery& shared, const Params& p, i64 head, int first
       u32 both = 0;
       for (int half = 0; half < 2; ++half) {
         const int entry = channel_entry(word, pair % PAIRS_PER_WORD, half);
-        u16 x = entry < CHANNEL ? q[entry * p.padded_rows + row] : 0;
+        u16 x = entry < CHANNEL ? q[row][entry] : 0;
         if (CHANNEL_BITS == 4 && entry % 2) x = to_half(from_half(x) / 16);  // its levels lie above the lowest bit
         both |= u32(x) << (16 * half);
       }
@@ -74,7 +73,7 @@ DEVICE void load_query(SharedQuery& shared, const Params& p, i64 head, int first
     for (int i = thread; i < SPARSE_DIMS; i += threads) {
       u16 x[ROWS];
 #pragma unroll
-      for (int r = 0; r < ROWS; ++r) x[r] = q[(CHANNEL + i) * p.padded_rows + r];
+      for (int r = 0; r < ROWS; ++r) x[r] = q[r][CHANNEL + i];
       for (int copy = 0; copy < COPIES; ++copy) {
         u8* entry = shared.features[i] + (copy + i) % COPIES * ENTRY_BYTES;  // no two threads to one bank
         if constexpr (ROWS == 1) {
@@ -86,8 +85,6 @@ DEVICE void load_query(SharedQuery& shared, const Params& p, i64 head, int first
       }
     }
   }
-  for (int i = thread; i < 3 * ROWS; i += threads)
-    shared.terms[i / ROWS][i % ROWS] = p.terms ? p.terms[(head * 3 + i / ROWS) * p.padded_rows + first_row + i % ROWS] : i < ROWS;
 }
 
 // 32 keys as they are stored: a lane's part.

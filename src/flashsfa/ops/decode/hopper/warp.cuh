@@ -6,6 +6,7 @@ DEVICE int lane_id() { return threadIdx.x % 32; }
 DEVICE void sync_warp() { __syncwarp(); }
 DEVICE void sync_block() { __syncthreads(); }
 DEVICE int from_lane(int x, int lane) { return __shfl_sync(~0u, x, lane); }
+DEVICE float from_lane(float x, int lane) { return __shfl_sync(~0u, x, lane); }
 DEVICE float from_lane_xor(float x, int bits) { return __shfl_xor_sync(~0u, x, bits); }
 DEVICE u32 sum_of_lanes(u32 x) { return __reduce_add_sync(~0u, x); }
 DEVICE u32 ballot(bool x) { return __ballot_sync(~0u, x); }
@@ -62,6 +63,7 @@ DEVICE float from_half(u16 x) {
 }
 DEVICE float from_bf16(u16 x) { return __uint_as_float(u32(x) << 16); }
 DEVICE float from_bits(u32 x) { return __uint_as_float(x); }
+DEVICE u32 bits_of(float x) { return __float_as_uint(x); }
 
 DEVICE u16 to_half(float x) {
   u16 y;
@@ -87,10 +89,10 @@ DEVICE void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 
 }
 
 DEVICE int lowest_bit(unsigned long long x) { return __ffsll((long long)x) - 1; }
-// All that the block wrote before is seen by whoever sees the count; the count before.
-DEVICE u32 count_up(u32* at) {
+// Counts up to `last` and from there to 0 again; the count before. All that the block wrote before is seen by whoever sees the count.
+DEVICE u32 count_to(u32 last, u32* at) {
   u32 x;
-  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(x) : "l"(at) : "memory");
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(x) : "l"(at), "r"(last) : "memory");
   return x;
 }
 // What other blocks wrote, past the first cache.

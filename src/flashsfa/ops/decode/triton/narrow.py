@@ -26,24 +26,18 @@ class NarrowProblem(Problem):
     """One decode call over what is `Held`.
 
     Attributes:
-        queries: query rows as kernels take them, whose levels are biased (`narrow_blocks`), or not.
+        queries: query rows as kernels take them.
         coded, valued: arguments of `narrow_scores` and `add_values`.
     """
 
-    def __init__(
-        self,
-        call: Call,
-        are_biased: bool = True,
-        counts: Tensor | None = None,
-    ) -> None:
+    def __init__(self, call: Call) -> None:
         q, held = call.q, call.held
         super().__init__(q, held.tensors["V"], call.page_table, call.mask, call.scores)
-        self.counts = counts
         self.held, self.head_dim, self.width = held, q.shape[-1], held.width
         self.rotation = _rotation(held.width) if "V_CENTRE" in held.tensors else 1
         # float16 is exact for levels, and has more digits than bfloat16
         self._levels = q.dtype if q.dtype == torch.float32 else torch.float16
-        self.queries = self._queries(q, self._levels, call.topk_query, are_biased)
+        self.queries = self._queries(q, self._levels, call.topk_query)
 
     @property
     def coded(self) -> dict[str, Any]:
@@ -63,7 +57,7 @@ class NarrowProblem(Problem):
             "DTYPE": TRITON_DTYPES[self._levels if "V_SCALE" in tensors else self.dtype],
         }  # fmt: skip
 
-    def _queries(self, q: Tensor, levels: torch.dtype, topk_query: int | None, are_biased: bool) -> dict[str, Any]:
+    def _queries(self, q: Tensor, levels: torch.dtype, topk_query: int | None) -> dict[str, Any]:
         """Query rows [heads, T, R] by feature, or by place where axes have places, and what goes with them."""
         held = self.held
         dense_dims = held.channel if held.topk else 0
@@ -73,8 +67,8 @@ class NarrowProblem(Problem):
         by_place = q.new_empty((self.heads, places, self.padded_rows), dtype=levels)
         terms = self.scratch(3, self.padded_rows)
         narrow_query_kernel[self.heads, self.rows](
-            by_place, terms, self.counts, **{name: held.tensors.get(name) for name in TABLES}, **self.query_arguments(q, dense_dims, topk_query),
-            C=held.channel, BITS=held.bits, ROTATION=_rotation(held.channel) if held.bits == 4 else 1, BIASED=are_biased, num_warps=4,
+            by_place, terms, **{name: held.tensors.get(name) for name in TABLES}, **self.query_arguments(q, dense_dims, topk_query),
+            C=held.channel, BITS=held.bits, ROTATION=_rotation(held.channel) if held.bits == 4 else 1, num_warps=4,
         )  # fmt: skip
         return {"Q": by_place, "TERMS": terms, "T": places}
 

@@ -20,25 +20,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .scores import clear_counts, query_row, rotated, ruled_scores
+from .scores import query_row, rotated, ruled_scores
 
 _LARGEST = tl.constexpr(256.0)  # folded queries in float16 are largest around here: the smallest then keep their digits
 
 
 @triton.jit
 def narrow_query_kernel(
-    BY_FEATURE, TERMS, COUNTS, AXIS, IS_START, TOP, STEP, CENTRE, Q, q_sb, q_sh, q_sm, q_sd, kv_heads, group, m,
+    BY_FEATURE, TERMS, AXIS, IS_START, TOP, STEP, CENTRE, Q, q_sb, q_sh, q_sm, q_sd, kv_heads, group, m,
     D: tl.constexpr, DENSE: tl.constexpr, K: tl.constexpr, R: tl.constexpr, INTEGER: tl.constexpr, CHUNK: tl.constexpr,
-    C: tl.constexpr, BITS: tl.constexpr, ROTATION: tl.constexpr, BIASED: tl.constexpr,
+    C: tl.constexpr, BITS: tl.constexpr, ROTATION: tl.constexpr,
 ):  # fmt: skip
     """One query row for a channel of levels, in the order of their places, rotated where keys are.
 
-    It is scaled by a power of two, so that float16 has room for it. `BIASED`: levels will be what
-    `from_levels` makes of them. `TERMS` [heads, 3, R]: that power; the products of the query
+    It is scaled by a power of two, so that float16 has room for it. `TERMS` [heads, 3, R]: that power; the products of the query
     with what levels are too large by; and its sum, which the centre of a row goes with.
     """
     head, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    clear_counts(COUNTS, head, row)
     x = query_row(Q, head, row, q_sb, q_sh, q_sm, q_sd, kv_heads, group, m, D, DENSE, K, INTEGER, CHUNK).to(tl.float32)
     DTYPE: tl.constexpr = BY_FEATURE.dtype.element_ty
     d = tl.arange(0, x.shape[0])
@@ -63,13 +61,13 @@ def narrow_query_kernel(
         unit = tl.exp2((place % 4 * 2).to(tl.float32))  # of a level that is not moved to the lowest bits of its byte
         x = (tl.where(starts, tl.gather(x, axis, 0), 0.0) / unit).to(DTYPE)
         half = tl.load(TOP + h * D + axis).to(tl.float32) * 0.5 * unit  # the centre is that of the range of the levels
-        middle = tl.where(starts, half, 0.0) + level_zero(DTYPE, 0, BIASED)
+        middle = tl.where(starts, half, 0.0) + level_zero(DTYPE, 0)
     else:
         x = x.to(DTYPE)
         middle = tl.where(
             place % 2 == 0,
-            level_zero(DTYPE, 0 if BITS == 4 else 7, BIASED),
-            level_zero(DTYPE, 4 if BITS == 4 else 7, BIASED),
+            level_zero(DTYPE, 0 if BITS == 4 else 7),
+            level_zero(DTYPE, 4 if BITS == 4 else 7),
         )
         middle += 7.5 if BITS == 4 else 0.0
     channel = tl.where(place < C, x.to(tl.float32), 0.0)
@@ -80,11 +78,8 @@ def narrow_query_kernel(
 
 
 @triton.constexpr_function
-def level_zero(dtype, bit, biased=True):
-    """What `from_levels` makes of level 0 from `bit` on; for bit 7 of signed levels. Not `biased`: what is left of it for levels that are
-    multiplied as they are."""
-    if not biased:
-        return 128.0 if bit == 7 else 0.0
+def level_zero(dtype, bit):
+    """What `from_levels` makes of level 0 from `bit` on; for bit 7 of signed levels."""
     return {0: 1024.0, 4: 64.0, 7: 1152.0}[bit] if str(dtype) == "fp16" else 0.0
 
 

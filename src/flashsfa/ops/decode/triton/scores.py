@@ -21,7 +21,7 @@ from ....scores import ScoreRules
 from ....stored import KVView
 from ...triton.rows import cdiv, next_power_of_2
 
-_LOG2_E = math.log2(math.e)
+LOG2_E = math.log2(math.e)
 _ROW_TILE = 16  # query rows a program: more would not fit the registers beside a block of keys
 
 
@@ -33,13 +33,11 @@ class Problem:
         padded_rows: R up to a power of two, cut into `tiles` tiles of `tile` rows.
         keys: N keys at most; splits of a sequence follow its own length on the device, so that a launch depends on
             shapes alone.
-        counts: int32 [heads, rows] that the kernel which lays the queries out sets to 0; None for none.
         rotation: width of the blocks in which the output is to be rotated back (`rotation.rotate`); 1 for an output as it is.
         visibility, places, ruled: arguments of `split_range`, `locate` and `ruled_scores`.
     """
 
     rotation = 1
-    counts: Tensor | None = None
 
     def __init__(self, q: Tensor, v: Tensor, page_table: Tensor | None, mask: Mask, rules: ScoreRules) -> None:
         # small, and read entry by entry: the kernels count on adjacent ones
@@ -65,8 +63,8 @@ class Problem:
         self.ruled: dict[str, Any] = {
             "PADDING": padding,
             # log2 units; under a cap, which stands before them, in units of it
-            "scale": rules.scale * _LOG2_E if rules.softcap is None else rules.scale / rules.softcap,
-            "cap": (rules.softcap or 0.0) * _LOG2_E,
+            "scale": rules.scale * LOG2_E if rules.softcap is None else rules.scale / rules.softcap,
+            "cap": (rules.softcap or 0.0) * LOG2_E,
             "padding_sb": 0 if padding is None else padding.stride(0),
             "CAUSAL": m > 1, "CAPPED": rules.softcap is not None,
         }  # fmt: skip
@@ -86,7 +84,7 @@ class Problem:
         anything."""
         by_feature = q.new_empty((self.heads, q.shape[-1], self.padded_rows))
         decode_query_kernel[self.heads, self.rows](
-            by_feature, self.counts, **self.query_arguments(q, dense_dims, topk_query), num_warps=4
+            by_feature, **self.query_arguments(q, dense_dims, topk_query), num_warps=4
         )
         return by_feature
 
@@ -165,22 +163,14 @@ def processors(device: torch.device) -> int:
 
 @triton.jit
 def decode_query_kernel(
-    BY_FEATURE, COUNTS, Q, q_sb, q_sh, q_sm, q_sd, kv_heads, group, m,
+    BY_FEATURE, Q, q_sb, q_sh, q_sm, q_sd, kv_heads, group, m,
     D: tl.constexpr, DENSE: tl.constexpr, K: tl.constexpr, R: tl.constexpr, INTEGER: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One query row to its place. Each head's `COUNTS`, if there are any, become 0."""
+    """One query row to its place."""
     head, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    clear_counts(COUNTS, head, row)
     x = query_row(Q, head, row, q_sb, q_sh, q_sm, q_sd, kv_heads, group, m, D, DENSE, K, INTEGER, CHUNK)
     d = tl.arange(0, x.shape[0])
     tl.store(BY_FEATURE + (head * D + d) * R + row, x, mask=d < D)
-
-
-@triton.jit
-def clear_counts(COUNTS, head, row):
-    """For the kernel behind this one: 0 for each row of each head, and so for each tile of rows."""
-    if COUNTS is not None:
-        tl.store(COUNTS + head * tl.num_programs(1) + row, 0)
 
 
 @triton.jit
