@@ -16,6 +16,8 @@ from . import reference
 from .axes import AxisCodes
 from .budget import FeatureBudget
 from .checks import (
+    has_values,
+    is_checked,
     may_look,
     refuse_transforms,
     require,
@@ -37,6 +39,7 @@ from .ops.prefill import operator, pieces
 from .scores import ScoreRules
 from .stored import ExactKV, KeyCodes, KVView
 
+_DIFFERENTIABLE = "use sparse_feature_attention with backend='reference'"
 FEW_QUERIES = 16  # up to here codes are read as they are; more queries repay scattering the keys' codes to rows once
 
 
@@ -142,16 +145,23 @@ def sparse_feature_decode(
             require_tensor("v", v)
         kv = KVView(codes, v, v_scale, kv_lens, page_table)  # type: ignore[arg-type]
     mask = Mask(True, checked_window(window), key_padding_mask, kv_lens=kv.kv_lens)
+
+    def rules() -> tuple[FeatureBudget, ScoreRules]:
+        topk, dense_dims = kv.key_budget
+        return FeatureBudget.of(
+            q.shape[-1], topk, topk_query=topk_query, dense_dims=dense_dims, query_pattern=query_pattern
+        ), ScoreRules.of(q, scale, softcap, sinks)
+
+    if kv.prepared is not None and not return_lse and has_values(q):
+        refuse_transforms("sparse_feature_decode", _DIFFERENTIABLE, q)
+        budget, scores = rules()
+        again = _again(q, kv, budget, mask, scores, value_tolerance)
+        if again is not None:
+            return again
     _check(q, kv, mask, value_tolerance)
     require_no_gradient(q, *kv.tensors(), *_exact_tensors(kv))
-    refuse_transforms(
-        "sparse_feature_decode", "use sparse_feature_attention with backend='reference'", q, *kv.tensors()
-    )
-    scores = ScoreRules.of(q, scale, softcap, sinks)
-    topk, dense_dims = kv.key_budget
-    budget = FeatureBudget.of(
-        q.shape[-1], topk, topk_query=topk_query, dense_dims=dense_dims, query_pattern=query_pattern
-    )
+    refuse_transforms("sparse_feature_decode", _DIFFERENTIABLE, q, *kv.tensors())
+    budget, scores = rules()
     out, lse = _decode(q, kv, budget, mask, scores, value_tolerance)
     return (out, lse) if return_lse else out
 
@@ -164,6 +174,9 @@ def attend_cached(
 
     `value_tolerance` is a saving of decode; prefill is exact. No gradients: refused where one is asked for.
     """
+    again = _again(q, kv, budget, mask, scores, value_tolerance)
+    if again is not None:
+        return again
     _check(q, kv, mask, value_tolerance, is_of_cache=True)
     require_no_gradient(q, *kv.tensors(), *_exact_tensors(kv))
     if q.shape[2] <= FEW_QUERIES:
@@ -176,6 +189,30 @@ def attend_cached(
         return reference.attend(q, rows.k, rows.v, mask, scores)[0]
     visible = mask.to_bool(q.shape[2], rows.k.shape[2], q.device)
     return F.scaled_dot_product_attention(q, rows.k, rows.v, visible, scale=scores.scale, enable_gqa=True)
+
+
+def _again(
+    q: Tensor, kv: KVView, budget: FeatureBudget, mask: Mask, scores: ScoreRules, value_tolerance: float
+) -> Tensor | None:
+    """The output, by what was prepared when queries of this form met these buffers first: nothing is checked or planned twice. None
+    where that is not possible."""
+    kept, padding, keys = kv.prepared, mask.key_padding_mask, kv.v.shape[2]
+    if (
+        kept is None or q.shape[2] > FEW_QUERIES or scores.sinks is not None or mask.kv_lens is not None
+        or budget.query_pattern is not None or torch.compiler.is_compiling() or is_checked() or (q.requires_grad and torch.is_grad_enabled())
+    ):  # fmt: skip
+        return None
+    if padding is not None:
+        require_padding(padding, q.shape[0], keys, q.device)
+    form = (q.device, q.dtype, q.shape, q.stride(), budget, mask.window, scores.scale, scores.softcap, value_tolerance)
+    if form not in kept:
+        _check(q, kv, mask, value_tolerance, is_of_cache=True)
+        plan, topk_query = plan_decode(q, kv), None if budget.keeps_queries else budget.topk_query
+        is_hopper = plan.backend == "hopper"
+        found = gpu.prepared(q, kv, mask, scores, value_tolerance, topk_query) if is_hopper else None
+        kept[form] = found, plan.reason
+    prepared, reason = kept[form]
+    return None if prepared is None else gpu.attend_again(q, prepared, reason, keys, padding)
 
 
 def _prefill(q: Tensor, kv: KVView, budget: FeatureBudget, mask: Mask, scores: ScoreRules) -> Tensor:

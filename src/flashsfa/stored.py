@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -71,6 +71,8 @@ class KVView:
             `page_table[b, j // page_size]`.
         first, recent: tokens before and after the coded ones that are held as they came; None for none. Those with positions are
             `recent`, whatever they are, and have lengths and pages beside them.
+        prepared: what attention has prepared for views of the same buffers that differ in their number of tokens alone, which the cache
+            keeps; None for other views, and for whatever is made of a view.
     """
 
     codes: KeyCodes
@@ -80,6 +82,7 @@ class KVView:
     page_table: Tensor | None = None
     first: ExactKV | None = None
     recent: ExactKV | None = None
+    prepared: dict[Any, Any] | None = field(default=None, init=False, repr=False)
 
     def __iter__(self) -> Iterator[KeyCodes | Tensor | NarrowRows]:
         return iter((self.codes, self.v))
@@ -136,6 +139,11 @@ class KVView:
         else:
             v = change(self.v, *(x.v for x in others))
         return KVView(codes, v, v_scale, self.kv_lens, self.page_table, self.first, self.recent)
+
+    def over(self, prepared: dict[Any, Any]) -> KVView:
+        """Itself, a view of the buffers that `prepared` belongs to."""
+        object.__setattr__(self, "prepared", prepared)  # no argument: what is made of this view is another
+        return self
 
     def coded(self, start: int, end: int) -> KVView:
         """The coded tokens `start` to `end`, counted from the first coded one, alone."""

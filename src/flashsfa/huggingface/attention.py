@@ -20,7 +20,7 @@ from ..budget import FeatureBudget
 from ..checks import require
 from ..coder import Coder
 from ..codes import FeatureCodes, all_dense_codes, topk_codes
-from ..decode import FEW_QUERIES, attend_cached
+from ..decode import attend_cached
 from ..formats import cache_bits
 from ..mask import Mask, checked_window
 from ..narrow import NarrowRows
@@ -394,7 +394,7 @@ def attention_mask(
     if attention_mask is None:
         return None
     visible = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
-    if _may_look(visible, q_length) and bool(visible.all()):
+    if _may_look(visible) and bool(visible.all()):
         return None
     return F.pad(visible, (0, kv_length - visible.shape[1]))[:, None, None]
 
@@ -442,9 +442,9 @@ def _require_own_cache(coding: LayerCoding | None, key: CachedKeys, value: Tenso
     )
 
 
-def _may_look(mask: Tensor, q_length: int) -> bool:
-    """Whether to look at a mask's values: on a GPU that is a sync, worth it for a prompt, which runs faster unmasked."""
-    return not torch.compiler.is_compiling() and (mask.device.type == "cpu" or q_length > FEW_QUERIES)
+def _may_look(mask: Tensor) -> bool:
+    """Whether to look at a mask's values. On a GPU that is a sync, but one for all layers, which run faster unmasked."""
+    return not torch.compiler.is_compiling() and not (mask.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _padding(mask: Tensor | None, key: Tensor | CachedKeys) -> Tensor | None:

@@ -8,9 +8,12 @@ pytest.importorskip("triton")
 import emulated
 from decode_cases import DecodeRules, assert_graph_follows
 from flashsfa import explain, sparse_feature_decode, topk_codes
+from flashsfa.mask import Mask
 from flashsfa.narrow import NarrowRows
 from flashsfa.ops import nvrtc
+from flashsfa.ops.decode import gpu
 from flashsfa.ops.decode.hopper import decode as hopper
+from flashsfa.scores import ScoreRules
 from flashsfa.stored import KVView
 from held_cases import AXES, CODES, DEVICE, ROWS, assert_decodes, coded, draw, run
 
@@ -163,3 +166,36 @@ def test_cuda_graph_follows_kv_lens(kind):
         return run("hopper", q, kv, DecodeRules(lens))
 
     assert_graph_follows(step, lens)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("kind", "d"), [("9 d16s16-uint8", 64), ("0 d8s8-packed", 80), ("9 d8s4-bitmap", 64), ("rows 4", 96)]
+)
+@pytest.mark.parametrize("topk_query", [1, 7, 40])
+def test_queries_are_pruned_as_they_are_read(topk_query, kind, d, dtype):
+    """Ties to the lowest index. Queries of any strides, many equal."""
+    q, k, v = draw(group=2, m=3, n=70, d=d, dv=64, dtype=dtype)
+    q = (
+        (q * 2).round().mT.contiguous().mT
+        if topk_query == 7
+        else (q * 2).round().transpose(1, 2).contiguous().transpose(1, 2)
+    )
+    assert_decodes("hopper", q, KVView(coded(kind, k), v), topk_query=topk_query)
+
+
+@pytest.mark.parametrize("has_padding", [False, True])
+def test_what_is_prepared_follows_a_growing_cache(has_padding):
+    q, k, v = draw(group=2, n=200, dtype=torch.bfloat16)
+    buffers = KVView(coded("9 d16s16-uint8", k), NarrowRows.encode(v, 8))
+
+    def held(n):
+        return buffers.map(lambda x: x[:, :, :n])
+
+    prepared = gpu.prepared(q, held(40), Mask(True), ScoreRules(0.125), 0.0, None)
+    for n in (40, 33, 200):
+        other = torch.randn_like(q)
+        padding = torch.rand(2, n, device=DEVICE) < 0.3 if has_padding else None
+        expected, _ = run("hopper", other, held(n), DecodeRules(key_padding_mask=padding))
+        assert torch.equal(gpu.attend_again(other, prepared, "why", n, padding), expected)
+    assert gpu.attend_again(q, prepared, "why", 31, None) is None

@@ -6,7 +6,7 @@ No host sync and no shape that depends on data: the launches can be captured in 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from ...scores import ScoreRules
 from ...stored import KVView
 from .. import record
 from .held import NAMES, ROWS, Call, Held
+
+if TYPE_CHECKING:
+    from .hopper.decode import Prepared
 
 
 def decode(
@@ -47,6 +50,30 @@ def decode(
         q, [held.tensors.get(name) for name in NAMES], held.sizes, kv.page_table, mask.kv_lens, mask.key_padding_mask, mask.window,
         [scores.scale, scores.softcap or 0.0, value_tolerance], topk_query, backend,
     )  # fmt: skip
+
+
+def prepared(
+    q: Tensor, kv: KVView, mask: Mask, scores: ScoreRules, value_tolerance: float, topk_query: int | None
+) -> Prepared | None:
+    """The kernel for queries of this form over the buffers of `kv`, on a Hopper GPU and where it takes them. None elsewhere."""
+    from .hopper import decode as hopper
+
+    held = Held.of(kv)
+    if q.stride(-1) != 1 or hopper.obstacle(q, held) is not None:
+        return None
+    found = hopper.Prepared.of(Call(q, held, None, mask, scores, value_tolerance, topk_query))
+    return None if isinstance(found, str) else found
+
+
+def attend_again(q: Tensor, prepared: Prepared, reason: str, keys: int, padding: Tensor | None) -> Tensor | None:
+    """The output [B, Hq, M, Dv] of what was `prepared`, over the first `keys`, of which `padding` [B, keys] are not seen; None where
+    the kernel cannot run."""
+    out = q.new_empty((*q.shape[:3], prepared.width))
+    with torch.cuda.device_of(q):
+        if prepared.attend(q, out, None, keys, padding) is not None:
+            return None
+    record.record("decode", "hopper", reason)
+    return out
 
 
 def _run(call: Call, backend: str) -> tuple[Tensor, Tensor]:

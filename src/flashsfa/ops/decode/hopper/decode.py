@@ -92,8 +92,6 @@ class Prepared:
             for x in (call.page_table, call.mask.kv_lens, call.mask.key_padding_mask)
         )
         keys = v.shape[2] * (1 if table is None else table.shape[1])
-        if table is None and keys < _WARP_KEYS:
-            return f"the CUDA kernel takes at least {_WARP_KEYS} keys, not {keys}"
         heads, query_rows = batch * kv_heads, q_heads // kv_heads * m
         padded_rows = next_power_of_2(query_rows)
         rows = min(padded_rows, _MOST_ROWS)
@@ -134,10 +132,25 @@ class Prepared:
         params.tolerance = call.value_tolerance * _CERTAIN
         return cls(variant, params, keys, heads * (padded_rows // rows), heads * padded_rows, (table, lengths, padding))
 
-    def attend(self, q: Tensor, out: Tensor, lse: Tensor | None, keys: int | None = None) -> str | None:
-        """As `attend`, for queries such as those that this was prepared for, over the first `keys`."""
+    @property
+    def width(self) -> int:
+        """Of a value."""
+        return self.variant.value_dim
+
+    def attend(
+        self, q: Tensor, out: Tensor, lse: Tensor | None, keys: int | None = None, padding: Tensor | None = None
+    ) -> str | None:
+        """As `attend`, for queries such as those that this was prepared for; over the first `keys`, if any are named, without those
+        of `padding` [B, keys] bool."""
         variant, params, device = self.variant, self.params, q.device
-        params.n = self.keys if keys is None else keys
+        if keys is None:
+            params.n = self.keys
+        else:
+            padding = None if padding is None else padding.contiguous()
+            params.n, params.padding_batch = keys, keys
+            params.padding = None if padding is None else padding.data_ptr()
+        if params.n < _WARP_KEYS and not params.pages:
+            return f"the CUDA kernel takes at least {_WARP_KEYS} keys, not {params.n}"
         blocks = _blocks_per_tile(
             self.tiles, params.n // (2 * _WARP_KEYS * variant.warps), processors(device) * variant.blocks
         )
