@@ -7,6 +7,7 @@ models the host binds: what it does for a token is part of the time. Weights and
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers import DynamicCache, StaticCache
 from ..huggingface import SparseCache, StaticSparseCache, enable
 from ..huggingface.cache import cache_nbytes
 from ..huggingface.switch import attention_shape
-from .cases import UnavailableError, tokens_label
+from .cases import tokens_label
 from .configuration import code_name
 from .generate import LONGEST_PROMPT
 from .models import check_tokens, figures, fill, random_model, token_ids, twin
@@ -79,46 +80,37 @@ class PlainCase:
         model = random_model(self.shape, self.dtype, self.device)
         sparse = enable(twin(model), self.topk, dense_dims=self.dense_dims, cache_dtype=self.cache_dtype)
         error = check_tokens(model, sparse, SparseCache)
-        ours = self._side(sparse, sparse=True, quick=quick)
-        baselines, note = {}, ""
-        try:
-            baselines["sdpa"] = self._side(model, sparse=False, quick=quick)
-        except (UnavailableError, RuntimeError) as reason:
-            note = f"sdpa: {str(reason).strip().partition(chr(10))[0]}"
-        rows = self.batch * self.n * attention_shape(model)[1] * model.config.num_hidden_layers
-        return figures(model, rows, bandwidth, ours, baselines) | {"note": note, "error": error}
-
-    def _side(self, model: Any, *, sparse: bool, quick: bool) -> tuple[Timing, Generation]:
-        """Time of a token, and what else one side takes; nothing of it stays in memory."""
-        on_gpu = self.device.type == "cuda"
-        first = self._first_token_ms(model, quick) if self.n <= LONGEST_PROMPT else None
+        sides = {"ours": sparse, "sdpa": model}
+        first = self._first_token_ms(sides, quick) if self.n <= LONGEST_PROMPT else {}
         release(self.device)
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats(self.device)
-        cache = self._cache(model, sparse)
-        fill(cache, model, self.batch, self.n - 1)
-        kv_bytes = cache_nbytes(cache)["total"]
+        caches = {name: self._cache(side, sparse=side is sparse) for name, side in sides.items()}
+        for name, side in sides.items():
+            fill(caches[name], side, self.batch, self.n - 1)
+        held = {name: cache_nbytes(cache)["total"] for name, cache in caches.items()}
         tokens, calls = (_QUICK_TOKENS, _QUICK_CALLS) if quick else (_TOKENS, _CALLS)
         ids = token_ids(self.batch, self.n + _STATIC_ROOM, self.device)
 
-        def go_on() -> None:
-            seen = ids[:, : cache.get_seq_length() + 1]
-            _generate(model, seen, tokens, past_key_values=cache)
+        def go_on(name: str) -> None:
+            cache = caches[name]
+            _generate(sides[name], ids[:, : cache.get_seq_length() + 1], tokens, past_key_values=cache)
 
-        whole = wall_clock(go_on, self.device, calls)
-        timing = Timing(*(x / tokens for x in (whole.median_ms, whole.p20_ms, whole.p80_ms)))
-        generation = Generation(
-            first_token_ms=first, tokens_per_s=1e3 * self.batch / timing.median_ms,
-            peak_bytes=torch.cuda.max_memory_allocated(self.device) if on_gpu else None,
-            kv_bytes=kv_bytes, kv_allocated=kv_bytes,
-        )  # fmt: skip
-        return timing, generation
+        found = {}
+        for name, whole in wall_clock({name: partial(go_on, name) for name in sides}, self.device, calls).items():
+            timing = Timing(*(x / tokens for x in (whole.median_ms, whole.p20_ms, whole.p80_ms)))
+            found[name] = timing, Generation(
+                first_token_ms=first.get(name), tokens_per_s=1e3 * self.batch / timing.median_ms, peak_bytes=None,
+                kv_bytes=held[name], kv_allocated=held[name],
+            )  # fmt: skip
+        rows = self.batch * self.n * attention_shape(model)[1] * model.config.num_hidden_layers
+        ours = found.pop("ours")
+        return figures(model, rows, bandwidth, ours, found) | {"note": "", "error": error}
 
-    def _first_token_ms(self, model: Any, quick: bool) -> float:
+    def _first_token_ms(self, sides: dict[str, Any], quick: bool) -> dict[str, float]:
         """`generate` of one token after a prompt of n, in the cache that it makes."""
         ids, kind = token_ids(1, self.n, self.device), {"cache_implementation": "static"} if self.is_static else {}
-        calls = _QUICK_CALLS if quick else _CALLS
-        return wall_clock(lambda: _generate(model, ids, 1, **kind), self.device, calls).median_ms
+        runs = {name: partial(_generate, model, ids, 1, **kind) for name, model in sides.items()}
+        found = wall_clock(runs, self.device, _QUICK_CALLS if quick else _CALLS)
+        return {name: timing.median_ms for name, timing in found.items()}
 
     def _cache(self, model: Any, sparse: bool) -> Any:
         if not self.is_static:

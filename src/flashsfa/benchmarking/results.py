@@ -35,7 +35,7 @@ class Generation:
     Attributes:
         first_token_ms: reading one prompt, up to the first token; None where that was not timed.
         tokens_per_s: tokens of all sequences a second, after the first.
-        peak_bytes: the most that was allocated at a time: weights, cache and work space; None on the CPU.
+        peak_bytes: the most that was allocated at a time: weights, cache and work space; None where it was not measured.
         kv_bytes: of the whole cache, by arithmetic.
         kv_allocated: of the whole cache, as the allocator counts on a GPU.
     """

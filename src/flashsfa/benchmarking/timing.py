@@ -76,17 +76,19 @@ def repeat(run: Callable[[], Any], device: torch.device, quick: bool = False) ->
     return summary(times + timed(min(most, int(_REPEAT_MS / times[0])) - 1))
 
 
-def wall_clock(run: Callable[[], Any], device: torch.device, calls: int) -> Timing:
-    """Time `run` as one waits for it, the host's part too, after a warm-up."""
-    run()
-    times = []
-    for _ in range(calls):
-        _wait(device)
-        start = time.perf_counter()
+def wall_clock(runs: Mapping[str, Callable[[], Any]], device: torch.device, calls: int) -> dict[str, Timing]:
+    """Time each of `runs` as one waits for it, the host's part too, after a warm-up. Runs alternate: a host is busier at times."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
         run()
-        _wait(device)
-        times.append(1e3 * (time.perf_counter() - start))
-    return summary(times)
+    for _ in range(calls):
+        for name, run in runs.items():
+            _wait(device)
+            start = time.perf_counter()
+            run()
+            _wait(device)
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: summary(found) for name, found in times.items()}
 
 
 def copy_bandwidth(device: torch.device) -> float:
