@@ -5,7 +5,7 @@
 #   recipes/scale.sh runs/scale                                    one run at a time on each GPU
 #   recipes/scale.sh runs/scale training.tokens=9_830_400          further settings, for every run
 #
-# recipes/queue.sh trains them: a script that was stopped goes on where it was. A row takes five to seven minutes of one H200.
+# ROWS="qwen3-.*" trains those rows alone whose names match. recipes/queue.sh trains them: a script that was stopped goes on where it was. A row takes five to seven minutes of one H200.
 #
 # What RoPE on a quarter of each head saves a model that is converted afterwards, at equal bytes, is the loss of these two:
 #   for name in dense dense-quarter; do flashsfa convert runs/scale/qwen3-$name/model -o runs/converted-$name --topk 16 \
@@ -41,4 +41,4 @@ qwen3-k16           qwen3-d128 $plain $full
 END
 }
 
-rows | recipes/queue.sh "$1" "gpt2-dense qwen3-dense" "${@:2}"
+rows | { grep -E "^(${ROWS:-.*}) " || true; } | recipes/queue.sh "$1" "gpt2-dense qwen3-dense" "${@:2}"
