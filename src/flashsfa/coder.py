@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from .axes import AxisBits, AxisCodes
 from .budget import require_budget
-from .checks import require, require_int
+from .checks import has_values, require, require_int
 from .codes import FeatureCodes, quantize_rows, topk_codes
+from .contexts import lasting_tensors
 from .formats import CodeFormat
 from .narrow import NarrowCodes, NarrowRows
 from .stored import ExactKV, KeyCodes, KVView
@@ -99,12 +101,29 @@ class Coder:
 
     def empty(self, capacity: int, k: Tensor, v: Tensor) -> KVView:
         """Unfilled buffers of `capacity` tokens for keys such as k and values such as v."""
-        none = self.encode(k[:, :, :0].detach(), v[:, :, :0].detach())
+        form = (self, tuple(k.shape[:2]), k.shape[-1], v.shape[-1], k.dtype, v.dtype, k.device)
+        none = _no_tokens(*form) if has_values(k) else _no_tokens.__wrapped__(*form)
         return none.map(lambda x: x.new_empty((*x.shape[:2], capacity, *x.shape[3:])))
 
     def _features(self, k: Tensor) -> FeatureCodes:
         assert self.topk is not None
         return topk_codes(k, self.topk, dense_dims=self.dense_dims)
+
+
+@functools.lru_cache(maxsize=1024)  # each layer of each new cache asks
+def _no_tokens(
+    coder: Coder,
+    heads: tuple[int, int],
+    head_dim: int,
+    v_dim: int,
+    k_dtype: torch.dtype,
+    v_dtype: torch.dtype,
+    device: torch.device,
+) -> KVView:
+    """Codes and values of no tokens."""
+    with lasting_tensors():
+        k = torch.empty((*heads, 0, head_dim), dtype=k_dtype, device=device)
+        return coder.encode(k, torch.empty((*heads, 0, v_dim), dtype=v_dtype, device=device))
 
 
 class Coded:

@@ -112,25 +112,24 @@ def _attention_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """out, lse, and where they are to be kept the codes of q and of k; empty tensors for rows that stay as they are."""
-    return _forward(_unflatten(padding, cu_q, cu_k, sinks, whole, real, backend), q, k, v)
+    out, lse, q_code, k_code = _forward(_unflatten(padding, cu_q, cu_k, sinks, whole, real, backend), q, k, v)
+    return out, lse, *(q_code or _no_code(q)), *(k_code or _no_code(k))
 
 
-def _forward(
-    call: _Call, q: Tensor, k: Tensor, v: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _forward(call: _Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, _Code | None, _Code | None]:
     budget, mask = call.budget, call.mask.without_idle_window(q.shape[2], k.shape[2])
     with without_autocast(q.device):
         k_rows, k_code = _coded(k, budget.topk, budget, call.keep)
         plan = plan_prefill(q, k_rows, v, budget, mask, call.scores, call.backend)
         if budget.query_pattern is not None:
             codes = topk_codes(q, budget.topk_query, dense_dims=budget.dense_dims, pattern=budget.query_pattern)
-            q_code = _parts(codes) if call.keep else _no_code(q)
+            q_code = _parts(codes) if call.keep else None
             out, lse = _run(plan, codes, k_rows, v, mask, call.scores)
         else:
             q_rows, q_code = _coded(q, budget.topk_query, budget, call.keep)
             out, lse = _run(plan, q_rows, k_rows, v, mask, call.scores)
         out, lse = call.scores.with_sinks(out, lse)
-    return by_token(out), lse.contiguous(), *q_code, *k_code
+    return by_token(out), lse.contiguous(), q_code, k_code
 
 
 @_attention_op.register_fake
@@ -168,12 +167,9 @@ def _run(
     return pieces.forward(plan.kernel, q, k, v, mask, scores.scale)
 
 
-def _coded(x: Tensor, topk: int, budget: FeatureBudget, keep: bool) -> tuple[Tensor, _Code]:
-    """The rows of x's code, and with `keep` the code."""
-    if topk == x.shape[-1]:
-        return x, _no_code(x)
-    rows, code = select.coded_rows(x, topk, budget.dense_dims, keep)
-    return rows, code or _no_code(x)
+def _coded(x: Tensor, topk: int, budget: FeatureBudget, keep: bool) -> tuple[Tensor, _Code | None]:
+    """The rows of x's code, and with `keep` the code, if they do not stay as they are."""
+    return (x, None) if topk == x.shape[-1] else select.coded_rows(x, topk, budget.dense_dims, keep)
 
 
 def _parts(codes: FeatureCodes) -> _Code:
