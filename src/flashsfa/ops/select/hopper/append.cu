@@ -110,8 +110,9 @@ DEVICE void append_value(const Params& p, const u16* v, i64 row) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) append_kernel(const __grid_constant__ Params p) {
-  const i64 token = blockIdx.x, batch_head = blockIdx.y;
-  const i64 batch = batch_head / p.heads, head = batch_head % p.heads, row = batch_head * p.capacity + p.start + token;
+  const int batch_head = blockIdx.y;
+  const i64 token = blockIdx.x, batch = batch_head / p.heads, head = batch_head % p.heads;
+  const i64 row = i64(batch_head) * p.capacity + p.start + token;
   if (threadIdx.x < LANES)
     append_key(p, p.k + batch * p.k_batch + head * p.k_head + token * p.k_token, row);
   else
