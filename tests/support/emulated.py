@@ -1,4 +1,4 @@
-"""The decode kernel for Hopper on the CPU: compiled by g++ over `tests/ops/decode/emulator.h`, a fiber per thread."""
+"""The kernels for Hopper that are compiled at run time, on the CPU: by g++ over `emulator.h`, a fiber per thread."""
 
 import ctypes
 import functools
@@ -7,29 +7,41 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from flashsfa.ops.decode.hopper import compiler
+from flashsfa.ops.decode.hopper import compiler as decode_compiler
+from flashsfa.ops.select.hopper import compiler as append_compiler
 
 COMPILER = shutil.which("g++")
 _HEADER = Path(__file__).with_name("emulator.h")
 _DRIVER = """
-extern "C" void run(const Params* p, int x, int y) {
-  static_assert(sizeof(Shared) <= sizeof(dynamic));
-  gridDim = {x, y};
+extern "C" void run(const Params* p, int x, int y) {{
+  static_assert({shared_bytes} <= sizeof(dynamic));
+  gridDim = {{x, y}};
   for (blockIdx.y = 0; blockIdx.y < y; ++blockIdx.y)
-    for (blockIdx.x = 0; blockIdx.x < x; ++blockIdx.x) run_block(32 * WARPS, [p] { decode_kernel(*p); });
-}
+    for (blockIdx.x = 0; blockIdx.x < x; ++blockIdx.x) run_block({threads}, [p] {{ {kernel}(*p); }});
+}}
 """
 
 
 def launch(variant, grid, params):
-    """Stands for `hopper.decode.launch`."""
-    _library(variant).run(ctypes.byref(params), *grid[:2])
+    """Stands for `launch` of decode."""
+    _library(decode_compiler, "decode_kernel", variant).run(ctypes.byref(params), *grid[:2])
+
+
+def load_append(variant, device):
+    """Stands for `load` of append; what it returns, `launch_append` takes."""
+    return _library(append_compiler, "append_kernel", variant)
+
+
+def launch_append(kernel, device, grid, params):
+    """Stands for `launch` of append."""
+    kernel.run(ctypes.byref(params), *grid[:2])
 
 
 @functools.cache
-def _library(variant):
-    files = [(compiler.SOURCES / name).read_text() for name in compiler.FILES if name != "warp.cuh"]
-    source = "\n".join([compiler.constants(variant), _HEADER.read_text(), *files, _DRIVER])
+def _library(compiler, kernel, variant):
+    files = [(compiler.SOURCES / name).read_text() for name in compiler.FILES if Path(name).name != "warp.cuh"]
+    driver = _DRIVER.format(kernel=kernel, threads=variant.threads, shared_bytes=variant.shared_bytes)
+    source = "\n".join([compiler.constants(variant), _HEADER.read_text(), *files, driver])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel"
         path.with_suffix(".cpp").write_text(source)

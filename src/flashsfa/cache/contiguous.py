@@ -7,8 +7,10 @@ newest tokens and the first ones of a sequence can be kept as they come: a token
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,18 +18,22 @@ from torch import Tensor
 from ..axes import AxisBits
 from ..checks import (
     MOST_TOKENS,
+    is_checked,
     require,
     require_alike,
     require_int,
     require_keys_and_values,
     require_no_gradient,
+    runs_plainly,
 )
 from ..coder import Coded, Coder
 from ..codes import FeatureCodes
 from ..contexts import lasting_tensors
 from ..formats import CodeFormat
 from ..narrow import NarrowRows
-from ..ops.select.operators import append, append_8_bit, append_op, has_fused
+from ..ops import nvrtc
+from ..ops.select.hopper.append import Append, Buffers
+from ..ops.select.operators import append, append_8_bit, append_op, has_fused, prepared_append
 from ..stored import ExactKV, KeyCodes, KVView
 from .exact import ExactSlots
 
@@ -131,6 +137,9 @@ class SparseKVCache(Coded):
 
         Raises `TypeError` or `ValueError` if k and v do not fit each other or the cache, or ask for a gradient.
         """
+        again = self._append_again(k, v)
+        if again is not None:
+            return again
         require(
             self._held is None or not self._held.kv.is_placed,
             "a cache of fixed size is filled by append_at, not append",
@@ -274,6 +283,22 @@ class SparseKVCache(Coded):
             mark = replace(mark, held=marked, since=None if mark.since is None else mark.since.map(change))
         self._held, self._mark = held, mark
 
+    def _append_again(self, k: Tensor, v: Tensor) -> KVView | None:
+        """As `append`, for tokens of a form that came before to the same buffers, as at each step of decode: what was checked then is
+        not checked again. None for all other cases."""
+        held = self._held
+        if held is None or not held.writers or self.first or self.recent or self._mark is not None:
+            return None
+        if not (type(k) is type(v) is Tensor and runs_plainly(k, v)) or is_checked():
+            return None
+        write, coded = held.writers.get(_form(k, v)), self._tokens.coded
+        end = coded + k.shape[2]
+        if write is None or end > held.kv.v.shape[2]:
+            return None
+        write(k, v, coded)
+        self._tokens = _Tokens(self._tokens.forgotten, coded=end)
+        return held.features(end)
+
     def _write(self, held: _Held, k: Tensor, v: Tensor, step: _Step) -> tuple[_Held, _Tokens]:
         """Store k and v where nothing is held yet: the first tokens of the sequence and the newest as they are, and codes of those
         that leave the newest. The buffers, others where they are full, and what they hold then."""
@@ -285,7 +310,7 @@ class SparseKVCache(Coded):
             old = kv.recent.map(lambda x: x[:, :, tokens.slot : tokens.slot + step.old])
             new = old if new is None else old.map(lambda *x: torch.cat(x, dim=2), new)
         if new is not None:
-            self._code(kv, new.k, new.v, tokens.coded)
+            self._code(held, new.k, new.v, tokens.coded)
         slot, kept = tokens.slot + step.old, tokens.recent - step.old
         if kv.recent is not None and slot + kept + step.recent > kv.recent.k.shape[2]:
             held, slot = held.with_recent(slot, slot + kept), 0
@@ -294,9 +319,13 @@ class SparseKVCache(Coded):
         coded = tokens.coded + step.old + step.new
         return held, _Tokens(tokens.forgotten, tokens.first + step.first, coded, kept + step.recent, slot)
 
-    def _code(self, kv: KVView, k: Tensor, v: Tensor, start: int) -> None:
+    def _code(self, held: _Held, k: Tensor, v: Tensor, start: int) -> None:
         """Code k and write it with v at coded token `start`, where nothing is held yet."""
+        kv, write = held.kv, held.writer(k, v)
         codes = kv.codes
+        if write is not None:
+            write(k, v, start)
+            return
         if isinstance(codes, FeatureCodes) and isinstance(kv.v, Tensor) and has_fused(k):
             parts = codes.dense, codes.values, codes.indices
             if codes.scale is None:
@@ -393,10 +422,50 @@ class _Step:
 
 @dataclass(frozen=True)
 class _Held:
-    """Buffers of `capacity` coded tokens and of the exact ones, and the dtype that keys and values come in."""
+    """Buffers of `capacity` coded tokens and of the exact ones, and the dtype that keys and values come in.
+
+    `writers` are what was prepared for tokens of a form that fits; None for those that are written otherwise.
+    """
 
     kv: KVView
     input_dtype: torch.dtype
+    writers: dict[_Form, Append | None] = field(init=False, default_factory=dict)
+
+    def __reduce__(self) -> tuple[type[_Held], tuple[KVView, torch.dtype]]:
+        return _Held, (self.kv, self.input_dtype)  # a copy has buffers of its own, and what writes to them
+
+    def writer(self, k: Tensor, v: Tensor) -> Append | None:
+        """What writes tokens such as k and v to the coded ones for less of the host's time, where something does."""
+        if not nvrtc.is_hopper(k.device) or not runs_plainly(k, v) or self._buffers is None:
+            return None
+        form = _form(k, v)
+        if form not in self.writers:
+            self.writers[form] = prepared_append(k, v, self._buffers)
+        return self.writers[form]
+
+    def features(self, tokens: int) -> KVView:
+        """As `view` of the first `tokens`, for buffers with a writer and no exact tokens: for a third of the host's time, as their
+        strides are known and parts that fit one another still do."""
+        codes = self.kv.codes
+        assert isinstance(codes, FeatureCodes)
+        dense, values, indices, v, *scales = [
+            x.as_strided((*heads, tokens, *width), strides) for x, heads, width, strides in self._layout
+        ]
+        scale, v_scale = scales or (None, None)
+        return KVView(codes.of_views(dense, values, indices, scale), v, v_scale)
+
+    @functools.cached_property
+    def _buffers(self) -> Buffers | None:
+        """Those of coded tokens, if they are feature codes and values as they come or in 8 bits."""
+        codes, v = self.kv.codes, self.kv.v
+        if not isinstance(codes, FeatureCodes) or not isinstance(v, Tensor):
+            return None
+        return Buffers(codes.dense, codes.values, codes.indices, v, codes.scale, self.kv.v_scale)
+
+    @functools.cached_property
+    def _layout(self) -> list[tuple[Tensor, tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
+        """Buffers [B, H, C, ...] with [B, H], what follows C, and their strides."""
+        return [(x, x.shape[:2], x.shape[3:], x.stride()) for x in self._buffers or () if x is not None]
 
     def view(self, tokens: _Tokens) -> KVView:
         """The tokens held."""
@@ -445,6 +514,14 @@ class _Mark:
 
     def followed_by(self, new: ExactKV) -> _Mark:
         return replace(self, since=new if self.since is None else self.since.followed_by(new))
+
+
+_Form: TypeAlias = tuple[object, ...]
+
+
+def _form(k: Tensor, v: Tensor) -> _Form:
+    """All that checks of keys and values look at, but for numbers and gradients."""
+    return k.shape, k.stride(), v.shape, v.stride(), k.dtype, v.dtype, k.device, v.device
 
 
 def _moved(x: Tensor, start: int, end: int, capacity: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from ...checks import runs_plainly
 from ...contexts import constant_in_traces
 from .. import record
 from .plain import at_support, empty_code, empty_rows, plain_prune_24, plain_scatter, plain_topk
+
+if TYPE_CHECKING:
+    from .hopper.append import Append, Buffers
 
 # ---- what callers take, which carries gradients
 
@@ -203,6 +206,20 @@ def append_8_bit(
     with torch.cuda.device_of(k):
         code = kernels.encode(k, buffers[1].shape[-1], buffers[0].shape[-1])
         quantize.write_8_bit(code, v, buffers, start)
+
+
+def prepared_append(k: Tensor, v: Tensor, buffers: Buffers) -> Append | None:
+    """What does the work of `append` and `append_8_bit`, on a Hopper GPU and for tokens such as k and v, for less of the host's time;
+    None where it is left to them. Recorded for `explain()`."""
+    from .hopper import append as kernels
+
+    found = kernels.prepare(k, v, buffers)
+    if isinstance(found, str):
+        record.record("topk", "triton", found, fallback=True)
+        return None
+    if found is not None:
+        record.record("topk", "hopper", "one launch for the few tokens that a step appends")
+    return found
 
 
 def _append_plain(
