@@ -84,6 +84,9 @@ class KVView:
     recent: ExactKV | None = None
     prepared: dict[Any, Any] | None = field(default=None, init=False, repr=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"prepared": None}  # a copy has tensors of its own
+
     def __iter__(self) -> Iterator[KeyCodes | Tensor | NarrowRows]:
         return iter((self.codes, self.v))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -424,12 +424,14 @@ class _Step:
 class _Held:
     """Buffers of `capacity` coded tokens and of the exact ones, and the dtype that keys and values come in.
 
-    `writers` are what was prepared for tokens of a form that fits; None for those that are written otherwise.
+    `writers` are what was prepared for tokens of a form that fits, None for those that are written otherwise; `readers` what attention
+    prepared.
     """
 
     kv: KVView
     input_dtype: torch.dtype
     writers: dict[_Form, Append | None] = field(init=False, default_factory=dict)
+    readers: dict[Any, Any] = field(init=False, default_factory=dict)
 
     def __reduce__(self) -> tuple[type[_Held], tuple[KVView, torch.dtype]]:
         return _Held, (self.kv, self.input_dtype)  # a copy has buffers of its own, and what writes to them
@@ -452,7 +454,7 @@ class _Held:
             x.as_strided((*heads, tokens, *width), strides) for x, heads, width, strides in self._layout
         ]
         scale, v_scale = scales or (None, None)
-        return KVView(codes.of_views(dense, values, indices, scale), v, v_scale)
+        return KVView(codes.of_views(dense, values, indices, scale), v, v_scale).over(self.readers)
 
     @functools.cached_property
     def _buffers(self) -> Buffers | None:
@@ -470,7 +472,9 @@ class _Held:
     def view(self, tokens: _Tokens) -> KVView:
         """The tokens held."""
         kv = self.kv.map(lambda x: x[:, :, : tokens.coded])
-        if not self.kv.exact or self.kv.is_placed:
+        if not self.kv.exact:
+            return kv.over(self.readers)
+        if self.kv.is_placed:
             return kv
         first = None if kv.first is None else kv.first.tokens(0, tokens.first)
         recent = None if kv.recent is None else kv.recent.tokens(tokens.slot, tokens.slot + tokens.recent)

@@ -1,5 +1,7 @@
 """The decode kernel for Hopper against plain decode: on such a GPU where there is one, else lane by lane on the CPU."""
 
+import copy
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ pytest.importorskip("triton")
 
 import emulated
 from decode_cases import DecodeRules, assert_graph_follows
-from flashsfa import explain, sparse_feature_decode, topk_codes
+from flashsfa import SparseKVCache, explain, sparse_feature_decode, topk_codes
 from flashsfa.mask import Mask
 from flashsfa.narrow import NarrowRows
 from flashsfa.ops import nvrtc
@@ -199,3 +201,39 @@ def test_what_is_prepared_follows_a_growing_cache(has_padding):
         expected, _ = run("hopper", other, held(n), DecodeRules(key_padding_mask=padding))
         assert torch.equal(gpu.attend_again(other, prepared, "why", n, padding), expected)
     assert gpu.attend_again(q, prepared, "why", 31, None) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.int8}], ids=["16 bits", "8 bits"])
+def test_steps_over_a_growing_cache(options):
+    """What is prepared at a step holds for the next ones, and not for other buffers: those of a full cache that grew, of a copy, of
+    other rows of the batch."""
+    k, v = draw(b=2, hkv=2, n=400, dtype=torch.bfloat16)[1:]
+    cache = SparseKVCache(8, dense_dims=16, capacity=300, **options)
+
+    def step(cache, start, end, **rules):
+        q = torch.randn(len(k), 4, end - start, 64, device=DEVICE, dtype=k.dtype)
+        view = cache.append(k[:, :, start:end], v[:, :, start:end])
+        other = KVView(*view, view.v_scale)
+        assert view.prepared is not None
+        assert other.prepared is None
+        for options in (rules, {**rules, "topk_query": "dense"}, {**rules, "window": 20}):
+            out = sparse_feature_decode(q, view, **options)
+            assert "decode: hopper" in explain()
+            assert torch.equal(out, sparse_feature_decode(q, other, **options))
+        return view
+
+    cache.append(k[:, :, :290], v[:, :, :290])
+    for end in range(291, 312):
+        view = step(cache, end - 1, end)
+    step(cache, 311, 315)
+    step(cache, 315, 316, key_padding_mask=torch.rand(2, 316, device=DEVICE) < 0.2)
+    copied = copy.deepcopy(view)
+    assert copied.prepared is None
+    other = copy.deepcopy(cache)
+    step(other, 316, 317)
+    step(cache, 316, 317)
+    cache.select_batch(torch.tensor([1, 1]))
+    step(cache, 317, 318)
+    cache.crop(100)
+    step(cache, 318, 319)

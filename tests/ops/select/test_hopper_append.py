@@ -115,25 +115,20 @@ def test_nan_is_above_infinity(dtype):
     assert_appends(k, v, 16, 16, None, 2)
 
 
-@pytest.mark.parametrize(("shape", "of_nan_alone"), [((128, 16, 16, 128), math.nan), ((80, 26, 22, 72), 0.0)])
-def test_nan_in_8_bits_is_as_in_prompts(shape, of_nan_alone):
-    """Of level 0 beside the others, as the kernel for many tokens has it, which writes to the same buffers; NaN alone is what padding
-    makes of it there."""
+@pytest.mark.parametrize("shape", [(128, 16, 16, 128), (80, 26, 22, 72)])
+def test_a_row_with_nan_is_read_as_nan(shape):
     head_dim, topk, dense_dims, v_dim = shape
-    k, v = (x.clone() for x in hostile(torch.bfloat16, head_dim, v_dim))
+    k, v = (torch.randn(BATCH, HEADS, TOKENS, width, device=DEVICE).bfloat16() for width in (head_dim, v_dim))
     k[0, 0, 0, :3], v[0, 0, 0, 5:9] = math.nan, math.nan
     k[1, 1, 0], v[1, 1, 0] = math.nan, math.nan
-    codes = topk_codes(k, topk, dense_dims=dense_dims)
-    as_zero = flashsfa.FeatureCodes(
-        codes.dense.nan_to_num(0, math.inf, -math.inf),
-        codes.values.nan_to_num(0, math.inf, -math.inf),
-        codes.indices,
-        head_dim,
-    )
-    (v_levels, v_scale), as_zero = quantize_rows(v.nan_to_num(0, math.inf, -math.inf)), as_zero.quantize()
-    as_zero.scale[1, 1, 0] = v_scale[1, 1, 0] = of_nan_alone
-    expected = [as_zero.dense, as_zero.values, as_zero.indices, v_levels, as_zero.scale, v_scale]
-    assert_appends(k, v, topk, dense_dims, torch.int8, 1, expected)
+    found, _ = buffers(topk, dense_dims, v_dim, torch.bfloat16, torch.int8)
+    prepare(k, v, found)(k, v, 1)
+    expected = encoded(k, v, topk, dense_dims, torch.int8)
+    for scales, due in zip((found.scale, found.v_scale), expected[-2:], strict=True):
+        scales = scales[:, :, 1 : 1 + TOKENS]
+        assert torch.equal(scales.isnan(), due.isnan())
+        assert scales.isnan().sum() == 2
+        assert torch.equal(scales[~scales.isnan()], due[~due.isnan()])
 
 
 def test_other_forms_are_left_to_triton(monkeypatch):

@@ -52,6 +52,15 @@ def test_levels_are_those_of_plain_pytorch(head_dim, topk, dense_dims, v_dim, dt
         assert (buffer[:, :, START + 5 :] == 77).all()
 
 
+def test_a_row_with_nan_is_read_as_nan(where):
+    k = torch.randn(1, 1, 4, 8, device=where)
+    k[..., 1, 0], k[..., 2, 6], k[..., 3, :] = torch.nan, torch.nan, torch.nan
+    found = buffers(1, 1, 4, 4, 8, where)
+    write_8_bit(plain_topk(k, 4, 4), k, found, 0)
+    for scale in (found[3], found[5]):
+        assert scale[0, 0, :4].isnan().tolist() == [False, True, True, True]
+
+
 def test_half_a_level_goes_to_the_even_one(where):
     k = torch.tensor([127.0, 0.5, 1.5, 2.5, -0.5, -1.5, 126.5, 3.5], device=where).expand(1, 1, 1, 8)
     found = buffers(1, 1, 4, 4, 8, where)

@@ -12,7 +12,7 @@ from .params import Params
 SOURCES = Path(__file__).parent
 FILES = (
     "params.cuh",
-    "warp.cuh",
+    "../../nvrtc/warp.cuh",
     "rows.cuh",
     "keys.cuh",
     "query.cuh",

@@ -8,18 +8,15 @@ constexpr int LANES = 32;
 constexpr int KEY_ENTRIES = (HEAD_DIM + LANES - 1) / LANES, VALUE_ENTRIES = (VALUE_DIM + LANES - 1) / LANES;  // of a lane
 constexpr int MAGNITUDE_BITS = 15;
 
-constexpr bool is_power_of_2(int x) { return (x & (x - 1)) == 0; }
-
 DEVICE float number(u16 x) { return IS_BF16 ? from_bf16(x) : from_half(x); }
 
-// The largest magnitude of nothing. NaN counts as nothing beside a number, and a row of NaN alone has a scale of NaN, or, where the rows of
-// Triton are padded with zeros, of 0: the kernel of triton/quantize.py, which writes other tokens of the same cache, does so.
-DEVICE float largest_of_nothing(bool is_padded) { return is_padded ? 0.0f : from_bits(0x7fffffff); }
+// The larger one, NaN if there is one: its row must not be read as numbers.
+DEVICE float larger(float x, float y) { return x > y || x != x ? x : y; }
 
 // The scale of a row in 8 bits, from the largest magnitude of each lane.
 DEVICE float scale_of(float largest) {
 #pragma unroll
-  for (int bits = LANES / 2; bits; bits /= 2) largest = fmaxf(largest, from_lane_xor(largest, bits));
+  for (int bits = LANES / 2; bits; bits /= 2) largest = larger(largest, from_lane_xor(largest, bits));
   return largest / 127;
 }
 
@@ -71,10 +68,10 @@ DEVICE void append_key(const Params& p, const u16* k, i64 row) {
   }
   float scale = 1;
   if constexpr (IS_8_BIT) {
-    float largest = largest_of_nothing(!is_power_of_2(DENSE_DIMS) || !is_power_of_2(KEPT));
+    float largest = 0;
 #pragma unroll
     for (int i = 0; i < KEY_ENTRIES; ++i)
-      if (i * LANES + lane < DENSE_DIMS || slot[i] >= 0) largest = fmaxf(largest, fabsf(number(x[i])));
+      if (i * LANES + lane < DENSE_DIMS || slot[i] >= 0) largest = larger(largest, fabsf(number(x[i])));
     scale = scale_of(largest);
     if (lane == 0) p.scale[row] = scale;
   }
@@ -96,10 +93,10 @@ DEVICE void append_value(const Params& p, const u16* v, i64 row) {
   for (int i = 0; i < VALUE_ENTRIES; ++i) x[i] = i * LANES + lane < VALUE_DIM ? v[i * LANES + lane] : u16(0);
   float scale = 1;
   if constexpr (IS_8_BIT) {
-    float largest = largest_of_nothing(!is_power_of_2(VALUE_DIM));
+    float largest = 0;
 #pragma unroll
     for (int i = 0; i < VALUE_ENTRIES; ++i)
-      if (i * LANES + lane < VALUE_DIM) largest = fmaxf(largest, fabsf(number(x[i])));
+      if (i * LANES + lane < VALUE_DIM) largest = larger(largest, fabsf(number(x[i])));
     scale = scale_of(largest);
     if (lane == 0) p.v_scale[row] = scale;
   }

@@ -66,12 +66,12 @@ def write_8_bit_kernel(
     slot = tl.arange(0, K_PAD)[None, :]  # [1, K_PAD]
     kept = there[:, None] & (slot < K)
     values = tl.load(VALUES + code_row[:, None] * K + slot, mask=kept, other=0).to(tl.float32)  # [R, K_PAD]
-    largest = tl.max(tl.abs(values), 1)  # [R]
+    largest = _largest(values)  # [R]
     if M > 0:
         column = tl.arange(0, M_PAD)[None, :]  # [1, M_PAD]
         inside = there[:, None] & (column < M)
         dense = tl.load(DENSE + code_row[:, None] * M + column, mask=inside, other=0).to(tl.float32)  # [R, M_PAD]
-        largest = tl.maximum(largest, tl.max(tl.abs(dense), 1))
+        largest = tl.maximum(largest, _largest(dense), propagate_nan=tl.PropagateNan.ALL)
     scale = _scale(largest)
     if M > 0:
         tl.store(DENSE_OUT + out_row[:, None] * M + column, _levels(dense, scale), mask=inside)
@@ -84,9 +84,16 @@ def write_8_bit_kernel(
     inside = there[:, None] & (column < DV)
     v_row = V + batch * v_sb + head * v_sh + row * v_sn  # [R]
     v = tl.load(v_row[:, None] + column.to(tl.int64) * v_sd, mask=inside, other=0).to(tl.float32)  # [R, DV_PAD]
-    scale = _scale(tl.max(tl.abs(v), 1))
+    scale = _scale(_largest(v))
     tl.store(V_OUT + out_row[:, None] * DV + column, _levels(v, scale), mask=inside)
     tl.store(V_SCALE_OUT + out_row, scale, mask=there)
+
+
+@triton.jit
+def _largest(x):
+    """The largest magnitude of each row of x [R, W]; NaN where there is one, as the row must not be read as numbers."""
+    has_nan = tl.max((x != x).to(tl.int32), 1) > 0
+    return tl.where(has_nan, float("nan"), tl.max(tl.abs(x), 1))
 
 
 @triton.jit
