@@ -69,9 +69,8 @@ def _calls(device: torch.device) -> dict[str, Call]:
     appended = CALLS * (REPEATS + 1)
     budget = {"topk": TOPK, "dense_dims": DENSE_DIMS}
     read, grown = (SparseKVCache(TOPK, dense_dims=DENSE_DIMS, capacity=tokens + appended) for _ in range(2))
-    for cache in (read, grown):
-        cache.append(k, v)
-    codes, values = read.codes, read.v
+    grown.append(k, v)
+    view = read.append(k, v)
     paged = PagedSparseKVCache(
         TOPK, dense_dims=DENSE_DIMS, pages=BATCH * (1 + (tokens + appended) // PAGE_SIZE), page_size=PAGE_SIZE
     )
@@ -83,9 +82,9 @@ def _calls(device: torch.device) -> dict[str, Call]:
             *prompt, **budget, is_causal=True
         ),
         "SDPA, one token": lambda: F.scaled_dot_product_attention(q, k, v),
-        "sparse_feature_decode, one token": lambda: sparse_feature_decode(q, codes, values),
+        "sparse_feature_decode, one token": lambda: sparse_feature_decode(q, view),
         "sparse_feature_decode, value_tolerance=0.01": lambda: sparse_feature_decode(
-            q, codes, values, value_tolerance=0.01
+            q, view, value_tolerance=0.01
         ),
         "SparseKVCache.append, one token": lambda: grown.append(*token),
         "PagedSparseKVCache.append, one token": lambda: paged.append(sequences, *token),
