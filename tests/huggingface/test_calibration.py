@@ -96,7 +96,7 @@ def test_turned_keys_are_those_of_the_model_further_on(kind):
         for start in (0, 1):
             calibration._run(model, ids, positions + start)
     for layer, (near, far) in held.items():
-        rows = at_once[layer].sample  # in the order of their lots
+        rows = at_once[layer].sample.to(near[0].device)  # in the order of their lots
         both = torch.cat((near[0], far[0]), dim=1).float()
         assert (torch.cdist(rows, both).amin(-1) < 1e-3).all()
         assert (torch.cdist(rows, near[0].float()).amin(-1) > 1e-2).any()

@@ -186,30 +186,34 @@ class TrainedBasis(nn.Module):
     diagonal D, which has an inverse whatever is learned; the queries' side is the inverse of the keys', transposed, times the gains.
 
     Attributes:
-        factors: [H, D, D] what is learned: below its diagonal L, above it U, on it the logarithms of D. 0 changes nothing, and weight
-            decay draws towards it.
+        factors: [H, D, D] what is learned: below its diagonal L, above it U, on it the logarithms of D, all divided by `step`. 0 changes
+            nothing, and weight decay draws towards it.
+        step: of the basis, to one of the factors. From scratch 1/√D: an optimiser moves all factors alike, and D of them add up, until
+            the basis is all but singular.
     """
 
     key: Tensor
     inverse: Tensor  # of the key's side, transposed
     gain: Tensor  # [H, 1, D]
 
-    def __init__(self, basis: FeatureBasis) -> None:
+    def __init__(self, basis: FeatureBasis, step: float = 1.0) -> None:
         super().__init__()
+        self.step = step
         self.factors = nn.Parameter(torch.zeros_like(basis.key, dtype=torch.float32))
         gain = (basis.key.double() * basis.query.double()).sum(-2, keepdim=True)
         for name, x in (("key", basis.key), ("inverse", basis.query / gain), ("gain", gain)):
             self.register_buffer(name, x.float(), persistent=False)
 
     def forward(self) -> FeatureBasis:
-        factors = self.factors
-        with torch.autocast(factors.device.type, enabled=False):  # rounded, the sides would not be inverse
+        with torch.autocast(self.factors.device.type, enabled=False):
+            factors = self.step * self.factors.double()  # rounded, as in TF32, the sides would not be inverse
             one = torch.eye(factors.shape[-1], dtype=factors.dtype, device=factors.device)
             size = factors.diagonal(dim1=-2, dim2=-1).exp()[..., None]  # [H, D, 1]
             turn = (factors.tril(-1) + one) @ (size * (factors.triu(1) + one))
             undone = torch.linalg.solve_triangular(factors, one.expand_as(factors), upper=False, unitriangular=True)
             undone = torch.linalg.solve_triangular(factors, undone / size, upper=True, unitriangular=True)
-            return FeatureBasis(self.inverse @ undone.mT * self.gain, self.key @ turn)
+            query, key = self.inverse.double() @ undone.mT * self.gain, self.key.double() @ turn
+        return FeatureBasis(query.float(), key.float())
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
