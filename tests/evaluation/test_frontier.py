@@ -105,6 +105,24 @@ def test_a_row_for_each_form_of_each_model(models, tmp_path, capsys):
         assert all(0 <= form["needles"]["400"] <= 1 for form in model["forms"].values())
 
 
+def test_what_was_measured_when_it_stops_is_written(models, tmp_path, monkeypatch):
+    def stop(model, *_):
+        if hasattr(model.config, "sfa"):
+            raise KeyboardInterrupt
+        return []
+
+    monkeypatch.setattr("flashsfa.evaluation.frontier.find_needles", stop)
+    assert (
+        frontier(models, tmp_path, "--tolerances", "0.1", "--windows", "2", "--trials", "0", "--lengths", "32") == 130
+    )
+    (path,) = tmp_path.glob("*.json")
+    found = json.loads(path.read_text())["results"]
+    assert list(found) == ["dense"]
+    assert list(found["dense"]["forms"]) == ["dense"]  # in the next it is switched
+    assert found["dense"]["tolerances"]["0.1"]["32"]["loss"] is not None
+    assert path.with_suffix(".png").exists()
+
+
 def test_tolerance_is_what_decode_leaves_out(models):
     with torch.device("cpu"), torch.no_grad():
         model = flashsfa.from_pretrained(models / "k2" / "model", dtype=torch.float64).eval()

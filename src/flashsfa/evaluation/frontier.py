@@ -72,13 +72,13 @@ def forms(settings: SFASettings | None, head_dim: int) -> list[Form]:
 
 
 def measure_model(
-    name: str, model: Any, tokenizer: Any, basis: FeatureBasis | None, windows: Mapping[int, Tensor], tolerances: Sequence[float],
-    prompts: Sequence[Sample], recorded: Sequence[dict[str, Any]], progress: Progress,
-) -> dict[str, Any]:  # fmt: skip
-    """The figures of a model by form, and in 16 bits by tolerance.
+    results: Results, name: str, model: Any, tokenizer: Any, basis: FeatureBasis | None, windows: Mapping[int, Tensor],
+    tolerances: Sequence[float], prompts: Sequence[Sample], recorded: Sequence[dict[str, Any]], progress: Progress,
+) -> None:  # fmt: skip
+    """Put the figures of a model by form, and in 16 bits by tolerance, into the results, each as soon as it is whole.
 
     Args:
-        name: of the model, for the progress.
+        name: of the model, in the results.
         model: dense, or switched with `basis`; it is left in the last of its forms.
         windows: [S, W] token ids by their length W.
         prompts: needles to be found.
@@ -87,6 +87,7 @@ def measure_model(
     settings = SFASettings.from_config(model.config.sfa) if hasattr(model.config, "sfa") else None
     heads, kv_heads, head_dim = attention_shape(model)
     found: dict[str, Any] = {"sfa": getattr(model.config, "sfa", None), "forms": {}, "tolerances": {}}
+    results[name] = found
     for form in forms(settings, head_dim):
         form.switch(model, basis)
         kind, by_length = form.configuration.name, {}
@@ -105,12 +106,12 @@ def measure_model(
         if form.configuration.bits < 16:
             continue
         for tolerance in tolerances:
-            found["tolerances"][tolerance] = {}
+            by_length = {}
             for length, cut in windows.items():
                 bar = progress(f"{name}: tolerance {tolerance:g}, {length} tokens", len(cut))
                 losses, share = tolerance_losses(model, cut, tolerance, bar)
-                found["tolerances"][tolerance][length] = _figures(losses) | {"v_rows_read": share}
-    return found
+                by_length[length] = _figures(losses) | {"v_rows_read": share}
+            found["tolerances"][tolerance] = by_length
 
 
 def compare(results: Results) -> None:

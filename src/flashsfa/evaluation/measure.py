@@ -117,7 +117,8 @@ def measure_frontier(
     text: str | None, lengths: Sequence[int], windows: int, tolerances: Sequence[float], trials: int, decode: Sequence[Path],
     dtype: str, device: str, tokenizer: str | None,
 ) -> Measured:  # fmt: skip
-    """What trained models lose in each form of their caches, with a picture; "results" hold a model's figures by its name.
+    """What trained models lose in each form of their caches, with a picture; "results" hold a model's figures by its name. Those that
+    there are when it is stopped are written too.
 
     Args:
         models: directories; the dense model that the others are compared with, then those, switched or dense.
@@ -138,33 +139,54 @@ def measure_frontier(
     labels = _labels(models)
     with _fitting(output):
         recorded, timed_on = frontier.read_recorded(decode)
-        source = read_text(text)
-        where, results, vocabulary = named_device(device), {}, None
-        for name, label in zip(models, labels, strict=True):
-            model, own = load_model(name, getattr(torch, dtype), tokenizer)
-            vocabulary = own.get_vocab() if vocabulary is None else vocabulary
-            require(
-                own.get_vocab() == vocabulary,
-                f"{name} has another tokenizer than {models[0]}: losses per token do not compare",
-            )
-            limit = getattr(model.config, "max_position_embeddings", None)
-            require(
-                limit is None or max(lengths) <= limit,
-                f"{name} has {limit} positions, fewer than the {max(lengths)} tokens asked for",
-            )
-            cuts = {n: token_windows(own, source, length=n, count=windows, purpose="evaluation") for n in lengths}
-            prompts = samples("single", Haystack(own, source), lengths, _DEPTHS, trials, 0) if trials else []
-            results[label] = frontier.measure_model(
-                label, model.to(where), own, load_basis(name), cuts, tolerances, prompts, recorded, progress
-            )
-        frontier.compare(results)
+        source, where = read_text(text), named_device(device)
+        results: frontier.Results = {}
         settings = {
             "models": list(models), "text": text, "lengths": lengths, "windows": windows, "tolerances": tolerances, "trials": trials,
             "decode": [path.name for path in decode], "decode_device": timed_on, "dtype": dtype,
         }  # fmt: skip
-        content = document("frontier", settings, where)
-        content["results"] = results
-        return content, save(content, output, lambda path: frontier.draw(results, max(lengths), timed_on, path))
+
+        def write() -> Measured:
+            frontier.compare(results)
+            content = document("frontier", settings, where) | {"results": results}
+            return content, save(content, output, lambda path: frontier.draw(results, max(lengths), timed_on, path))
+
+        def measure_all() -> None:
+            vocabulary = None
+            for name, label in zip(models, labels, strict=True):
+                model, own = load_model(name, getattr(torch, dtype), tokenizer)
+                vocabulary = own.get_vocab() if vocabulary is None else vocabulary
+                require(
+                    own.get_vocab() == vocabulary,
+                    f"{name} has another tokenizer than {models[0]}: losses per token do not compare",
+                )
+                limit = getattr(model.config, "max_position_embeddings", None)
+                require(
+                    limit is None or max(lengths) <= limit,
+                    f"{name} has {limit} positions, fewer than the {max(lengths)} tokens asked for",
+                )
+                cuts = {n: token_windows(own, source, length=n, count=windows, purpose="evaluation") for n in lengths}
+                prompts = samples("single", Haystack(own, source), lengths, _DEPTHS, trials, 0) if trials else []
+                frontier.measure_model(
+                    results,
+                    label,
+                    model.to(where),
+                    own,
+                    load_basis(name),
+                    cuts,
+                    tolerances,
+                    prompts,
+                    recorded,
+                    progress,
+                )
+
+        try:
+            measure_all()
+        except KeyboardInterrupt:
+            if any(model["forms"] for model in results.values()):
+                write()
+            raise
+        return write()
 
 
 def _labels(models: Sequence[str]) -> list[str]:
