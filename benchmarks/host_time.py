@@ -83,9 +83,7 @@ def _calls(device: torch.device) -> dict[str, Call]:
         ),
         "SDPA, one token": lambda: F.scaled_dot_product_attention(q, k, v),
         "sparse_feature_decode, one token": lambda: sparse_feature_decode(q, view),
-        "sparse_feature_decode, value_tolerance=0.01": lambda: sparse_feature_decode(
-            q, view, value_tolerance=0.01
-        ),
+        "sparse_feature_decode, value_tolerance=0.01": lambda: sparse_feature_decode(q, view, value_tolerance=0.01),
         "SparseKVCache.append, one token": lambda: grown.append(*token),
         "PagedSparseKVCache.append, one token": lambda: paged.append(sequences, *token),
     }
