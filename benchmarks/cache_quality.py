@@ -1,14 +1,15 @@
 """What each way to keep a cache costs a converted model, as decode sees it, at short and long contexts: SmolLM2-135M-Instruct, no training.
 
-    python benchmarks/cache_quality.py TRAIN.txt TEXT.txt [TEXT.txt ...]
+    python benchmarks/cache_quality.py TRAIN.txt TEXT.txt [TEXT.txt ...] [--only NAME ...]
 
 Calibrates on 16 windows of 1024 tokens evenly over TRAIN.txt, and evaluates on each TEXT: 12 windows of 1024 tokens in float32, and on the last
-TEXT 8 windows of 8192 in bfloat16. Bytes are those of live caches. Writes benchmarks/results/cache-DATE-COMMIT.json; three minutes on an H200.
+TEXT 8 windows of 8192 in bfloat16. Bytes are those of live caches. `--only` measures the rows of these names alone, beside "dense". Writes benchmarks/results/cache-DATE-COMMIT.json;
+three minutes on an H200.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from flashsfa.evaluation.text import read_text, token_windows
 from flashsfa.huggingface import cache_nbytes, disable, enable
 from flashsfa.huggingface.calibration import gather_moments
 from flashsfa.models import BUNDLED_NAME, load_model
+from flashsfa.presets import PRESETS
 
 EXACT = {"recent": 32, "first": 4}
 WHOLE = {"topk": 64, "dense_dims": 0, "topk_query": "dense"}
@@ -42,6 +44,10 @@ def variants() -> dict[str, tuple[dict[str, Any] | None, dict[str, Any] | None]]
     for key_bytes in (40, 36, 32, 30, 28, 26, 24):
         fit = {"kind": "scaled", "key_bytes": key_bytes}
         found[f"bits per axis, {key_bytes}"] = ({"cache_dtype": "int4", **EXACT}, fit)
+    lossless = PRESETS["near-lossless"]
+    exact = {"recent": lossless.recent, "first": lossless.first}
+    fit = {"kind": "scaled", "key_bytes": lossless.key_bytes}
+    found["near-lossless"] = ({"cache_dtype": lossless.cache_dtype, **exact}, fit)
     fit = {"kind": "scaled", "key_bytes": 36}
     for recent, first in ((0, 0), (16, 4), (64, 4), (32, 0)):
         options = {"cache_dtype": "int4", "recent": recent, "first": first}
@@ -53,10 +59,18 @@ LONG = ("dense", "dense, int4", "bits per axis, 36", "bits per axis, 32", "bits 
 
 
 def main() -> None:
-    train, *texts = (Path(name) for name in sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("train", type=Path)
+    parser.add_argument("texts", type=Path, nargs="+")
+    parser.add_argument("--only", nargs="+", default=list(variants()), metavar="NAME", choices=list(variants()))
+    given = parser.parse_args()
+    train, texts, chosen = given.train, given.texts, {"dense", *given.only}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results: dict[str, Any] = {}
     for length, count, dtype, sources in ((1024, 12, torch.float32, texts), (8192, 8, torch.bfloat16, texts[-1:])):
+        names = [name for name in variants() if name in chosen and (length == 1024 or name in LONG)]
+        if length > 1024 and names == ["dense"]:
+            continue
         model, tokenizer = load_model(None, dtype)
         model.to(device)
         calibration = token_windows(tokenizer, read_text(train), length=1024, count=16, purpose="calibration")
@@ -65,9 +79,8 @@ def main() -> None:
             text.name: token_windows(tokenizer, read_text(text), length=length, count=count, purpose="evaluation")
             for text in sources
         }
-        for name, (options, fit) in variants().items():
-            if length > 1024 and name not in LONG:
-                continue
+        for name in names:
+            options, fit = variants()[name]
             disable(model)
             if options is not None:
                 enable(model, basis=None if fit is None else FeatureBasis.from_layers(moments, **fit), **options)
