@@ -13,6 +13,7 @@ SOURCES = Path(__file__).parent
 FILES = (
     "params.cuh",
     "../../nvrtc/warp.cuh",
+    "../../nvrtc/largest.cuh",
     "rows.cuh",
     "keys.cuh",
     "query.cuh",

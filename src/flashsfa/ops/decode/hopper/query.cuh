@@ -13,29 +13,17 @@ constexpr float inverse_root(int x) { return x == 1 ? 1.0f : x == 2 ? 0.70710678
 
 // Zeroes all but the dense dims and the `topk` largest magnitudes of the rest, ties to the lowest index. `bits` are those of x.
 DEVICE void prune(float (&x)[LANE_ENTRIES], const u16 (&bits)[LANE_ENTRIES], int topk) {
-  const int lane = lane_id();
-  int size[LANE_ENTRIES], threshold = 0;
+  int size[LANE_ENTRIES];
+  bool is_kept[LANE_ENTRIES];
 #pragma unroll
   for (int i = 0; i < LANE_ENTRIES; ++i) {
-    const int d = lane + 32 * i;
+    const int d = lane_id() + 32 * i;
     size[i] = d >= DENSE_DIMS && d < HEAD_DIM ? bits[i] & 0x7fff : -1;
   }
-  const auto count = [&](int from) {
-    int found = 0;
+  find_largest(is_kept, size, topk);
 #pragma unroll
-    for (int i = 0; i < LANE_ENTRIES; ++i) found += count_bits(ballot(size[i] >= from));
-    return found;
-  };
-  for (int bit = 1 << 14; bit; bit /= 2)
-    if (count(threshold | bit) >= topk) threshold |= bit;
-  int room = topk - count(threshold + 1);  // for those at the threshold
-#pragma unroll
-  for (int i = 0; i < LANE_ENTRIES; ++i) {
-    const u32 at_threshold = ballot(size[i] == threshold);
-    const bool has_room = count_bits(at_threshold & ((1u << lane) - 1)) < room;
-    room -= count_bits(at_threshold);
-    if (size[i] >= 0 && !(size[i] > threshold || (size[i] == threshold && has_room))) x[i] = 0;
-  }
+  for (int i = 0; i < LANE_ENTRIES; ++i)
+    if (size[i] >= 0 && !is_kept[i]) x[i] = 0;
 }
 
 // As `rotation.rotate`.

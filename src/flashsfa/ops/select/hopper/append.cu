@@ -1,12 +1,8 @@
 // Codes keys and stores them and their values in a cache's buffers: a block per token of a head, one warp of which has the key and one the
 // value. Entry d of a row is entry d / 32 of lane d % 32.
-//
-// The least magnitude kept is found by bisection, one bit of it at a time. Magnitudes are compared as integers, which orders NaN above infinity
-// and makes ties exact; of those that tie with the least, the first ones are kept. Ballots count what is kept before an entry: its slot.
 
 constexpr int LANES = 32;
 constexpr int KEY_ENTRIES = (HEAD_DIM + LANES - 1) / LANES, VALUE_ENTRIES = (VALUE_DIM + LANES - 1) / LANES;  // of a lane
-constexpr int MAGNITUDE_BITS = 15;
 
 DEVICE float number(u16 x) { return IS_BF16 ? from_bf16(x) : from_half(x); }
 
@@ -45,26 +41,14 @@ DEVICE void append_key(const Params& p, const u16* k, i64 row) {
     x[i] = d < HEAD_DIM ? k[d] : u16(0);
     magnitude[i] = d >= DENSE_DIMS && d < HEAD_DIM ? x[i] & 0x7fff : -1;
   }
-  const auto count_from = [&](int least) {
-    u32 count = 0;
-#pragma unroll
-    for (int i = 0; i < KEY_ENTRIES; ++i) count += magnitude[i] >= least;
-    return int(sum_of_lanes(count));
-  };
-  int least = 0;
-#pragma unroll
-  for (int bit = MAGNITUDE_BITS - 1; bit >= 0; --bit)
-    if (count_from(least | 1 << bit) >= KEPT) least |= 1 << bit;
-  int room = KEPT - count_from(least + 1), kept = 0;  // for those that tie; entries kept so far
-  int slot[KEY_ENTRIES];                              // -1 for none
+  bool is_kept[KEY_ENTRIES];
+  find_largest(is_kept, magnitude, KEPT);
+  int kept = 0, slot[KEY_ENTRIES];  // entries kept so far; -1 for none
 #pragma unroll
   for (int i = 0; i < KEY_ENTRIES; ++i) {
-    const u32 tied = ballot(magnitude[i] == least);
-    const bool is_kept = magnitude[i] > least || (magnitude[i] == least && count_bits(tied & before) < room);
-    const u32 all = ballot(is_kept);
-    slot[i] = is_kept ? kept + count_bits(all & before) : -1;
+    const u32 all = ballot(is_kept[i]);
+    slot[i] = is_kept[i] ? kept + count_bits(all & before) : -1;
     kept += count_bits(all);
-    room -= count_bits(tied);
   }
   float scale = 1;
   if constexpr (IS_8_BIT) {

@@ -11,7 +11,7 @@ from ... import nvrtc
 from .params import Params
 
 SOURCES = Path(__file__).parent
-FILES = ("params.cuh", "../../nvrtc/warp.cuh", "append.cu")  # as they use one another
+FILES = ("params.cuh", "../../nvrtc/warp.cuh", "../../nvrtc/largest.cuh", "append.cu")  # as they use one another
 
 
 @dataclass(frozen=True)
