@@ -11,7 +11,7 @@ import flashsfa
 from flashsfa.budget import FeatureBudget
 from flashsfa.training import needle, pretrain, recipe
 from flashsfa.training.run import Annealing, RunDirectory, RunTrainer
-from tiny import CONTEXT, GPT2, Coding, losses, result, run
+from tiny import CONTEXT, GPT2, QWEN3, VOCABULARY, Coding, losses, refused, result, run
 
 
 def test_a_run_that_was_killed_goes_on_with_the_same_losses(tmp_path, content, monkeypatch):
@@ -41,6 +41,34 @@ def test_a_run_that_was_killed_goes_on_with_the_same_losses(tmp_path, content, m
     weights = [flashsfa.from_pretrained(tmp_path / name / "model").state_dict() for name in ("whole", "run")]
     assert all(torch.equal(a, b) for a, b in zip(*(w.values() for w in weights), strict=True))
     assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_a_run_begins_with_the_weights_of_another(tmp_path, content, capsys):
+    """On a longer context, with another budget; its first loss is what the other one ends with, or near it."""
+    content["model"] = {"architecture": "qwen3", "config": {**QWEN3, "vocab_size": VOCABULARY}}
+    content["training"] |= {"tokens": 40 * 4 * CONTEXT, "log_every": 1, "warmup": 1}
+    assert run(tmp_path, content, name="before") == 0
+    content["model"]["start"] = str(tmp_path / "before")
+    content["data"]["context"] = 2 * CONTEXT
+    content["attention"]["topk"] = 6
+    assert run(tmp_path, content) == 0
+    first, start, end = losses(tmp_path, "before")[0], losses(tmp_path)[0], losses(tmp_path, "before")[-1]
+    assert start < first - (first - end) / 2
+    for change, message in (
+        ({"start": str(tmp_path / "nowhere")}, "holds no model"),
+        (
+            {"config": {**QWEN3, "vocab_size": VOCABULARY, "hidden_size": 64}},
+            "are not those of this recipe (lm_head.weight",
+        ),
+        (
+            {"config": {**QWEN3, "vocab_size": VOCABULARY, "num_hidden_layers": 3}},
+            "are not those of this recipe (model.layers.2",
+        ),
+    ):
+        wrong = {**content, "model": {**content["model"], **change}}
+        capsys.readouterr()
+        refused(capsys, run(tmp_path, wrong, name="wrong"), "model.start", message)
+        assert not (tmp_path / "wrong").exists()
 
 
 def test_a_run_killed_after_its_last_step_is_finished(tmp_path, content, monkeypatch):

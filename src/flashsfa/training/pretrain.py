@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
 from torch.utils.data import ConcatDataset, Dataset
 from transformers import TrainerCallback
 
 from ..checks import require
 from ..huggingface import loading
+from ..huggingface.settings import BASIS_FILE
 from . import needle
 from .card import write_card
 from .data import Collator, TokenStream, Windows, check_stream, read_stream
@@ -46,6 +48,8 @@ def _pretrain(recipe: PretrainRecipe, place: RunDirectory) -> dict[str, Any]:
     is_needle = recipe.data.train == "needle"
     vocab_size = needle.VOCABULARY if is_needle else None if tokenizer is None else len(tokenizer)
     model = build(recipe.model, recipe.attention, recipe.data.context, vocab_size, recipe.training.seed)
+    if recipe.model.start is not None:
+        _begin_from(model, Path(recipe.model.start))
     corpus = load_corpus(recipe.data, recipe.training, tokenizer, model.config.vocab_size)
     callbacks: list[TrainerCallback] = [
         *Annealing.of(model, recipe.attention.anneal, total_steps(recipe.training, recipe.data.context)),
@@ -63,6 +67,35 @@ def _pretrain(recipe: PretrainRecipe, place: RunDirectory) -> dict[str, Any]:
     fold = (lambda: finish(model, recipe.attention)) if loads else None
     save(trainer, place, recipe, result, tokenizer if loads else None, fold)
     return result
+
+
+def _begin_from(model: Any, run: Path) -> None:
+    """Give a `build`-ed model the weights that an earlier run wrote.
+
+    Raises `ValueError` that names the key of the recipe if there are none, or they do not fit.
+    """
+    files = sorted((run / MODEL).glob("*.safetensors"))
+    require(
+        bool(files),
+        f"model.start: {run} holds no model: name the folder of a run that ended and whose model can be loaded",
+    )
+    require(
+        not (run / MODEL / BASIS_FILE).exists(),
+        f"model.start: the model of {run} has a basis, which a run cannot go on with",
+    )
+    weights = {name: x for file in files for name, x in load_file(file).items()}
+    own = model.state_dict()
+    unlike = [name for name, x in weights.items() if name not in own or own[name].shape != x.shape]
+    given = {own[name].data_ptr() for name in weights if name in own}
+    lacking = [name for name, x in own.items() if x.data_ptr() not in given and ".sfa_core." not in name]
+    require(
+        not unlike and not lacking,
+        lambda: (
+            f"model.start: the weights of {run} are not those of this recipe ({', '.join((*unlike, *lacking)[:3])}): give "
+            "model.config and attention the sizes of that run"
+        ),
+    )
+    model.load_state_dict(weights, strict=False)
 
 
 def save(

@@ -33,10 +33,13 @@ class Model:
         architecture: "gpt2" or "qwen3".
         config: fields of transformers' config that differ from its defaults. The context is the data's; GPT-2's dropout
             is 0 unless given; the vocabulary is the tokenizer's unless `vocab_size` is given.
+        start: folder of an earlier run, whose weights it begins with in place of random ones: on longer contexts, say. They must be those
+            of the same architecture and sizes; what attention makes of them is the recipe's own.
     """
 
     architecture: str
     config: dict[str, Any] = field(default_factory=dict)
+    start: str | None = None
 
     def __post_init__(self) -> None:
         _one_of("model.architecture", self.architecture, ARCHITECTURES)
