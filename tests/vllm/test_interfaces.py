@@ -201,6 +201,6 @@ def test_layouts_that_are_refused(vllm, serve, monkeypatch, layout):
 
     monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", layout)
     served = [x.name for x in get_supported_kv_cache_layouts([SparseFeatureBackend])]
-    config = SimpleNamespace(cache_config=SimpleNamespace(kv_cache_layout=None))
+    config = SimpleNamespace(cache_config=SimpleNamespace(kv_cache_layout=None), kv_transfer_config=None)
     with pytest.raises(ValueError, match=f"VLLM_KV_CACHE_LAYOUT={layout} does not satisfy"):
         resolve_kv_cache_layout(config, [served])
