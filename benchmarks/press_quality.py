@@ -34,7 +34,7 @@ from flashsfa.huggingface.calibration import gather_moments
 from flashsfa.models import BUNDLED_NAME, load_model
 
 PROMPT, CONTINUATION, WINDOWS = 1024, 256, 12
-NEEDLES: dict[str, Any] = {"lengths": (1024, 2048), "depths": (0.1, 0.3, 0.5, 0.7, 0.9), "trials": 2, "seed": 0}
+NEEDLES: dict[str, Any] = {"lengths": (1024,), "depths": (0.1, 0.3, 0.5, 0.7, 0.9), "trials": 4, "seed": 0}
 BUDGETS = (0.5, 0.25, 0.125)  # of a dense cache in 16 bits
 PRESSES = {"SnapKV": SnapKVPress(), "Knorm": KnormPress(), "ExpectedAttention": ExpectedAttentionPress()}
 
