@@ -60,6 +60,7 @@ QWEN3 = ("training-qwen3-2026-11-26-030f89a", "training-qwen3-2026-11-26-f7db930
 QWEN3_WIDE = ("training-qwen3-d128-2026-11-29-20b8087",)
 TRIALS, STEP = "training-trials-2026-11-26-f7db930", "training-step-2026-11-26-f7db930"
 CACHES, LOSSLESS, CHOSEN = "cache-2026-11-29-ddb8670", "cache-2026-11-29-43c8b11", "choose-2026-11-29-088926f"
+PRESSED = "presses-2026-11-29-30e0c5e"
 CONVERTED, CONVERTED_LONGER = "conversion-2026-11-28-06f2435", "convert-8bit-2026-11-26-f7db930"
 DISTILLED, NEEDLE = "distill-2026-11-26-f7db930", "needle-2026-11-25-d2240b7"
 PICTURED = ("32k", "128k")  # tokens in the cache
@@ -88,7 +89,7 @@ def pages() -> dict[Path, str]:
     """What is written, by path."""
     page = "\n\n".join(
         (
-            _INTRODUCTION, _configurations(), _decode(), _prefill(), _whole_models(), _selection(), _caches(), _chosen(), _converted(), _distilled(), _trained(),
+            _INTRODUCTION, _configurations(), _decode(), _prefill(), _whole_models(), _selection(), _caches(), _pressed(), _chosen(), _converted(), _distilled(), _trained(),
             _needle(), _step(),
         )
     )  # fmt: skip
@@ -346,6 +347,56 @@ def _coded_bytes(options: dict[str, Any] | None, fit: dict[str, Any] | None) -> 
     if fit is not None and "key_bytes" in fit:
         return fit["key_bytes"] + form.v_bytes(64)
     return form.key_bytes(64, options["dense_dims"], options["topk"]) + form.v_bytes(64)
+
+
+def _pressed() -> str:
+    run = _read(PRESSED)
+    results, settings = run["results"], run["settings"]
+    dense = results["dense"]["losses"]
+    by_case = {(row["cache"], row["press"], row["budget"]): row for row in results.values()}
+    caches, presses, budgets = (list(dict.fromkeys(key[i] for key in by_case if key[i] is not None)) for i in range(3))
+
+    def loss(row: dict[str, Any]) -> str:
+        ratio, error = spread(row["losses"], dense)
+        return f"{100 * (ratio - 1):+.1f} ± {100 * (error or 0):.1f} %".replace("-", "−")
+
+    alone = [
+        [
+            f"`{cache}`", f"{fmean(row['bytes']):.0f}", f"{100 * fmean(row['bytes']) / (4 * 64):.0f} %", "" if cache == "dense" else loss(row),
+            sum(row["found"]),
+        ]
+        for cache in caches
+        for row in [by_case[cache, None, None]]
+    ]  # fmt: skip
+    least = {b: min(fmean(row["losses"]) for key, row in by_case.items() if key[2] == b) for b in budgets}
+    together = []
+    for press in presses:
+        for cache in caches:
+            cells = []
+            for budget in budgets:
+                row = by_case.get((cache, press, budget))
+                if row is None:  # it holds the whole prompt in fewer bytes
+                    cells += ["as above", ""]
+                    continue
+                mark = "**" if fmean(row["losses"]) == least[budget] else ""
+                cells += [f"{mark}{loss(row)}{mark}", sum(row["found"])]
+            together.append([press, f"`{cache}`", *cells])
+    head = ("press", "cache", *(cell for b in budgets for cell in (f"loss, {256 * b:g} bytes", "needles")))
+    return f"""## Presses at equal bytes
+
+SmolLM2-135M-Instruct, no training. A press of kvpress {settings["kvpress"]} scores the tokens of a prompt, and the cache keeps as many of the best as its bytes allow: few in 16
+bits, or more in fewer. Bytes are per token of the prompt and kv head. They count the newest 32 and the first 4 tokens that caches of 4 bits keep
+exactly, which weigh in prompts as short as these. The loss is that of the {settings["continuation"]} tokens after a prompt of {settings["prompt"]}, over {len(dense)} windows, against a dense cache of the
+whole prompt, with the standard error of paired windows. Tokens after the prompt attend to one another as they come. Needles are {len(results["dense"]["found"])} numbers in prompts of
+{" and ".join(map(str, settings["needles"]["lengths"]))} tokens. Their question comes after pruning, and one is found where greedy decoding writes it at once. The least loss at each size is bold. {_where(run, PRESSED)}
+
+The whole prompt:
+
+{_table(("cache", "bytes", "of dense", "loss", "needles"), alone)}
+
+With a press, at {", ".join(f"{100 * b:g}" for b in budgets)} % of a dense cache; a cache that holds the whole prompt in fewer bytes is "as above":
+
+{_table(head, together)}"""
 
 
 def _chosen() -> str:
