@@ -198,8 +198,9 @@ def _again(
     where that is not possible."""
     kept, padding, keys = kv.prepared, mask.key_padding_mask, kv.v.shape[2]
     if (
-        kept is None or not q.is_cuda or q.ndim != 4 or q.shape[2] > FEW_QUERIES or scores.sinks is not None or mask.kv_lens is not None
-        or budget.query_pattern is not None or torch.compiler.is_compiling() or is_checked() or (q.requires_grad and torch.is_grad_enabled())
+        kept is None or not q.is_cuda or q.ndim != 4 or q.shape[2] > FEW_QUERIES or keys < gpu.FEWEST_KEYS
+        or scores.sinks is not None or mask.kv_lens is not None or budget.query_pattern is not None
+        or torch.compiler.is_compiling() or is_checked() or (q.requires_grad and torch.is_grad_enabled())
     ):  # fmt: skip
         return None
     if padding is not None:

@@ -201,6 +201,8 @@ def test_what_is_prepared_follows_a_growing_cache(has_padding):
         expected, _ = run("hopper", other, held(n), DecodeRules(key_padding_mask=padding))
         assert torch.equal(gpu.attend_again(other, prepared, "why", n, padding), expected)
     assert gpu.attend_again(q, prepared, "why", 31, None) is None
+    few = gpu.prepared(q, held(1), Mask(True), ScoreRules(0.125), 0.0, None)
+    assert few is None  # a single key has any stride
 
 
 @pytest.mark.gpu
@@ -223,6 +225,12 @@ def test_steps_over_a_growing_cache(options):
             assert torch.equal(out, sparse_feature_decode(q, other, **options))
         return view
 
+    short = SparseKVCache(8, dense_dims=16, **options)
+    for end in range(1, 40):
+        q = torch.randn(2, 4, 1, 64, device=DEVICE, dtype=k.dtype)
+        view = short.append(k[:, :, end - 1 : end], v[:, :, end - 1 : end])
+        expected = sparse_feature_decode(q, KVView(*view, view.v_scale))
+        assert torch.equal(sparse_feature_decode(q, view), expected)
     cache.append(k[:, :, :290], v[:, :, :290])
     for end in range(291, 312):
         view = step(cache, end - 1, end)

@@ -52,14 +52,18 @@ def decode(
     )  # fmt: skip
 
 
+FEWEST_KEYS = 32  # that the kernel for Hopper takes; the strides of fewer need not be those of more
+
+
 def prepared(
     q: Tensor, kv: KVView, mask: Mask, scores: ScoreRules, value_tolerance: float, topk_query: int | None
 ) -> Prepared | None:
-    """The kernel for queries of this form over the buffers of `kv`, on a Hopper GPU and where it takes them. None elsewhere."""
+    """The kernel for queries of this form over the buffers of `kv`, of which it sees `FEWEST_KEYS` at least, on a Hopper GPU and where it
+    takes them. None elsewhere."""
     from .hopper import decode as hopper
 
     held = Held.of(kv)
-    if q.stride(-1) != 1 or hopper.obstacle(q, held) is not None:
+    if q.stride(-1) != 1 or kv.v.shape[2] < FEWEST_KEYS or hopper.obstacle(q, held) is not None:
         return None
     found = hopper.Prepared.of(Call(q, held, None, mask, scores, value_tolerance, topk_query))
     return None if isinstance(found, str) else found
