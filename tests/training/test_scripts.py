@@ -13,7 +13,7 @@ import pytest
 from flashsfa.training import recipe
 
 ROOT = Path(__file__).parents[2]
-STUDIES = sorted(p.name for p in (ROOT / "recipes").glob("*.sh") if p.name != "queue.sh")
+STUDIES = sorted(p.name for p in (ROOT / "recipes").glob("*.sh") if p.name not in ("queue.sh", "long.sh"))
 pytestmark = pytest.mark.skipif(shutil.which("xargs") is None or shutil.which("bash") is None, reason="needs a shell")
 
 # Stands in for flashsfa, and behind torchrun's options too: notes its arguments, and a run ends with a result.
@@ -29,7 +29,7 @@ echo {} > "$5/result.json"
 """
 
 
-def script(tmp_path, name, *arguments, rows="", gpus=2, jobs=None):
+def script(tmp_path, name, *arguments, rows="", gpus=2, jobs=None, picked=None):
     """What a script of recipes/ prints, and the commands that it started, in the order of their names."""
     for command in ("flashsfa", "torchrun"):
         file = tmp_path / "bin" / command
@@ -40,6 +40,7 @@ def script(tmp_path, name, *arguments, rows="", gpus=2, jobs=None):
     notes.write_text("")
     own = {"PATH": f"{file.parent}{os.pathsep}{os.environ['PATH']}", "NOTES": str(notes), "GPUS": str(gpus)}
     own |= {} if jobs is None else {"JOBS": str(jobs)}
+    own |= {} if picked is None else {"ROWS": picked}
     done = subprocess.run(
         [str(ROOT / "recipes" / name), *arguments], cwd=ROOT, env=os.environ | own, input=rows, text=True, capture_output=True,
         timeout=120, check=True,
@@ -105,3 +106,25 @@ def test_each_row_of_a_study_is_a_recipe_of_its_own(tmp_path, study):
     names = [words[words.index("-o") + 1] for words in runs]
     assert baselines
     assert set(baselines) <= set(names)
+
+
+def test_finished_runs_go_on_at_a_longer_context(tmp_path):
+    """By their own recipes, and once."""
+    runs = [tmp_path / "dense", tmp_path / "sparse"]
+    for run in runs:
+        run.mkdir()
+        shutil.copy(ROOT / "recipes" / "qwen3-d128.yaml", run / "recipe.yaml")
+    _, commands = script(tmp_path, "long.sh", *map(str, runs))
+    assert [words[6] for words in commands] == [f"{run}-8k" for run in runs]
+    settings = [word for before, word in itertools.pairwise(commands[1]) if before == "--set"]
+    read = recipe.read(recipe.PretrainRecipe, Path(commands[1][4]), settings)
+    assert read.model.start == str(runs[1])
+    assert read.data.context == 8192
+    assert read.attention.topk == 16
+    assert script(tmp_path, "long.sh", *map(str, runs))[1] == []
+
+
+def test_rows_of_a_study_are_picked_by_their_names(tmp_path):
+    _, commands = script(tmp_path, "scale.sh", str(tmp_path / "out"), picked="qwen3-dense|gpt2-k8")
+    names = {Path(words[words.index("-o") + 1]).name for words in commands if "pretrain" in words}
+    assert names == {"qwen3-dense", "gpt2-k8"}
