@@ -3,8 +3,8 @@
     python benchmarks/cache_quality.py TRAIN.txt TEXT.txt [TEXT.txt ...] [--only NAME ...]
 
 Calibrates on 16 windows of 1024 tokens evenly over TRAIN.txt, and evaluates on each TEXT: 12 windows of 1024 tokens in float32, and on the last
-TEXT 8 windows of 8192 in bfloat16. Bytes are those of live caches. `--only` measures the rows of these names alone, beside "dense". Writes benchmarks/results/cache-DATE-COMMIT.json;
-three minutes on an H200.
+TEXT 8 windows of 8192 in bfloat16. Bytes are those of live caches. `--only` measures the rows of these names alone, beside "dense".
+Writes benchmarks/results/cache-DATE-COMMIT.json; three minutes on an H200.
 """
 
 from __future__ import annotations

@@ -152,7 +152,7 @@ def sparse_feature_decode(
             q.shape[-1], topk, topk_query=topk_query, dense_dims=dense_dims, query_pattern=query_pattern
         ), ScoreRules.of(q, scale, softcap, sinks)
 
-    if kv.prepared is not None and not return_lse and has_values(q) and q.is_cuda:
+    if kv.prepared is not None and not return_lse and has_values(q):
         refuse_transforms("sparse_feature_decode", _DIFFERENTIABLE, q)
         budget, scores = rules()
         again = _again(q, kv, budget, mask, scores, value_tolerance)
@@ -198,7 +198,7 @@ def _again(
     where that is not possible."""
     kept, padding, keys = kv.prepared, mask.key_padding_mask, kv.v.shape[2]
     if (
-        kept is None or not q.is_cuda or q.ndim != 4 or q.shape[2] > FEW_QUERIES or keys < gpu.FEWEST_KEYS
+        kept is None or q.ndim != 4 or q.shape[2] > FEW_QUERIES or keys < gpu.FEWEST_KEYS
         or scores.sinks is not None or mask.kv_lens is not None or budget.query_pattern is not None
         or torch.compiler.is_compiling() or is_checked() or (q.requires_grad and torch.is_grad_enabled())
     ):  # fmt: skip

@@ -473,7 +473,7 @@ class _Held:
         """The tokens held."""
         kv = self.kv.map(lambda x: x[:, :, : tokens.coded])
         if not self.kv.exact:
-            return kv.over(self.readers)
+            return kv.over(self.readers) if nvrtc.is_hopper(kv.v.device) else kv
         if self.kv.is_placed:
             return kv
         first = None if kv.first is None else kv.first.tokens(0, tokens.first)

@@ -81,8 +81,9 @@ def build(model: Model, attention: Attention, context: int, vocab_size: int | No
         made: Core
         if hasattr(module, "sfa"):
             coding: LayerCoding = module.sfa  # type: ignore[assignment]
-            same = FeatureBasis.identity(kv_heads, head_dim)
-            trained = TrainedBasis(same, head_dim**-0.5) if attention.train_basis else None
+            trained = None
+            if attention.train_basis:
+                trained = TrainedBasis(FeatureBasis.identity(kv_heads, head_dim), head_dim**-0.5)
             made = SparseCore(coding, attention.gradient, trained)
         elif attention.kind == "int8":
             made = QuantizedCore()

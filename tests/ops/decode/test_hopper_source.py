@@ -7,7 +7,7 @@ import pytest
 from flashsfa.ops.decode.hopper import compiler
 from flashsfa.ops.nvrtc import cuda
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("nvrtc")]
 BASE = compiler.Variant(
     is_bf16=True, head_dim=128, value_dim=128, rows=1, query_dims=128, channel=0, channel_bits=16, kept=16, kept_bits=16, index_bits=8,
     value_bits=16, channel_scale_bytes=0, kept_scale_bytes=0, value_scale_bytes=0, channel_centred=False, value_centred=False,
@@ -52,15 +52,6 @@ VARIANTS = {
     },
     "axes": {**FOUR_BITS, "channel": 192, "channel_bits": 2, "query_dims": 192, "kept": 0, "channel_stride": 48},
 }
-
-
-@pytest.fixture(autouse=True)
-def nvrtc(tmp_path, monkeypatch):
-    try:
-        cuda.nvrtc_version()
-    except cuda.CompilationError as error:
-        pytest.skip(str(error))
-    monkeypatch.setenv("FLASHSFA_CACHE", str(tmp_path))
 
 
 @pytest.mark.parametrize("rows", [1, 8])

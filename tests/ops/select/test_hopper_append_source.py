@@ -2,20 +2,10 @@
 
 import pytest
 
-from flashsfa.ops.nvrtc import cuda
 from flashsfa.ops.select.hopper import compiler
 from flashsfa.ops.select.hopper.compiler import Variant
 
-pytestmark = pytest.mark.cpu
-
-
-@pytest.fixture(autouse=True)
-def nvrtc(tmp_path, monkeypatch):
-    try:
-        cuda.nvrtc_version()
-    except cuda.CompilationError as error:
-        pytest.skip(str(error))
-    monkeypatch.setenv("FLASHSFA_CACHE", str(tmp_path))
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("nvrtc")]
 
 
 @pytest.mark.parametrize("is_8_bit", [False, True])

@@ -20,6 +20,8 @@ from .held import NAMES, ROWS, Call, Held
 if TYPE_CHECKING:
     from .hopper.decode import Prepared
 
+FEWEST_KEYS = 32  # that the kernel for Hopper takes; the strides of fewer need not be those of more
+
 
 def decode(
     q: Tensor,
@@ -50,9 +52,6 @@ def decode(
         q, [held.tensors.get(name) for name in NAMES], held.sizes, kv.page_table, mask.kv_lens, mask.key_padding_mask, mask.window,
         [scores.scale, scores.softcap or 0.0, value_tolerance], topk_query, backend,
     )  # fmt: skip
-
-
-FEWEST_KEYS = 32  # that the kernel for Hopper takes; the strides of fewer need not be those of more
 
 
 def prepared(

@@ -12,7 +12,7 @@ import ctypes
 import functools
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -40,6 +40,16 @@ def obstacle() -> str | None:
     except cuda.CompilationError as error:
         return str(error)
     return None
+
+
+def defines(values: Mapping[str, object]) -> str:
+    """What the files of a kernel know of one specialisation: a constant for each value."""
+    return "".join(f"#define {name.upper()} {value}\n" for name, value in values.items())
+
+
+def listed(folder: Path, files: Iterable[str]) -> str:
+    """The text of source files, each under its name and lines."""
+    return "".join(f'#line 1 "{name}"\n{(folder / name).read_text()}' for name in files)
 
 
 def machine_code(name: str, source: str, *, afresh: bool = False) -> bytes:

@@ -14,15 +14,6 @@ pytestmark = pytest.mark.cpu
 TILE = compiler.Tile(BF16, 64, 64)
 
 
-@pytest.fixture
-def nvrtc(tmp_path, monkeypatch):
-    monkeypatch.setenv("FLASHSFA_CACHE", str(tmp_path))
-    try:
-        cuda.nvrtc_version()
-    except cuda.CompilationError as error:
-        pytest.skip(str(error))
-
-
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize(
     ("head_dim", "value_dim", "dense_dims", "long_context"),

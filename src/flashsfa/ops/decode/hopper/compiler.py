@@ -11,6 +11,7 @@ from .params import Params
 
 SOURCES = Path(__file__).parent
 FILES = (
+    "../../nvrtc/types.cuh",
     "params.cuh",
     "../../nvrtc/warp.cuh",
     "../../nvrtc/largest.cuh",
@@ -116,14 +117,14 @@ _NAMES = {"has_several_queries": "several_queries", "is_capped": "capped", "is_t
 
 def source(variant: Variant) -> str:
     """The CUDA source of one specialisation: its sizes, and all files, each under its name and lines."""
-    return constants(variant) + "".join(f'#line 1 "{name}"\n{(SOURCES / name).read_text()}' for name in FILES)
+    return constants(variant) + nvrtc.listed(SOURCES, FILES)
 
 
 def constants(variant: Variant) -> str:
     """What the files know of the specialisation."""
     values = {_NAMES.get(name, name): int(value) for name, value in asdict(variant).items()}
     values |= {"segment": variant.segment, "params_bytes": ctypes.sizeof(Params), "shared_bytes": variant.shared_bytes}
-    return "".join(f"#define {name.upper()} {value}\n" for name, value in values.items())
+    return nvrtc.defines(values)
 
 
 def compile_cubin(variant: Variant, *, afresh: bool = False) -> bytes:

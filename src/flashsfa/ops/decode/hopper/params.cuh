@@ -1,10 +1,5 @@
 // What a launch passes. `Params` of params.py mirrors it.
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef long long i64;
-
 // A cache tensor [outer, head, key, ...] as bytes. The outer dimension is the sequence, or the page of a pool.
 struct Rows {
   const u8* data;

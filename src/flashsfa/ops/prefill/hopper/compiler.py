@@ -82,9 +82,7 @@ def source(tile: Tile) -> str:
         "TENSOR_MAP_BYTES": cuda.TENSOR_MAP_BYTES,
         "SHARED_BYTES": tile.shared_bytes,
     }
-    defines = "".join(f"#define {name} {value}\n" for name, value in constants.items())
-    files = "".join(f'#line 1 "{name}"\n{(SOURCES / name).read_text()}' for name in _FILES)
-    return defines + _matrix_functions(tile) + files
+    return nvrtc.defines(constants) + _matrix_functions(tile) + nvrtc.listed(SOURCES, _FILES)
 
 
 def _ptx_type(dtype: torch.dtype) -> str:

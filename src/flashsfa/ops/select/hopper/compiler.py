@@ -11,7 +11,13 @@ from ... import nvrtc
 from .params import Params
 
 SOURCES = Path(__file__).parent
-FILES = ("params.cuh", "../../nvrtc/warp.cuh", "../../nvrtc/largest.cuh", "append.cu")  # as they use one another
+FILES = (
+    "../../nvrtc/types.cuh",
+    "params.cuh",
+    "../../nvrtc/warp.cuh",
+    "../../nvrtc/largest.cuh",
+    "append.cu",
+)  # as they use one another
 
 
 @dataclass(frozen=True)
@@ -37,14 +43,14 @@ class Variant:
 
 def source(variant: Variant) -> str:
     """The CUDA source of one specialisation: its sizes, and all files, each under its name and lines."""
-    return constants(variant) + "".join(f'#line 1 "{name}"\n{(SOURCES / name).read_text()}' for name in FILES)
+    return constants(variant) + nvrtc.listed(SOURCES, FILES)
 
 
 def constants(variant: Variant) -> str:
     """What the files know of the specialisation."""
     values = {name: int(value) for name, value in asdict(variant).items()}
     values |= {"threads": variant.threads, "params_bytes": ctypes.sizeof(Params)}
-    return "".join(f"#define {name.upper()} {value}\n" for name, value in values.items())
+    return nvrtc.defines(values)
 
 
 def compile_cubin(variant: Variant, *, afresh: bool = False) -> bytes:

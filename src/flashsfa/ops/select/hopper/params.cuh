@@ -1,10 +1,5 @@
 // What a launch passes. `Params` of params.py mirrors it.
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef long long i64;
-
 struct Params {
   const u16* k;  // [batch, heads, tokens, HEAD_DIM], contiguous in its last dimension
   const u16* v;  // [batch, heads, tokens, VALUE_DIM], likewise
