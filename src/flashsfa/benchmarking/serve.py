@@ -285,8 +285,6 @@ def _server(side: _Side, folder: str) -> Iterator[str]:
         port = free.getsockname()[1]
     log = Path(folder, "server.log")
     quiet = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    # without it the server would outlive this process
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with log.open("w") as out:
         server = subprocess.Popen(
             side.command(folder, port), stdout=out, stderr=out, env=os.environ | quiet, start_new_session=True
