@@ -136,8 +136,8 @@ class FeatureCodes:
             None if self.scale is None else change(self.scale, *(x.scale for x in others)),
         )
 
-    def of_views(self, dense: Tensor, values: Tensor, indices: Tensor, scale: Tensor | None) -> FeatureCodes:
-        """Codes of views of these parts, alike of each: they fit one another as the parts do, and are not checked again, which
+    def of_views(self, dense: Tensor, values: Tensor, indices: Tensor, scale: Tensor | None = None) -> FeatureCodes:
+        """Codes of views of `tensors()`, alike of each: they fit one another as the parts do, and are not checked again, which
         would take the host as long as to make them."""
         codes = object.__new__(FeatureCodes)
         codes.__dict__.update(dense=dense, values=values, indices=indices, head_dim=self.head_dim, scale=scale)

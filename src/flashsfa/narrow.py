@@ -54,6 +54,13 @@ class Rows:
         """The same with each tensor changed alike, in leading dimensions or device, together with its like of `others`."""
         return self._changed(lambda name, x: change(x, *(getattr(other, name) for other in others)))
 
+    def of_views(self, *views: Tensor) -> Self:
+        """The same with `views` of its `tensors()`, alike of each: they fit one another as the parts do, and are not checked again."""
+        made = object.__new__(type(self))
+        names = (name for name in (*self._wide, *self._scales) if getattr(self, name) is not None)
+        made.__dict__.update(self.__dict__ | dict(zip(names, views, strict=True)))
+        return made
+
     def __getitem__(self, index: Any) -> Self:
         """Index the leading dimensions, as `x[index]` does for a tensor; a row stays whole."""
         index = index if isinstance(index, tuple) else (index,)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from ..contexts import lasting_tensors
 from ..formats import CodeFormat
 from ..narrow import NarrowRows
 from ..ops import nvrtc
-from ..ops.select.hopper.append import Append, Buffers
+from ..ops.select.hopper.append import Append, Buffers, Ring
 from ..ops.select.operators import append, append_8_bit, append_op, has_fused, prepared_append
 from ..stored import ExactKV, KeyCodes, KVView
 from .exact import ExactSlots
@@ -287,22 +287,32 @@ class SparseKVCache(Coded):
         """As `append`, for tokens of a form that came before to the same buffers, as at each step of decode: what was checked then is
         not checked again. None for all other cases."""
         held = self._held
-        if held is None or not held.writers or self.first or self.recent or self._mark is not None:
+        if held is None or not held.writers or self._mark is not None:
             return None
         if not (type(k) is type(v) is Tensor and runs_plainly(k, v)) or is_checked():
             return None
-        write, coded = held.writers.get(_form(k, v)), self._tokens.coded
-        end = coded + k.shape[2]
-        if write is None or end > held.kv.v.shape[2]:
+        write, before = held.writers.get(_form(k, v)), self._tokens
+        if write is None:
             return None
-        write(k, v, coded)
-        self._tokens = _Tokens(self._tokens.forgotten, coded=end)
-        return held.features(end)
+        step = before.step(k.shape[2], self.first, self.recent)
+        tokens = before.after(step)
+        if not step.is_usual or not held.has_room(tokens):
+            return None
+        before.write(write, k, v, step)
+        self._tokens = tokens
+        return held.again(tokens)
 
     def _write(self, held: _Held, k: Tensor, v: Tensor, step: _Step) -> tuple[_Held, _Tokens]:
         """Store k and v where nothing is held yet: the first tokens of the sequence and the newest as they are, and codes of those
         that leave the newest. The buffers, others where they are full, and what they hold then."""
-        tokens, kv, fresh = self._tokens, held.kv, ExactKV(k, v)
+        tokens, fresh = self._tokens, ExactKV(k, v)
+        if not held.has_room(tokens.after(step)):
+            held, tokens = held.with_recent(tokens.slot, tokens.slot + tokens.recent), tokens._replace(slot=0)
+        kv, after = held.kv, tokens.after(step)
+        write = held.writer(k, v) if step.is_usual else None
+        if write is not None:
+            tokens.write(write, k, v, step)
+            return held, after
         if kv.first is not None and step.first:
             _put(kv.first, fresh.tokens(0, step.first), tokens.first)
         new = fresh.tokens(step.first, step.first + step.new)
@@ -311,21 +321,13 @@ class SparseKVCache(Coded):
             new = old if new is None else old.map(lambda *x: torch.cat(x, dim=2), new)
         if new is not None:
             self._code(held, new.k, new.v, tokens.coded)
-        slot, kept = tokens.slot + step.old, tokens.recent - step.old
-        if kv.recent is not None and slot + kept + step.recent > kv.recent.k.shape[2]:
-            held, slot = held.with_recent(slot, slot + kept), 0
-        if held.kv.recent is not None and step.recent:
-            _put(held.kv.recent, fresh.tokens(k.shape[2] - step.recent), slot + kept)
-        coded = tokens.coded + step.old + step.new
-        return held, _Tokens(tokens.forgotten, tokens.first + step.first, coded, kept + step.recent, slot)
+        if kv.recent is not None and step.recent:
+            _put(kv.recent, fresh.tokens(k.shape[2] - step.recent), after.slot + after.recent - step.recent)
+        return held, after
 
     def _code(self, held: _Held, k: Tensor, v: Tensor, start: int) -> None:
         """Code k and write it with v at coded token `start`, where nothing is held yet."""
-        kv, write = held.kv, held.writer(k, v)
-        codes = kv.codes
-        if write is not None:
-            write(k, v, start)
-            return
+        kv, codes = held.kv, held.kv.codes
         if isinstance(codes, FeatureCodes) and isinstance(kv.v, Tensor) and has_fused(k):
             parts = codes.dense, codes.values, codes.indices
             if codes.scale is None:
@@ -364,8 +366,7 @@ class SparseKVCache(Coded):
             return _Held(replace(kv, first=exact(self.first), recent=exact(2 * self.recent)), k.dtype)
 
 
-@dataclass(frozen=True)
-class _Tokens:
+class _Tokens(NamedTuple):
     """How many tokens are held, and where.
 
     Attributes:
@@ -392,11 +393,20 @@ class _Tokens:
         old = min(leaving, self.recent)
         return _Step(to_first, old, leaving - old, count - (leaving - old))
 
+    def after(self, step: _Step) -> _Tokens:
+        """What is held after a step, in buffers that have room for it."""
+        first, coded = self.first + step.first, self.coded + step.old + step.new
+        return _Tokens(self.forgotten, first, coded, self.recent - step.old + step.recent, self.slot + step.old)
+
+    def write(self, write: Append, k: Tensor, v: Tensor, step: _Step) -> None:
+        """Have `write` do a step that is a usual one."""
+        write(k, v, self.coded, Ring(step.old, self.slot, self.slot + self.recent) if step.recent else None)
+
     def cropped(self, length: int) -> _Tokens:
         """The first `length` of the held tokens."""
         first = min(self.first, length)
         coded = min(self.coded, length - first)
-        return replace(self, first=first, coded=coded, recent=min(self.recent, length - first - coded))
+        return self._replace(first=first, coded=coded, recent=min(self.recent, length - first - coded))
 
     def without(self, count: int) -> _Tokens:
         """The held tokens but the first `count`."""
@@ -409,8 +419,7 @@ class _Tokens:
         )
 
 
-@dataclass(frozen=True)
-class _Step:
+class _Step(NamedTuple):
     """Where the tokens of an append go: the next `first` to the first ones, `old` of the newest held and the next `new` to the coded
     ones, and the last `recent` to the newest."""
 
@@ -418,6 +427,11 @@ class _Step:
     old: int
     new: int
     recent: int
+
+    @property
+    def is_usual(self) -> bool:
+        """Whether all new tokens go to one place: the newest, or where none are kept the coded ones."""
+        return not self.first and not (self.new and self.recent)
 
 
 @dataclass(frozen=True)
@@ -436,8 +450,15 @@ class _Held:
     def __reduce__(self) -> tuple[type[_Held], tuple[KVView, torch.dtype]]:
         return _Held, (self.kv, self.input_dtype)  # a copy has buffers of its own, and what writes to them
 
+    def has_room(self, tokens: _Tokens) -> bool:
+        """Whether the buffers hold so many, where they lie."""
+        recent = self.kv.recent
+        return tokens.coded <= self.kv.v.shape[2] and (
+            recent is None or tokens.slot + tokens.recent <= recent.k.shape[2]
+        )
+
     def writer(self, k: Tensor, v: Tensor) -> Append | None:
-        """What writes tokens such as k and v to the coded ones for less of the host's time, where something does."""
+        """What does a usual step of tokens such as k and v for less of the host's time, where something does."""
         if not nvrtc.is_hopper(k.device) or not runs_plainly(k, v) or self._buffers is None:
             return None
         form = _form(k, v)
@@ -445,29 +466,32 @@ class _Held:
             self.writers[form] = prepared_append(k, v, self._buffers)
         return self.writers[form]
 
-    def features(self, tokens: int) -> KVView:
-        """As `view` of the first `tokens`, for buffers with a writer and no exact tokens: for a third of the host's time, as their
-        strides are known and parts that fit one another still do."""
-        codes = self.kv.codes
-        assert isinstance(codes, FeatureCodes)
-        dense, values, indices, v, *scales = [
-            x.as_strided((*heads, tokens, *width), strides) for x, heads, width, strides in self._layout
-        ]
-        scale, v_scale = scales or (None, None)
-        return KVView(codes.of_views(dense, values, indices, scale), v, v_scale).over(self.readers)
+    def again(self, tokens: _Tokens) -> KVView:
+        """As `view`, for buffers with a writer: for a third of the host's time, as their strides are known and parts that fit one another
+        still do."""
+        coded, first, recent = self._layouts
+        kv = self.kv.of_views(
+            [x.tokens(0, tokens.coded) for x in coded],
+            _exact_tokens(first, 0, tokens.first),
+            _exact_tokens(recent, tokens.slot, tokens.recent),
+        )
+        return kv if first or recent else kv.over(self.readers)
 
     @functools.cached_property
     def _buffers(self) -> Buffers | None:
-        """Those of coded tokens, if they are feature codes and values as they come or in 8 bits."""
-        codes, v = self.kv.codes, self.kv.v
+        """Those that a step writes, if codes and values are feature codes and values as they come or in 8 bits."""
+        codes, v, recent = self.kv.codes, self.kv.v, self.kv.recent
         if not isinstance(codes, FeatureCodes) or not isinstance(v, Tensor):
             return None
-        return Buffers(codes.dense, codes.values, codes.indices, v, codes.scale, self.kv.v_scale)
+        exact = () if recent is None else (recent.k, recent.v)
+        return Buffers(codes.dense, codes.values, codes.indices, v, codes.scale, self.kv.v_scale, *exact)
 
     @functools.cached_property
-    def _layout(self) -> list[tuple[Tensor, tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
-        """Buffers [B, H, C, ...] with [B, H], what follows C, and their strides."""
-        return [(x, x.shape[:2], x.shape[3:], x.stride()) for x in self._buffers or () if x is not None]
+    def _layouts(self) -> tuple[list[_Layout], list[_Layout], list[_Layout]]:
+        """Of the buffers of coded tokens, the first ones and the newest."""
+        exact = ([] if x is None else [x.k, x.v] for x in (self.kv.first, self.kv.recent))
+        coded, first, recent = ([_Layout.of(x) for x in parts] for parts in (self.kv.tensors(), *exact))
+        return coded, first, recent
 
     def view(self, tokens: _Tokens) -> KVView:
         """The tokens held."""
@@ -506,6 +530,29 @@ class _Held:
             return replace(
                 self, kv=replace(self.kv, recent=self.kv.recent.map(lambda x: _moved(x, start, end, x.shape[2])))
             )
+
+
+class _Layout(NamedTuple):
+    """A buffer [B, H, C, ...]: its [B, H], what follows C, its strides, and where it begins."""
+
+    buffer: Tensor
+    heads: tuple[int, ...]
+    width: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+
+    @classmethod
+    def of(cls, x: Tensor) -> _Layout:
+        return cls(x, x.shape[:2], x.shape[3:], x.stride(), int(x.storage_offset()))
+
+    def tokens(self, start: int, count: int) -> Tensor:
+        """A view of `count` tokens from `start` on."""
+        shape = *self.heads, count, *self.width
+        return self.buffer.as_strided(shape, self.strides, self.offset + start * self.strides[2])
+
+
+def _exact_tokens(layouts: list[_Layout], start: int, count: int) -> ExactKV | None:
+    return ExactKV(*(x.tokens(start, count) for x in layouts)) if layouts and count else None
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 // Codes keys and stores them and their values in a cache's buffers: a block per token of a head, one warp of which has the key and one the
-// value. Entry d of a row is entry d / 32 of lane d % 32.
+// value. Entry d of a row is entry d / 32 of lane d % 32. Where the newest tokens are kept as they come, what is coded is those that leave
+// them, and new ones take other slots.
 
 constexpr int LANES = 32;
 constexpr int KEY_ENTRIES = (HEAD_DIM + LANES - 1) / LANES, VALUE_ENTRIES = (VALUE_DIM + LANES - 1) / LANES;  // of a lane
@@ -90,12 +91,32 @@ DEVICE void append_value(const Params& p, const u16* v, i64 row) {
     if (i * LANES + lane < VALUE_DIM) store(stored, i * LANES + lane, x[i], scale);
 }
 
+// A row as it is.
+template <int WIDTH>
+DEVICE void keep(u16* kept, const u16* row) {
+#pragma unroll
+  for (int d = lane_id(); d < WIDTH; d += LANES) kept[d] = row[d];
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS) append_kernel(const __grid_constant__ Params p) {
   const int batch_head = blockIdx.y;
   const i64 token = blockIdx.x, batch = batch_head / p.heads, head = batch_head % p.heads;
   const i64 row = i64(batch_head) * p.capacity + p.start + token;
-  if (threadIdx.x < LANES)
-    append_key(p, p.k + batch * p.k_batch + head * p.k_head + token * p.k_token, row);
+  const bool has_key = threadIdx.x < LANES;
+  const u16* k = p.k + batch * p.k_batch + head * p.k_head + token * p.k_token;
+  const u16* v = p.v + batch * p.v_batch + head * p.v_head + token * p.v_token;
+  if constexpr (HAS_RECENT) {
+    const i64 slot = i64(batch_head) * p.recent_capacity + token, oldest = slot + p.oldest, newest = slot + p.newest;
+    if (has_key)
+      keep<HEAD_DIM>(p.recent_k + newest * HEAD_DIM, k);
+    else
+      keep<VALUE_DIM>(p.recent_v + newest * VALUE_DIM, v);
+    if (token >= p.leaving) return;
+    k = p.recent_k + oldest * HEAD_DIM;
+    v = p.recent_v + oldest * VALUE_DIM;
+  }
+  if (has_key)
+    append_key(p, k, row);
   else
-    append_value(p, p.v + batch * p.v_batch + head * p.v_head + token * p.v_token, row);
+    append_value(p, v, row);
 }

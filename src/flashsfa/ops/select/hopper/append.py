@@ -1,6 +1,7 @@
 """A few tokens appended to a cache for little of the host's time: what can be known before is prepared once.
 
-A warp codes a key and another stores its value; what a launch passes is ready but for the addresses of keys and values and the place they go to.
+A warp codes a key and another stores its value, or they store both as they come and code what leaves the newest tokens for them. What a launch
+passes is ready but for the addresses of keys and values and the places they go to.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ _MOST_VALUE_DIM = 1024  # the warp of a value holds it in registers
 
 
 class Buffers(NamedTuple):
-    """Those of a cache, contiguous [B, H, C, ...], named as in `FeatureCodes` and `KVView`: int8 where they have scales [B, H, C] float32."""
+    """Those of a cache, contiguous [B, H, C, ...], named as in `FeatureCodes` and `KVView`: int8 where they have scales [B, H, C] float32.
+    And [B, H, R, ...] the newest tokens as they came, where they are kept so."""
 
     dense: Tensor
     values: Tensor
@@ -32,23 +34,41 @@ class Buffers(NamedTuple):
     v: Tensor
     scale: Tensor | None = None
     v_scale: Tensor | None = None
+    recent_k: Tensor | None = None
+    recent_v: Tensor | None = None
+
+
+class Ring(NamedTuple):
+    """Where the newest tokens lie in their buffers: the `leaving` ones from slot `oldest` on are coded in place of what is appended, which
+    goes to slot `newest` and the next ones."""
+
+    leaving: int
+    oldest: int
+    newest: int
 
 
 class Append:
     """Writes tokens of one form (shape, strides, dtype and device of keys and values) to buffers that lie where they lay."""
 
-    def __init__(
-        self, kernel: ctypes.c_void_p, device: int, grid: tuple[int, int, int], last: int, params: Params
-    ) -> None:
-        self._kernel, self._device, self._grid, self._last, self._params = kernel, device, grid, last, params
+    def __init__(self, kernel: ctypes.c_void_p, device: int, grid: tuple[int, int, int], params: Params) -> None:
+        self._kernel, self._device, self._grid, self._params = kernel, device, grid, params
+        self._capacity, self._recent_capacity = params.capacity, params.recent_capacity
 
-    def __call__(self, k: Tensor, v: Tensor, start: int) -> None:
-        """Code k and write it with v at token `start`. That both have the form is the caller's to know."""
-        require(
-            0 <= start <= self._last,
-            lambda: f"{self._grid[0]} tokens at {start} do not fit: {self._last} is the last place",
-        )
-        params = self._params
+    def __call__(self, k: Tensor, v: Tensor, start: int, ring: Ring | None = None) -> None:
+        """Code k and write it with v at token `start`; what leaves the `ring` in their place, for buffers with newest tokens. That both
+        have the form is the caller's to know."""
+        n, params = self._grid[0], self._params
+        coded = n
+        if self._recent_capacity:
+            assert ring is not None
+            coded, oldest, newest = ring
+            require(
+                0 <= oldest <= oldest + coded <= newest <= self._recent_capacity - n and coded <= n,
+                lambda: f"{n} of the newest tokens do not fit {self._recent_capacity} slots as {ring}",
+            )
+            params.leaving, params.oldest, params.newest = ring
+        last = self._capacity - coded
+        require(0 <= start <= last, lambda: f"{coded} tokens at {start} do not fit: {last} is the last place")
         params.k, params.v, params.start = k.data_ptr(), v.data_ptr(), start
         launch(self._kernel, self._device, self._grid, params)
 
@@ -72,15 +92,18 @@ def prepare(k: Tensor, v: Tensor, buffers: Buffers) -> Append | str | None:
         kept=buffers.values.shape[-1],
         value_dim=v.shape[-1],
         is_8_bit=buffers.scale is not None,
+        has_recent=buffers.recent_k is not None,
     )
     kernel = load(variant, device)
     if isinstance(kernel, str):
         return kernel
-    dense, values, indices, stored_v, scale, v_scale = (None if x is None else x.data_ptr() for x in buffers)
+    dense, values, indices, stored_v, scale, v_scale, *exact = (None if x is None else x.data_ptr() for x in buffers)
+    strides = *k.stride()[:3], *v.stride()[:3]
     params = Params(
-        None, None, dense, values, indices, scale, stored_v, v_scale, *k.stride()[:3], *v.stride()[:3], heads, capacity
-    )
-    return Append(kernel, device, (n, batch * heads, 1), capacity - n, params)
+        None, None, dense, values, indices, scale, stored_v, v_scale, *exact, *strides, heads, capacity,
+        recent_capacity=0 if buffers.recent_k is None else buffers.recent_k.shape[2],
+    )  # fmt: skip
+    return Append(kernel, device, (n, batch * heads, 1), params)
 
 
 @functools.cache
@@ -131,13 +154,20 @@ def _require_fit(k: Tensor, v: Tensor, buffers: Buffers) -> None:
         "scale": ((), torch.float32),
         "v_scale": ((), torch.float32),
     }
-    for (name, buffer), (width, dtype) in zip(buffers._asdict().items(), expected.values(), strict=True):
+    exact = {"recent_k": ((head_dim,), k.dtype), "recent_v": ((v.shape[-1],), k.dtype)}
+    require(
+        (buffers.recent_k is None) == (buffers.recent_v is None),
+        "the newest tokens are keys and values both or neither",
+    )
+    room = capacity if buffers.recent_k is None else buffers.recent_k.shape[2]
+    for name, (width, dtype) in (expected | exact).items():
+        buffer = getattr(buffers, name)
         if buffer is None:
             continue
-        shape = (batch, heads, capacity, *width)
+        shape = (batch, heads, capacity if name in expected else room, *width)
         require(
             buffer.is_contiguous() and buffer.shape == shape and buffer.dtype == dtype and buffer.device == k.device,
             f"the {name} buffer must be contiguous {dtype} {[*shape]} on {k.device}, got {buffer.dtype} {tuple(buffer.shape)} on "
             f"{buffer.device}",
         )
-    require(n <= capacity, f"{n} tokens do not fit buffers of {capacity}")
+    require(n <= room, f"{n} tokens do not fit buffers of {room}")

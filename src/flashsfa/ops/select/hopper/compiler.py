@@ -28,6 +28,7 @@ class Variant:
         is_bf16: whether keys and values come in bfloat16; else float16.
         head_dim: D; dense_dims: M; kept: K; value_dim: Dv.
         is_8_bit: whether codes and values are stored in int8 with scales; else as they come.
+        has_recent: whether the newest tokens are kept as they come.
     """
 
     is_bf16: bool
@@ -36,6 +37,7 @@ class Variant:
     kept: int
     value_dim: int
     is_8_bit: bool
+    has_recent: bool
 
     threads: ClassVar[int] = 64  # of a block: a warp for a key and one for its value
     shared_bytes: ClassVar[int] = 0

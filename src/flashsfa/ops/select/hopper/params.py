@@ -15,6 +15,8 @@ class Params(ctypes.Structure):
         ("scale", ctypes.c_void_p),
         ("stored_v", ctypes.c_void_p),
         ("v_scale", ctypes.c_void_p),
+        ("recent_k", ctypes.c_void_p),
+        ("recent_v", ctypes.c_void_p),
         ("k_batch", ctypes.c_longlong),
         ("k_head", ctypes.c_longlong),
         ("k_token", ctypes.c_longlong),
@@ -24,4 +26,8 @@ class Params(ctypes.Structure):
         ("heads", ctypes.c_int),
         ("capacity", ctypes.c_int),
         ("start", ctypes.c_int),
+        ("recent_capacity", ctypes.c_int),
+        ("leaving", ctypes.c_int),
+        ("oldest", ctypes.c_int),
+        ("newest", ctypes.c_int),
     )
