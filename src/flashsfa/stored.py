@@ -143,14 +143,16 @@ class KVView:
             v = change(self.v, *(x.v for x in others))
         return KVView(codes, v, v_scale, self.kv_lens, self.page_table, self.first, self.recent)
 
-    def of_views(self, views: list[Tensor], first: ExactKV | None, recent: ExactKV | None) -> KVView:
-        """The view with `views` of its `tensors()`, alike of each, and other exact tokens: what fits is not checked again, which would take
+    def of_views(
+        self, codes: list[Tensor], values: list[Tensor], first: ExactKV | None, recent: ExactKV | None
+    ) -> KVView:
+        """The view with views of its `tensors()`, alike of each, and other exact tokens: what fits is not checked again, which would take
         the host as long as to make them."""
-        count = len(self.codes.tensors())
-        codes, (v, *scales) = self.codes.of_views(*views[:count]), views[count:]
+        made = self.codes.of_views(*codes)
         if isinstance(self.v, NarrowRows):
-            return KVView(codes, self.v.of_views(v, *scales), first=first, recent=recent)
-        return KVView(codes, v, scales[0] if scales else None, first=first, recent=recent)
+            return KVView(made, self.v.of_views(*values), first=first, recent=recent)
+        v, v_scale = values if len(values) == 2 else (values[0], None)
+        return KVView(made, v, v_scale, first=first, recent=recent)
 
     def over(self, prepared: dict[Any, Any]) -> KVView:
         """Itself, a view of the buffers that `prepared` belongs to."""

@@ -10,8 +10,10 @@ import torch
 import flashsfa
 from append_cases import BATCH, BITS, DEVICE, HEADS, assert_same_view, draw, same_bits, use_kernel
 from flashsfa import SparseKVCache, explain
+from flashsfa.formats import CodeFormat
 from flashsfa.ops import nvrtc
 from flashsfa.ops.select.hopper import append as hopper
+from held_cases import axis_bits
 
 
 @pytest.fixture(autouse=True)
@@ -19,8 +21,22 @@ def kernel(monkeypatch):
     use_kernel(monkeypatch)
 
 
-STEPS = {"16 bits": {"topk": 8, "dense_dims": 4}, "8 bits": {"topk": 8, "dense_dims": 4, "dtype": torch.int8}}
+FEATURES = {"topk": 8, "dense_dims": 4}
+STEPS = {
+    "16 bits": FEATURES,
+    "8 bits": {**FEATURES, "dtype": torch.int8},
+    "4 bits": {**FEATURES, "dtype": CodeFormat()},
+    "rows in 4 bits": {"topk": 64, "dtype": CodeFormat()},
+    "axes": {"dtype": CodeFormat()},
+    "axes beside values in 8 bits": {"dtype": CodeFormat(v_bits=8)},
+}
 EXACT = {"recent": {"recent": 7}, "first": {"first": 2}, "both": {"recent": 3, "first": 4}}
+
+
+@pytest.fixture(params=STEPS)
+def options(request):
+    options = STEPS[request.param]
+    return options if "topk" in options else {**options, "axes": axis_bits(HEADS, 64)}
 
 
 @pytest.fixture
@@ -44,7 +60,6 @@ def launches(monkeypatch):
 
 
 @pytest.mark.parametrize("exact", EXACT.values(), ids=EXACT)
-@pytest.mark.parametrize("options", STEPS.values(), ids=STEPS)
 def test_a_step_is_one_launch(options, exact, launches, monkeypatch):
     """Nothing else writes, once the form and the buffers have been seen."""
     k, v = draw(30)
@@ -61,8 +76,7 @@ def test_a_step_is_one_launch(options, exact, launches, monkeypatch):
 
 
 @pytest.mark.parametrize("exact", [{}, *EXACT.values()], ids=str)
-@pytest.mark.parametrize("options", STEPS.values(), ids=STEPS)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_whatever_comes_between_steps(options, exact, seed, plainly, launches):
     """Steps of few tokens and of more than the newest, crops, marks, other orders of sequences, copies, and windows: held and returned is
     what a cache without the kernel holds and returns."""
@@ -74,7 +88,7 @@ def test_whatever_comes_between_steps(options, exact, seed, plainly, launches):
         cache, plain = call(cache), plainly(call, plain)
 
     def append(count):
-        k, v = draw(count)
+        k, v = (6 * draw(count)).round()  # sums of a rotation are exact, in whatever order
         assert_same_view(cache.append(k, v), plainly(plain.append, k, v))
         assert_same_view(cache.kv, plain.kv)
 
@@ -115,7 +129,7 @@ def test_token_by_token_as_at_once(bits, options, mode):
     with mode():
         seen = [cache.append(k[:, :, :5], v[:, :, :5])]
         seen += [cache.append(k[:, :, i : i + 1], v[:, :, i : i + 1]) for i in range(5, 30)]
-        assert "topk: hopper" in explain()
+        assert "append: hopper" in explain()
         seen += [cache.append(k[:, :, i : i + 2], v[:, :, i : i + 2]) for i in range(30, 40, 2)]
         whole.append(k, v)
         assert_same_view(seen[-1], cache.kv)
@@ -212,7 +226,7 @@ def test_steps_follow_a_prompt_on_a_gpu(bits):
     assert "topk: triton" in explain()
     for i in range(700, 800):
         assert_same_view(cache.append(k[:, :, i : i + 1], v[:, :, i : i + 1]), cache.kv)
-    assert "topk: hopper" in explain()
+    assert "append: hopper" in explain()
     for one, another in zip(cache.kv.tensors(), whole.kv.tensors(), strict=True):
         same_bits(one, another)
 

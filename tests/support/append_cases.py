@@ -64,6 +64,9 @@ def draw(n=40, dtype=torch.bfloat16, d=64):
 
 
 def assert_same_view(found, expected):
+    assert type(found.codes) is type(expected.codes)
+    assert type(found.v) is type(expected.v)
+    assert (found.codes.shape, found.v.shape, found.nbytes) == (expected.codes.shape, expected.v.shape, expected.nbytes)
     assert [x.stride() for x in found.tensors()] == [x.stride() for x in expected.tensors()]
     for one, another in zip(found.tensors(), expected.tensors(), strict=True):
         same_bits(one, another)

@@ -33,8 +33,10 @@ from ..formats import CodeFormat
 from ..narrow import NarrowRows
 from ..ops import nvrtc
 from ..ops.select.hopper.append import Append, Buffers, Ring
+from ..ops.select.hopper.compiler import Form
 from ..ops.select.operators import append, append_8_bit, append_op, has_fused, prepared_append
 from ..stored import ExactKV, KeyCodes, KVView
+from .buffers import buffers_of
 from .exact import ExactSlots
 
 _GROWTH_TOKENS = 256
@@ -459,39 +461,37 @@ class _Held:
 
     def writer(self, k: Tensor, v: Tensor) -> Append | None:
         """What does a usual step of tokens such as k and v for less of the host's time, where something does."""
-        if not nvrtc.is_hopper(k.device) or not runs_plainly(k, v) or self._buffers is None:
+        if not nvrtc.is_hopper(k.device) or not runs_plainly(k, v):
             return None
         form = _form(k, v)
         if form not in self.writers:
-            self.writers[form] = prepared_append(k, v, self._buffers)
+            self.writers[form] = prepared_append(k, v, *self._buffers)
         return self.writers[form]
 
     def again(self, tokens: _Tokens) -> KVView:
         """As `view`, for buffers with a writer: for a third of the host's time, as their strides are known and parts that fit one another
         still do."""
-        coded, first, recent = self._layouts
+        codes, values, first, recent = self._layouts
+        coded = tokens.coded
         kv = self.kv.of_views(
-            [x.tokens(0, tokens.coded) for x in coded],
+            [x.tokens(0, coded) for x in codes],
+            [x.tokens(0, coded) for x in values],
             _exact_tokens(first, 0, tokens.first),
             _exact_tokens(recent, tokens.slot, tokens.recent),
         )
         return kv if first or recent else kv.over(self.readers)
 
     @functools.cached_property
-    def _buffers(self) -> Buffers | None:
-        """Those that a step writes, if codes and values are feature codes and values as they come or in 8 bits."""
-        codes, v, recent = self.kv.codes, self.kv.v, self.kv.recent
-        if not isinstance(codes, FeatureCodes) or not isinstance(v, Tensor):
-            return None
-        exact = () if recent is None else (recent.k, recent.v)
-        return Buffers(codes.dense, codes.values, codes.indices, v, codes.scale, self.kv.v_scale, *exact)
+    def _buffers(self) -> tuple[Form, Buffers]:
+        return buffers_of(self.kv)
 
     @functools.cached_property
-    def _layouts(self) -> tuple[list[_Layout], list[_Layout], list[_Layout]]:
-        """Of the buffers of coded tokens, the first ones and the newest."""
+    def _layouts(self) -> tuple[list[_Layout], list[_Layout], list[_Layout], list[_Layout]]:
+        """Of the buffers of keys' codes, values, the first tokens and the newest."""
+        keys, parts = self.kv.codes.tensors(), self.kv.tensors()
         exact = ([] if x is None else [x.k, x.v] for x in (self.kv.first, self.kv.recent))
-        coded, first, recent = ([_Layout.of(x) for x in parts] for parts in (self.kv.tensors(), *exact))
-        return coded, first, recent
+        codes, values, first, recent = ([_Layout.of(x) for x in y] for y in (keys, parts[len(keys) :], *exact))
+        return codes, values, first, recent
 
     def view(self, tokens: _Tokens) -> KVView:
         """The tokens held."""

@@ -16,6 +16,7 @@ from .plain import at_support, empty_code, empty_rows, plain_prune_24, plain_sca
 
 if TYPE_CHECKING:
     from .hopper.append import Append, Buffers
+    from .hopper.compiler import Form
 
 # ---- what callers take, which carries gradients
 
@@ -208,17 +209,17 @@ def append_8_bit(
         quantize.write_8_bit(code, v, buffers, start)
 
 
-def prepared_append(k: Tensor, v: Tensor, buffers: Buffers) -> Append | None:
-    """What does the work of `append` and `append_8_bit`, on a Hopper GPU and for tokens such as k and v, for less of the host's time;
-    None where it is left to them. Recorded for `explain()`."""
+def prepared_append(k: Tensor, v: Tensor, form: Form, buffers: Buffers) -> Append | None:
+    """What codes tokens such as k and v and writes them, on a Hopper GPU, in one launch and for little of the host's time; None where it
+    is left to other ways. Recorded for `explain()`."""
     from .hopper import append as kernels
 
-    found = kernels.prepare(k, v, buffers)
+    found = kernels.prepare(k, v, form, buffers)
     if isinstance(found, str):
-        record.record("topk", "triton", found, fallback=True)
+        record.record("append", "torch", found, fallback=True)
         return None
     if found is not None:
-        record.record("topk", "hopper", "one launch for the few tokens that a step appends")
+        record.record("append", "hopper", "one launch for the few tokens that a step appends")
     return found
 
 

@@ -1,6 +1,6 @@
 """A few tokens appended to a cache for little of the host's time: what can be known before is prepared once.
 
-A warp codes a key and another stores its value, or they store both as they come and code what leaves the newest tokens for them. What a launch
+A warp codes a key and another its value, or they store both as they come and code what leaves the newest tokens for them. What a launch
 passes is ready but for the addresses of keys and values and the places they go to.
 """
 
@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ....checks import require
+from ....formats import packed_bytes
 from ... import nvrtc
 from ...nvrtc import cuda
 from . import compiler
-from .compiler import Variant
+from .compiler import Form, Variant
 from .params import Params
 
 _MOST_ROWS = 512  # of all heads: of more, the bytes are what takes time
@@ -25,15 +26,31 @@ _MOST_VALUE_DIM = 1024  # the warp of a value holds it in registers
 
 
 class Buffers(NamedTuple):
-    """Those of a cache, contiguous [B, H, C, ...], named as in `FeatureCodes` and `KVView`: int8 where they have scales [B, H, C] float32.
-    And [B, H, R, ...] the newest tokens as they came, where they are kept so."""
+    """Those of a cache, contiguous [B, H, C, ...], that its form has. And [B, H, R, ...] the newest tokens as they came, where they are kept
+    so.
 
-    dense: Tensor
+    Attributes:
+        values, scale: kept entries of keys, whole rows or levels of axes; with the scale of a row, for codes that of the dense channel.
+        v, v_scale, v_centre: of values.
+        dense, indices, value_scale: of codes.
+        centre: of keys that are whole rows.
+        axis, is_start, top, low, per_step: the tables [H, ...] of an `AxisLayout`.
+    """
+
     values: Tensor
-    indices: Tensor
     v: Tensor
+    dense: Tensor | None = None
+    indices: Tensor | None = None
     scale: Tensor | None = None
+    value_scale: Tensor | None = None
+    centre: Tensor | None = None
     v_scale: Tensor | None = None
+    v_centre: Tensor | None = None
+    axis: Tensor | None = None
+    is_start: Tensor | None = None
+    top: Tensor | None = None
+    low: Tensor | None = None
+    per_step: Tensor | None = None
     recent_k: Tensor | None = None
     recent_v: Tensor | None = None
 
@@ -73,36 +90,26 @@ class Append:
         launch(self._kernel, self._device, self._grid, params)
 
 
-def prepare(k: Tensor, v: Tensor, buffers: Buffers) -> Append | str | None:
-    """What appends tokens such as k [B, H, N, D] and v [B, H, N, Dv] to buffers of a cache on a Hopper GPU; None for those that are
-    left to Triton, and in words why the kernel cannot be had.
+def prepare(k: Tensor, v: Tensor, form: Form, buffers: Buffers) -> Append | str | None:
+    """What appends tokens such as k [B, H, N, D] and v [B, H, N, Dv] to buffers of a cache on a Hopper GPU; None for those that the kernel
+    is not for, and in words why it cannot be had.
 
-    Raises `ValueError` for buffers that do not fit k and v.
+    Raises `ValueError` for buffers that do not fit k, v and the form.
     """
     if not _takes(k, v):
         return None
     if nvrtc.obstacle() is not None:
         return f"the CUDA kernel that appends is compiled at run time: {nvrtc.obstacle()}"
-    _require_fit(k, v, buffers)
-    (batch, heads, n, head_dim), capacity, device = k.shape, buffers.v.shape[2], k.device.index
-    variant = Variant(
-        is_bf16=k.dtype == torch.bfloat16,
-        head_dim=head_dim,
-        dense_dims=buffers.dense.shape[-1],
-        kept=buffers.values.shape[-1],
-        value_dim=v.shape[-1],
-        is_8_bit=buffers.scale is not None,
-        has_recent=buffers.recent_k is not None,
-    )
+    _require_fit(k, v, form, buffers)
+    (batch, heads, n, head_dim), device = k.shape, k.device.index
+    variant = Variant(k.dtype == torch.bfloat16, head_dim, v.shape[-1], buffers.recent_k is not None, form)
     kernel = load(variant, device)
     if isinstance(kernel, str):
         return kernel
-    dense, values, indices, stored_v, scale, v_scale, *exact = (None if x is None else x.data_ptr() for x in buffers)
+    addresses = (None if x is None else x.data_ptr() for x in buffers)
     strides = *k.stride()[:3], *v.stride()[:3]
-    params = Params(
-        None, None, dense, values, indices, scale, stored_v, v_scale, *exact, *strides, heads, capacity,
-        recent_capacity=0 if buffers.recent_k is None else buffers.recent_k.shape[2],
-    )  # fmt: skip
+    recent_capacity = 0 if buffers.recent_k is None else buffers.recent_k.shape[2]
+    params = Params(None, None, *addresses, *strides, heads, buffers.v.shape[2], recent_capacity=recent_capacity)
     return Append(kernel, device, (n, batch * heads, 1), params)
 
 
@@ -124,7 +131,7 @@ def launch(kernel: ctypes.c_void_p, device: int, grid: tuple[int, int, int], par
 
 
 def _takes(k: Tensor, v: Tensor) -> bool:
-    """Whether the kernel is for keys and values of this form: few, of 16 bits, contiguous in the last dimension."""
+    """Whether the kernel is for keys and values like these: few, of 16 bits, contiguous in the last dimension."""
     return (
         k.dtype in (torch.float16, torch.bfloat16)
         and 1 <= k.shape[:3].numel() <= _MOST_ROWS
@@ -133,41 +140,91 @@ def _takes(k: Tensor, v: Tensor) -> bool:
     )
 
 
-def _require_fit(k: Tensor, v: Tensor, buffers: Buffers) -> None:
+def _require_fit(k: Tensor, v: Tensor, form: Form, buffers: Buffers) -> None:
     """The buffers are those of a cache of such keys and values."""
-    (batch, heads, n, head_dim), topk, dense_dims = k.shape, buffers.values.shape[-1], buffers.dense.shape[-1]
+    (batch, heads, n, head_dim), capacity = k.shape, buffers.v.shape[2]
     require(
         v.shape[:3] == k.shape[:3] and v.dtype == k.dtype and v.device == k.device,
         lambda: f"k {tuple(k.shape)} {k.dtype} on {k.device} does not fit v {tuple(v.shape)} {v.dtype} on {v.device}",
     )
     require(
-        topk >= 1 and dense_dims + topk <= head_dim <= 256,
-        lambda: f"keys of {head_dim} features (at most 256) cannot leave {dense_dims} dense and {topk} kept ones",
+        form.dense_dims + form.kept <= head_dim <= 256 and (form.kept >= 1) == (form.index_bits >= 1),
+        lambda: (
+            f"keys of {head_dim} features (at most 256) cannot leave {form.dense_dims} dense and {form.kept} kept ones"
+        ),
     )
-    require((buffers.scale is None) == (buffers.v_scale is None), "codes and values have scales both or neither")
-    stored, capacity = k.dtype if buffers.scale is None else torch.int8, buffers.v.shape[2]
-    expected = {
-        "dense": ((dense_dims,), stored),
-        "values": ((topk,), stored),
-        "indices": ((topk,), torch.uint8),
-        "v": ((v.shape[-1],), stored),
-        "scale": ((), torch.float32),
-        "v_scale": ((), torch.float32),
-    }
-    exact = {"recent_k": ((head_dim,), k.dtype), "recent_v": ((v.shape[-1],), k.dtype)}
+    recent = buffers.recent_k
+    expected = {name: ((batch, heads, capacity, *width), dtype) for name, (width, dtype) in _parts(k, v, form).items()}
+    expected |= {name: ((heads, *width), dtype) for name, (width, dtype) in _tables(head_dim, form).items()}
+    if recent is not None:
+        expected |= {
+            f"recent_{x}": ((batch, heads, recent.shape[2], y.shape[-1]), y.dtype) for x, y in (("k", k), ("v", v))
+        }
+    given = {name: x for name, x in buffers._asdict().items() if x is not None}
     require(
-        (buffers.recent_k is None) == (buffers.recent_v is None),
-        "the newest tokens are keys and values both or neither",
+        given.keys() == expected.keys(),
+        lambda: f"the buffers of {form} must be {', '.join(sorted(expected))}; got {', '.join(sorted(given))}",
     )
-    room = capacity if buffers.recent_k is None else buffers.recent_k.shape[2]
-    for name, (width, dtype) in (expected | exact).items():
-        buffer = getattr(buffers, name)
-        if buffer is None:
-            continue
-        shape = (batch, heads, capacity if name in expected else room, *width)
+    for name, buffer in given.items():
+        shape, dtype = expected[name]
         require(
             buffer.is_contiguous() and buffer.shape == shape and buffer.dtype == dtype and buffer.device == k.device,
             f"the {name} buffer must be contiguous {dtype} {[*shape]} on {k.device}, got {buffer.dtype} {tuple(buffer.shape)} on "
             f"{buffer.device}",
         )
+    room = capacity if recent is None else recent.shape[2]
     require(n <= room, f"{n} tokens do not fit buffers of {room}")
+
+
+_Part: TypeAlias = tuple[tuple[int, ...], torch.dtype]
+
+
+def _parts(k: Tensor, v: Tensor, form: Form) -> dict[str, _Part]:
+    """Width and dtype of each buffer of coded tokens."""
+    parts = _row("v", "v_scale", "v_centre", v, form.v_bits)
+    if form.axis_bytes:
+        return parts | {"values": ((form.axis_bytes,), torch.uint8)}
+    if not form.index_bits:
+        return parts | _row("values", "scale", "centre", k, form.kept_bits)
+    index_bytes = (
+        packed_bytes(k.shape[-1] - form.dense_dims, 1) if form.is_bitmap else packed_bytes(form.kept, form.index_bits)
+    )
+    parts["dense"] = (form.dense_dims,), _stored(k, form.dense_bits)
+    parts["values"] = (
+        (packed_bytes(form.kept, form.kept_bits) if form.kept_bits < 8 else form.kept,),
+        _stored(k, form.kept_bits),
+    )
+    parts["indices"] = (index_bytes,), torch.uint8
+    if form.shares_scale:
+        return parts | {"scale": ((), torch.float32)}
+    if form.dense_bits < 16 and form.dense_dims:
+        parts["scale"] = (), torch.bfloat16
+    if form.kept_bits < 16:
+        parts["value_scale"] = (), torch.bfloat16
+    return parts
+
+
+def _row(name: str, scale: str, centre: str, x: Tensor, bits: int) -> dict[str, _Part]:
+    """Those of rows [..., C], as of `NarrowRows`."""
+    width = x.shape[-1] // 2 if bits == 4 else x.shape[-1]
+    parts: dict[str, _Part] = {name: ((width,), _stored(x, bits))}
+    if bits < 16:
+        parts[scale] = (), torch.float32 if bits == 8 else torch.bfloat16
+    return parts | {centre: ((), torch.bfloat16)} if bits == 4 else parts
+
+
+def _stored(x: Tensor, bits: int) -> torch.dtype:
+    return {16: x.dtype, 8: torch.int8, 4: torch.uint8}[bits]
+
+
+def _tables(head_dim: int, form: Form) -> dict[str, _Part]:
+    """Width and dtype of each table of axes."""
+    if not form.axis_bytes:
+        return {}
+    slots = (4 * form.axis_bytes,)
+    tables: dict[str, _Part] = {
+        "axis": (slots, torch.int64),
+        "is_start": (slots, torch.uint8),
+        "top": ((head_dim,), torch.uint8),
+    }
+    return tables | {name: ((head_dim,), torch.float32) for name in ("low", "per_step")}

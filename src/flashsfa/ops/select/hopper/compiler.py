@@ -16,8 +16,37 @@ FILES = (
     "params.cuh",
     "../../nvrtc/warp.cuh",
     "../../nvrtc/largest.cuh",
+    "rows.cuh",
+    "features.cuh",
+    "axes.cuh",
     "append.cu",
 )  # as they use one another
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a cache keeps keys and values. 16 bits are those that they come in.
+
+    Attributes:
+        v_bits: of a feature of a value; 4 of one that is rotated, as `NarrowRows` are.
+        kept_bits: of a kept entry of a key; of each feature, as of a value, where keys have neither indices nor axes.
+        kept: kept entries K, of keys with indices.
+        dense_dims, dense_bits: the dense channel beside them.
+        index_bits: of an index; 0 for keys without.
+        is_bitmap: whether in place of indices there is a bit per feature of the sparse part.
+        shares_scale: whether dense channel and entries, in 8 bits, have one scale in float32, as `FeatureCodes` do; else each has its own.
+        axis_bytes: of a key in bits per axis; 0 for others.
+    """
+
+    v_bits: int
+    kept_bits: int = 16
+    kept: int = 0
+    dense_dims: int = 0
+    dense_bits: int = 16
+    index_bits: int = 0
+    is_bitmap: bool = False
+    shares_scale: bool = False
+    axis_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -26,21 +55,20 @@ class Variant:
 
     Attributes:
         is_bf16: whether keys and values come in bfloat16; else float16.
-        head_dim: D; dense_dims: M; kept: K; value_dim: Dv.
-        is_8_bit: whether codes and values are stored in int8 with scales; else as they come.
+        head_dim: D; value_dim: Dv.
         has_recent: whether the newest tokens are kept as they come.
+        form: what they are coded as.
     """
 
     is_bf16: bool
     head_dim: int
-    dense_dims: int
-    kept: int
     value_dim: int
-    is_8_bit: bool
     has_recent: bool
+    form: Form
 
     threads: ClassVar[int] = 64  # of a block: a warp for a key and one for its value
-    shared_bytes: ClassVar[int] = 0
+    warp_bytes: ClassVar[int] = 1024  # a byte per feature of a row, or three
+    shared_bytes: ClassVar[int] = 2 * warp_bytes
 
 
 def source(variant: Variant) -> str:
@@ -50,9 +78,11 @@ def source(variant: Variant) -> str:
 
 def constants(variant: Variant) -> str:
     """What the files know of the specialisation."""
-    values = {name: int(value) for name, value in asdict(variant).items()}
-    values |= {"threads": variant.threads, "params_bytes": ctypes.sizeof(Params)}
-    return nvrtc.defines(values)
+    values = asdict(variant)
+    values |= values.pop("form")
+    values = {name: int(value) for name, value in values.items()}
+    sizes = {"threads": variant.threads, "warp_bytes": variant.warp_bytes, "params_bytes": ctypes.sizeof(Params)}
+    return nvrtc.defines(values | sizes)
 
 
 def compile_cubin(variant: Variant, *, afresh: bool = False) -> bytes:

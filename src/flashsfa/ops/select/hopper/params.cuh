@@ -3,13 +3,22 @@
 struct Params {
   const u16* k;  // [batch, heads, tokens, HEAD_DIM], contiguous in its last dimension
   const u16* v;  // [batch, heads, tokens, VALUE_DIM], likewise
-  // The cache's buffers [batch, heads, capacity, ...], contiguous: int8 where they have scales in float32, else as k and v.
-  void* dense;
-  void* values;
-  u8* indices;
-  float* scale;
+  // The cache's buffers [batch, heads, capacity, ...], contiguous; those that its form has. Scales are float32 or bfloat16, centres bfloat16.
+  void* values;  // kept entries of keys, whole rows, or levels of axes
   void* stored_v;
-  float* v_scale;
+  void* dense;
+  u8* indices;
+  void* scale;  // of keys: of the dense channel, if entries have one of their own
+  u16* value_scale;
+  u16* centre;
+  void* v_scale;
+  u16* v_centre;
+  // Of the axes of each head, [heads, ...]: which one starts in a slot of two bits, if one does; highest level, lower end, and 1 / step of each.
+  const i64* axis;
+  const u8* is_start;
+  const u8* top;
+  const float* low;
+  const float* per_step;
   // The newest tokens, contiguous [batch, heads, recent_capacity, ...]: the `leaving` ones from slot `oldest` on are coded in place of k and
   // v, which are stored from slot `newest` on.
   u16* recent_k;

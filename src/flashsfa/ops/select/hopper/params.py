@@ -4,30 +4,17 @@ from __future__ import annotations
 
 import ctypes
 
+_POINTERS = (
+    "k", "v", "values", "stored_v", "dense", "indices", "scale", "value_scale", "centre", "v_scale", "v_centre", "axis",
+    "is_start", "top", "low", "per_step", "recent_k", "recent_v",
+)  # fmt: skip
+_STRIDES = ("k_batch", "k_head", "k_token", "v_batch", "v_head", "v_token")
+_COUNTS = ("heads", "capacity", "start", "recent_capacity", "leaving", "oldest", "newest")
+
 
 class Params(ctypes.Structure):
     _fields_ = (
-        ("k", ctypes.c_void_p),
-        ("v", ctypes.c_void_p),
-        ("dense", ctypes.c_void_p),
-        ("values", ctypes.c_void_p),
-        ("indices", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
-        ("stored_v", ctypes.c_void_p),
-        ("v_scale", ctypes.c_void_p),
-        ("recent_k", ctypes.c_void_p),
-        ("recent_v", ctypes.c_void_p),
-        ("k_batch", ctypes.c_longlong),
-        ("k_head", ctypes.c_longlong),
-        ("k_token", ctypes.c_longlong),
-        ("v_batch", ctypes.c_longlong),
-        ("v_head", ctypes.c_longlong),
-        ("v_token", ctypes.c_longlong),
-        ("heads", ctypes.c_int),
-        ("capacity", ctypes.c_int),
-        ("start", ctypes.c_int),
-        ("recent_capacity", ctypes.c_int),
-        ("leaving", ctypes.c_int),
-        ("oldest", ctypes.c_int),
-        ("newest", ctypes.c_int),
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_longlong) for name in _STRIDES),
+        *((name, ctypes.c_int) for name in _COUNTS),
     )

@@ -1,0 +1,52 @@
+"""What a cache holds, as the kernel that appends a step to it sees it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..axes import AxisCodes
+from ..codes import FeatureCodes
+from ..formats import index_bits
+from ..narrow import NarrowRows
+from ..ops.select.hopper.append import Buffers
+from ..ops.select.hopper.compiler import Form
+from ..stored import KeyCodes, KVView
+
+
+def buffers_of(kv: KVView) -> tuple[Form, Buffers]:
+    """The form of its codes and values, and the buffers, the tables of its axes among them."""
+    form, buffers = _keys(kv.codes)
+    v = kv.v
+    if isinstance(v, NarrowRows):
+        v_bits = v.bits
+        buffers |= {"v": v.kept, "v_scale": v.scale, "v_centre": v.centre}
+    else:
+        v_bits = 16 if kv.v_scale is None else 8
+        buffers |= {"v": v, "v_scale": kv.v_scale}
+    if kv.recent is not None:
+        buffers |= {"recent_k": kv.recent.k, "recent_v": kv.recent.v}
+    return Form(v_bits, **form), Buffers(**buffers)
+
+
+def _keys(codes: KeyCodes) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What keys add to the form, and their buffers."""
+    if isinstance(codes, AxisCodes):
+        names = ("axis", "is_start", "top", "low", "per_step")
+        tables = {name: getattr(codes.axes.layout, name).contiguous() for name in names}
+        return {"axis_bytes": codes.axes.key_bytes}, {"values": codes.packed, **tables}
+    if isinstance(codes, NarrowRows):
+        return {"kept_bits": codes.bits}, {"values": codes.kept, "scale": codes.scale, "centre": codes.centre}
+    parts = {"dense": codes.dense, "values": codes.values, "indices": codes.indices}
+    form: dict[str, Any] = {"kept": codes.topk, "dense_dims": codes.dense_dims}
+    if isinstance(codes, FeatureCodes):
+        bits = 16 if codes.scale is None else 8
+        form |= {"kept_bits": bits, "dense_bits": bits, "index_bits": 8, "shares_scale": bits == 8}
+        return form, {**parts, "scale": codes.scale}
+    index = codes.format.index_form(codes.topk, codes.sparse_dims)
+    form |= {
+        "kept_bits": codes.format.value_bits,
+        "dense_bits": codes.format.dense_bits,
+        "is_bitmap": index == "bitmap",
+    }
+    form["index_bits"] = index_bits(codes.sparse_dims) if index == "packed" else 8
+    return form, {**parts, "scale": codes.dense_scale, "value_scale": codes.value_scale}

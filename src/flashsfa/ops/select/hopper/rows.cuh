@@ -1,0 +1,150 @@
+// A row that a warp has, in 16, 8 or 4 bits. Entry d of it is entry d / 32 of lane d % 32.
+
+constexpr int LANES = 32;
+
+constexpr int entries(int width) { return (width + LANES - 1) / LANES; }  // of a lane
+
+DEVICE float number(u16 x) { return IS_BF16 ? from_bf16(x) : from_half(x); }
+
+// The larger one, NaN if there is one: its row must not be read as numbers.
+DEVICE float larger(float x, float y) { return x > y || x != x ? x : y; }
+
+DEVICE float largest_of_lanes(float x) {
+#pragma unroll
+  for (int bits = LANES / 2; bits; bits /= 2) x = larger(x, from_lane_xor(x, bits));
+  return x;
+}
+
+// The nearest level, of two the even one.
+DEVICE float rounded(float x) {
+  const float shift = 12582912.0f;  // 1.5 * 2^23: what is added to it has no digits behind the point
+  return (x + shift) - shift;
+}
+
+// ---- against a scale in float32
+
+// The scale of a row in 8 bits, from the largest magnitude of each lane.
+DEVICE float scale_of(float largest) { return largest_of_lanes(largest) / 127; }
+
+DEVICE u8 in_8_bits(u16 x, float scale) { return u8(int(rounded(number(x) / (scale > 0 ? scale : 1.0f)))); }
+
+// ---- against a scale that is rounded to bfloat16 first. A row with NaN or infinity has NaN for a scale, and levels of zero.
+
+// The scale of a row whose `largest` magnitude takes so many levels; `scale` keeps it.
+DEVICE float rounded_scale(float largest, float levels, u16* scale) {
+  const float x = largest_of_lanes(largest) / levels;
+  const u16 kept = to_bf16(x + x * 0);  // infinity becomes NaN
+  if (lane_id() == 0) *scale = kept;
+  return from_bf16(kept);
+}
+
+DEVICE float steps(float x, float scale) { return scale > 0 ? x / scale : 0.0f; }
+
+DEVICE u8 to_8_bits(float x, float scale) { return u8(int(fminf(fmaxf(rounded(steps(x, scale)), -127.0f), 127.0f))); }
+
+DEVICE u8 to_4_bits(float x, float scale) { return u8(fminf(fmaxf(floorf(steps(x, scale)) + 8, 0.0f), 15.0f)); }
+
+// ---- bytes
+
+// `count` numbers one after another from the lowest bit on, of so many `bits` each.
+DEVICE void pack(u8* packed, const u8* numbers, int count, int bits) {
+  sync_warp();  // which wrote them
+  for (int byte = lane_id(); byte < (count * bits + 7) / 8; byte += LANES) {
+    u32 x = 0;
+#pragma unroll
+    for (int bit = 0; bit < 8; ++bit) {
+      const int from = 8 * byte + bit, i = from / bits;
+      if (i < count) x |= (numbers[i] >> from % bits & 1u) << bit;
+    }
+    packed[byte] = u8(x);
+  }
+}
+
+DEVICE u8* row_of(void* buffer, i64 row, int bytes) { return static_cast<u8*>(buffer) + row * bytes; }
+
+// ---- rows
+
+// A row as it is.
+template <int WIDTH>
+DEVICE void keep(void* kept, const u16* x) {
+#pragma unroll
+  for (int d = lane_id(); d < WIDTH; d += LANES) static_cast<u16*>(kept)[d] = x[d];
+}
+
+template <int WIDTH>
+DEVICE void keep_in_8_bits(u8* kept, float* scale, const u16* row) {
+  u16 x[entries(WIDTH)];
+  float largest = 0;
+#pragma unroll
+  for (int i = 0; i < entries(WIDTH); ++i) {
+    const int d = i * LANES + lane_id();
+    x[i] = d < WIDTH ? row[d] : u16(0);
+    largest = larger(largest, fabsf(number(x[i])));
+  }
+  const float step = scale_of(largest);
+  if (lane_id() == 0) *scale = step;
+#pragma unroll
+  for (int i = 0; i < entries(WIDTH); ++i)
+    if (i * LANES + lane_id() < WIDTH) kept[i * LANES + lane_id()] = in_8_bits(x[i], step);
+}
+
+// Each block of a power of two of the row, the largest that divides WIDTH, times its Hadamard matrix: a factor of it per bit of an entry's place.
+template <int WIDTH>
+DEVICE void rotate(float (&x)[entries(WIDTH)]) {
+  constexpr int BLOCK = WIDTH & -WIDTH;
+#pragma unroll
+  for (int bit = 1; bit < BLOCK && bit < LANES; bit *= 2)
+#pragma unroll
+    for (int i = 0; i < entries(WIDTH); ++i) {
+      const float other = from_lane_xor(x[i], bit);
+      x[i] = lane_id() & bit ? other - x[i] : x[i] + other;
+    }
+#pragma unroll
+  for (int bit = 1; bit < BLOCK / LANES; bit *= 2)
+#pragma unroll
+    for (int i = 0; i < entries(WIDTH); ++i) {
+      if (i & bit) continue;
+      const float one = x[i], other = x[i | bit];
+      x[i] = one + other;
+      x[i | bit] = one - other;
+    }
+  float norm = 1;
+#pragma unroll
+  for (int size = BLOCK; size > 1; size /= 4) norm *= size == 2 ? 0.70710678118654752f : 0.5f;
+#pragma unroll
+  for (int i = 0; i < entries(WIDTH); ++i) x[i] *= norm;
+}
+
+// The rotated row around the middle of its range. `levels` is the warp's memory.
+template <int WIDTH>
+DEVICE void keep_in_4_bits(u8* kept, u16* scale, u16* centre, const u16* row, u8* levels) {
+  float x[entries(WIDTH)];
+#pragma unroll
+  for (int i = 0; i < entries(WIDTH); ++i) x[i] = i * LANES + lane_id() < WIDTH ? number(row[i * LANES + lane_id()]) : 0.0f;
+  rotate<WIDTH>(x);
+  const float nothing = from_bits(0xff800000);  // minus infinity
+  float high = nothing, low = nothing;          // the latter of the row's negative
+#pragma unroll
+  for (int i = 0; i < entries(WIDTH); ++i)
+    if (i * LANES + lane_id() < WIDTH) high = larger(high, x[i]), low = larger(low, -x[i]);
+  const u16 rounded_middle = to_bf16(largest_of_lanes(high) / 2 - largest_of_lanes(low) / 2);
+  const float middle = from_bf16(rounded_middle);
+  if (lane_id() == 0) *centre = rounded_middle;
+  float largest = 0;
+#pragma unroll
+  for (int i = 0; i < entries(WIDTH); ++i)
+    if (i * LANES + lane_id() < WIDTH) largest = larger(largest, fabsf(x[i] - middle));
+  const float step = rounded_scale(largest, 7.5f, scale);
+#pragma unroll
+  for (int i = 0; i < entries(WIDTH); ++i)
+    if (i * LANES + lane_id() < WIDTH) levels[i * LANES + lane_id()] = to_4_bits(x[i] - middle, step);
+  pack(kept, levels, WIDTH, 4);
+}
+
+template <int WIDTH, int BITS>
+DEVICE void keep_row(const u16* x, void* kept, void* scale, u16* centre, i64 row, u8* levels) {
+  u8* const at = row_of(kept, row, WIDTH * BITS / 8);
+  if constexpr (BITS == 16) keep<WIDTH>(at, x);
+  if constexpr (BITS == 8) keep_in_8_bits<WIDTH>(at, static_cast<float*>(scale) + row, x);
+  if constexpr (BITS == 4) keep_in_4_bits<WIDTH>(at, static_cast<u16*>(scale) + row, centre + row, x, levels);
+}
