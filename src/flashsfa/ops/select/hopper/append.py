@@ -22,6 +22,7 @@ from .compiler import Form, Variant
 from .params import Params
 
 _MOST_ROWS = 512  # of all heads: of more, the bytes are what takes time
+_MOST_HEAD_DIM = 256  # of codes; keys in bits per axis may be wider
 _MOST_VALUE_DIM = 1024  # the warp of a value holds it in registers
 
 
@@ -135,6 +136,7 @@ def _takes(k: Tensor, v: Tensor) -> bool:
     return (
         k.dtype in (torch.float16, torch.bfloat16)
         and 1 <= k.shape[:3].numel() <= _MOST_ROWS
+        and k.shape[-1] <= _MOST_HEAD_DIM
         and 1 <= v.shape[-1] <= _MOST_VALUE_DIM
         and all(x.stride(-1) == 1 or x.shape[-1] == 1 for x in (k, v))
     )
@@ -148,10 +150,8 @@ def _require_fit(k: Tensor, v: Tensor, form: Form, buffers: Buffers) -> None:
         lambda: f"k {tuple(k.shape)} {k.dtype} on {k.device} does not fit v {tuple(v.shape)} {v.dtype} on {v.device}",
     )
     require(
-        form.dense_dims + form.kept <= head_dim <= 256 and (form.kept >= 1) == (form.index_bits >= 1),
-        lambda: (
-            f"keys of {head_dim} features (at most 256) cannot leave {form.dense_dims} dense and {form.kept} kept ones"
-        ),
+        form.dense_dims + form.kept <= head_dim and (form.kept >= 1) == (form.index_bits >= 1),
+        lambda: f"keys of {head_dim} features cannot leave {form.dense_dims} dense and {form.kept} kept ones",
     )
     recent = buffers.recent_k
     expected = {name: ((batch, heads, capacity, *width), dtype) for name, (width, dtype) in _parts(k, v, form).items()}
