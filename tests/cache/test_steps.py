@@ -202,6 +202,16 @@ def test_errors_are_those_of_any_append():
         same_bits(before, after)
 
 
+def test_checked_mode_looks_at_what_axes_cannot_hold():
+    k, v = draw(3)
+    cache = SparseKVCache(axes=axis_bits(HEADS, 64))
+    one = k[:, :, :1], v[:, :, :1]
+    cache.append(*one)
+    with pytest.raises(ValueError, match="NaN or infinity"), flashsfa.checked():
+        cache.append(one[0] * math.inf, one[1])
+    assert len(cache) == 1
+
+
 def test_without_a_compiler_tokens_are_written_as_ever(monkeypatch, caplog):
     monkeypatch.setattr(nvrtc, "obstacle", lambda: "NVRTC is missing here")
     k, v = draw(4)

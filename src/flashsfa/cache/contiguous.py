@@ -461,8 +461,8 @@ class _Held:
 
     def writer(self, k: Tensor, v: Tensor) -> Append | None:
         """What does a usual step of tokens such as k and v for less of the host's time, where something does."""
-        if not nvrtc.is_hopper(k.device) or not runs_plainly(k, v):
-            return None
+        if not nvrtc.is_hopper(k.device) or not runs_plainly(k, v) or is_checked():
+            return None  # in checked mode what codes looks at the values
         form = _form(k, v)
         if form not in self.writers:
             self.writers[form] = prepared_append(k, v, *self._buffers)
