@@ -33,8 +33,9 @@ from .codes import FeatureCodes, code_queries
 from .contexts import without_autocast
 from .mask import Mask, checked_window
 from .narrow import NarrowCodes, NarrowRows
+from .ops import record
 from .ops.decode import gpu, plain
-from .ops.plan import DecodePlan, plan_decode
+from .ops.plan import DecodePlan, plan_decode, told_with_exact
 from .ops.prefill import operator, pieces
 from .scores import ScoreRules
 from .stored import ExactKV, KeyCodes, KVView
@@ -249,9 +250,23 @@ def _decode(
         out, lse = _decode_coded(q, coded, budget, rest, scores, value_tolerance, plan)
     else:
         out, lse = _decode_between(q, kv, budget, mask, scores, value_tolerance, plan)
+    _add_exact(out, lse, q, kv, mask, scores, plan)
+    return scores.with_sinks(out, lse)
+
+
+def _add_exact(
+    out: Tensor, lse: Tensor, q: Tensor, kv: KVView, mask: Mask, scores: ScoreRules, plan: DecodePlan
+) -> None:
+    """Fold the exact tokens of a view into out [B, Hq, M, Dv] and lse [B, Hq, M] of its coded ones, in place."""
+    if plan.fuses_exact:
+        from .ops.decode.hopper.exact import exact
+
+        obstacle = exact.attend(q, kv, mask, scores, out, lse)
+        if obstacle is None:
+            return
+        record.record("decode", plan.backend, told_with_exact(plan.reason, obstacle), fallback=True)
     with without_autocast(q.device):
         pieces.merge(out, lse, *plain.decode_exact(q, kv, mask, scores))
-    return scores.with_sinks(out, lse)
 
 
 def _decode_between(
@@ -277,6 +292,8 @@ def _decode_between(
         here = None if padding is None else padding[:, kv.n_first + start : kv.n_first + end]
         out, lse = _decode_coded(heads, coded, budget, Mask(True, None, here), scores, value_tolerance, plan)
         parts.append((out.reshape(*part.shape[:3], -1), lse.reshape(part.shape[:3])))
+    if len(parts) == 1:
+        return parts[0]
     return torch.cat([out for out, _ in parts], dim=2), torch.cat([lse for _, lse in parts], dim=2)
 
 
