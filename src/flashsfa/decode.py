@@ -202,19 +202,23 @@ def _again(
         kept is None or q.ndim != 4 or q.shape[2] > FEW_QUERIES or keys < gpu.FEWEST_KEYS
         or scores.sinks is not None or mask.kv_lens is not None or budget.query_pattern is not None
         or torch.compiler.is_compiling() or is_checked() or (q.requires_grad and torch.is_grad_enabled())
+        or (kv.exact and (q.shape[2] > 1 or mask.window is not None))
     ):  # fmt: skip
         return None
     if padding is not None:
-        require_padding(padding, q.shape[0], keys, q.device)
-    form = (q.device, q.dtype, q.shape, q.stride(), budget, mask.window, scores.scale, scores.softcap, value_tolerance)
+        require_padding(padding, q.shape[0], kv.n, q.device)
+    form = (
+        q.device, q.dtype, q.shape, q.stride(), budget, mask.window, scores.scale, scores.softcap, value_tolerance,
+        kv.first is None, kv.recent is None,
+    )  # fmt: skip
     if form not in kept:
         _check(q, kv, mask, value_tolerance, is_of_cache=True)
         plan, topk_query = plan_decode(q, kv), None if budget.keeps_queries else budget.topk_query
         is_hopper = plan.backend == "hopper"
         found = gpu.prepared(q, kv, mask, scores, value_tolerance, topk_query) if is_hopper else None
-        kept[form] = found, plan.reason
+        kept[form] = found, told_with_exact(plan.reason, None) if kv.exact else plan.reason
     prepared, reason = kept[form]
-    return None if prepared is None else gpu.attend_again(q, prepared, reason, keys, padding)
+    return None if prepared is None else gpu.attend_again(q, prepared, reason, kv, padding)
 
 
 def _prefill(q: Tensor, kv: KVView, budget: FeatureBudget, mask: Mask, scores: ScoreRules) -> Tensor:

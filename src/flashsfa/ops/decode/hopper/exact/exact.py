@@ -37,14 +37,14 @@ def obstacle(q: Tensor, kv: KVView) -> str | None:
         return f"the CUDA kernel takes widths that are multiples of 8 up to {_WIDEST}, not {widths[0]} and {widths[1]}"
     if len(q) > _MOST_SEQUENCES:
         return f"the CUDA kernel takes at most {_MOST_SEQUENCES} sequences, not {len(q)}"
-    if not all(_is_aligned(x) for part in kv.exact for x in (part.k, part.v)):
+    if not all(is_aligned(x) for part in kv.exact for x in (part.k, part.v)):
         return "the CUDA kernel takes exact tokens whose rows begin at multiples of 16 bytes"
     return None
 
 
 @dataclass
 class Prepared:
-    """The kernel for queries of one form and exact tokens of one form: where they lie and how many there are may change.
+    """The kernel for queries and exact tokens of one form: where they lie and how many there are may change.
 
     Attributes:
         params: what the kernel is passed but for addresses and numbers of tokens.
@@ -88,6 +88,8 @@ class Prepared:
     def attend(self, q: Tensor, kv: KVView, padding: Tensor | None, out: Tensor, lse: Tensor) -> str | None:
         """Fold the exact tokens into out [B, Hq, M, Dv] and lse [B, Hq, M] float32 of the coded ones, both contiguous, in place; or say why
         it cannot be done. `padding` [B, N] bool."""
+        if q.data_ptr() % 16:
+            return "the CUDA kernel takes queries whose rows begin at multiples of 16 bytes"
         params, first, recent = self.params, kv.first, kv.recent
         if first is not None:
             params.first_k.data, params.first_v.data = first.k.data_ptr(), first.v.data_ptr()
@@ -104,7 +106,7 @@ class Prepared:
 
 def attend(q: Tensor, kv: KVView, mask: Mask, scores: ScoreRules, out: Tensor, lse: Tensor) -> str | None:
     """`Prepared.attend` for one call, whatever the strides of q."""
-    q = q if _is_aligned(q) else q.contiguous()
+    q = q if is_aligned(q) else q.clone(memory_format=torch.contiguous_format)
     with torch.cuda.device_of(q):
         return Prepared.of(q, kv, mask, scores).attend(q, kv, mask.key_padding_mask, out, lse)
 
@@ -126,7 +128,7 @@ def _load(variant: Variant, device: int) -> ctypes.c_void_p | str:
     )
 
 
-def _is_aligned(x: Tensor) -> bool:
+def is_aligned(x: Tensor) -> bool:
     """Whether all rows of x [B, H, N, C] are contiguous and begin at multiples of 16 bytes, a token within 2^31 entries from the next."""
     strides = [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
     return (
