@@ -100,7 +100,8 @@ def sparse_feature_decode(
 
     Runs on a CUDA kernel on Hopper and on Triton kernels on other GPUs, compiled by numba on the CPU where it is installed, and in plain
     PyTorch elsewhere; `flashsfa.explain()` tells which. Tokens that a cache holds as they came (`SparseKVCache(recent=, first=)`) are scored
-    by the whole of q and k, whatever `topk_query`, in plain PyTorch; one softmax runs over these and the coded ones.
+    by the whole of q and k, whatever `topk_query`, on a further CUDA kernel on Hopper and in plain PyTorch elsewhere and where
+    torch.compile traces; one softmax runs over these and the coded ones.
 
     Args:
         q: [B, Hq, M, D] queries of the newest M tokens; the last one stands at the last key.

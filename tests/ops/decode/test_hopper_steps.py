@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 import emulated
+from decode_cases import assert_graph_follows
 from flashsfa import SparseKVCache, explain, sparse_feature_decode
 from flashsfa import decode as module
 from flashsfa.ops import nvrtc
@@ -18,6 +19,8 @@ from flashsfa.ops.decode.hopper import decode as hopper
 from flashsfa.ops.decode.hopper.exact import exact as hopper_exact
 from flashsfa.ops.plan import DecodePlan
 from flashsfa.ops.select.hopper import append
+from flashsfa.stored import ExactKV, KVView
+from held_cases import AXES, CODES, coded
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 BATCH, HEADS, DIM = 2, 2, 64
@@ -101,3 +104,21 @@ def test_queries_at_odd_addresses(again):
     sparse_feature_decode(even, view)
     assert torch.equal(sparse_feature_decode(odd, view), sparse_feature_decode(odd_copy, view))
     assert [out is None for out in again] == [False, True, False]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [*AXES, *CODES[:2]])
+def test_a_graph_follows_kv_lens(kind):
+    """Few bits, and exact tokens in place of codes."""
+    k, v = normal(2, 2, HEADS, 3000, DIM)
+    lens = torch.tensor([3000, 1], device=DEVICE)
+    positions = torch.tensor([[0, 1, 2999, 2998, 16, 15], [0, 1, 63, 62, 2899, -1]], device=DEVICE)
+    slots = positions.clamp(min=0)[:, None, :, None].expand(-1, HEADS, -1, DIM)
+    exact = ExactKV(k.gather(2, slots), v.gather(2, slots), positions)
+    kv, q = KVView(coded(kind, k), v, kv_lens=lens, recent=exact), normal(2, 2 * HEADS, 1, DIM)
+
+    def step():
+        return sparse_feature_decode(q, kv, topk_query="dense", return_lse=True)
+
+    assert_graph_follows(step, lens)
+    assert "tokens held as they came by a kernel for Hopper" in explain()
