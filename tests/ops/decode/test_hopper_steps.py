@@ -63,7 +63,7 @@ def assert_step(cache, k, v, **rules):
 
 
 @pytest.mark.parametrize(("recent", "first", "dtype"), [(5, 2, None), (4, 0, torch.int8), (0, 3, torch.int8)], ids=str)
-def test_steps_follow_a_growing_cache(again, recent, first, dtype):
+def test_steps_follow_a_growing_cache(monkeypatch, again, recent, first, dtype):
     """Through moves of the newest tokens, growth of the coded ones, a choice of sequences, a copy, and tokens taken back."""
     cache = SparseKVCache(8, dense_dims=16, capacity=45, recent=recent, first=first, dtype=dtype)
     k, v = normal(2, BATCH, HEADS, 70, DIM)
@@ -75,11 +75,14 @@ def test_steps_follow_a_growing_cache(again, recent, first, dtype):
     step(30, 31)  # fewer coded tokens than the kernel takes
     step(31, 39)  # several queries
     again.clear()
+    made, prepared = [], gpu.prepared
+    monkeypatch.setattr(gpu, "prepared", lambda *given: made.append(given) or prepared(*given))
     for end in range(40, 54):  # over the capacity, and twice through the buffer of the newest
         step(end - 1, end)
     assert "tokens held as they came by a kernel for Hopper" in explain()
     assert len(again) == 2 * 14
     assert not any(out is None for out in again)
+    assert len(made) == 2 * 2  # for two forms of queries, and for the grown buffers again
     view = step(53, 54, key_padding_mask=torch.rand(BATCH, 54, device=DEVICE) < 0.3)
     assert len(again) == 2 * 15
     step(54, 55, window=9)
