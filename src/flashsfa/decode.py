@@ -33,8 +33,9 @@ from .codes import FeatureCodes, code_queries
 from .contexts import without_autocast
 from .mask import Mask, checked_window
 from .narrow import NarrowCodes, NarrowRows
+from .ops import record
 from .ops.decode import gpu, plain
-from .ops.plan import DecodePlan, plan_decode
+from .ops.plan import DecodePlan, plan_decode, told_with_exact
 from .ops.prefill import operator, pieces
 from .scores import ScoreRules
 from .stored import ExactKV, KeyCodes, KVView
@@ -99,7 +100,8 @@ def sparse_feature_decode(
 
     Runs on a CUDA kernel on Hopper and on Triton kernels on other GPUs, compiled by numba on the CPU where it is installed, and in plain
     PyTorch elsewhere; `flashsfa.explain()` tells which. Tokens that a cache holds as they came (`SparseKVCache(recent=, first=)`) are scored
-    by the whole of q and k, whatever `topk_query`, in plain PyTorch; one softmax runs over these and the coded ones.
+    by the whole of q and k, whatever `topk_query`, on a further CUDA kernel on Hopper and in plain PyTorch elsewhere and where
+    torch.compile traces; one softmax runs over these and the coded ones.
 
     Args:
         q: [B, Hq, M, D] queries of the newest M tokens; the last one stands at the last key.
@@ -201,19 +203,23 @@ def _again(
         kept is None or q.ndim != 4 or q.shape[2] > FEW_QUERIES or keys < gpu.FEWEST_KEYS
         or scores.sinks is not None or mask.kv_lens is not None or budget.query_pattern is not None
         or torch.compiler.is_compiling() or is_checked() or (q.requires_grad and torch.is_grad_enabled())
+        or (kv.exact and (q.shape[2] > 1 or mask.window is not None))
     ):  # fmt: skip
         return None
     if padding is not None:
-        require_padding(padding, q.shape[0], keys, q.device)
-    form = (q.device, q.dtype, q.shape, q.stride(), budget, mask.window, scores.scale, scores.softcap, value_tolerance)
+        require_padding(padding, q.shape[0], kv.n, q.device)
+    form = (
+        q.device, q.dtype, q.shape, q.stride(), budget, mask.window, scores.scale, scores.softcap, value_tolerance,
+        kv.first is None, kv.recent is None,
+    )  # fmt: skip
     if form not in kept:
         _check(q, kv, mask, value_tolerance, is_of_cache=True)
         plan, topk_query = plan_decode(q, kv), None if budget.keeps_queries else budget.topk_query
         is_hopper = plan.backend == "hopper"
         found = gpu.prepared(q, kv, mask, scores, value_tolerance, topk_query) if is_hopper else None
-        kept[form] = found, plan.reason
+        kept[form] = found, told_with_exact(plan.reason, None) if kv.exact else plan.reason
     prepared, reason = kept[form]
-    return None if prepared is None else gpu.attend_again(q, prepared, reason, keys, padding)
+    return None if prepared is None else gpu.attend_again(q, prepared, reason, kv, padding)
 
 
 def _prefill(q: Tensor, kv: KVView, budget: FeatureBudget, mask: Mask, scores: ScoreRules) -> Tensor:
@@ -249,9 +255,23 @@ def _decode(
         out, lse = _decode_coded(q, coded, budget, rest, scores, value_tolerance, plan)
     else:
         out, lse = _decode_between(q, kv, budget, mask, scores, value_tolerance, plan)
+    _add_exact(out, lse, q, kv, mask, scores, plan)
+    return scores.with_sinks(out, lse)
+
+
+def _add_exact(
+    out: Tensor, lse: Tensor, q: Tensor, kv: KVView, mask: Mask, scores: ScoreRules, plan: DecodePlan
+) -> None:
+    """Fold the exact tokens of a view into out [B, Hq, M, Dv] and lse [B, Hq, M] of its coded ones, in place."""
+    if plan.fuses_exact:
+        from .ops.decode.hopper.exact import exact
+
+        obstacle = exact.attend(q, kv, mask, scores, out, lse)
+        if obstacle is None:
+            return
+        record.record("decode", plan.backend, told_with_exact(plan.reason, obstacle), fallback=True)
     with without_autocast(q.device):
         pieces.merge(out, lse, *plain.decode_exact(q, kv, mask, scores))
-    return scores.with_sinks(out, lse)
 
 
 def _decode_between(
@@ -277,6 +297,8 @@ def _decode_between(
         here = None if padding is None else padding[:, kv.n_first + start : kv.n_first + end]
         out, lse = _decode_coded(heads, coded, budget, Mask(True, None, here), scores, value_tolerance, plan)
         parts.append((out.reshape(*part.shape[:3], -1), lse.reshape(part.shape[:3])))
+    if len(parts) == 1:
+        return parts[0]
     return torch.cat([out for out, _ in parts], dim=2), torch.cat([lse for _, lse in parts], dim=2)
 
 

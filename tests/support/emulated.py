@@ -8,23 +8,30 @@ import tempfile
 from pathlib import Path
 
 from flashsfa.ops.decode.hopper import compiler as decode_compiler
+from flashsfa.ops.decode.hopper.exact import compiler as exact_compiler
 from flashsfa.ops.select.hopper import compiler as append_compiler
 
 COMPILER = shutil.which("g++")
 _HEADER = Path(__file__).with_name("emulator.h")
 _DRIVER = """
-extern "C" void run(const Params* p, int x, int y) {{
+extern "C" void run(const Params* p, int x, int y, int z) {{
   static_assert({shared_bytes} <= sizeof(dynamic));
-  gridDim = {{x, y}};
-  for (blockIdx.y = 0; blockIdx.y < y; ++blockIdx.y)
-    for (blockIdx.x = 0; blockIdx.x < x; ++blockIdx.x) run_block({threads}, [p] {{ {kernel}(*p); }});
+  gridDim = {{x, y, z}};
+  for (blockIdx.z = 0; blockIdx.z < z; ++blockIdx.z)
+    for (blockIdx.y = 0; blockIdx.y < y; ++blockIdx.y)
+      for (blockIdx.x = 0; blockIdx.x < x; ++blockIdx.x) run_block({threads}, [p] {{ {kernel}(*p); }});
 }}
 """
 
 
 def launch(variant, grid, params):
     """Stands for `launch` of decode."""
-    _library(decode_compiler, "decode_kernel", variant).run(ctypes.byref(params), *grid[:2])
+    _library(decode_compiler, "decode_kernel", variant).run(ctypes.byref(params), *grid)
+
+
+def launch_exact(variant, grid, params):
+    """Stands for `launch` of decode's exact tokens."""
+    _library(exact_compiler, "exact_kernel", variant).run(ctypes.byref(params), *grid)
 
 
 def load_append(variant, device):
@@ -34,7 +41,7 @@ def load_append(variant, device):
 
 def launch_append(kernel, device, grid, params):
     """Stands for `launch` of append."""
-    kernel.run(ctypes.byref(params), *grid[:2])
+    kernel.run(ctypes.byref(params), *grid)
 
 
 @functools.cache

@@ -15,7 +15,7 @@
 #define __align__(n)
 #define __shared__
 
-struct Index { int x, y; };
+struct Index { int x, y, z; };
 static Index threadIdx, blockIdx, gridDim;
 static unsigned char dynamic[1 << 18] __attribute__((aligned(16)));
 

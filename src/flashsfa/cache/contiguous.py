@@ -496,13 +496,13 @@ class _Held:
     def view(self, tokens: _Tokens) -> KVView:
         """The tokens held."""
         kv = self.kv.map(lambda x: x[:, :, : tokens.coded])
-        if not self.kv.exact:
-            return kv.over(self.readers) if nvrtc.is_hopper(kv.v.device) else kv
         if self.kv.is_placed:
             return kv
-        first = None if kv.first is None else kv.first.tokens(0, tokens.first)
-        recent = None if kv.recent is None else kv.recent.tokens(tokens.slot, tokens.slot + tokens.recent)
-        return replace(kv, first=first, recent=recent)
+        if self.kv.exact:
+            first = None if kv.first is None else kv.first.tokens(0, tokens.first)
+            recent = None if kv.recent is None else kv.recent.tokens(tokens.slot, tokens.slot + tokens.recent)
+            kv = replace(kv, first=first, recent=recent)
+        return kv.over(self.readers) if nvrtc.is_hopper(kv.v.device) else kv
 
     def map(self, change: Callable[[Tensor], Tensor]) -> _Held:
         """Every buffer changed alike."""
@@ -524,12 +524,15 @@ class _Held:
             )
 
     def with_recent(self, start: int, end: int) -> _Held:
-        """As `with_coded`, for the newest tokens."""
+        """As `with_coded`, for the newest tokens. What was prepared is of the coded ones, and stays."""
         assert self.kv.recent is not None
         with lasting_tensors():
-            return replace(
+            held = replace(
                 self, kv=replace(self.kv, recent=self.kv.recent.map(lambda x: _moved(x, start, end, x.shape[2])))
             )
+        held.writers.update(self.writers)
+        held.readers.update(self.readers)
+        return held
 
 
 class _Layout(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -147,12 +147,18 @@ def hopper_is_faster(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) 
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """What attention of a few queries over codes runs on: the `backend`, "hopper", "triton", "numba" or "torch", and the `reason`; and
-    the view as the kernels on a GPU read it, if it was looked at so."""
+    """What attention of a few queries over codes runs on.
+
+    Attributes:
+        backend: "hopper", "triton", "numba" or "torch"; and the `reason`.
+        held: the view as the kernels on a GPU read it, if it was looked at so.
+        fuses_exact: whether a kernel for Hopper attends to the tokens that are held as they came, after the coded ones.
+    """
 
     backend: str
     reason: str
     held: Held | None = None
+    fuses_exact: bool = False
 
 
 def plan_decode(q: Tensor, kv: KVView) -> DecodePlan:
@@ -165,14 +171,32 @@ def plan_decode(q: Tensor, kv: KVView) -> DecodePlan:
         plan = _plan_gpu(q, kv, plan)
     if is_compiling:
         return plan
-    if kv.exact and not kv.v.shape[2]:
-        record.record("decode", "torch", "every token is held as it came")
-        return plan
     reason = plan.reason
     if kv.exact and (plan.backend != "numba" or kv.is_placed):
-        reason += "; tokens held as they came in plain PyTorch beside"
+        obstacle = _obstacle_to_exact(q, kv, plan.backend)
+        plan = replace(plan, fuses_exact=obstacle is None)
+        reason = told_with_exact(reason, obstacle)
+    if kv.exact and not kv.v.shape[2]:
+        record.record("decode", "hopper" if plan.fuses_exact else "torch", "every token is held as it came")
+        return plan
     record.record("decode", plan.backend, reason, fallback=plan.backend == "torch")
     return plan
+
+
+def told_with_exact(reason: str, obstacle: str | None) -> str:
+    """The `reason` for what the coded tokens run on, with what the tokens held as they came do: a kernel, unless there is an obstacle."""
+    if obstacle is None:
+        return f"{reason}; tokens held as they came by a kernel for Hopper"
+    return f"{reason}; tokens held as they came in plain PyTorch beside" + (f": {obstacle}" if obstacle else "")
+
+
+def _obstacle_to_exact(q: Tensor, kv: KVView, backend: str) -> str | None:
+    """Why no kernel attends to the tokens held as they came, "" where none is expected; None if one does."""
+    if backend not in ("hopper", "triton") or not nvrtc.is_hopper(q.device):
+        return ""
+    from .decode.hopper.exact import exact
+
+    return exact.obstacle(q, kv)
 
 
 def _plan_numba(dtype: torch.dtype, kv: KVView) -> DecodePlan:

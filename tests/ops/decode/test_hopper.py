@@ -199,8 +199,8 @@ def test_what_is_prepared_follows_a_growing_cache(has_padding):
         other = torch.randn_like(q)
         padding = torch.rand(2, n, device=DEVICE) < 0.3 if has_padding else None
         expected, _ = run("hopper", other, held(n), DecodeRules(key_padding_mask=padding))
-        assert torch.equal(gpu.attend_again(other, prepared, "why", n, padding), expected)
-    assert gpu.attend_again(q, prepared, "why", 31, None) is None
+        assert torch.equal(gpu.attend_again(other, prepared, "why", held(n), padding), expected)
+    assert gpu.attend_again(q, prepared, "why", held(31), None) is None
     few = gpu.prepared(q, held(1), Mask(True), ScoreRules(0.125), 0.0, None)
     assert few is None  # a single key has any stride
 

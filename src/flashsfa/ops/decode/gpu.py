@@ -6,7 +6,7 @@ No host sync and no shape that depends on data: the launches can be captured in 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from .held import NAMES, ROWS, Call, Held
 
 if TYPE_CHECKING:
     from .hopper.decode import Prepared
+    from .hopper.exact.exact import Prepared as PreparedExact
 
 FEWEST_KEYS = 32  # that the kernel for Hopper takes; the strides of fewer need not be those of more
 
@@ -54,27 +55,46 @@ def decode(
     )  # fmt: skip
 
 
+class Kernels(NamedTuple):
+    """Those for queries of one form over the buffers of a cache: for coded tokens, and for exact ones where there are any."""
+
+    coded: Prepared
+    exact: PreparedExact | None
+
+
 def prepared(
     q: Tensor, kv: KVView, mask: Mask, scores: ScoreRules, value_tolerance: float, topk_query: int | None
-) -> Prepared | None:
-    """The kernel for queries of this form over the buffers of `kv`, of which it sees `FEWEST_KEYS` at least, on a Hopper GPU and where it
-    takes them. None elsewhere."""
+) -> Kernels | None:
+    """The kernels for queries of this form over the buffers of `kv`, of which they see `FEWEST_KEYS` coded tokens at least, on a Hopper GPU
+    and where they take them. Beside exact tokens one query sees all, padding apart. None elsewhere."""
     from .hopper import decode as hopper
+    from .hopper.exact import exact as hopper_exact
 
-    held = Held.of(kv)
+    held, exact = Held.of(kv), None
     if q.stride(-1) != 1 or kv.v.shape[2] < FEWEST_KEYS or hopper.obstacle(q, held) is not None:
         return None
-    found = hopper.Prepared.of(Call(q, held, None, mask, scores, value_tolerance, topk_query))
-    return None if isinstance(found, str) else found
-
-
-def attend_again(q: Tensor, prepared: Prepared, reason: str, keys: int, padding: Tensor | None) -> Tensor | None:
-    """The output [B, Hq, M, Dv] of what was `prepared`, over the first `keys`, of which `padding` [B, keys] are not seen; None where
-    the kernel cannot run."""
-    out = q.new_empty((*q.shape[:3], prepared.width))
-    with torch.cuda.device_of(q):
-        if prepared.attend(q, out, None, keys, padding) is not None:
+    if kv.exact:
+        if not hopper_exact.is_aligned(q) or hopper_exact.obstacle(q, kv) is not None:
             return None
+        exact = hopper_exact.Prepared.of(q, kv, mask, scores)
+    found = hopper.Prepared.of(Call(q, held, None, mask, scores, value_tolerance, topk_query))
+    return None if isinstance(found, str) else Kernels(found, exact)
+
+
+def attend_again(q: Tensor, prepared: Kernels, reason: str, kv: KVView, padding: Tensor | None) -> Tensor | None:
+    """The output [B, Hq, M, Dv] of what was `prepared`, over a view of the same buffers, of which `padding` [B, N] are not seen; None
+    where a kernel cannot run."""
+    (coded, exact), keys = prepared, kv.v.shape[2]
+    out = q.new_empty((*q.shape[:3], coded.width))
+    with torch.cuda.device_of(q):
+        if exact is None:
+            obstacle = coded.attend(q, out, None, keys, padding)
+        else:
+            lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+            hidden = None if padding is None else padding[:, kv.n_first : kv.n_first + keys]
+            obstacle = coded.attend(q, out, lse, keys, hidden) or exact.attend(q, kv, padding, out, lse)
+    if obstacle is not None:
+        return None
     record.record("decode", "hopper", reason)
     return out
 

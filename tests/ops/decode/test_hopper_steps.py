@@ -1,0 +1,127 @@
+"""Steps over a growing cache that holds tokens as they came, by kernels for Hopper that are prepared once: on such a GPU where there is one, else
+lane by lane on the CPU."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import emulated
+from decode_cases import assert_graph_follows
+from flashsfa import SparseKVCache, explain, sparse_feature_decode
+from flashsfa import decode as module
+from flashsfa.ops import nvrtc
+from flashsfa.ops.decode import gpu
+from flashsfa.ops.decode.hopper import decode as hopper
+from flashsfa.ops.decode.hopper.exact import exact as hopper_exact
+from flashsfa.ops.plan import DecodePlan
+from flashsfa.ops.select.hopper import append
+from flashsfa.stored import ExactKV, KVView
+from held_cases import AXES, CODES, coded
+
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+BATCH, HEADS, DIM = 2, 2, 64
+
+
+@pytest.fixture(autouse=True)
+def again(monkeypatch):
+    """What was computed by what had been prepared, one entry a call: None where it could not be."""
+    if DEVICE.type == "cuda":
+        if not nvrtc.is_hopper(DEVICE):
+            pytest.skip("needs a Hopper GPU, or none")
+    elif emulated.COMPILER is None:
+        pytest.skip("needs g++ to stand in for a GPU")
+    else:
+        monkeypatch.setattr(nvrtc, "is_hopper", lambda device: True)
+        monkeypatch.setattr(nvrtc, "obstacle", lambda: None)
+        monkeypatch.setattr(append, "load", emulated.load_append)
+        monkeypatch.setattr(append, "launch", emulated.launch_append)
+        monkeypatch.setattr(hopper, "launch", emulated.launch)
+        monkeypatch.setattr(hopper_exact, "launch", emulated.launch_exact)
+        monkeypatch.setattr(module, "plan_decode", lambda q, kv: DecodePlan("hopper", "asked for", fuses_exact=True))
+    outs, attend_again = [], gpu.attend_again
+    monkeypatch.setattr(gpu, "attend_again", lambda *given: outs.append(attend_again(*given)) or outs[-1])
+    return outs
+
+
+def normal(*shape):
+    return torch.randn(shape, device=DEVICE).bfloat16()
+
+
+def assert_step(cache, k, v, **rules):
+    """A step by what is prepared, if anything is, has the bits of one that prepares nothing; the view."""
+    view, q = cache.append(k, v), normal(len(k), 2 * HEADS, k.shape[2], DIM)
+    other = replace(view)
+    assert other.prepared is None
+    for options in (rules, {**rules, "topk_query": "dense", "softcap": 3.0}):
+        out, expected = sparse_feature_decode(q, view, **options), sparse_feature_decode(q, other, **options)
+        assert torch.equal(out, expected)
+    return view
+
+
+@pytest.mark.parametrize(("recent", "first", "dtype"), [(5, 2, None), (4, 0, torch.int8), (0, 3, torch.int8)], ids=str)
+def test_steps_follow_a_growing_cache(monkeypatch, again, recent, first, dtype):
+    """Through moves of the newest tokens, growth of the coded ones, a choice of sequences, a copy, and tokens taken back."""
+    cache = SparseKVCache(8, dense_dims=16, capacity=45, recent=recent, first=first, dtype=dtype)
+    k, v = normal(2, BATCH, HEADS, 70, DIM)
+
+    def step(start, end, cache=cache, **rules):
+        return assert_step(cache, k[:, :, start:end], v[:, :, start:end], **rules)
+
+    cache.append(k[:, :, :30], v[:, :, :30])
+    step(30, 31)  # fewer coded tokens than the kernel takes
+    step(31, 39)  # several queries
+    again.clear()
+    made, prepared = [], gpu.prepared
+    monkeypatch.setattr(gpu, "prepared", lambda *given: made.append(given) or prepared(*given))
+    for end in range(40, 54):  # over the capacity, and twice through the buffer of the newest
+        step(end - 1, end)
+    assert "tokens held as they came by a kernel for Hopper" in explain()
+    assert len(again) == 2 * 14
+    assert not any(out is None for out in again)
+    assert len(made) == 2 * 2  # for two forms of queries, and for the grown buffers again
+    view = step(53, 54, key_padding_mask=torch.rand(BATCH, 54, device=DEVICE) < 0.3)
+    assert len(again) == 2 * 15
+    step(54, 55, window=9)
+    assert len(again) == 2 * 15
+    assert copy.deepcopy(view).prepared is None
+    other = copy.deepcopy(cache)
+    step(55, 56, cache=other)
+    step(55, 56)
+    cache.select_batch(torch.tensor([1, 1], device=DEVICE))
+    step(56, 57)
+    cache.crop(45)
+    step(57, 58)
+    assert len(again) == 2 * 19
+
+
+def test_queries_at_odd_addresses(again):
+    cache = SparseKVCache(8, dense_dims=16, recent=5, first=2)
+    view = cache.append(*normal(2, BATCH, HEADS, 50, DIM))
+    memory = normal(1 + BATCH * HEADS * DIM)
+    even, odd = (memory[i : i + BATCH * HEADS * DIM].view(BATCH, HEADS, 1, DIM) for i in (0, 1))
+    odd_copy = odd.clone()
+    sparse_feature_decode(even, view)
+    assert torch.equal(sparse_feature_decode(odd, view), sparse_feature_decode(odd_copy, view))
+    assert [out is None for out in again] == [False, True, False]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [*AXES, *CODES[:2]])
+def test_a_graph_follows_kv_lens(kind):
+    """Few bits, and exact tokens in place of codes."""
+    k, v = normal(2, 2, HEADS, 3000, DIM)
+    lens = torch.tensor([3000, 1], device=DEVICE)
+    positions = torch.tensor([[0, 1, 2999, 2998, 16, 15], [0, 1, 63, 62, 2899, -1]], device=DEVICE)
+    slots = positions.clamp(min=0)[:, None, :, None].expand(-1, HEADS, -1, DIM)
+    exact = ExactKV(k.gather(2, slots), v.gather(2, slots), positions)
+    kv, q = KVView(coded(kind, k), v, kv_lens=lens, recent=exact), normal(2, 2 * HEADS, 1, DIM)
+
+    def step():
+        return sparse_feature_decode(q, kv, topk_query="dense", return_lse=True)
+
+    assert_graph_follows(step, lens)
+    assert "tokens held as they came by a kernel for Hopper" in explain()
