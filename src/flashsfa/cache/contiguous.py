@@ -479,7 +479,7 @@ class _Held:
             _exact_tokens(first, 0, tokens.first),
             _exact_tokens(recent, tokens.slot, tokens.recent),
         )
-        return kv if first or recent else kv.over(self.readers)
+        return kv.over(self.readers)
 
     @functools.cached_property
     def _buffers(self) -> tuple[Form, Buffers]:
@@ -524,13 +524,12 @@ class _Held:
             )
 
     def with_recent(self, start: int, end: int) -> _Held:
-        """As `with_coded`, for the newest tokens. What was prepared is of the coded ones, and stays."""
+        """As `with_coded`, for the newest tokens. What attention prepared is of the coded ones, and stays; what writes has the old places."""
         assert self.kv.recent is not None
         with lasting_tensors():
             held = replace(
                 self, kv=replace(self.kv, recent=self.kv.recent.map(lambda x: _moved(x, start, end, x.shape[2])))
             )
-        held.writers.update(self.writers)
         held.readers.update(self.readers)
         return held
 
