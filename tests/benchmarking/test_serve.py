@@ -148,3 +148,11 @@ def test_without_vllm_the_command_names_the_extra(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     assert main(["bench", "serve"]) == 2
     assert "[vllm]" in capsys.readouterr().err
+
+
+def test_prompts_have_no_more_characters_than_their_tokens_can_have():
+    """vLLM refuses those before it reads them."""
+    words = serve._tokenizer(2000)
+    text = words.decode(range(990, 1010))
+    assert words(text).input_ids == [*range(990, 1010)]
+    assert len(text) <= 20 * max(map(len, words.get_vocab()))

@@ -235,13 +235,14 @@ def _ask(
     options = parser.parse_args([
         f"--base-url={url}", f"--model={folder}", "--dataset-name=random", f"--random-input-len={tokens}",
         f"--random-output-len={new}", f"--num-prompts={prompts}", f"--max-concurrency={at_a_time}", f"--seed={seed}",
-        "--temperature=0", "--ignore-eos", "--disable-tqdm", "--ready-check-timeout-sec=0",
+        "--temperature=0", "--ignore-eos", "--disable-tqdm", "--ready-check-timeout-sec=0", "--save-detailed",
     ])  # fmt: skip
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         found: dict[str, Any] = serve.main(options)
     if found["completed"] < prompts or found["total_output_tokens"] != prompts * new:
+        why = next((error for error in found.get("errors", ()) if error), "no reason given")
         raise RuntimeError(
-            f"{found['completed']} of {prompts} requests ended, with {found['total_output_tokens']} tokens"
+            f"{found['completed']} of {prompts} requests ended, with {found['total_output_tokens']} tokens: {why}"
         )
     return found
 
@@ -349,10 +350,11 @@ def _model_folder(shape: str, device: torch.device, dtype: torch.dtype) -> Tempo
 
 
 def _tokenizer(size: int) -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    """Words t0, t1 and so on, with nothing between them: vLLM refuses text of more characters than its tokens can have. No special tokens:
+    they make no text, and no time."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(size)}, unk_token="t0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words
-    )  # no special tokens: they make no text, and no time
+    words.pre_tokenizer = pre_tokenizers.Split(Regex("t[0-9]+"), "isolated")
+    words.decoder = decoders.Fuse()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words)

@@ -17,8 +17,9 @@ constexpr int INDEX_BYTES = INDEX_BITS == 0 ? (SPARSE_DIMS + 7) / 8 : (KEPT * IN
 constexpr bool HAS_CHANNEL = CHANNEL > 0, HAS_KEPT = KEPT > 0;
 constexpr bool IS_CHANNEL_LEVELS = HAS_CHANNEL && CHANNEL_BITS < 16;
 
-// What is read of a feature's entries: of one row a float, of more rows 16 bits each.
-constexpr int ENTRY_BYTES = ROWS == 1 ? 4 : 2 * ROWS, COPIES = 128 / ENTRY_BYTES;
+// What is read of a feature's entries: floats, which need no unpacking, where instructions bind and a load has them all; else 16 bits each.
+constexpr bool ARE_FEATURES_FLOATS = ROWS == 1 || (ROWS <= 4 && KEPT_BITS == 4);
+constexpr int ENTRY_BYTES = (ARE_FEATURES_FLOATS ? 4 : 2) * ROWS, COPIES = 128 / ENTRY_BYTES;
 
 // Queries of a kv head, shared by the warps of a block.
 struct SharedQuery {
@@ -76,8 +77,9 @@ DEVICE void lay_out(SharedQuery& shared, const u16 (*q)[QUERY_DIMS], const Param
       for (int r = 0; r < ROWS; ++r) x[r] = q[r][CHANNEL + i];
       for (int copy = 0; copy < COPIES; ++copy) {
         u8* entry = shared.features[i] + (copy + i) % COPIES * ENTRY_BYTES;  // no two threads to one bank
-        if constexpr (ROWS == 1) {
-          *reinterpret_cast<float*>(entry) = query_float(x[0]);
+        if constexpr (ARE_FEATURES_FLOATS) {
+#pragma unroll
+          for (int r = 0; r < ROWS; ++r) reinterpret_cast<float*>(entry)[r] = query_float(x[r]);
         } else {
 #pragma unroll
           for (int r = 0; r < ROWS; r += 2) reinterpret_cast<u32*>(entry)[r / 2] = x[r] | u32(x[r + 1]) << 16;
@@ -218,7 +220,7 @@ DEVICE void add_kept(float (&score)[ROWS], const StoredKeys& stored, const Share
     u32 of_rows[words(ENTRY_BYTES)];
     load_shared(of_rows, shared.features[0] + lane_id() % COPIES * ENTRY_BYTES + offset);
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) score[r] += entry * (ROWS == 1 ? from_bits(of_rows[0]) : query_float(u16(of_rows[r / 2] >> (r % 2 * 16))));
+    for (int r = 0; r < ROWS; ++r) score[r] += entry * (ARE_FEATURES_FLOATS ? from_bits(of_rows[smaller(r, words(ENTRY_BYTES) - 1)]) : query_float(u16(of_rows[r / 2] >> (r % 2 * 16))));
   }
 }
 
