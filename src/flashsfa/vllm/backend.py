@@ -101,13 +101,14 @@ class Decode:
         seq_lens: [B] int32 keys of each, the new ones included.
         block_table: [B, max_blocks] int32 their pages.
         rows: [B, M] int64 the batch's rows of their M newest tokens; where a request has fewer new ones, others come first.
-        new: [tokens] int64 which of the B·M rows are new tokens, in the batch's order.
+        new: [tokens] int64 which of the B·M rows are new tokens, in the batch's order. Both are None where each request has one new
+            token: these are the batch's first B rows.
     """
 
     seq_lens: Tensor
     block_table: Tensor
-    rows: Tensor
-    new: Tensor
+    rows: Tensor | None = None
+    new: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -177,12 +178,15 @@ class SparseFeatureMetadataBuilder(AttentionMetadataBuilder[SparseFeatureMetadat
         """Of the first `count` requests."""
         bounds = batch.query_start_loc_cpu[: count + 1].long()
         starts, ends = bounds[:-1, None], bounds[1:, None]
+        seq_lens, block_table = batch.seq_lens[:count], batch.block_table_tensor[:count]
+        if bool((ends - starts == 1).all()):
+            return Decode(seq_lens, block_table)
         most = int(bounds.diff().max())
         rows = ends + torch.arange(-most, 0, device=bounds.device)
         is_new = rows >= starts
         return Decode(
-            seq_lens=batch.seq_lens[:count],
-            block_table=batch.block_table_tensor[:count],
+            seq_lens,
+            block_table,
             rows=rows.clamp(min=0).to(self.device, non_blocking=True),
             new=is_new.flatten().nonzero().flatten().to(self.device, non_blocking=True),
         )
@@ -302,13 +306,19 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
         return output
 
     def _decode(self, q: Tensor, pages: KVView, decode: Decode, output: Tensor) -> None:
-        kv = replace(pages, kv_lens=decode.seq_lens, page_table=decode.block_table)
+        kv, count = replace(pages, kv_lens=decode.seq_lens, page_table=decode.block_table), len(decode.seq_lens)
+        # [Hq, B, M, D]
+        newest = q[0, :, :count, None] if decode.rows is None else q[0, :, decode.rows]
         out = sparse_feature_decode(
-            q[0, :, decode.rows].transpose(0, 1), kv, topk_query=self._budget.topk_query,
+            newest.transpose(0, 1), kv, topk_query=self._budget.topk_query,
             query_pattern=self._budget.query_pattern, scale=self.scale, window=self._window,
             value_tolerance=self.settings.value_tolerance,
         )  # fmt: skip
-        output[: len(decode.new)] = out.transpose(1, 2).flatten(0, 1)[decode.new]
+        by_token = out.transpose(1, 2).flatten(0, 1)
+        if decode.new is None:
+            output[:count] = by_token
+        else:
+            output[: len(decode.new)] = by_token[decode.new]
 
     def _prefill(
         self, layer: Any, q: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, prefill: Prefill, output: Tensor
