@@ -210,7 +210,7 @@ def _again(
         require_padding(padding, q.shape[0], kv.n, q.device)
     form = (
         q.device, q.dtype, q.shape, q.stride(), budget, mask.window, scores.scale, scores.softcap, value_tolerance,
-        kv.first is None, kv.recent is None,
+        kv.first is None, kv.recent is None, q.data_ptr() % 16 if kv.exact else 0,
     )  # fmt: skip
     if form not in kept:
         _check(q, kv, mask, value_tolerance, is_of_cache=True)

@@ -264,3 +264,11 @@ def test_another_device_than_the_current_one():
         seen = cache.append(k[:, :, i : i + 1], v[:, :, i : i + 1])
     same_bits(seen.v, v)
     assert torch.cuda.current_device() == 0
+
+
+def test_what_ran_is_told_of_the_last_cache():
+    k, v = draw(3)
+    SparseKVCache(8, capacity=9).append(k, v)
+    assert "append: hopper" in explain()
+    SparseKVCache(8, capacity=9).append(k.float(), v.float())
+    assert "append: hopper" not in explain()

@@ -230,3 +230,18 @@ def test_exact_tokens_have_no_part_in_the_gain_of_a_basis(kind):
     model = flashsfa.enable(dense, 3, dense_dims=2, basis=basis, recent=3, first=2, prefill="dense")
     torch.testing.assert_close(run(model, ids, SparseCache(model)), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(run(model, ids), one_by_one(model, ids), **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["no basis", "axes", "features"])
+def test_exact_keys_without_a_gain_leave_a_view_as_it_is(kind):
+    """What decode prepared for a view is of no use to another one."""
+    eye = torch.eye(8).expand(2, 8, 8)
+    bits = torch.full((2, 8), 4, dtype=torch.uint8)
+    axes = flashsfa.AxisBits(bits, torch.ones(2, 8), torch.zeros(2, 8)) if kind == "axes" else None
+    basis = None if kind == "no basis" else flashsfa.FeatureBasis(2 * eye, eye, axes)
+    coding = attention.LayerCoding(flashsfa.budget.FeatureBudget.of(8, 2), basis=basis)
+    k, v = torch.randn(2, 1, 2, 5, 8)
+    kv = flashsfa.SparseKVCache(2, recent=3).append(k, v)
+    assert (coding.exact(kv) is kv) == (kind != "features")
+    gain = 2 if kind == "features" else 1
+    torch.testing.assert_close(coding.exact(kv).recent.k * gain, k[:, :, 2:])

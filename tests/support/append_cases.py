@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import emulated
-from flashsfa.ops import nvrtc
+from flashsfa.ops import nvrtc, record
 from flashsfa.ops.select.hopper import append as hopper
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -16,7 +16,8 @@ BATCH, HEADS, TOKENS, CAPACITY = 2, 2, 6, 11
 
 
 def use_kernel(monkeypatch):
-    """Have the kernel run, or skip the test."""
+    """Have the kernel run, or skip the test; and `explain()` know of nothing before."""
+    monkeypatch.setattr(record, "_last", {})
     if DEVICE.type == "cuda":
         if not nvrtc.is_hopper(DEVICE):
             pytest.skip("needs a Hopper GPU, or none")

@@ -67,8 +67,10 @@ class LayerCoding(nn.Module):
         if basis is not None:
             for name in ("query", "key"):
                 self.register_buffer(name, getattr(basis, name), persistent=False)
+        self._has_gain = basis is not None and axes is None
+        if basis is not None and self._has_gain:
             gain = (basis.key.double() * basis.query.double()).sum(-2)  # [Hkv, D]
-            gain[:, : budget.head_dim if axes is not None else budget.dense_dims] = 1
+            gain[:, : budget.dense_dims] = 1
             self.register_buffer("gain", gain.to(basis.query.dtype), persistent=False)
 
     @classmethod
@@ -97,18 +99,20 @@ class LayerCoding(nn.Module):
     def exact_keys(self, k: Tensor) -> Tensor:
         """Keys k [B, Hkv, N, D] in the layer's coordinates, such that the layer's queries score them as the dense model does: the gain
         of a basis makes up for what codes drop."""
-        if self._basis_digest is None:
+        if not self._has_gain:
             return k
         self._basis(k.device)
         return (k / self.gain[:, None]).to(k.dtype)
 
     def exact(self, kv: KVView) -> KVView:
-        """A cache's view with `exact_keys`."""
+        """A cache's view with `exact_keys`: itself where they are the keys, as what was prepared for it is then of use."""
+        if not self._has_gain or not kv.exact:
+            return kv
 
         def change(part: ExactKV | None) -> ExactKV | None:
             return None if part is None else replace(part, k=self.exact_keys(part.k))
 
-        return replace(kv, first=change(kv.first), recent=change(kv.recent)) if kv.exact else kv
+        return replace(kv, first=change(kv.first), recent=change(kv.recent))
 
     def _basis(self, device: torch.device) -> FeatureBasis:
         """The basis on the device of what it is for: that of an offloaded layer is known when it runs."""

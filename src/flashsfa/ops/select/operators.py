@@ -215,12 +215,15 @@ def prepared_append(k: Tensor, v: Tensor, form: Form, buffers: Buffers) -> Appen
     from .hopper import append as kernels
 
     found = kernels.prepare(k, v, form, buffers)
-    if isinstance(found, str):
-        record.record("append", "torch", found, fallback=True)
-        return None
-    if found is not None:
+    if isinstance(found, kernels.Append):
         record.record("append", "hopper", "one launch for the few tokens that a step appends")
-    return found
+        return found
+    other = "triton" if form.is_of_features and has_fused(k) else "torch"
+    if found is None:
+        record.record("append", other, "the kernel for Hopper takes steps of few tokens in 16 bits")
+    else:
+        record.record("append", other, found, fallback=True)
+    return None
 
 
 def _append_plain(

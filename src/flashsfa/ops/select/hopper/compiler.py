@@ -48,6 +48,16 @@ class Form:
     shares_scale: bool = False
     axis_bytes: int = 0
 
+    @property
+    def is_of_features(self) -> bool:
+        """Whether keys are kept as `FeatureCodes`, and values beside them in as many bits."""
+        in_8_bits = self.shares_scale and self.v_bits == 8
+        return (
+            self.index_bits == 8
+            and not self.is_bitmap
+            and (in_8_bits or self.kept_bits == self.dense_bits == self.v_bits == 16)
+        )
+
 
 @dataclass(frozen=True)
 class Variant:
