@@ -7,6 +7,10 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import pytest
+import torch
+
+from flashsfa.ops import nvrtc
 from flashsfa.ops.decode.hopper import compiler as decode_compiler
 from flashsfa.ops.decode.hopper.exact import compiler as exact_compiler
 from flashsfa.ops.select.hopper import compiler as append_compiler
@@ -22,6 +26,17 @@ extern "C" void run(const Params* p, int x, int y, int z) {{
       for (blockIdx.x = 0; blockIdx.x < x; ++blockIdx.x) run_block({threads}, [p] {{ {kernel}(*p); }});
 }}
 """
+
+
+def is_needed(device):
+    """Whether the CPU is to stand in for a Hopper GPU. Skips the test where there is neither such a GPU nor a compiler."""
+    if device.type == "cuda":
+        if not nvrtc.is_hopper(torch.empty(0, device=device).device):
+            pytest.skip("needs a Hopper GPU, or none")
+        return False
+    if COMPILER is None:
+        pytest.skip("needs g++ to stand in for a GPU")
+    return True
 
 
 def launch(variant, grid, params):

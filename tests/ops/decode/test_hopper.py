@@ -12,7 +12,6 @@ from decode_cases import DecodeRules, assert_graph_follows
 from flashsfa import SparseKVCache, explain, sparse_feature_decode, topk_codes
 from flashsfa.mask import Mask
 from flashsfa.narrow import NarrowRows
-from flashsfa.ops import nvrtc
 from flashsfa.ops.decode import gpu
 from flashsfa.ops.decode.hopper import decode as hopper
 from flashsfa.scores import ScoreRules
@@ -24,12 +23,7 @@ DTYPES = [torch.float16, torch.bfloat16]
 
 @pytest.fixture(autouse=True)
 def kernel(monkeypatch):
-    if DEVICE.type == "cuda":
-        if not nvrtc.is_hopper(torch.empty(0, device=DEVICE).device):
-            pytest.skip("needs a Hopper GPU, or none")
-    elif emulated.COMPILER is None:
-        pytest.skip("needs g++ to stand in for a GPU")
-    else:
+    if emulated.is_needed(DEVICE):
         monkeypatch.setattr(hopper, "launch", emulated.launch)
 
 

@@ -28,12 +28,7 @@ B, HKV = 2, 2
 def launches(monkeypatch):
     """The launches of the kernel so far."""
     launch, made = kernels.launch, []
-    if DEVICE.type == "cuda":
-        if not nvrtc.is_hopper(torch.empty(0, device=DEVICE).device):
-            pytest.skip("needs a Hopper GPU, or none")
-    elif emulated.COMPILER is None:
-        pytest.skip("needs g++ to stand in for a GPU")
-    else:
+    if emulated.is_needed(DEVICE):
         launch = emulated.launch_exact
         monkeypatch.setattr(nvrtc, "obstacle", lambda: None)
     monkeypatch.setattr(kernels, "launch", lambda *given: made.append(given) or launch(*given))

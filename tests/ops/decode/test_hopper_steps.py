@@ -10,35 +10,25 @@ import torch
 pytest.importorskip("triton")
 
 import emulated
+from append_cases import DEVICE, use_kernel
 from decode_cases import assert_graph_follows
 from flashsfa import SparseKVCache, explain, sparse_feature_decode
 from flashsfa import decode as module
-from flashsfa.ops import nvrtc
 from flashsfa.ops.decode import gpu
 from flashsfa.ops.decode.hopper import decode as hopper
 from flashsfa.ops.decode.hopper.exact import exact as hopper_exact
 from flashsfa.ops.plan import DecodePlan
-from flashsfa.ops.select.hopper import append
 from flashsfa.stored import ExactKV, KVView
 from held_cases import AXES, CODES, coded
 
-DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 BATCH, HEADS, DIM = 2, 2, 64
 
 
 @pytest.fixture(autouse=True)
 def again(monkeypatch):
     """What was computed by what had been prepared, one entry a call: None where it could not be."""
-    if DEVICE.type == "cuda":
-        if not nvrtc.is_hopper(DEVICE):
-            pytest.skip("needs a Hopper GPU, or none")
-    elif emulated.COMPILER is None:
-        pytest.skip("needs g++ to stand in for a GPU")
-    else:
-        monkeypatch.setattr(nvrtc, "is_hopper", lambda device: True)
-        monkeypatch.setattr(nvrtc, "obstacle", lambda: None)
-        monkeypatch.setattr(append, "load", emulated.load_append)
-        monkeypatch.setattr(append, "launch", emulated.launch_append)
+    use_kernel(monkeypatch)
+    if emulated.is_needed(DEVICE):
         monkeypatch.setattr(hopper, "launch", emulated.launch)
         monkeypatch.setattr(hopper_exact, "launch", emulated.launch_exact)
         monkeypatch.setattr(module, "plan_decode", lambda q, kv: DecodePlan("hopper", "asked for", fuses_exact=True))

@@ -14,6 +14,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -71,13 +72,27 @@ def machine_code(name: str, source: str, *, afresh: bool = False) -> bytes:
     return cubin
 
 
-def load_kernel(code: Callable[[bool], bytes], name: str, shared_bytes: int, device: int) -> ctypes.c_void_p | str:
-    """The kernel `name` of what `code(afresh)` returns, ready to launch on `device`; or why there is none."""
+class Variant(Protocol):
+    """One specialisation of a kernel: its thread blocks."""
+
+    def __hash__(self) -> int: ...
+
+    @property
+    def threads(self) -> int: ...
+
+    @property
+    def shared_bytes(self) -> int: ...
+
+
+@functools.cache
+def load_kernel(compile_cubin: Callable[..., bytes], variant: Variant, name: str, device: int) -> ctypes.c_void_p | str:
+    """The kernel `name` of what `compile_cubin(variant, afresh=)` returns, ready to launch on `device`; or why there is none: what failed once
+    is not tried again."""
 
     def load(afresh: bool) -> ctypes.c_void_p:
-        cubin = code(afresh)
+        cubin = compile_cubin(variant, afresh=afresh)
         try:
-            return cuda.load_kernel(cubin, name, shared_bytes, device)
+            return cuda.load_kernel(cubin, name, variant.shared_bytes, device)
         except cuda.CompilationError:
             if afresh:
                 raise
@@ -87,6 +102,21 @@ def load_kernel(code: Callable[[bool], bytes], name: str, shared_bytes: int, dev
         return load(afresh=False)
     except cuda.CompilationError as error:
         return str(error)
+
+
+def launch(
+    compile_cubin: Callable[..., bytes],
+    variant: Variant,
+    name: str,
+    grid: tuple[int, int, int],
+    params: ctypes.Structure,
+) -> str | None:
+    """Run a kernel, as of `load_kernel`, on torch's current device and stream, or say why it cannot be built."""
+    kernel = load_kernel(compile_cubin, variant, name, torch.cuda.current_device())
+    if isinstance(kernel, str):
+        return kernel
+    cuda.launch(kernel, grid, variant.threads, variant.shared_bytes, (params,))
+    return None
 
 
 def _read_kept(path: Path) -> bytes | None:

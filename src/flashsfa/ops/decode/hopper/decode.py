@@ -6,7 +6,6 @@ values of those alone that carry weight.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import math
 from dataclasses import dataclass, replace
@@ -167,19 +166,7 @@ class Prepared:
 
 def launch(variant: Variant, grid: tuple[int, int, int], params: Params) -> str | None:
     """Run the kernel on torch's current device and stream, or say why it cannot be built."""
-    kernel = _load(variant, torch.cuda.current_device())
-    if isinstance(kernel, str):
-        return kernel
-    cuda.launch(kernel, grid, variant.threads, variant.shared_bytes, (params,))
-    return None
-
-
-@functools.cache
-def _load(variant: Variant, device: int) -> ctypes.c_void_p | str:
-    """The kernel of one specialisation, ready to launch on `device`, or why there is none: what failed once is not tried again."""
-    return nvrtc.load_kernel(
-        lambda afresh: compiler.compile_cubin(variant, afresh=afresh), "decode_kernel", variant.shared_bytes, device
-    )
+    return nvrtc.launch(compiler.compile_cubin, variant, "decode_kernel", grid, params)
 
 
 class _Form(NamedTuple):

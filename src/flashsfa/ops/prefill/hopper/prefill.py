@@ -4,7 +4,6 @@ and V through the copy engine."""
 from __future__ import annotations
 
 import ctypes
-import functools
 import math
 
 import torch
@@ -187,17 +186,10 @@ def heads_per_l2_group(heads: int, kv_heads: int, head_bytes: int) -> int:
 
 def _load(tile: Tile, device: int) -> ctypes.c_void_p:
     """The kernel of one specialisation, ready to launch on `device`. What failed once is not tried again."""
-    kernel = _load_once(tile, device)
+    kernel = nvrtc.load_kernel(compiler.compile_cubin, tile, "prefill_kernel", device)
     if isinstance(kernel, str):
         raise cuda.CompilationError(kernel)
     return kernel
-
-
-@functools.cache
-def _load_once(tile: Tile, device: int) -> ctypes.c_void_p | str:
-    return nvrtc.load_kernel(
-        lambda afresh: compiler.compile_cubin(tile, afresh=afresh), "prefill_kernel", tile.shared_bytes, device
-    )
 
 
 def _aligned(x: Tensor) -> Tensor:

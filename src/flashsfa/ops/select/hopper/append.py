@@ -7,7 +7,6 @@ passes is ready but for the addresses of keys and values and the places they go 
 from __future__ import annotations
 
 import ctypes
-import functools
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -22,7 +21,7 @@ from .compiler import Form, Variant
 from .params import Params
 
 _MOST_ROWS = 512  # of all heads: of more, the bytes are what takes time
-_MOST_HEAD_DIM = 256  # of codes; keys in bits per axis may be wider
+_MOST_HEAD_DIM = 256
 _MOST_VALUE_DIM = 1024  # the warp of a value holds it in registers
 
 
@@ -114,12 +113,9 @@ def prepare(k: Tensor, v: Tensor, form: Form, buffers: Buffers) -> Append | str 
     return Append(kernel, device, (n, batch * heads, 1), params)
 
 
-@functools.cache
 def load(variant: Variant, device: int) -> ctypes.c_void_p | str:
     """The kernel of one specialisation, ready to launch on `device`, or why there is none: what failed once is not tried again."""
-    return nvrtc.load_kernel(
-        lambda afresh: compiler.compile_cubin(variant, afresh=afresh), "append_kernel", variant.shared_bytes, device
-    )
+    return nvrtc.load_kernel(compiler.compile_cubin, variant, "append_kernel", device)
 
 
 def launch(kernel: ctypes.c_void_p, device: int, grid: tuple[int, int, int], params: Params) -> None:

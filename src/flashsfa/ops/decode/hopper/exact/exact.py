@@ -5,8 +5,6 @@ They are few, so that the time is that of one way to memory and back: each block
 
 from __future__ import annotations
 
-import ctypes
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +14,6 @@ from .....mask import Mask
 from .....scores import ScoreRules
 from .....stored import KVView
 from .... import nvrtc
-from ....nvrtc import cuda
 from ....triton.rows import next_power_of_2
 from . import compiler
 from .compiler import Variant
@@ -113,19 +110,7 @@ def attend(q: Tensor, kv: KVView, mask: Mask, scores: ScoreRules, out: Tensor, l
 
 def launch(variant: Variant, grid: tuple[int, int, int], params: Params) -> str | None:
     """Run the kernel on torch's current device and stream, or say why it cannot be built."""
-    kernel = _load(variant, torch.cuda.current_device())
-    if isinstance(kernel, str):
-        return kernel
-    cuda.launch(kernel, grid, variant.threads, variant.shared_bytes, (params,))
-    return None
-
-
-@functools.cache
-def _load(variant: Variant, device: int) -> ctypes.c_void_p | str:
-    """The kernel of one specialisation, ready to launch on `device`, or why there is none: what failed once is not tried again."""
-    return nvrtc.load_kernel(
-        lambda afresh: compiler.compile_cubin(variant, afresh=afresh), "exact_kernel", variant.shared_bytes, device
-    )
+    return nvrtc.launch(compiler.compile_cubin, variant, "exact_kernel", grid, params)
 
 
 def is_aligned(x: Tensor) -> bool:
