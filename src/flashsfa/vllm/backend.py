@@ -177,11 +177,11 @@ class SparseFeatureMetadataBuilder(AttentionMetadataBuilder[SparseFeatureMetadat
     def _decode(self, batch: CommonAttentionMetadata, count: int) -> Decode:
         """Of the first `count` requests."""
         bounds = batch.query_start_loc_cpu[: count + 1].long()
-        starts, ends = bounds[:-1, None], bounds[1:, None]
+        starts, ends, new = bounds[:-1, None], bounds[1:, None], bounds.diff()
         seq_lens, block_table = batch.seq_lens[:count], batch.block_table_tensor[:count]
-        if bool((ends - starts == 1).all()):
+        if bool((new == 1).all()):
             return Decode(seq_lens, block_table)
-        most = int(bounds.diff().max())
+        most = int(new.max())
         rows = ends + torch.arange(-most, 0, device=bounds.device)
         is_new = rows >= starts
         return Decode(
@@ -315,10 +315,9 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
             value_tolerance=self.settings.value_tolerance,
         )  # fmt: skip
         by_token = out.transpose(1, 2).flatten(0, 1)
-        if decode.new is None:
-            output[:count] = by_token
-        else:
-            output[: len(decode.new)] = by_token[decode.new]
+        if decode.new is not None:
+            by_token = by_token[decode.new]
+        output[: len(by_token)] = by_token
 
     def _prefill(
         self, layer: Any, q: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, prefill: Prefill, output: Tensor
