@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .budget import FeatureBudget, require_budget
 from .checks import may_look, refuse_transforms, require, require_float
+from .ops.select.narrow import MOST_8_BIT, step_of
 from .ops.select.operators import coded, pruned, scattered
 
 
@@ -226,7 +227,7 @@ def topk_codes(x: Tensor, topk: int, *, dense_dims: int = 0, pattern: str | None
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [..., C] in int8 and the float32 scale [...] of each row: x ≈ int8 · scale."""
     wide = x.float()
-    scale = wide.abs().amax(-1) / 127
+    scale = step_of(wide, MOST_8_BIT)
     return (wide / scale.where(scale > 0, 1)[..., None]).round().to(torch.int8), scale
 
 

@@ -81,7 +81,7 @@ def test_what_does_not_fit_is_refused(where):
 
 @pytest.mark.gpu
 def test_a_cache_on_a_gpu_holds_what_one_on_the_cpu_does():
-    k, v = (torch.randn(2, 4, 700, 128, dtype=torch.bfloat16) for _ in "kv")
+    k, v = (torch.randn(2, 4, 700, 128, dtype=torch.bfloat16, device="cpu") for _ in "kv")
     here, there = (SparseKVCache(16, dense_dims=16, dtype=torch.int8) for _ in range(2))
     for part in (slice(0, 690), slice(690, 691), slice(691, 700)):
         here.append(k[:, :, part], v[:, :, part])

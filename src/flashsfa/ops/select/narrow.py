@@ -53,10 +53,17 @@ def unpack_bitmap(packed: Tensor, width: int, count: int) -> Tensor:
     return which.new_zeros((*slot.shape[:-1], count + 1)).scatter_(-1, slot, which)[..., :count]
 
 
+def step_of(wide: Tensor, levels: float) -> Tensor:
+    """[...] the step in which the largest magnitude of each float32 row of wide [..., C] is so many `levels`."""
+    # By a number torch divides exactly on a CPU alone: a GPU multiplies by its reciprocal, and would hold other bits than the kernels write.
+    largest = wide.abs().amax(-1)
+    return largest / largest.new_full((), levels)
+
+
 def to_8_bits(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [..., C], C >= 1, in int8 and the bfloat16 scale [...] of each row: x ≈ int8 · scale, to half a scale."""
     wide = x.float()
-    scale = _stored(wide.abs().amax(-1) / MOST_8_BIT)
+    scale = _stored(step_of(wide, MOST_8_BIT))
     return _steps(wide, scale).round().clamp(-MOST_8_BIT, MOST_8_BIT).to(torch.int8), scale
 
 
@@ -66,7 +73,7 @@ def to_4_bits(x: Tensor, centre: Tensor | None = None) -> tuple[Tensor, Tensor]:
     The levels 0 to 15 are packed, two per byte. Zero is no level around a centre of zero: it comes back as half a scale.
     """
     wide = x.float() if centre is None else x.float() - centre.float()[..., None]
-    scale = _stored(wide.abs().amax(-1) / CENTRE_4_BIT)
+    scale = _stored(step_of(wide, CENTRE_4_BIT))
     levels = (_steps(wide, scale).floor() + 8).clamp(0, 15).to(torch.uint8)
     return pack(levels, 4), scale
 
