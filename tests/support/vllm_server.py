@@ -44,9 +44,10 @@ class Server:
         self.layer = SimpleNamespace(layer_name="model.layers.1.self_attn.attn")
         self.free = torch.randperm(pages - 1).add(1).tolist()  # block 0 is vLLM's null block
         self.requests = {}  # name: (q, k, v, pages), the tokens seen so far and [T, H, D] each
+        self.metadata = None  # of the last step
 
-    def step(self, new, padding=0):
-        """`new` maps requests to numbers of new tokens. Returns what each request's new tokens get."""
+    def step(self, new, padding=0, empty=0):
+        """`new` maps requests to numbers of new tokens; `empty` ones without any follow. Returns what each request's new tokens get."""
         new = dict(sorted(new.items(), key=lambda item: item[1] > 1))  # decodes first, as the builder asks
         rows, slots, tables, held = [], [], [], []
         for name, n in new.items():
@@ -66,25 +67,27 @@ class Server:
         query, key, value = (
             torch.cat((*x, torch.randn(padding, *x[0].shape[1:], dtype=self.dtype))) for x in zip(*rows, strict=True)
         )
-        bounds = torch.tensor([0, *itertools.accumulate(new.values())], dtype=torch.int32)
+        bounds = torch.tensor([0, *itertools.accumulate([*new.values(), *[0] * empty])], dtype=torch.int32)
         slots = torch.tensor(slots + [-1] * padding)
-        lengths = torch.tensor(held, dtype=torch.int32)
+        lengths = torch.tensor(held + [0] * empty, dtype=torch.int32)
+        tables += [torch.zeros(0, dtype=torch.int32)] * empty
         width = max(map(len, tables)) + 2
         common = self.vllm.CommonAttentionMetadata(
-            query_start_loc=bounds, query_start_loc_cpu=bounds.cpu(), seq_lens=lengths, num_reqs=len(new),
+            query_start_loc=bounds, query_start_loc_cpu=bounds.cpu(), seq_lens=lengths, num_reqs=len(lengths),
             num_actual_tokens=int(bounds[-1]), max_query_len=max(new.values()), max_seq_len=max(held),
             block_table_tensor=torch.stack([torch.nn.functional.pad(x, (0, width - len(x))) for x in tables]),
             slot_mapping=slots, seq_lens_cpu_upper_bound=lengths.cpu(),
         )  # fmt: skip
-        metadata = self.builder.build(0, common)
-        output = self.run(query, key, value, slots, metadata)[: int(bounds[-1])]
+        self.metadata = self.builder.build(0, common)
+        output = self.run(query, key, value, slots, self.metadata)[: int(bounds[-1])]
         return dict(zip(new, output.split(list(new.values())), strict=True))
 
     def run(self, query, key, value, slots, metadata):
         output = torch.full((len(query), self.hq, DV), 7.0, dtype=self.dtype)
         self.impl.do_kv_cache_update(self.layer, key, value, self.kv_cache, slots)
         self.impl.forward(self.layer, query, key, value, self.kv_cache, metadata, output=output)
-        assert (output[metadata.tokens :] == 7).all()
+        decoding = 0 if metadata.decode is None else len(metadata.decode.seq_lens)
+        assert (output[max(metadata.tokens, decoding) :] == 7).all()
         return output
 
     def assert_attends(self, out, **coding):

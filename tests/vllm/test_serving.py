@@ -99,6 +99,17 @@ def test_padding_tokens_leave_every_page_but_the_null_block_alone(vllm, serve):
     assert torch.equal(server.kv_cache[1:].view(torch.uint8), before[1:].view(torch.uint8))
 
 
+def test_empty_requests_that_fill_up_a_cuda_graph(vllm, serve):
+    """A graph replays what was captured: what a step reads must not lie in tables that are made for each step."""
+    server = Server(vllm, serve(**CODING))
+    server.step({"a": 20, "b": 3})
+    assert server.builder.get_cudagraph_support(None, None) == vllm.AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    server.assert_attends(server.step({"a": 1, "b": 1}, padding=3, empty=2))
+    assert server.metadata.decode.rows is server.metadata.decode.new is None
+    assert server.metadata.decode.block_table.shape[0] == 4
+    assert not server.metadata.prefills
+
+
 @pytest.mark.parametrize("cache_dtype", [None, "int8"])
 def test_the_profiling_run_takes_the_memory_of_the_longest_context(vllm, serve, monkeypatch, cache_dtype):
     """The spread keys and values of a group of prompts are no longer than that, and the largest that attention makes."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from vllm.v1.attention.backend import (
     AttentionBackend,
+    AttentionCGSupport,
     AttentionImpl,
     AttentionMetadata,
     AttentionMetadataBuilder,
@@ -102,7 +103,7 @@ class Decode:
         block_table: [B, max_blocks] int32 their pages.
         rows: [B, M] int64 the batch's rows of their M newest tokens; where a request has fewer new ones, others come first.
         new: [tokens] int64 which of the B·M rows are new tokens, in the batch's order. Both are None where each request has one new
-            token: these are the batch's first B rows.
+            token, or none as the last ones that fill up a CUDA graph: these are the batch's first B rows.
     """
 
     seq_lens: Tensor
@@ -151,6 +152,9 @@ class SparseFeatureMetadataBuilder(AttentionMetadataBuilder[SparseFeatureMetadat
     Requests that verify a few guessed tokens decode, all their queries at once.
     """
 
+    # A CUDA graph of such a step reads lengths and pages where vLLM keeps them; a graph's further requests are empty.
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
     def __init__(self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: Any, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         speculative = vllm_config.speculative_config
@@ -179,7 +183,7 @@ class SparseFeatureMetadataBuilder(AttentionMetadataBuilder[SparseFeatureMetadat
         bounds = batch.query_start_loc_cpu[: count + 1].long()
         starts, ends, new = bounds[:-1, None], bounds[1:, None], bounds.diff()
         seq_lens, block_table = batch.seq_lens[:count], batch.block_table_tensor[:count]
-        if bool((new == 1).all()):
+        if bool((new <= 1).all()):
             return Decode(seq_lens, block_table)
         most = int(new.max())
         rows = ends + torch.arange(-most, 0, device=bounds.device)
