@@ -5,13 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+from append_cases import use_kernel
 from decode_cases import DecodeRules, decode
 from flashsfa import FeatureCodes, sparse_feature_decode, topk_codes
 from flashsfa.cache.paged import PagedSparseKVCache
 from flashsfa.coder import Coder
 from flashsfa.formats import cache_bits
+from flashsfa.ops import record
 from flashsfa.stored import KVView
-from flashsfa.vllm.layout import PageLayout
+from flashsfa.vllm.layout import PageLayout, PageWriter
 from vllm_server import CODING, DENSE, DV, HKV, PAGE, TOPK, D, cache_views
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -55,6 +57,23 @@ def test_views_are_disjoint_aligned_and_cover_the_page(dense, topk, page_size, d
     assert [int(x.double().sum()) for x in views] == [x.numel() for x in views]
     assert int((pages == 255).sum()) == pages.numel() - used
     assert pages.numel() - used == 3 * HKV * page_size * (-topk % dtype.itemsize)
+
+
+@pytest.mark.parametrize("bits", [None, "int8", "int4", "d8s8v8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_one_launch_writes_what_pytorch_does(dtype, bits, monkeypatch):
+    """On a Hopper GPU; padding goes to page 0 or nowhere. Keys and values are parts of wider rows."""
+    layout = paged(TOPK, DENSE, dtype, bits, v_width=32)
+    slots = torch.tensor([PAGE, 3 * PAGE - 1, -1, PAGE + 7, -1, 2 * PAGE])
+    rows = torch.randn(len(slots), HKV, D + 32).to(dtype).transpose(0, 1)[None]
+    found, expected = (raw_pages(layout, 3, gap=64) for _ in range(2))
+    layout.write(expected, slots.clamp(min=0), layout.coder.encode(rows[..., :D], rows[..., D:]))
+    use_kernel(monkeypatch)
+    write = PageWriter(layout)
+    for part in (slice(0, 4), slice(4, None)):
+        write(found, slots[part], rows[:, :, part, :D], rows[:, :, part, D:])
+    assert torch.equal(found[1:], expected[1:])
+    assert record.last_choice("append").backend == "hopper"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -34,7 +34,7 @@ from ..mask import Mask
 from ..ops.prefill import operator
 from ..scores import ScoreRules
 from ..stored import KVView
-from .layout import PageLayout
+from .layout import PageLayout, PageWriter
 from .settings import PAGE_SIZES, BasisFile, coder_of, current_settings, longest_context
 
 _log = logging.getLogger("flashsfa")
@@ -266,6 +266,7 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
         self._longest = longest_context()
         self._file = BasisFile()
         self._basis: FeatureBasis | None = None
+        self._write: PageWriter | None = None
 
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
@@ -273,12 +274,14 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
         """Code keys [T', Hkv, D] and store them with values [T', Hkv, Dv].
 
         Args:
-            slot_mapping: [T] int64, T <= T', the slot of each token; negative for padding, which goes to block 0: vLLM's
+            slot_mapping: [T] int64, T <= T', the slot of each token; negative for padding, which goes nowhere or to block 0: vLLM's
                 null block, that no request holds.
         """
         new = slice(slot_mapping.shape[0])
         k = self._coordinates(layer, _by_head(key[new]), "key")
-        self._layout(value).write(kv_cache, slot_mapping.clamp(min=0), self._coder.encode(k, _by_head(value[new])))
+        if self._write is None:
+            self._write = PageWriter(self._layout(value))
+        self._write(kv_cache, slot_mapping, k, _by_head(value[new]))
 
     def forward(
         self,

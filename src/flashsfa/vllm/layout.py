@@ -13,12 +13,17 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..cache.buffers import buffers_of
 from ..checks import FLOAT_DTYPES, require
 from ..coder import Coder
+from ..ops import nvrtc
+from ..ops.select.hopper.append import PagedAppend
+from ..ops.select.operators import prepared_paged_append
 from ..stored import KVView
 
 
@@ -105,6 +110,32 @@ class PageLayout:
             f"{pages.storage_offset()} of {pages.itemsize} bytes",
         )
         return pages.view(torch.uint8)
+
+
+class PageWriter:
+    """Codes keys and stores them with values in pages of one layout, without a host sync: in one launch on a Hopper GPU."""
+
+    def __init__(self, layout: PageLayout) -> None:
+        self._layout = layout
+        self._prepared: dict[Any, PagedAppend | None] = {}  # by where pages lie, and the form of keys and values
+
+    def __call__(self, pages: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Store k [1, Hkv, T, D] and v [1, Hkv, T, Dv] at slots [T], int64 as in `PageLayout.write`; what has a negative slot goes nowhere,
+        or to page 0."""
+        append = self._append(pages, k, v) if nvrtc.is_hopper(k.device) else None
+        if append is not None:
+            append(k, v, slots[None])
+        else:
+            self._layout.write(pages, slots.clamp(min=0), self._layout.coder.encode(k, v))
+
+    def _append(self, pages: Tensor, k: Tensor, v: Tensor) -> PagedAppend | None:
+        form = (
+            pages.data_ptr(), pages.shape, pages.stride(), k.device, k.dtype, k.shape[1], k.shape[3], k.stride(3), v.dtype, v.shape[3],
+            v.stride(3),
+        )  # fmt: skip
+        if form not in self._prepared:
+            self._prepared[form] = prepared_paged_append(k, v, *buffers_of(self._layout.views(pages)))
+        return self._prepared[form]
 
 
 @functools.cache

@@ -238,6 +238,72 @@ def test_other_forms_are_left_to_other_ways(monkeypatch):
     assert "NVRTC is not installed" in prepare(k, k, fit)
 
 
+PAGES, PAGE = 3, 5
+SLOTS = [[4, 5, 11, -1, 14, 0], [1, 15, 7, 6, -7, 9]]  # page * 5 + place; -1, -7 and 15 are none of them
+
+
+def put_in_pages(pools, coder, k, v):
+    """At `SLOTS`."""
+    for pool, x in zip(pools.tensors(), coder.encode(k, v).tensors(), strict=True):
+        for sequence, slots in enumerate(SLOTS):
+            for token, slot in enumerate(slots):
+                if 0 <= slot < PAGES * PAGE:
+                    pool[slot // PAGE, :, slot % PAGE] = x[sequence, :, token]
+
+
+def assert_same_but_for_nan(found, expected):
+    """In all of what is computed of a row one NaN is as another."""
+    for one, another in zip(found.tensors(), expected.tensors(), strict=True):
+        if one.is_floating_point() and one.ndim == 3:
+            assert torch.equal(one.isnan(), another.isnan())
+            one, another = one.nan_to_num(7), another.nan_to_num(7)
+        same_bits(one, another)
+
+
+@pytest.mark.parametrize("bits", [*BITS.values(), CodeFormat(v_bits=8), CodeFormat(16, 8, "bitmap", 16)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("head_dim", "topk", "dense_dims", "v_dim"), SHAPES[:4])
+def test_pools_of_pages(head_dim, topk, dense_dims, v_dim, dtype, bits):
+    """Each token has its slot; one of a slot that there is not goes nowhere."""
+    coder, (k, v) = Coder(topk, dense_dims, bits), hostile(dtype, head_dim, v_dim)
+    found, expected = (
+        coder.empty(PAGE, k, v).map(lambda x: poisoned_pool(x.shape[3:], x.dtype)) for _ in range(2)
+    )  # [P, H, page_size, ...]
+    put_in_pages(expected, coder, k, v)
+    append.prepare_paged(k, v, *buffers_of(found))(k, v, torch.tensor(SLOTS, device=DEVICE))
+    assert_same_but_for_nan(found, expected)
+
+
+def poisoned_pool(width, dtype):
+    shape = (PAGES, HEADS, PAGE, *width)
+    return (
+        torch.full((math.prod(shape) * dtype.itemsize,), 255, dtype=torch.uint8, device=DEVICE).view(dtype).view(shape)
+    )
+
+
+def test_slots_and_pools_that_do_not_fit_are_refused():
+    k = torch.randn(BATCH, HEADS, TOKENS, 64, dtype=torch.float16, device=DEVICE)
+    coder = Coder(8, 4)
+    pools = coder.empty(PAGE, k, k).map(lambda x: poisoned_pool(x.shape[3:], x.dtype))
+    form, fit = buffers_of(pools)
+    writer = append.prepare_paged(k, k, form, fit)
+    for slots in (
+        torch.zeros(BATCH, TOKENS),
+        torch.zeros(TOKENS, BATCH, dtype=torch.int64).mT,
+        torch.zeros(2, 5).long(),
+    ):
+        with pytest.raises(ValueError, match="slots must be contiguous int64"):
+            writer(k, k, slots.to(DEVICE))
+    writer(k[:, :, :0], k[:, :, :0], torch.zeros(BATCH, 0, dtype=torch.int64, device=DEVICE))
+    with pytest.raises(ValueError, match="equally many bytes apart"):
+        append.prepare_paged(k, k, form, fit._replace(v=torch.cat((fit.v, fit.v), dim=1)[:, :HEADS]))
+    with pytest.raises(ValueError, match="the v buffer must be contiguous"):
+        append.prepare_paged(k, k, form, fit._replace(v=fit.v.mT.contiguous().mT))
+    with pytest.raises(ValueError, match="the dense buffer must be contiguous"):
+        append.prepare_paged(k, k, form, fit._replace(dense=fit.dense[:2]))
+    assert append.prepare_paged(k.float(), k.float(), form, fit) is None
+
+
 def test_what_does_not_fit_is_refused():
     k = torch.randn(BATCH, HEADS, TOKENS, 64, dtype=torch.float16, device=DEVICE)
     form, fit = buffers_of(held(Coder(8, 4), k, k)[0])

@@ -22,9 +22,9 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("has_recent", [False, True])
+@pytest.mark.parametrize(("has_recent", "is_paged"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize(("head_dim", "value_dim", "form"), FORMS.values(), ids=FORMS)
-def test_compiles(head_dim, value_dim, form, has_recent):
+def test_compiles(head_dim, value_dim, form, has_recent, is_paged):
     """The size of its parameters is asserted while it compiles."""
-    variant = Variant(has_recent, head_dim, value_dim, has_recent, form)
+    variant = Variant(has_recent, head_dim, value_dim, has_recent, is_paged, form)
     assert compiler.compile_cubin(variant).startswith(b"\x7fELF")

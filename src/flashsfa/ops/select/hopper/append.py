@@ -26,7 +26,7 @@ _MOST_VALUE_DIM = 1024  # the warp of a value holds it in registers
 
 
 class Buffers(NamedTuple):
-    """Those of a cache, contiguous [B, H, C, ...], that its form has. And [B, H, R, ...] the newest tokens as they came, where they are kept
+    """Those of a cache, contiguous [B, H, C, ...], that its form has; or pools of pages [P, H, page_size, ...]. And [B, H, R, ...] the newest tokens as they came, where they are kept
     so.
 
     Attributes:
@@ -90,27 +90,93 @@ class Append:
         launch(self._kernel, self._device, self._grid, params)
 
 
+class PagedAppend:
+    """Writes tokens of one form (heads, widths, dtype and device of keys and values) to pools of pages that lie where they lay."""
+
+    def __init__(self, kernel: ctypes.c_void_p, device: int, params: Params) -> None:
+        self._kernel, self._device, self._params = kernel, device, params
+
+    def __call__(self, k: Tensor, v: Tensor, slots: Tensor) -> None:
+        """Code k [B, H, N, D] and write it with v [B, H, N, Dv] at `slots` [B, N] int64, contiguous: page * page_size + place in the page;
+        outside of the pools, nothing. That k and v have the form, and features one after another, is the caller's to know."""
+        (batch, heads, n), params = k.shape[:3], self._params
+        require(
+            slots.shape == (batch, n)
+            and slots.dtype == torch.int64
+            and slots.is_contiguous()
+            and slots.device == k.device,
+            lambda: (
+                f"slots must be contiguous int64 {[batch, n]} on {k.device}, got {slots.dtype} {tuple(slots.shape)} on {slots.device}"
+            ),
+        )
+        if not slots.numel():
+            return
+        params.k, params.v, params.slots = k.data_ptr(), v.data_ptr(), slots.data_ptr()
+        params.k_batch, params.k_head, params.k_token = k.stride()[:3]
+        params.v_batch, params.v_head, params.v_token = v.stride()[:3]
+        launch(self._kernel, self._device, (n, batch * heads, 1), params)
+
+
 def prepare(k: Tensor, v: Tensor, form: Form, buffers: Buffers) -> Append | str | None:
     """What appends tokens such as k [B, H, N, D] and v [B, H, N, Dv] to buffers of a cache on a Hopper GPU; None for those that the kernel
     is not for, and in words why it cannot be had.
 
     Raises `ValueError` for buffers that do not fit k, v and the form.
     """
+    (batch, heads, n), recent = k.shape[:3], buffers.recent_k
+    if not _takes(k, v) or not 1 <= batch * heads * n <= _MOST_ROWS:
+        return None
+    found = _prepared(k, v, form, buffers)
+    if isinstance(found, str):
+        return found
+    kernel, params = found
+    if recent is not None:
+        params.recent_capacity = recent.shape[2]
+    room = params.recent_capacity or params.capacity
+    require(n <= room, f"{n} tokens do not fit buffers of {room}")
+    params.k_batch, params.k_head, params.k_token = k.stride()[:3]
+    params.v_batch, params.v_head, params.v_token = v.stride()[:3]
+    return Append(kernel, k.device.index, (n, batch * heads, 1), params)
+
+
+def prepare_paged(k: Tensor, v: Tensor, form: Form, pools: Buffers) -> PagedAppend | str | None:
+    """As `prepare`, for pools [P, H, page_size, ...] that are contiguous, or whose pages and heads all lie equally many bytes apart, and any
+    number of tokens."""
     if not _takes(k, v):
         return None
+    found = _prepared(k, v, form, pools, is_paged=True)
+    if isinstance(found, str):
+        return found
+    kernel, params = found
+    (pages, heads, page_size), filled = pools.v.shape[:3], [x for x in pools if x is not None and x.numel()]
+    params.page_size, params.all_slots = page_size, pages * page_size
+    if all(x.is_contiguous() for x in filled):
+        params.page_rows, params.head_rows = heads * page_size, page_size
+    else:
+        (params.page_bytes, params.head_bytes), *others = {
+            (x.stride(0) * x.itemsize, x.stride(1) * x.itemsize) for x in filled
+        }
+        require(
+            not others,
+            "pools that are not contiguous need pages and heads that lie equally many bytes apart in all of them",
+        )
+    return PagedAppend(kernel, k.device.index, params)
+
+
+def _prepared(
+    k: Tensor, v: Tensor, form: Form, buffers: Buffers, *, is_paged: bool = False
+) -> tuple[ctypes.c_void_p, Params] | str:
+    """The kernel, and what its launches have in common."""
     if nvrtc.obstacle() is not None:
         return f"the CUDA kernel that appends is compiled at run time: {nvrtc.obstacle()}"
-    _require_fit(k, v, form, buffers)
-    (batch, heads, n, head_dim), device = k.shape, k.device.index
-    variant = Variant(k.dtype == torch.bfloat16, head_dim, v.shape[-1], buffers.recent_k is not None, form)
-    kernel = load(variant, device)
+    _require_fit(k, v, form, buffers, is_paged=is_paged)
+    has_recent = buffers.recent_k is not None
+    variant = Variant(k.dtype == torch.bfloat16, k.shape[-1], v.shape[-1], has_recent, is_paged, form)
+    kernel = load(variant, k.device.index)
     if isinstance(kernel, str):
         return kernel
     addresses = (None if x is None else x.data_ptr() for x in buffers)
-    strides = *k.stride()[:3], *v.stride()[:3]
-    recent_capacity = 0 if buffers.recent_k is None else buffers.recent_k.shape[2]
-    params = Params(None, None, *addresses, *strides, heads, buffers.v.shape[2], recent_capacity=recent_capacity)
-    return Append(kernel, device, (n, batch * heads, 1), params)
+    return kernel, Params(None, None, *addresses, heads=k.shape[1], capacity=buffers.v.shape[2])
 
 
 def load(variant: Variant, device: int) -> ctypes.c_void_p | str:
@@ -128,19 +194,19 @@ def launch(kernel: ctypes.c_void_p, device: int, grid: tuple[int, int, int], par
 
 
 def _takes(k: Tensor, v: Tensor) -> bool:
-    """Whether the kernel is for keys and values like these: few, of 16 bits, contiguous in the last dimension."""
+    """Whether the kernel is for keys and values like these: of 16 bits, contiguous in the last dimension."""
     return (
         k.dtype in (torch.float16, torch.bfloat16)
-        and 1 <= k.shape[:3].numel() <= _MOST_ROWS
         and k.shape[-1] <= _MOST_HEAD_DIM
         and 1 <= v.shape[-1] <= _MOST_VALUE_DIM
         and all(x.stride(-1) == 1 or x.shape[-1] == 1 for x in (k, v))
     )
 
 
-def _require_fit(k: Tensor, v: Tensor, form: Form, buffers: Buffers) -> None:
+def _require_fit(k: Tensor, v: Tensor, form: Form, buffers: Buffers, *, is_paged: bool) -> None:
     """The buffers are those of a cache of such keys and values."""
-    (batch, heads, n, head_dim), capacity = k.shape, buffers.v.shape[2]
+    batch, heads, _, head_dim = k.shape
+    rows = (buffers.v.shape[0] if is_paged else batch, heads, buffers.v.shape[2])
     require(
         v.shape[:3] == k.shape[:3] and v.dtype == k.dtype and v.device == k.device,
         lambda: f"k {tuple(k.shape)} {k.dtype} on {k.device} does not fit v {tuple(v.shape)} {v.dtype} on {v.device}",
@@ -150,7 +216,7 @@ def _require_fit(k: Tensor, v: Tensor, form: Form, buffers: Buffers) -> None:
         lambda: f"keys of {head_dim} features cannot leave {form.dense_dims} dense and {form.kept} kept ones",
     )
     recent = buffers.recent_k
-    expected = {name: ((batch, heads, capacity, *width), dtype) for name, (width, dtype) in _parts(k, v, form).items()}
+    expected = {name: ((*rows, *width), dtype) for name, (width, dtype) in _parts(k, v, form).items()}
     expected |= {name: ((heads, *width), dtype) for name, (width, dtype) in _tables(head_dim, form).items()}
     if recent is not None:
         expected |= {
@@ -163,13 +229,12 @@ def _require_fit(k: Tensor, v: Tensor, form: Form, buffers: Buffers) -> None:
     )
     for name, buffer in given.items():
         shape, dtype = expected[name]
+        whole = buffer[0, 0] if is_paged and buffer.shape == shape else buffer  # pages and heads may lie anywhere
         require(
-            buffer.is_contiguous() and buffer.shape == shape and buffer.dtype == dtype and buffer.device == k.device,
+            whole.is_contiguous() and buffer.shape == shape and buffer.dtype == dtype and buffer.device == k.device,
             f"the {name} buffer must be contiguous {dtype} {[*shape]} on {k.device}, got {buffer.dtype} {tuple(buffer.shape)} on "
             f"{buffer.device}",
         )
-    room = capacity if recent is None else recent.shape[2]
-    require(n <= room, f"{n} tokens do not fit buffers of {room}")
 
 
 _Part: TypeAlias = tuple[tuple[int, ...], torch.dtype]

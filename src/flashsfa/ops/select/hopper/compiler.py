@@ -67,6 +67,7 @@ class Variant:
         is_bf16: whether keys and values come in bfloat16; else float16.
         head_dim: D; value_dim: Dv.
         has_recent: whether the newest tokens are kept as they come.
+        is_paged: whether the buffers are pools of pages.
         form: what they are coded as.
     """
 
@@ -74,6 +75,7 @@ class Variant:
     head_dim: int
     value_dim: int
     has_recent: bool
+    is_paged: bool
     form: Form
 
     threads: ClassVar[int] = 64  # of a block: a warp for a key and one for its value

@@ -23,8 +23,13 @@ struct Params {
   // v, which are stored from slot `newest` on.
   u16* recent_k;
   u16* recent_v;
+  // Of buffers that are pools of pages: [batch, tokens] the slot of each token, page * page_size + place in it.
+  const i64* slots;
   i64 k_batch, k_head, k_token, v_batch, v_head, v_token;  // strides in entries
-  int heads, capacity, start, recent_capacity, leaving, oldest, newest;
+  // From a page or head of all pools to the next: so many rows of each, and so many bytes.
+  i64 page_rows, head_rows, page_bytes, head_bytes;
+  i64 all_slots;  // of a pool
+  int heads, capacity, start, recent_capacity, leaving, oldest, newest, page_size;
 };
 
 static_assert(sizeof(Params) == PARAMS_BYTES, "params.py mirrors Params");

@@ -60,7 +60,7 @@ DEVICE void pack(u8* packed, const u8* numbers, int count, int bits) {
   }
 }
 
-DEVICE u8* row_of(void* buffer, i64 row, int bytes) { return static_cast<u8*>(buffer) + row * bytes; }
+DEVICE u8* row_of(void* buffer, i64 row, i64 bytes) { return static_cast<u8*>(buffer) + row * bytes; }
 
 // ---- rows
 
