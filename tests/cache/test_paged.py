@@ -1,10 +1,15 @@
 """Paged sequences decode as contiguous ones, forks share pages until they part, and pages come back."""
 
+import copy
+
 import pytest
 import torch
 
+from append_cases import same_bits, use_kernel
 from flashsfa import sparse_feature_decode, topk_codes
 from flashsfa.cache.paged import PagedSparseKVCache
+from flashsfa.formats import CodeFormat
+from flashsfa.ops import record
 
 HKV, D, DV, PAGE = 2, 16, 12, 16
 
@@ -110,6 +115,34 @@ def test_two_holders_part_in_one_append():
     k, v = tokens(1, b=2)
     cache.append([a, b], k, v)
     assert_holds(cache, {s: extend(story, (k[i : i + 1], v[i : i + 1])) for i, s in enumerate((a, b))})
+
+
+@pytest.mark.parametrize("bits", [None, torch.int8, CodeFormat(8, 4, v_bits=8)], ids=str)
+def test_one_launch_stores_what_pytorch_does(bits, monkeypatch):
+    """On a Hopper GPU: prompts, steps and pages that part, also in a copy of the cache, which has pools of its own."""
+    sizes = {"dense_dims": 3, "pages": 12, "page_size": PAGE, "dtype": bits}
+    steps = [tokens(n, b=2, dtype=torch.bfloat16) for n in (PAGE + 3, 1, 2, 0)]
+    caches = []
+    for has_kernel in (False, True):
+        if has_kernel:
+            use_kernel(monkeypatch)
+        cache = PagedSparseKVCache(4, **sizes)
+        sequences = [cache.add(), cache.add()]
+        for k, v in steps:
+            cache.append(sequences, k, v)
+        sequences[0] = cache.fork(sequences[1])
+        cache.append(sequences, *steps[1])
+        caches.append(cache)
+    assert record.last_choice("append").backend == "hopper"
+    further = [copy.deepcopy(cache) for cache in caches]
+    for cache in further:
+        cache.append([1], *(x[:1] for x in steps[2]))
+    for cache, other in (caches, further):
+        one, another = (x.view([1, 2]) for x in (cache, other))
+        assert torch.equal(one.page_table, another.page_table)
+        written = one.page_table[one.page_table > 0].unique().long()
+        for x, y in zip(one.tensors(), another.tensors(), strict=True):
+            same_bits(x[written].nan_to_num(7), y[written].nan_to_num(7))
 
 
 def test_errors():

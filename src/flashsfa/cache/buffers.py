@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from ..axes import AxisCodes
+from ..checks import is_checked, runs_plainly
 from ..codes import FeatureCodes
 from ..formats import index_bits
 from ..narrow import NarrowRows
+from ..ops import nvrtc
 from ..ops.select.hopper.append import Buffers
 from ..ops.select.hopper.compiler import Form
 from ..stored import KeyCodes, KVView
+
+
+def has_kernel(k: Tensor, v: Tensor) -> bool:
+    """Whether tokens such as k and v may be appended by the kernel for Hopper. In checked mode what codes looks at the values."""
+    return nvrtc.is_hopper(k.device) and runs_plainly(k, v) and not is_checked()
 
 
 def buffers_of(kv: KVView) -> tuple[Form, Buffers]:

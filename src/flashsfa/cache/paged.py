@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,10 @@ from ..coder import Coded, Coder
 from ..contexts import lasting_tensors
 from ..formats import CodeFormat
 from ..narrow import NarrowRows
+from ..ops.select.hopper.append import PagedAppend
+from ..ops.select.operators import prepared_paged_append
 from ..stored import ExactKV, KeyCodes, KVView
+from .buffers import buffers_of, has_kernel
 from .exact import ExactSlots
 
 
@@ -81,7 +84,11 @@ class PagedSparseKVCache(Coded):
         ] = {}  # of each sequence that was appended to, [1, Hkv, E, ...], written anew by each append
         self._next = 0
         self._pools: KVView | None = None  # [P, Hkv, page_size, ...]
+        self._writers: dict[Any, PagedAppend | None] = {}  # to them, by the form of keys and values
         self._input_dtype: torch.dtype | None = None  # of keys and values as they come
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_writers": {}}  # a copy has pools of its own
 
     @property
     def free_pages(self) -> int:
@@ -146,20 +153,17 @@ class PagedSparseKVCache(Coded):
             return
         batch, tokens, size = len(sequences), k.shape[2], self.page_size
         plan = self._plan(sequences, tokens)
-        fresh = self.coder.encode(k.detach(), v.detach())
+        k, v = k.detach(), v.detach()
         pools = self._allocate(k, v) if self._pools is None else self._pools
         at = [range(self._lengths[s], self._lengths[s] + tokens) for s in sequences]
-        page = [[pages[i // size] for i in span] for pages, span in zip(plan.held, at, strict=True)]
-        pages = torch.tensor(page, device=k.device, dtype=torch.long).reshape(batch, tokens)
-        slots = (
-            torch.tensor([list(span) for span in at], device=k.device, dtype=torch.long).reshape(batch, tokens) % size
-        )
-        exact = self._written(sequences, k.detach(), v.detach())
+        places = [[pages[i // size] * size + i % size for i in span] for pages, span in zip(plan.held, at, strict=True)]
+        slots = torch.tensor(places, device=k.device, dtype=torch.long).reshape(batch, tokens)
+        exact = self._written(sequences, k, v)
         # Until the end this writes where no sequence looks: pages that are free, and slots past a sequence's length.
-        for pool, x in zip(pools.tensors(), fresh.tensors(), strict=True):
-            if plan.copies:
+        if plan.copies:
+            for pool in pools.tensors():
                 pool[plan.copies] = pool[plan.shared]
-            pool[pages, :, slots] = x.transpose(1, 2)  # [B, N, Hkv, ...]
+        self._write(pools, k, v, slots)
         self._pools, self._input_dtype = pools, k.dtype
         self._commit(sequences, plan, tokens)
         self._exact.update(exact)
@@ -190,6 +194,21 @@ class PagedSparseKVCache(Coded):
         held = [self._exact.get(s, none) for s in sequences]
         positions = torch.cat([x.positions for x in held if x.positions is not None])
         return replace(held[0].map(lambda *x: torch.cat(x), *held[1:]), positions=positions)
+
+    def _write(self, pools: KVView, k: Tensor, v: Tensor, slots: Tensor) -> None:
+        """Code k and store it with v at `slots` [B, N]."""
+        writer = None
+        if has_kernel(k, v):
+            form = (k.dtype, k.stride(3), v.stride(3))  # the rest is that of the pools
+            if form not in self._writers:
+                self._writers[form] = prepared_paged_append(k, v, *buffers_of(pools))
+            writer = self._writers[form]
+        if writer is not None:
+            writer(k, v, slots)
+            return
+        pages, places = slots // self.page_size, slots % self.page_size
+        for pool, x in zip(pools.tensors(), self.coder.encode(k, v).tensors(), strict=True):
+            pool[pages, :, places] = x.transpose(1, 2)  # [B, N, Hkv, ...]
 
     def _written(self, sequences: Sequence[int], k: Tensor, v: Tensor) -> dict[int, ExactKV]:
         """The exact tokens of each sequence after it goes on with k and v [B, Hkv, N, ...]. Changes nothing."""

@@ -18,10 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cache.buffers import buffers_of
+from ..cache.buffers import buffers_of, has_kernel
 from ..checks import FLOAT_DTYPES, require
 from ..coder import Coder
-from ..ops import nvrtc
 from ..ops.select.hopper.append import PagedAppend
 from ..ops.select.operators import prepared_paged_append
 from ..stored import KVView
@@ -122,7 +121,7 @@ class PageWriter:
     def __call__(self, pages: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store k [1, Hkv, T, D] and v [1, Hkv, T, Dv] at slots [T], int64 as in `PageLayout.write`; what has a negative slot goes nowhere,
         or to page 0."""
-        append = self._append(pages, k, v) if nvrtc.is_hopper(k.device) else None
+        append = self._append(pages, k, v) if has_kernel(k, v) else None
         if append is not None:
             append(k, v, slots[None])
         else:
