@@ -24,7 +24,7 @@ from .candidates import Candidates, Exact, by_bytes, by_preset, by_topk
 from .checks import require, require_choice
 from .choose import Kept, Limits, choose
 from .decode import sparse_feature_decode
-from .evaluation.subject import Progress
+from .evaluation.subject import Progress, named_device
 from .evaluation.text import separate_texts, token_windows
 from .files import require_place, whole_folder
 from .huggingface import disable
@@ -68,6 +68,7 @@ class ConvertSettings:
     windows: int | None = None  # to evaluate on: None for 2, or 4 where limits choose; calibration takes twice as many
     contexts: tuple[int, ...] = (1024, 4096, 16384, 32768)
     tokenizer: str | None = None  # as `load_model`'s
+    device: str = "auto"  # as `named_device`'s
 
     def __post_init__(self) -> None:
         require_one_way(self.key_bytes, self.topk, self.topk_query, self.dense_dims, self.basis)
@@ -125,10 +126,12 @@ def convert(
         not is_converted(settings.model),
         f"{settings.model} is converted already: give the dense model that it was made of, or measure it with flashsfa eval",
     )
+    device = named_device(settings.device)
     loaded = progress("loading the model", 1)
     model, tokenizer = load_model(settings.model, getattr(torch, settings.dtype), settings.tokenizer)
     loaded()
     require_whole(model)
+    model.to(device)
     calibration, evaluation = _windows(settings, model, tokenizer)
     *_, head_dim = attention_shape(model)
     kept = Kept(output)
@@ -142,7 +145,7 @@ def convert(
         texts["sfa"] = _continued(model, tokenizer, progress(f"generating: {choice.candidate.label}", 1))
         report = {
             "settings": {**asdict(settings), "model": settings.model or BUNDLED_NAME, "head_dim": head_dim},
-            "versions": _versions(),
+            "versions": _versions(device),
             "variants": choice.rows,
             "candidates": [name for name, x in choice.candidates.items() if x.may_win],
             "chosen": choice.name,
@@ -204,15 +207,18 @@ def _continued(model: Any, tokenizer: Any, progress: Callable[[], None]) -> str:
 def _attention_times(model: Any, settings: ConvertSettings, progress: Progress) -> list[dict[str, float]]:
     """Median milliseconds of one layer's attention with the model's head counts and widths, dense (SDPA) and as the model is switched.
 
-    In float32, where torch's CPU kernels are at their best. A prompt is coded, and attends as `prefill` says.
+    On a CPU in float32, where torch's kernels are at their best. A prompt is coded, and attends as `prefill` says.
     """
+    dtype = torch.float32 if model.device.type == "cpu" else model.dtype
     heads, kv_heads, head_dim = attention_shape(model)
     coding = next(module.sfa for module in model.modules() if isinstance(getattr(module, "sfa", None), LayerCoding))
     budget, coder = coding.budget, coding.coder
     step = progress("timing attention", len(settings.contexts))
 
     def row(n: int) -> dict[str, float]:
-        q, k, v = (torch.randn(1, h, n, head_dim, device=model.device) for h in (heads, kv_heads, kv_heads))
+        q, k, v = (
+            torch.randn(1, h, n, head_dim, dtype=dtype, device=model.device) for h in (heads, kv_heads, kv_heads)
+        )
         newest = q[:, :, -1:]
 
         def cached() -> KVView:
@@ -273,12 +279,10 @@ def _medians_ms(**runs: Callable[[], Any]) -> dict[str, float]:
     return {name: statistics.median(found) for name, found in times.items()}
 
 
-def _versions() -> dict[str, str]:
+def _versions(device: torch.device) -> dict[str, str]:
     found = {"flashsfa": __version__, "torch": torch.__version__, "python": platform.python_version()}
     found["transformers"] = version("transformers")
-    return {
-        **found,
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"CPU, {torch.get_num_threads()} threads",
+    on_gpu = device.type == "cuda"
+    return found | {
+        "device": torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     }

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import torch
 
 from flashsfa import reference, topk_codes
+from flashsfa.decode import FEW_QUERIES
 from flashsfa.mask import Mask
 
 HKV, D, DV, TOPK, DENSE, PAGE = 2, 32, 24, 5, 4, 16
@@ -39,7 +40,7 @@ class Server:
         self.builder = Backend.get_builder_cls()(
             spec, ["model.layers.1.self_attn.attn"], config, torch.get_default_device()
         )
-        assert self.builder.reorder_batch_threshold == 1
+        assert self.builder.reorder_batch_threshold == FEW_QUERIES
         self.impl = Backend.get_impl_cls()(hq, D, D**-0.5, hkv, None, window, "auto", None, "decoder", None)
         self.layer = SimpleNamespace(layer_name="model.layers.1.self_attn.attn")
         self.free = torch.randperm(pages - 1).add(1).tolist()  # block 0 is vLLM's null block
@@ -48,7 +49,8 @@ class Server:
 
     def step(self, new, padding=0, empty=0):
         """`new` maps requests to numbers of new tokens; `empty` ones without any follow. Returns what each request's new tokens get."""
-        new = dict(sorted(new.items(), key=lambda item: item[1] > 1))  # decodes first, as the builder asks
+        # those with one new token first, then those with a few, as the builder asks
+        new = dict(sorted(new.items(), key=lambda item: (item[1] > 1) + (item[1] > FEW_QUERIES)))
         rows, slots, tables, held = [], [], [], []
         for name, n in new.items():
             fresh = [torch.randn(n, h, w, dtype=self.dtype) for h, w in ((self.hq, D), (self.hkv, D), (self.hkv, DV))]
@@ -86,7 +88,7 @@ class Server:
         output = torch.full((len(query), self.hq, DV), 7.0, dtype=self.dtype)
         self.impl.do_kv_cache_update(self.layer, key, value, self.kv_cache, slots)
         self.impl.forward(self.layer, query, key, value, self.kv_cache, metadata, output=output)
-        decoding = 0 if metadata.decode is None else len(metadata.decode.seq_lens)
+        decoding = sum(len(decode.seq_lens) for decode in metadata.decodes)
         assert (output[max(metadata.tokens, decoding) :] == 7).all()
         return output
 

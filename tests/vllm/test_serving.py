@@ -105,18 +105,31 @@ def test_empty_requests_that_fill_up_a_cuda_graph(vllm, serve):
     server.step({"a": 20, "b": 3})
     assert server.builder.get_cudagraph_support(None, None) == vllm.AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     server.assert_attends(server.step({"a": 1, "b": 1}, padding=3, empty=2))
-    assert server.metadata.decode.rows is server.metadata.decode.new is None
-    assert server.metadata.decode.block_table.shape[0] == 4
+    (decode,) = server.metadata.decodes
+    assert decode.rows is decode.new is None
+    assert decode.block_table.shape[0] == 4
     assert not server.metadata.prefills
+
+
+def test_a_few_new_tokens_are_decoded_beside_single_ones(vllm, serve):
+    """Codes are read where they lie, not spread."""
+    server = Server(vllm, serve(**CODING))
+    server.step({"a": 50, "b": 3, "c": 40})
+    server.assert_attends(server.step({"a": 16, "b": 1, "c": 2, "d": 5}, padding=1))
+    assert [(x.first, len(x.seq_lens)) for x in server.metadata.decodes] == [(0, 1), (1, 3)]
+    assert not server.metadata.prefills
+    server.assert_attends(server.step({"a": 17, "b": 2, "c": 1}))
+    assert [(x.first, len(x.seq_lens)) for x in server.metadata.decodes] == [(0, 1), (1, 1)]
+    assert len(server.metadata.prefills) == 1
 
 
 @pytest.mark.parametrize("cache_dtype", [None, "int8"])
 def test_the_profiling_run_takes_the_memory_of_the_longest_context(vllm, serve, monkeypatch, cache_dtype):
     """The spread keys and values of a group of prompts are no longer than that, and the largest that attention makes."""
     server = Server(vllm, serve(**CODING, longest=97, cache_dtype=cache_dtype))
-    for new in ({"a": 50, "b": 40}, {"a": 20, "b": 30}, {"a": 20, "b": 20}):
+    for new in ({"a": 50, "b": 40}, {"a": 10, "b": 20}, {"a": 20, "b": 20}):
         server.step(new)
-    asked = {name: 3 for name in server.requests}
+    asked = {name: 17 for name in server.requests}
     made, whole = [], server.builder.build
 
     def build(*arguments):
@@ -126,7 +139,7 @@ def test_the_profiling_run_takes_the_memory_of_the_longest_context(vllm, serve, 
 
     monkeypatch.setattr(server.builder, "build", build)
     server.step(asked)
-    assert sorted(made) == [93, 93]
+    assert sorted(made) == [97, 97]
     with _Sizes() as sizes:
         q, k, v = torch.randn(3, 4, D), torch.randn(3, HKV, D), torch.randn(3, HKV, DV)
         server.impl.forward(server.layer, q, k, v, torch.tensor([]), None, output=torch.empty(3, 4, DV))

@@ -13,6 +13,7 @@ from .options import (
     HELP_TOPICS,
     HelpFormatter,
     add_budget,
+    add_device,
     add_dtype,
     add_tokenizer,
     percents,
@@ -65,6 +66,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     add_tokenizer(parser)
     add_dtype(parser, "of weights and cache")
+    add_device(parser)
     parser.add_argument(
         "--window", type=int, metavar="N", help="tokens per window (default: 2048, or the model's positions if fewer)"
     )
@@ -88,7 +90,7 @@ def _convert(options: argparse.Namespace) -> None:
         dense_dims=options.dense_dims, basis=options.basis, calibrate=options.calibrate, eval=options.eval,
         dtype=options.dtype, cache_dtype=options.cache_dtype, recent=options.recent, first=options.first,
         prefill=options.prefill, window=options.window, windows=options.windows, max_position=options.max_position,
-        tokenizer=options.tokenizer,
+        tokenizer=options.tokenizer, device=options.device,
     )  # fmt: skip
     try:
         with progress() as bars:

@@ -96,18 +96,20 @@ class SparseFeatureBackend(AttentionBackend):
 
 @dataclass(frozen=True)
 class Decode:
-    """The requests of a batch with few new tokens, M at most.
+    """Requests of a batch with few new tokens, M at most.
 
     Attributes:
         seq_lens: [B] int32 keys of each, the new ones included.
         block_table: [B, max_blocks] int32 their pages.
+        first: the batch's row of the first of their new tokens, which follow one another.
         rows: [B, M] int64 the batch's rows of their M newest tokens; where a request has fewer new ones, others come first.
         new: [tokens] int64 which of the B·M rows are new tokens, in the batch's order. Both are None where each request has one new
-            token, or none as the last ones that fill up a CUDA graph: these are the batch's first B rows.
+            token, or none as the last ones that fill up a CUDA graph: these are B rows from `first` on.
     """
 
     seq_lens: Tensor
     block_table: Tensor
+    first: int
     rows: Tensor | None = None
     new: Tensor | None = None
 
@@ -137,19 +139,20 @@ class SparseFeatureMetadata(AttentionMetadata):
 
     Attributes:
         tokens: rows in all; vLLM may hand over more.
-        decode: the decoding requests, None if there are none.
+        decodes: the decoding requests: those with one new token, and those with a few.
         prefills: the others, grouped such that the keys of a group that come from the cache are no more than the longest context.
     """
 
     tokens: int
-    decode: Decode | None
+    decodes: list[Decode]
     prefills: list[Prefill]
 
 
 class SparseFeatureMetadataBuilder(AttentionMetadataBuilder[SparseFeatureMetadata]):
     """Splits a batch, and finds the cached keys of prompts that come in chunks. Reads lengths on the CPU alone.
 
-    Requests that verify a few guessed tokens decode, all their queries at once.
+    Requests with a few new tokens decode, all their queries at once: those that verify guessed ones, and what is left of a prompt whose
+    beginning is cached.
     """
 
     # A CUDA graph of such a step reads lengths and pages where vLLM keeps them; a graph's further requests are empty.
@@ -157,10 +160,7 @@ class SparseFeatureMetadataBuilder(AttentionMetadataBuilder[SparseFeatureMetadat
 
     def __init__(self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: Any, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        speculative = vllm_config.speculative_config
-        guesses = 0 if speculative is None else speculative.num_speculative_tokens
-        self._most_new = min(1 + guesses, FEW_QUERIES)  # tokens of a request that decodes
-        self._init_reorder_batch_threshold(self._most_new)
+        self._init_reorder_batch_threshold(FEW_QUERIES)
         self._page_size = kv_cache_spec.block_size
         # pages that have left a sliding window are gone: their keys must not be looked up
         self._window = kv_cache_spec.sliding_window if isinstance(kv_cache_spec, SlidingWindowSpec) else None
@@ -172,25 +172,27 @@ class SparseFeatureMetadataBuilder(AttentionMetadataBuilder[SparseFeatureMetadat
     ) -> SparseFeatureMetadata:
         batch = common_attn_metadata
         require(batch.causal is True, "flashsfa's vLLM backend runs causal attention only")
-        first, _, _, _ = split_decodes_and_prefills(batch, decode_threshold=self._most_new)
+        first, _, _, _ = split_decodes_and_prefills(batch, decode_threshold=FEW_QUERIES)
         tokens = int(batch.query_start_loc_cpu[batch.num_reqs])
-        return SparseFeatureMetadata(
-            tokens, self._decode(batch, first) if first else None, self._prefills(batch, first, tokens)
-        )
+        # those with one new token come first, but for the empty ones that fill up a graph
+        single = int((batch.query_start_loc_cpu[: first + 1].diff() <= 1).long().cumprod(0).sum())
+        decodes = [self._decode(batch, *of) for of in ((0, single), (single, first)) if of[0] < of[1]]
+        return SparseFeatureMetadata(tokens, decodes, self._prefills(batch, first, tokens))
 
-    def _decode(self, batch: CommonAttentionMetadata, count: int) -> Decode:
-        """Of the first `count` requests."""
-        bounds = batch.query_start_loc_cpu[: count + 1].long()
+    def _decode(self, batch: CommonAttentionMetadata, start: int, end: int) -> Decode:
+        """Of these requests."""
+        bounds = batch.query_start_loc_cpu[start : end + 1].long()
         starts, ends, new = bounds[:-1, None], bounds[1:, None], bounds.diff()
-        seq_lens, block_table = batch.seq_lens[:count], batch.block_table_tensor[:count]
-        if bool((new <= 1).all()):
-            return Decode(seq_lens, block_table)
+        seq_lens, block_table, first = batch.seq_lens[start:end], batch.block_table_tensor[start:end], int(bounds[0])
         most = int(new.max())
+        if most <= 1:
+            return Decode(seq_lens, block_table, first)
         rows = ends + torch.arange(-most, 0, device=bounds.device)
         is_new = rows >= starts
         return Decode(
             seq_lens,
             block_table,
+            first,
             rows=rows.clamp(min=0).to(self.device, non_blocking=True),
             new=is_new.flatten().nonzero().flatten().to(self.device, non_blocking=True),
         )
@@ -306,8 +308,10 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
         q = self._coordinates(layer, _by_head(query), "query")
         if attn_metadata is None:
             return self._rehearse(layer, q, key, value, output)
-        if attn_metadata.decode is not None:
-            self._decode(q, self._layout(value).views(kv_cache), attn_metadata.decode, output)
+        if attn_metadata.decodes:
+            pages = self._layout(value).views(kv_cache)
+            for decode in attn_metadata.decodes:
+                self._decode(q, pages, decode, output)
         for prefill in attn_metadata.prefills:
             self._prefill(layer, q, key, value, kv_cache, prefill, output)
         return output
@@ -315,7 +319,7 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
     def _decode(self, q: Tensor, pages: KVView, decode: Decode, output: Tensor) -> None:
         kv, count = replace(pages, kv_lens=decode.seq_lens, page_table=decode.block_table), len(decode.seq_lens)
         # [Hq, B, M, D]
-        newest = q[0, :, :count, None] if decode.rows is None else q[0, :, decode.rows]
+        newest = q[0, :, decode.first : decode.first + count, None] if decode.rows is None else q[0, :, decode.rows]
         out = sparse_feature_decode(
             newest.transpose(0, 1), kv, topk_query=self._budget.topk_query,
             query_pattern=self._budget.query_pattern, scale=self.scale, window=self._window,
@@ -324,7 +328,7 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
         by_token = out.transpose(1, 2).flatten(0, 1)
         if decode.new is not None:
             by_token = by_token[decode.new]
-        output[: len(by_token)] = by_token
+        output[decode.first : decode.first + len(by_token)] = by_token
 
     def _prefill(
         self, layer: Any, q: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, prefill: Prefill, output: Tensor
