@@ -8,6 +8,7 @@ import torch
 
 from flashsfa import checked
 from flashsfa.axes import AxisBits, AxisCodes
+from held_cases import axis_bits
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SHAPES = [
@@ -353,6 +354,15 @@ def test_samples_with_little_in_them(keys):
     assert (read - ordered).square().sum() <= (ordered - ordered.mean(2, keepdim=True)).square().sum() + 1e-6
     if keys in ("zeros", "one", "tiny"):
         torch.testing.assert_close(read, ordered)
+
+
+def test_tensors_of_any_strides():
+    """Kernels read them by their addresses."""
+    axes = axis_bits(2, 32)
+    turned = AxisBits(*(x.T.contiguous().T for x in axes.tensors()))
+    assert all(x.is_contiguous() for x in turned.tensors())
+    for one, another in zip(turned.tensors(), axes.tensors(), strict=True):
+        assert torch.equal(one, another)
 
 
 def test_layers_are_stacked_and_taken():

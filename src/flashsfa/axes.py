@@ -51,6 +51,8 @@ class AxisBits:
     copies: dict[torch.device, AxisBits] = field(init=False, repr=False, default_factory=dict)  # on other devices
 
     def __post_init__(self) -> None:
+        for name in ("bits", "step", "centre"):  # kernels know them by their addresses
+            object.__setattr__(self, name, getattr(self, name).contiguous())
         bits, parts = self.bits, self.tensors()
         require(
             bits.ndim >= 2 and bits.numel() > 0 and all(x.shape == bits.shape for x in parts),

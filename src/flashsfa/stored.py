@@ -233,17 +233,24 @@ class KVView:
 
         return replace(self.map(gather), page_table=None)
 
+    def scaled(self, dtype: torch.dtype) -> KVView:
+        """Codes and values in 8 bits beside a scale in `dtype`, their scales taken in; others, packed ones too, as they are."""
+        codes, v = self.codes, self.v
+        if isinstance(codes, FeatureCodes) and codes.scale is not None:
+            codes = codes.to(dtype)
+        if self.v_scale is not None:
+            assert isinstance(v, Tensor)
+            v = (v.float() * self.v_scale[..., None]).to(dtype)
+        return replace(self, codes=codes, v=v, v_scale=None)
+
     def widened(self, dtype: torch.dtype) -> KVView:
         """Codes and values of fewer bits in `dtype`, their scales taken in; others as they are."""
-        codes, v = self.codes, self.v
+        kv = self.scaled(dtype)
+        codes, v = kv.codes, kv.v
         if isinstance(codes, (NarrowRows, AxisCodes)):
             codes = all_dense_codes(codes.to_dense(dtype))
         elif isinstance(codes, NarrowCodes):
             codes = codes.to_codes(dtype)
-        elif codes.scale is not None:
-            codes = codes.to(dtype)
         if isinstance(v, NarrowRows):
             v = v.to_dense(dtype)
-        elif self.v_scale is not None:
-            v = (v.float() * self.v_scale[..., None]).to(dtype)
-        return replace(self, codes=codes, v=v, v_scale=None)
+        return replace(kv, codes=codes, v=v)

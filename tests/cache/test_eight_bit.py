@@ -7,7 +7,11 @@ from decode_cases import DecodeRules, attend_cached, decode
 from flashsfa import FeatureCodes, SparseKVCache, sparse_feature_decode, topk_codes
 from flashsfa.budget import FeatureBudget
 from flashsfa.codes import code_queries, quantize_rows
+from flashsfa.formats import CodeFormat
+from flashsfa.narrow import NarrowCodes, NarrowRows
 from flashsfa.ops.decode import plain as decode_torch
+from flashsfa.stored import KVView
+from held_cases import axis_bits
 
 STEP = 0.5 / 127  # of a row's largest entry
 
@@ -50,6 +54,27 @@ def test_cache_decodes_as_its_widened_self(m, tolerance):
     exact, largest = attend_cached(q, codes.to(torch.float32), wide), wide.norm(dim=-1).max()
     assert (out - exact).norm(dim=-1).max() <= (2 * tolerance + 1e-5) * largest
     torch.testing.assert_close(wide, v, rtol=0, atol=float(STEP * 1.01 * v.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("tolerance", [0.0, 0.01])
+@pytest.mark.parametrize("kind", ["axes", "8 bits beside packed values", "packed beside 8 bits"])
+def test_scales_beside_what_is_packed(kind, tolerance, dtype):
+    """Each part that has a scale is read with it, whatever the other one is."""
+    q, k, v = (x.to(dtype) for x in draw())
+    kept, scale = quantize_rows(v)
+    if kind == "axes":
+        kv = SparseKVCache(axes=axis_bits(2, 32), dtype=torch.int8).append(k, v)
+    elif kind == "packed beside 8 bits":
+        kv = KVView(NarrowCodes.encode(topk_codes(k, 8), CodeFormat()), kept, scale)
+    else:
+        kv = KVView(topk_codes(k, 8).quantize(), NarrowRows.encode(v, 4))
+    rows = kv.rows(torch.float64)
+    exact = torch.nn.functional.scaled_dot_product_attention(q.double(), rows.k, rows.v, enable_gqa=True)
+    for seen in (kv, kv.map(lambda x: x.clone())):
+        out = sparse_feature_decode(q, seen, topk_query="dense", value_tolerance=tolerance).double()
+        bound = 2 * tolerance * rows.v.norm(dim=-1).max() + 20 * max(torch.finfo(dtype).eps, 1e-6)
+        assert (out - exact).norm(dim=-1).max() <= bound
 
 
 def test_cache_bytes_and_selection():

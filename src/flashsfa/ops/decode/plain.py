@@ -40,8 +40,7 @@ def decode(
     """
     if topk_query is not None:
         q = topk_codes(q, topk_query, dense_dims=kv.key_budget[1]).to_dense()
-    kv = kv.contiguous_pages()
-    kv = kv if kv.is_narrow else kv.widened(torch.float32)
+    kv = kv.contiguous_pages().scaled(torch.float32)  # what is packed becomes floats a block at a time
     grouped = _grouped(q, kv.v)
     grouped = grouped + (grouped * 0).sum(-1, keepdim=True)  # NaN shows in every score, as in a dense product
     s = scores.cap(scores.scale * _products(grouped, kv.codes))  # [B, Hkv, G·M, N]
