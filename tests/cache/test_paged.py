@@ -10,6 +10,7 @@ from flashsfa import sparse_feature_decode, topk_codes
 from flashsfa.cache.paged import PagedSparseKVCache
 from flashsfa.formats import CodeFormat
 from flashsfa.ops import record
+from flashsfa.ops.select.hopper import append as hopper
 
 HKV, D, DV, PAGE = 2, 16, 12, 16
 
@@ -143,6 +144,21 @@ def test_one_launch_stores_what_pytorch_does(bits, monkeypatch):
         written = one.page_table[one.page_table > 0].unique().long()
         for x, y in zip(one.tensors(), another.tensors(), strict=True):
             same_bits(x[written].nan_to_num(7), y[written].nan_to_num(7))
+
+
+def test_pools_of_a_failed_append_are_forgotten(monkeypatch):
+    """A kernel that could not be launched had been prepared for them."""
+    use_kernel(monkeypatch)
+    cache = PagedSparseKVCache(4, pages=3, page_size=PAGE)
+    sequence, (k, v) = cache.add(), tokens(5, dtype=torch.bfloat16)
+    with monkeypatch.context() as patch:
+        patch.setattr(hopper, "launch", lambda *_: (_ for _ in ()).throw(RuntimeError("no launch")))
+        with pytest.raises(RuntimeError, match="no launch"):
+            cache.append([sequence], k, v)
+    assert cache.length(sequence) == 0
+    cache.append([sequence], k, v)
+    page = cache.view([sequence]).page_table[0, 0]
+    assert torch.equal(cache.v[page, :, :5], v[0])
 
 
 def test_errors():

@@ -49,9 +49,9 @@ def launch_exact(variant, grid, params):
     _library(exact_compiler, "exact_kernel", variant).run(ctypes.byref(params), *grid)
 
 
-def load_append(variant, device):
+def load_append(variant, name, device):
     """Stands for `load` of append; what it returns, `launch_append` takes."""
-    return _library(append_compiler, "append_kernel", variant)
+    return _library(append_compiler, name, variant)
 
 
 def launch_append(kernel, device, grid, params):

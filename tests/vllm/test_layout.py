@@ -13,7 +13,7 @@ from flashsfa.coder import Coder
 from flashsfa.formats import cache_bits
 from flashsfa.ops import record
 from flashsfa.stored import KVView
-from flashsfa.vllm.layout import PageLayout, PageWriter
+from flashsfa.vllm.layout import PageLayout, PageStore
 from vllm_server import CODING, DENSE, DV, HKV, PAGE, TOPK, D, cache_views
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -59,21 +59,60 @@ def test_views_are_disjoint_aligned_and_cover_the_page(dense, topk, page_size, d
     assert pages.numel() - used == 3 * HKV * page_size * (-topk % dtype.itemsize)
 
 
-@pytest.mark.parametrize("bits", [None, "int8", "int4", "d8s8v8"])
+@pytest.mark.parametrize("bits", [None, "int8", "int4", "d8s8v8", "d16s8v4-packed", "d8s4v16-bitmap", "d8s4v4-uint8"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_one_launch_writes_what_pytorch_does(dtype, bits, monkeypatch):
+def test_one_launch_writes_and_reads_what_pytorch_does(dtype, bits, monkeypatch):
     """On a Hopper GPU; padding goes to page 0 or nowhere. Keys and values are parts of wider rows."""
     layout = paged(TOPK, DENSE, dtype, bits, v_width=32)
     slots = torch.tensor([PAGE, 3 * PAGE - 1, -1, PAGE + 7, -1, 2 * PAGE])
     rows = torch.randn(len(slots), HKV, D + 32).to(dtype).transpose(0, 1)[None]
     found, expected = (raw_pages(layout, 3, gap=64) for _ in range(2))
     layout.write(expected, slots.clamp(min=0), layout.coder.encode(rows[..., :D], rows[..., D:]))
+    held = slots[slots > 0].repeat(2)
+    due = layout.read(expected, held).rows(dtype)
     use_kernel(monkeypatch)
-    write = PageWriter(layout)
+    store = PageStore(layout)
     for part in (slice(0, 4), slice(4, None)):
-        write(found, slots[part], rows[:, :, part, :D], rows[:, :, part, D:])
+        store.write(found, slots[part], rows[:, :, part, :D], rows[:, :, part, D:])
     assert torch.equal(found[1:], expected[1:])
     assert record.last_choice("append").backend == "hopper"
+    read = store.rows(expected, held)
+    assert record.last_choice("read").backend == "hopper"
+    assert torch.equal(read.k, due.k)
+    is_rotated = bits is not None and cache_bits(bits) is not torch.int8 and cache_bits(bits).v_bits == 4
+    torch.testing.assert_close(
+        read.v, due.v, rtol=torch.finfo(dtype).eps if is_rotated else 0, atol=1e-6 if is_rotated else 0
+    )
+    nowhere = store.rows(expected, torch.tensor([-1, 3 * PAGE]))
+    assert nowhere.k.isnan().all()
+    assert nowhere.v.isnan().all()
+
+
+@pytest.mark.parametrize(("pages", "heads"), [(1, 1), (3, 1), (1, 2)])
+def test_a_single_page_or_head(pages, heads, monkeypatch):
+    """Its stride may be any number."""
+    layout = paged(TOPK, DENSE, torch.bfloat16)
+    slots = torch.arange(2, 7) + PAGE * (pages - 1)
+    k, v = torch.randn(1, heads, 5, D).bfloat16(), torch.randn(1, heads, 5, DV).bfloat16()
+    found, expected = (raw_pages(layout, pages, heads) for _ in range(2))
+    layout.write(expected, slots, layout.coder.encode(k, v))
+    use_kernel(monkeypatch)
+    store = PageStore(layout)
+    store.write(found, slots, k, v)
+    assert torch.equal(found, expected)
+    assert torch.equal(store.rows(found, slots).v, v)
+
+
+@pytest.mark.parametrize("bits", ["int4", "d8s8v8", "d8s16v16"])
+def test_keys_that_keep_every_feature_are_read(bits, monkeypatch):
+    layout = PageLayout(Coder(D, 0, cache_bits(bits)), D, 32, torch.bfloat16)
+    pages, slots = raw_pages(layout, 2), torch.arange(PAGE, PAGE + 5)
+    layout.write(pages, slots, layout.coder.encode(*torch.randn(2, 1, HKV, 5, D).bfloat16()))
+    due = layout.read(pages, slots).rows(torch.bfloat16)
+    use_kernel(monkeypatch)
+    read = PageStore(layout).rows(pages, slots)
+    for one, another in ((read.k, due.k), (read.v, due.v)):
+        torch.testing.assert_close(one, another, rtol=torch.finfo(torch.bfloat16).eps, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

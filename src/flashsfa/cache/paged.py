@@ -27,8 +27,8 @@ from ..coder import Coded, Coder
 from ..contexts import lasting_tensors
 from ..formats import CodeFormat
 from ..narrow import NarrowRows
-from ..ops.select.hopper.append import PagedAppend
-from ..ops.select.operators import prepared_paged_append
+from ..ops.select.hopper.append import Paged
+from ..ops.select.operators import prepared_paged
 from ..stored import ExactKV, KeyCodes, KVView
 from .buffers import buffers_of, has_kernel
 from .exact import ExactSlots
@@ -84,7 +84,7 @@ class PagedSparseKVCache(Coded):
         ] = {}  # of each sequence that was appended to, [1, Hkv, E, ...], written anew by each append
         self._next = 0
         self._pools: KVView | None = None  # [P, Hkv, page_size, ...]
-        self._writers: dict[Any, PagedAppend | None] = {}  # to them, by the form of keys and values
+        self._writers: dict[Any, Paged | None] = {}  # to them, by the form of keys and values
         self._input_dtype: torch.dtype | None = None  # of keys and values as they come
 
     def __getstate__(self) -> dict[str, Any]:
@@ -201,7 +201,7 @@ class PagedSparseKVCache(Coded):
         if has_kernel(k, v):
             form = (k.dtype, k.stride(3), v.stride(3))  # the rest is that of the pools
             if form not in self._writers:
-                self._writers[form] = prepared_paged_append(k, v, *buffers_of(pools))
+                self._writers[form] = prepared_paged(k, v, *buffers_of(pools))
             writer = self._writers[form]
         if writer is not None:
             writer(k, v, slots)
@@ -230,6 +230,7 @@ class PagedSparseKVCache(Coded):
 
     def _allocate(self, k: Tensor, v: Tensor) -> KVView:
         """New pools for keys such as k and values such as v."""
+        self._writers = {}  # of pools that an append which failed had made
         with lasting_tensors():
             rows = self.coder.empty(self.page_size, k, v)
             return rows.map(lambda x: x.new_empty((len(self._holders), *x.shape[1:])))

@@ -34,7 +34,7 @@ from ..mask import Mask
 from ..ops.prefill import operator
 from ..scores import ScoreRules
 from ..stored import KVView
-from .layout import PageLayout, PageWriter
+from .layout import PageLayout, PageStore
 from .settings import PAGE_SIZES, BasisFile, coder_of, current_settings, longest_context
 
 _log = logging.getLogger("flashsfa")
@@ -268,7 +268,7 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
         self._longest = longest_context()
         self._file = BasisFile()
         self._basis: FeatureBasis | None = None
-        self._write: PageWriter | None = None
+        self._pages: PageStore | None = None
 
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
@@ -281,9 +281,7 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
         """
         new = slice(slot_mapping.shape[0])
         k = self._coordinates(layer, _by_head(key[new]), "key")
-        if self._write is None:
-            self._write = PageWriter(self._layout(value))
-        self._write(kv_cache, slot_mapping, k, _by_head(value[new]))
+        self._store(value).write(kv_cache, slot_mapping, k, _by_head(value[new]))
 
     def forward(
         self,
@@ -338,7 +336,7 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
             k, v = self._coordinates(layer, _by_head(key[rows]), "key"), _by_head(value[rows])
             budget = self._budget
         else:
-            held = self._layout(value).read(kv_cache, slots).rows(q.dtype)
+            held = self._store(value).rows(kv_cache, slots)
             k, v, budget = held.k, held.v, self._budget.with_keys_kept()
         output[rows] = self._attend(q[:, :, rows], k, v, budget, prefill)
 
@@ -362,6 +360,11 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
         output[:] = self._attend(q, k, v, self._budget, Prefill(slice(tokens), bounds, bounds, tokens, tokens))
         del held, spread  # until here
         return output
+
+    def _store(self, value: Tensor) -> PageStore:
+        if self._pages is None:
+            self._pages = PageStore(self._layout(value))
+        return self._pages
 
     def _layout(self, value: Tensor) -> PageLayout:
         return PageLayout(self._coder, self.head_size, value.shape[-1], value.dtype)

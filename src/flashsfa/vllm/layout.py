@@ -21,9 +21,9 @@ from torch import Tensor
 from ..cache.buffers import buffers_of, has_kernel
 from ..checks import FLOAT_DTYPES, require
 from ..coder import Coder
-from ..ops.select.hopper.append import PagedAppend
-from ..ops.select.operators import prepared_paged_append
-from ..stored import KVView
+from ..ops.select.hopper.append import Paged
+from ..ops.select.operators import prepared_paged
+from ..stored import ExactKV, KVView
 
 
 @dataclass(frozen=True)
@@ -111,29 +111,46 @@ class PageLayout:
         return pages.view(torch.uint8)
 
 
-class PageWriter:
-    """Codes keys and stores them with values in pages of one layout, without a host sync: in one launch on a Hopper GPU."""
+class PageStore:
+    """Codes keys and stores them with values in pages of one layout, and spreads them out again, without a host sync: in one launch on a
+    Hopper GPU."""
 
     def __init__(self, layout: PageLayout) -> None:
         self._layout = layout
-        self._prepared: dict[Any, PagedAppend | None] = {}  # by where pages lie, and the form of keys and values
+        self._prepared: dict[Any, Paged | None] = {}  # by where pages lie, and the form of keys and values
 
-    def __call__(self, pages: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
+    def write(self, pages: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store k [1, Hkv, T, D] and v [1, Hkv, T, Dv] at slots [T], int64 as in `PageLayout.write`; what has a negative slot goes nowhere,
         or to page 0."""
-        append = self._append(pages, k, v) if has_kernel(k, v) else None
+        append = self._kernel(pages, k, v, reads=False)
         if append is not None:
             append(k, v, slots[None])
         else:
             self._layout.write(pages, slots.clamp(min=0), self._layout.coder.encode(k, v))
 
-    def _append(self, pages: Tensor, k: Tensor, v: Tensor) -> PagedAppend | None:
+    def rows(self, pages: Tensor, slots: Tensor) -> ExactKV:
+        """Keys [1, Hkv, T, D] as sparse rows and values [1, Hkv, T, Dv] at slots [T], in the layout's dtype."""
+        layout, shape = self._layout, (1, pages.shape[1], len(slots))
+        k, v = (
+            torch.empty((*shape, width), dtype=layout.dtype, device=pages.device)
+            for width in (layout.head_dim, layout.v_dim)
+        )
+        read = self._kernel(pages, k, v, reads=True)
+        if read is None:
+            return layout.read(pages, slots).rows(layout.dtype)
+        read(k, v, slots[None])
+        return ExactKV(k, v)
+
+    def _kernel(self, pages: Tensor, k: Tensor, v: Tensor, *, reads: bool) -> Paged | None:
+        if not has_kernel(k, v):
+            return None
         form = (
-            pages.data_ptr(), pages.shape, pages.stride(), k.device, k.dtype, k.shape[1], k.shape[3], k.stride(3), v.dtype, v.shape[3],
-            v.stride(3),
+            reads, pages.data_ptr(), pages.shape, pages.stride(), k.device, k.dtype, k.shape[1], k.shape[3], k.stride(3), v.dtype,
+            v.shape[3], v.stride(3),
         )  # fmt: skip
         if form not in self._prepared:
-            self._prepared[form] = prepared_paged_append(k, v, *buffers_of(self._layout.views(pages)))
+            buffers = buffers_of(self._layout.views(pages))
+            self._prepared[form] = prepared_paged(k, v, *buffers, reads=reads)
         return self._prepared[form]
 
 

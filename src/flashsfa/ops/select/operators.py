@@ -15,7 +15,7 @@ from .. import record
 from .plain import at_support, empty_code, empty_rows, plain_prune_24, plain_scatter, plain_topk
 
 if TYPE_CHECKING:
-    from .hopper.append import Append, Buffers, PagedAppend
+    from .hopper.append import Append, Buffers, Paged
     from .hopper.compiler import Form
 
 # ---- what callers take, which carries gradients
@@ -219,25 +219,26 @@ def prepared_append(k: Tensor, v: Tensor, form: Form, buffers: Buffers) -> Appen
         record.record("append", "hopper", "one launch for the few tokens that a step appends")
         return found
     other = "triton" if form.is_of_features and has_fused(k) else "torch"
-    _record_other(other, found, "the kernel for Hopper takes steps of few tokens in 16 bits")
+    _record_other("append", other, found, "the kernel for Hopper takes steps of few tokens in 16 bits")
     return None
 
 
-def prepared_paged_append(k: Tensor, v: Tensor, form: Form, pools: Buffers) -> PagedAppend | None:
-    """As `prepared_append`, for pools of pages and any number of tokens."""
+def prepared_paged(k: Tensor, v: Tensor, form: Form, pools: Buffers, *, reads: bool = False) -> Paged | None:
+    """As `prepared_append`, for pools of pages and any number of tokens; with `reads` what spreads them out again."""
     from .hopper import append as kernels
 
-    found = kernels.prepare_paged(k, v, form, pools)
-    if isinstance(found, kernels.PagedAppend):
-        record.record("append", "hopper", "one launch for all tokens that come to pages")
+    found = kernels.prepare_paged(k, v, form, pools, reads=reads)
+    operation = "read" if reads else "append"
+    if isinstance(found, kernels.Paged):
+        record.record(operation, "hopper", f"one launch for all tokens that {'leave' if reads else 'come to'} pages")
         return found
-    _record_other("torch", found, "the kernel for Hopper takes tokens in 16 bits")
+    _record_other(operation, "torch", found, "the kernel for Hopper takes tokens in 16 bits")
     return None
 
 
-def _record_other(backend: str, obstacle: str | None, usual: str) -> None:
-    """What appends in place of the kernel for Hopper, and why."""
-    record.record("append", backend, obstacle or usual, fallback=obstacle is not None)
+def _record_other(operation: str, backend: str, obstacle: str | None, usual: str) -> None:
+    """What runs in place of the kernel for Hopper, and why."""
+    record.record(operation, backend, obstacle or usual, fallback=obstacle is not None)
 
 
 def _append_plain(

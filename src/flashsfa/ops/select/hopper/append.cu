@@ -11,19 +11,6 @@ DEVICE void append_key(const Params& p, const u16* k, i64 row, int head, u8* mem
     keep_row<HEAD_DIM, KEPT_BITS>(k, p.values, p.scale, p.centre, row, memory);
 }
 
-DEVICE Params shifted(Params p, i64 bytes) {
-  p.values = row_of(p.values, 1, bytes);
-  p.stored_v = row_of(p.stored_v, 1, bytes);
-  p.dense = row_of(p.dense, 1, bytes);
-  p.indices += bytes;
-  p.scale = row_of(p.scale, 1, bytes);
-  p.value_scale += bytes / 2;
-  p.centre += bytes / 2;
-  p.v_scale = row_of(p.v_scale, 1, bytes);
-  p.v_centre += bytes / 2;
-  return p;
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS) append_kernel(const __grid_constant__ Params given) {
   extern __shared__ __align__(16) u8 dynamic[];
   Params p = given;
@@ -31,11 +18,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) append_kernel(const __grid
   const i64 token = blockIdx.x, batch = batch_head / p.heads, head = batch_head % p.heads;
   i64 row = i64(batch_head) * p.capacity + p.start + token;
   if constexpr (IS_PAGED) {
-    const i64 slot = p.slots[batch * gridDim.x + token];
-    if (slot < 0 || slot >= p.all_slots) return;
-    const i64 page = slot / p.page_size;
-    row = page * p.page_rows + head * p.head_rows + slot % p.page_size;
-    p = shifted(p, page * p.page_bytes + head * p.head_bytes);
+    const Place place = place_of(p, p.slots[batch * gridDim.x + token], head);
+    if (place.row < 0) return;
+    row = place.row;
+    p = shifted(p, place.bytes);
   }
   const bool has_key = threadIdx.x < LANES;
   const u16* k = p.k + batch * p.k_batch + head * p.k_head + token * p.k_token;

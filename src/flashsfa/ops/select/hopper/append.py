@@ -1,4 +1,4 @@
-"""A few tokens appended to a cache for little of the host's time: what can be known before is prepared once.
+"""Tokens appended to a cache, and read back from pages, for little of the host's time: what can be known before is prepared once.
 
 A warp codes a key and another its value, or they store both as they come and code what leaves the newest tokens for them. What a launch
 passes is ready but for the addresses of keys and values and the places they go to.
@@ -90,15 +90,18 @@ class Append:
         launch(self._kernel, self._device, self._grid, params)
 
 
-class PagedAppend:
-    """Writes tokens of one form (heads, widths, dtype and device of keys and values) to pools of pages that lie where they lay."""
+class Paged:
+    """Writes tokens of one form (heads, widths, dtype and device of keys and values) to pools of pages that lie where they lay, or reads them
+    there."""
 
-    def __init__(self, kernel: ctypes.c_void_p, device: int, params: Params) -> None:
+    def __init__(self, kernel: ctypes.c_void_p, device: int, params: Params, pools: Buffers) -> None:
         self._kernel, self._device, self._params = kernel, device, params
+        self._pools = pools  # which `params` knows by their addresses
 
     def __call__(self, k: Tensor, v: Tensor, slots: Tensor) -> None:
         """Code k [B, H, N, D] and write it with v [B, H, N, Dv] at `slots` [B, N] int64, contiguous: page * page_size + place in the page;
-        outside of the pools, nothing. That k and v have the form, and features one after another, is the caller's to know."""
+        outside of the pools, nothing. Or fill k and v with what lies there, spread out; with NaN outside of the pools. That k and v have the
+        form, and features one after another, is the caller's to know."""
         (batch, heads, n), params = k.shape[:3], self._params
         require(
             slots.shape == (batch, n)
@@ -139,12 +142,12 @@ def prepare(k: Tensor, v: Tensor, form: Form, buffers: Buffers) -> Append | str 
     return Append(kernel, k.device.index, (n, batch * heads, 1), params)
 
 
-def prepare_paged(k: Tensor, v: Tensor, form: Form, pools: Buffers) -> PagedAppend | str | None:
+def prepare_paged(k: Tensor, v: Tensor, form: Form, pools: Buffers, *, reads: bool = False) -> Paged | str | None:
     """As `prepare`, for pools [P, H, page_size, ...] that are contiguous, or whose pages and heads all lie equally many bytes apart, and any
-    number of tokens."""
-    if not _takes(k, v):
+    number of tokens; with `reads` what reads them, but for keys in bits per axis."""
+    if not _takes(k, v) or (reads and form.axis_bytes):
         return None
-    found = _prepared(k, v, form, pools, is_paged=True)
+    found = _prepared(k, v, form, pools, "read_kernel" if reads else "append_kernel", is_paged=True)
     if isinstance(found, str):
         return found
     kernel, params = found
@@ -153,18 +156,19 @@ def prepare_paged(k: Tensor, v: Tensor, form: Form, pools: Buffers) -> PagedAppe
     if all(x.is_contiguous() for x in filled):
         params.page_rows, params.head_rows = heads * page_size, page_size
     else:
+        # the stride of a single page or head is any number
         (params.page_bytes, params.head_bytes), *others = {
-            (x.stride(0) * x.itemsize, x.stride(1) * x.itemsize) for x in filled
+            (x.stride(0) * x.itemsize * (pages > 1), x.stride(1) * x.itemsize * (heads > 1)) for x in filled
         }
         require(
             not others,
             "pools that are not contiguous need pages and heads that lie equally many bytes apart in all of them",
         )
-    return PagedAppend(kernel, k.device.index, params)
+    return Paged(kernel, k.device.index, params, pools)
 
 
 def _prepared(
-    k: Tensor, v: Tensor, form: Form, buffers: Buffers, *, is_paged: bool = False
+    k: Tensor, v: Tensor, form: Form, buffers: Buffers, name: str = "append_kernel", *, is_paged: bool = False
 ) -> tuple[ctypes.c_void_p, Params] | str:
     """The kernel, and what its launches have in common."""
     if nvrtc.obstacle() is not None:
@@ -172,16 +176,16 @@ def _prepared(
     _require_fit(k, v, form, buffers, is_paged=is_paged)
     has_recent = buffers.recent_k is not None
     variant = Variant(k.dtype == torch.bfloat16, k.shape[-1], v.shape[-1], has_recent, is_paged, form)
-    kernel = load(variant, k.device.index)
+    kernel = load(variant, name, k.device.index)
     if isinstance(kernel, str):
         return kernel
     addresses = (None if x is None else x.data_ptr() for x in buffers)
     return kernel, Params(None, None, *addresses, heads=k.shape[1], capacity=buffers.v.shape[2])
 
 
-def load(variant: Variant, device: int) -> ctypes.c_void_p | str:
-    """The kernel of one specialisation, ready to launch on `device`, or why there is none: what failed once is not tried again."""
-    return nvrtc.load_kernel(compiler.compile_cubin, variant, "append_kernel", device)
+def load(variant: Variant, name: str, device: int) -> ctypes.c_void_p | str:
+    """A kernel of one specialisation, ready to launch on `device`, or why there is none: what failed once is not tried again."""
+    return nvrtc.load_kernel(compiler.compile_cubin, variant, name, device)
 
 
 def launch(kernel: ctypes.c_void_p, device: int, grid: tuple[int, int, int], params: Params) -> None:

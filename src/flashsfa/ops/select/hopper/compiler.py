@@ -1,4 +1,4 @@
-"""The source of the kernel that appends: one `Variant` is one specialisation."""
+"""The source of the kernels that append to a cache and read its pages: one `Variant` is one specialisation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ FILES = (
     "rows.cuh",
     "features.cuh",
     "axes.cuh",
+    "pages.cuh",
     "append.cu",
+    "read.cu",
 )  # as they use one another
 
 
@@ -61,7 +63,7 @@ class Form:
 
 @dataclass(frozen=True)
 class Variant:
-    """What the kernel is compiled for.
+    """What the kernels are compiled for.
 
     Attributes:
         is_bf16: whether keys and values come in bfloat16; else float16.
