@@ -7,6 +7,7 @@ import torch
 
 import flashsfa
 from flashsfa.codes import quantize_rows, topk_codes
+from flashsfa.ops import record
 
 transformers = pytest.importorskip("transformers")
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer  # noqa: E402
@@ -109,12 +110,46 @@ def test_eight_bits_in_any_steps_equal_rounded_keys_and_values(sliding, layers, 
     cache = SparseCache(model)
     found = torch.cat([run(model, part, cache) for part in ids.split(steps, dim=1)], dim=1)
     torch.testing.assert_close(found, run(rounded(model), ids), **CLOSE_IN_FLOAT32)
-    assert (found - run(model, ids)).abs().max() > 1e-3
+    torch.testing.assert_close(found, run(model, ids), **CLOSE_IN_FLOAT32)  # as without a cache
+    whole = flashsfa.enable(copy.deepcopy(model), topk=3, dense_dims=2, layers=layers)
+    assert (found - run(whole, ids)).abs().max() > 1e-3
     held = 2 * sum(len(layer.store) for layer in cache.layers if hasattr(layer, "store"))  # rows of a kv head
     dense = 0 if layers is None else cache.layers[0].keys.nbytes
     found = cache_nbytes(cache)
     assert (found["keys"], found["values"]) == (2 * held * (2 + 2 * 3 + 4) + dense, 2 * held * (16 + 4) + dense)
     assert found["total"] == cache.nbytes == found["keys"] + found["values"]
+
+
+def test_gradients_pass_through_the_rounding():
+    """To the features that are kept."""
+    model, ids = make(cache_dtype="int4"), tokens(12)
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    for layer in model.model.layers:
+        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+            assert projection.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("changed", [{"cache_dtype": "int8"}, {"recent": 4}, {"first": 2}])
+def test_a_cache_of_other_settings_is_refused(changed):
+    model, ids = make(), tokens(9)
+    cache = SparseCache(model)
+    run(model, ids[:, :8], cache)
+    flashsfa.enable(model, topk=3, dense_dims=2, **changed)
+    with pytest.raises(ValueError, match="made for other settings"):
+        run(model, ids[:, 8:], cache)
+
+
+def test_a_dense_cache_is_said_once(monkeypatch, caplog):
+    """A loop of one's own that takes what the model returns keeps keys in full."""
+    monkeypatch.setattr(record, "_last", {})
+    monkeypatch.setattr(record, "_announced", set())
+    model, ids = make(), tokens(9)
+    out = model(ids[:, :8], use_cache=True)
+    assert "SparseCache" not in flashsfa.explain()
+    for _ in range(2):
+        model(ids[:, 8:], past_key_values=out.past_key_values)
+    assert "past_key_values=flashsfa.SparseCache(model)" in flashsfa.explain()
+    assert caplog.text.count("dense cache") == 1
 
 
 @pytest.mark.parametrize("change", ["reorder", "select", "repeat", "reset", "crop"])

@@ -13,8 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import require
-from ..huggingface import SFASettings, SparseCache
-from ..huggingface.switch import is_enabled
 
 _ROWS = 1024  # logits turned to float32 at a time: of a long window they would be the largest tensor by far
 _LARGEST_LOSS = math.log(sys.float_info.max)
@@ -40,13 +38,10 @@ def window_losses(model: Any, windows: Tensor, progress: Callable[[], None] = la
 
     Raises `ValueError` if the mean is NaN, or so large that its exponential overflows.
     """
-    settings = SFASettings.from_config(model.config.sfa) if is_enabled(model) else None
-    rounds = settings is not None and settings.rounds and not settings.shows_exact
     losses = []
     for window in windows:
         ids = window[None].to(model.device)
-        cache = SparseCache(model) if rounds else None
-        logits = model(input_ids=ids, past_key_values=cache, use_cache=rounds).logits[0, :-1]  # [W - 1, vocabulary]
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]  # [W - 1, vocabulary]
         total = 0.0
         for rows, targets in zip(logits.split(_ROWS), ids[0, 1:].split(_ROWS), strict=True):
             total += F.cross_entropy(rows.float(), targets, reduction="sum").item()

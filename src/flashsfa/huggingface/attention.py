@@ -24,6 +24,7 @@ from ..decode import attend_cached
 from ..formats import cache_bits
 from ..mask import Mask, checked_window
 from ..narrow import NarrowRows
+from ..ops import record
 from ..ops.prefill import exact_band, masked
 from ..scores import ScoreRules
 from ..stored import ExactKV, KVView
@@ -80,9 +81,10 @@ class LayerCoding(nn.Module):
 
     @property
     def key_code(self) -> tuple[Any, ...]:
-        """What a cached key depends on: two layers of one key code can go on with each other's caches."""
+        """What a cached key and value depend on: two layers of one key code can go on with each other's caches."""
         in_axes = None if self.coder.axes is None else self.coder.axes.key_bytes
-        return (self.budget.topk, self.budget.dense_dims, self.channel, self._basis_digest, in_axes)
+        kept = (self.coder.bits, self.settings.recent, self.settings.first)
+        return (self.budget.topk, self.budget.dense_dims, self.channel, self._basis_digest, in_axes, *kept)
 
     def queries(self, q: Tensor) -> Tensor:
         """q [B, Hq, N, D] in the layer's coordinates."""
@@ -318,9 +320,14 @@ def _attend(
         if coding is None:
             budget = FeatureBudget.of(key.shape[-1], key.shape[-1])
         else:
+            if key.shape[2] > query.shape[2]:
+                record.record("cache", "transformers", _DENSE_CACHE, fallback=True)
             query, key, budget = coding.queries(query), coding.keys(key), coding.budget
         scores = ScoreRules.of(query, scaling, softcap, s_aux)
         shows_exact = coding is not None and coding.settings.shows_exact
+        if coding is not None and coding.settings.rounds and not shows_exact:
+            rounded = coding.coder.rounded(key, value)
+            key, value = rounded.k.to(key.dtype), rounded.v.to(value.dtype)
         if visible is not None:
             require(
                 not shows_exact,
@@ -425,6 +432,12 @@ def _require_known(module: nn.Module, is_causal: bool | None, kwargs: dict[str, 
             "not know: leave it out of the call, or disable the model"
         ),
     )
+
+
+_DENSE_CACHE = (
+    "the call brought keys of a dense cache, which takes as much memory as the dense model's: pass past_key_values=flashsfa.SparseCache(model), "
+    "or use model.generate, which makes it"
+)
 
 
 def _require_own_cache(coding: LayerCoding | None, key: CachedKeys, value: Tensor) -> None:
