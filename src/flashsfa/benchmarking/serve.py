@@ -325,9 +325,10 @@ def _stop(server: subprocess.Popen[bytes]) -> None:
 
 
 def _reason(log: str) -> str:
-    """The first error that a server's log names: later ones follow from it."""
-    found = re.search(r"\b\w*Error: .+", log)
-    return found[0].strip() if found else (log.strip().splitlines() or ["it said nothing"])[-1]
+    """The first error that a server's log names: later ones follow from it. Warnings name some that did no harm."""
+    lines = log.strip().splitlines()
+    found = (re.search(r"\b\w*Error: .+", line) for line in lines if "WARNING" not in line)
+    return next((error[0].strip() for error in found if error), (lines or ["it said nothing"])[-1])
 
 
 @functools.lru_cache(maxsize=1)  # the cases of a shape follow one another

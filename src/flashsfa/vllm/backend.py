@@ -1,4 +1,4 @@
-"""Experimental: vLLM's attention over pages of feature codes. It has run inside vLLM 0.32 and 0.33 on the CPU; on a GPU unchecked.
+"""Experimental: vLLM's attention over pages of feature codes. It is tested inside vLLM 0.32 and 0.33 on the CPU; on a GPU it has run.
 
 vLLM sees the cache as `[blocks, kv heads, tokens, C]` cells; `PageLayout` says what is in the C bytes. Decode reads the
 codes where they lie. A prompt attends to its own keys, and from its second chunk on to the codes of all keys, spread out.
@@ -389,5 +389,6 @@ def _by_head(x: Tensor) -> Tensor:
 @functools.cache
 def _warn_experimental() -> None:
     _log.warning(
-        "flashsfa's vLLM backend is experimental: its tests run on the CPU, in vLLM 0.32 and 0.33, and none on a GPU"
+        "flashsfa's vLLM backend is experimental: its tests run on the CPU, in vLLM 0.32 and 0.33; on a GPU it was right and not faster than "
+        "dense"
     )
