@@ -75,6 +75,16 @@ def test_a_step_is_one_launch(options, exact, launches, monkeypatch):
     assert len(launches) == left
 
 
+@pytest.mark.parametrize("exact", [{}, EXACT["both"]], ids=str)
+def test_a_prompt_of_few_bits_is_one_launch(options, exact, plainly, launches):
+    """Codes that Triton takes are left to it."""
+    k, v = (6 * draw(300)).round()  # sums of a rotation are exact, in whatever order
+    cache, plain = (SparseKVCache(**options, **exact) for _ in range(2))
+    assert_same_view(cache.append(k, v), plainly(plain.append, k, v))
+    is_of_features = options.get("topk") == 8 and not isinstance(options.get("dtype"), CodeFormat)
+    assert len(launches) == (0 if is_of_features else 1)
+
+
 @pytest.mark.parametrize("exact", [{}, *EXACT.values()], ids=str)
 @pytest.mark.parametrize("seed", range(2))
 def test_whatever_comes_between_steps(options, exact, seed, plainly, launches):

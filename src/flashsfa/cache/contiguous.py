@@ -338,6 +338,11 @@ class SparseKVCache(Coded):
                 assert kv.v_scale is not None
                 append_8_bit(k, v, (*parts, codes.scale, kv.v, kv.v_scale), start)
             return
+        coded = replace(kv, first=None, recent=None)
+        write = prepared_append(k, v, *buffers_of(coded)) if has_kernel(k, v) else None
+        if write is not None:
+            write(k, v, start)
+            return
         for buffer, new in zip(kv.tensors(), self.coder.encode(k, v).tensors(), strict=True):
             buffer[:, :, start : start + new.shape[2]] = new
 

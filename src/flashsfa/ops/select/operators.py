@@ -216,10 +216,10 @@ def prepared_append(k: Tensor, v: Tensor, form: Form, buffers: Buffers) -> Appen
 
     found = kernels.prepare(k, v, form, buffers)
     if isinstance(found, kernels.Append):
-        record.record("append", "hopper", "one launch for the few tokens that a step appends")
+        record.record("append", "hopper", "one launch for all tokens that come")
         return found
     other = "triton" if form.is_of_features and has_fused(k) else "torch"
-    _record_other("append", other, found, "the kernel for Hopper takes steps of few tokens in 16 bits")
+    _record_other("append", other, found, "the kernel for Hopper takes few tokens at a time, in 16 bits")
     return None
 
 

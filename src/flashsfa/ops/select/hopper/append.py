@@ -20,7 +20,7 @@ from . import compiler
 from .compiler import Form, Variant
 from .params import Params
 
-_MOST_ROWS = 512  # of all heads: of more, the bytes are what takes time
+_MOST_ROWS = 512  # of all heads, of codes that Triton appends too: of more, the bytes are what takes time
 _MOST_HEAD_DIM = 256
 _MOST_VALUE_DIM = 1024  # the warp of a value holds it in registers
 
@@ -127,7 +127,8 @@ def prepare(k: Tensor, v: Tensor, form: Form, buffers: Buffers) -> Append | str 
     Raises `ValueError` for buffers that do not fit k, v and the form.
     """
     (batch, heads, n), recent = k.shape[:3], buffers.recent_k
-    if not _takes(k, v) or not 1 <= batch * heads * n <= _MOST_ROWS:
+    rows = batch * heads * n
+    if not _takes(k, v) or not rows or (form.is_of_features and rows > _MOST_ROWS):
         return None
     found = _prepared(k, v, form, buffers)
     if isinstance(found, str):
