@@ -258,9 +258,24 @@ def test_sides_that_do_not_undo_one_another_are_refused(damage, words):
 
 def test_a_gain_of_another_budget_is_refused():
     basis = FeatureBasis.from_moments(moments_of(draw()), "balanced", topk=2, dense_dims=2)
-    for topk, dense_dims in ((2, 3), (6, 2)):
-        with pytest.raises(ValueError, match="another budget"):
-            basis.check(topk, dense_dims)
+    basis.check(2, 2)
+    with pytest.raises(ValueError, match="another budget"):
+        basis.check(2, 3)
+    unsaid = FeatureBasis(basis.query, basis.key)  # as of a file from before
+    with pytest.raises(ValueError, match="another budget"):
+        unsaid.check(6, 2)
+
+
+def test_the_budget_that_a_basis_is_fitted_to_is_kept(tmp_path):
+    """A gain of fewer features may be sound for more, and loses for them."""
+    moments = [moments_of(draw()), moments_of(draw())]
+    FeatureBasis.from_layers(moments, "dictionary", topk=3, dense_dims=1).save(tmp_path / "basis.safetensors")
+    loaded = FeatureBasis.load(tmp_path / "basis.safetensors")
+    for basis in (loaded, loaded[0]):
+        basis.check(3, 1)
+        for topk in (2, 4, None):
+            with pytest.raises(ValueError, match=f"fitted to codes of topk=3, and fits none of topk={topk}: calibrate"):
+                basis.check(topk, 1)
 
 
 def test_bits_per_axis_fit_no_budget_and_no_gain():

@@ -24,6 +24,7 @@ _log = logging.getLogger("flashsfa")
 KINDS = ("dictionary", "balanced", "whitened", "scaled", "pca", "identity")
 SHARED = ("scaled", "whitened")  # in these an error of a key counts the same on each axis, so bits can be shared out
 _SIDES, _AXES = ("query", "key"), ("axes.bits", "axes.step", "axes.centre")  # tensors of a file
+_TOPK = "topk"  # in a file's metadata
 _MAX_CONDITION = 1e8
 _SAMPLE_KEYS = 4096  # keys a head that the dictionary is fitted to
 _DICTIONARY_ROUNDS = 15
@@ -44,14 +45,17 @@ class FeatureBasis:
         query: [..., H, D, D] Q.
         key: [..., H, D, D] K, with KᵀQ the diagonal matrix of gains: 1 for the dense channel.
         axes: the bits [..., H, D] of each axis of a key; None for keys that top-k codes.
+        topk: the budget that it is fitted to, for its gain; None for no gain, and for files that do not say it.
     """
 
     query: Tensor
     key: Tensor
     axes: AxisBits | None = None
+    topk: int | None = None
 
     def __getitem__(self, layer: int) -> FeatureBasis:
-        return FeatureBasis(self.query[layer], self.key[layer], None if self.axes is None else self.axes[layer])
+        axes = None if self.axes is None else self.axes[layer]
+        return FeatureBasis(self.query[layer], self.key[layer], axes, self.topk)
 
     def transform_query(self, q: Tensor) -> Tensor:
         """q [B, Hq, N, D] in the coordinates of its kv head."""
@@ -137,7 +141,7 @@ class FeatureBasis:
         if topk is not None:
             query = query * _gain(moments.sample.double() @ key, topk, dense_dims)
         if key_bytes is None:
-            return cls(query.float(), key.float())
+            return cls(query.float(), key.float(), topk=topk)
         order, axes = AxisBits.fit(moments.sample @ key.float(), key_bytes)
         columns = order[:, None].expand_as(key)
         return cls(query.gather(-1, columns).float(), key.gather(-1, columns).float(), axes)
@@ -158,7 +162,7 @@ class FeatureBasis:
         ]
         query, key = (torch.stack([getattr(x, name) for x in layers]) for name in ("query", "key"))
         axes = [x.axes for x in layers if x.axes is not None]
-        return cls(query, key, AxisBits.stack(axes) if axes else None)
+        return cls(query, key, AxisBits.stack(axes) if axes else None, layers[0].topk)
 
     def check(self, topk: int | None = None, dense_dims: int = 0) -> None:
         """Raise `ValueError` unless the two sides undo one another, up to the gain of codes of this budget. Without topk there is
@@ -181,6 +185,10 @@ class FeatureBasis:
                 topk is None,
                 f"the basis has bits per axis, {self.axes.key_bytes} bytes of a key, and fits no topk={topk}: calibrate for that",
             )
+        require(
+            self.topk in (None, topk),
+            f"the basis is fitted to codes of topk={self.topk}, and fits none of topk={topk}: calibrate for that",
+        )
         query, key = (x.detach().to("cpu", torch.float64) for x in (self.query, self.key))
         require(bool(query.isfinite().all() and key.isfinite().all()), "the basis holds NaN or infinity")
         sizes = key.norm(dim=-2)[..., :, None] * query.norm(dim=-2)[..., None, :]  # [..., H, D, D] of the columns
@@ -212,17 +220,19 @@ class FeatureBasis:
         tensors = {name: getattr(self, name) for name in _SIDES}
         if self.axes is not None:
             tensors |= dict(zip(_AXES, self.axes.tensors(), strict=True))
+        fitted = None if self.topk is None else {_TOPK: str(self.topk)}
         with whole_file(path) as beside:
-            save_file({name: x.contiguous() for name, x in tensors.items()}, beside)
+            save_file({name: x.contiguous() for name, x in tensors.items()}, beside, metadata=fitted)
 
     @classmethod
     def load(cls, path: str | Path) -> FeatureBasis:
         """Read what `save` wrote. Raises `ValueError` for a file that holds no basis: other tensors, integers, NaN."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors import SafetensorError, safe_open
 
         try:
-            tensors = load_file(path, device="cpu")
+            with safe_open(path, framework="pt", device="cpu") as file:
+                names, said = file.keys(), file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in names}
         except SafetensorError as error:
             raise ValueError(f"{path} holds no feature basis: the file is damaged ({error})") from error
         require(
@@ -239,8 +249,10 @@ class FeatureBasis:
                 f"{path} holds no feature basis: {name} is {tuple(x.shape)} of {x.dtype}",
             )
             require(bool(x.isfinite().all()), f"{path} holds no feature basis: NaN or infinity stands in {name}")
+        fitted = said.get(_TOPK)
+        require(fitted is None or fitted.isdecimal(), f"{path} holds no feature basis: it says {_TOPK}={fitted!r}")
         if len(tensors) == len(sides):
-            return cls(**sides)
+            return cls(**sides, topk=None if fitted is None else int(fitted))
         try:
             axes = AxisBits(*(tensors[name] for name in _AXES))
         except (TypeError, ValueError) as error:
