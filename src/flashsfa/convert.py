@@ -8,8 +8,8 @@ import platform
 import shutil
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,13 @@ from .decode import sparse_feature_decode
 from .evaluation.subject import Progress, named_device
 from .evaluation.text import separate_texts, token_windows
 from .files import require_place, whole_folder
+from .formats import AUTO
 from .huggingface import disable
 from .huggingface.attention import LayerCoding
 from .huggingface.loading import find_file
 from .huggingface.structure import attention_shape, require_whole
 from .models import BUNDLED_NAME, is_converted, load_model
-from .presets import PRESETS, require_one_way
+from .presets import DEFAULT_CACHE_DTYPE, PRESETS, require_one_way
 from .stored import KVView
 
 _PROMPT = "The history of science is"
@@ -45,7 +46,7 @@ _TIMING_MS, _LEAST_TURNS, _MOST_TURNS = 1000, 5, 50
 
 @dataclass(frozen=True)
 class ConvertSettings:
-    """Arguments of `flashsfa convert`; see its help."""
+    """Arguments of `flashsfa convert`; see its help. None for what is not said."""
 
     model: str | None = None
     max_loss: float | None = None  # this and the next as in `Limits`: they choose among candidates
@@ -60,10 +61,10 @@ class ConvertSettings:
     calibrate: str | None = None
     eval: str | None = None
     dtype: str = "bfloat16"
-    cache_dtype: str | None = "int4"  # this and the next three as `enable`'s
-    recent: int = 32
-    first: int = 4
-    prefill: str = "dense"
+    cache_dtype: str | None = None  # as `enable`'s, or "auto" for that of `dtype`; None for `DEFAULT_CACHE_DTYPE`
+    recent: int | None = None  # this and the next two as `enable`'s; None for those of `Exact`
+    first: int | None = None
+    prefill: str | None = None
     window: int | None = None  # None for 2048, or the model's positions if fewer
     windows: int | None = None  # to evaluate on: None for 2, or 4 where limits choose; calibration takes twice as many
     contexts: tuple[int, ...] = (1024, 4096, 16384, 32768)
@@ -78,9 +79,7 @@ class ConvertSettings:
         if self.preset is not None:
             require_choice("preset", self.preset, tuple(PRESETS))
         said = ("key_bytes", "topk", "cache_dtype", *(() if self.preset is None else ("recent", "first", "prefill")))
-        given = [
-            field.name for field in fields(self) if field.name in said and getattr(self, field.name) != field.default
-        ]
+        given = [name for name in said if getattr(self, name) is not None]
         require(
             not given or not (self.limits or self.preset),
             lambda: (
@@ -94,7 +93,8 @@ class ConvertSettings:
 
     @property
     def exact(self) -> Exact:
-        return Exact(self.recent, self.first, self.prefill)
+        said = {"recent": self.recent, "first": self.first, "prefill": self.prefill}
+        return Exact(**{name: value for name, value in said.items() if value is not None})
 
     def candidates(self, head_dim: int) -> Candidates | None:
         """What is measured; None for the ladder that limits choose from."""
@@ -102,9 +102,10 @@ class ConvertSettings:
             return None
         if self.preset is not None:
             return by_preset(head_dim, PRESETS[self.preset])
+        cache_dtype = None if self.cache_dtype == AUTO else self.cache_dtype or DEFAULT_CACHE_DTYPE
         if self.topk is None:
-            return by_bytes(head_dim, self.key_bytes, self.cache_dtype, self.exact)
-        return by_topk(head_dim, self.topk, self.dense_dims, self.topk_query, self.basis, self.cache_dtype, self.exact)
+            return by_bytes(head_dim, self.key_bytes, cache_dtype, self.exact)
+        return by_topk(head_dim, self.topk, self.dense_dims, self.topk_query, self.basis, cache_dtype, self.exact)
 
 
 def convert(
@@ -153,7 +154,7 @@ def convert(
             | {"basis": None if choice.candidate.fit is None else choice.candidate.fit["kind"]},
             "perplexity_increase": choice.rows[choice.name]["loss"],
             "texts": texts,
-            "attention_ms": _attention_times(model, settings, progress),
+            "attention_ms": _attention_times(model, settings.contexts, progress),
         }
         _write(model, tokenizer, report, settings.model, output)
     except Exception:  # what stops it from outside leaves the measurements
@@ -204,16 +205,16 @@ def _continued(model: Any, tokenizer: Any, progress: Callable[[], None]) -> str:
 
 
 @torch.no_grad()
-def _attention_times(model: Any, settings: ConvertSettings, progress: Progress) -> list[dict[str, float]]:
+def _attention_times(model: Any, contexts: Sequence[int], progress: Progress) -> list[dict[str, float]]:
     """Median milliseconds of one layer's attention with the model's head counts and widths, dense (SDPA) and as the model is switched.
 
-    On a CPU in float32, where torch's kernels are at their best. A prompt is coded, and attends as `prefill` says.
+    On a CPU in float32, where torch's kernels are at their best. A prompt is coded, and attends as the model's settings say.
     """
     dtype = torch.float32 if model.device.type == "cpu" else model.dtype
     heads, kv_heads, head_dim = attention_shape(model)
     coding = next(module.sfa for module in model.modules() if isinstance(getattr(module, "sfa", None), LayerCoding))
-    budget, coder = coding.budget, coding.coder
-    step = progress("timing attention", len(settings.contexts))
+    budget, settings = coding.budget, coding.settings
+    step = progress("timing attention", len(contexts))
 
     def row(n: int) -> dict[str, float]:
         q, k, v = (
@@ -222,10 +223,7 @@ def _attention_times(model: Any, settings: ConvertSettings, progress: Progress) 
         newest = q[:, :, -1:]
 
         def cached() -> KVView:
-            cache = SparseKVCache(
-                **coder.arguments(), capacity=n,
-                recent=settings.recent, first=settings.first,
-            )  # fmt: skip
+            cache = SparseKVCache(**coding.coder.arguments(), capacity=n, recent=settings.recent, first=settings.first)
             return cache.append(k, v)
 
         def dense(queries: torch.Tensor, is_causal: bool) -> torch.Tensor:
@@ -256,7 +254,7 @@ def _attention_times(model: Any, settings: ConvertSettings, progress: Progress) 
         step()
         return times
 
-    return [row(n) for n in settings.contexts]
+    return [row(n) for n in contexts]
 
 
 def _medians_ms(**runs: Callable[[], Any]) -> dict[str, float]:

@@ -12,6 +12,7 @@ from .checks import require
 from .formats import CodeFormat
 
 MEASURED_HEAD_DIM = 64
+DEFAULT_CACHE_DTYPE = "int4"  # of `flashsfa convert`, where nothing is said
 
 
 @dataclass(frozen=True)
