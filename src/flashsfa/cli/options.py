@@ -144,7 +144,7 @@ def add_budget(
     )
     parser.add_argument(
         "--cache-dtype", metavar="DTYPE", type=_cache_dtype_or_none if cache_dtype == AUTO else _cache_dtype,
-        help=f"of the cache: {NAMES}; auto for that of --dtype (default: {cache_dtype})",
+        help=f"of values, and of keys that are kept as features: {NAMES}; auto for that of --dtype (default: {cache_dtype})",
     )  # fmt: skip
     parser.add_argument(
         "--recent", type=int, metavar="N",
