@@ -27,7 +27,7 @@ from .decode import sparse_feature_decode
 from .evaluation.subject import Progress, named_device
 from .evaluation.text import separate_texts, token_windows
 from .files import require_place, whole_folder
-from .formats import AUTO
+from .formats import AUTO, ROTATION_WIDTH, CodeFormat, cache_bits
 from .huggingface import disable
 from .huggingface.attention import LayerCoding
 from .huggingface.loading import find_file
@@ -97,13 +97,20 @@ class ConvertSettings:
         return Exact(**{name: value for name, value in said.items() if value is not None})
 
     def candidates(self, head_dim: int) -> Candidates | None:
-        """What is measured; None for the ladder that limits choose from."""
+        """What is measured; None for the ladder that limits choose from. Raises `ValueError` for what does not fit the head size."""
         if self.limits:
             return None
         if self.preset is not None:
-            return by_preset(head_dim, PRESETS[self.preset])
+            preset = PRESETS[self.preset]
+            _require_width(f"--preset {self.preset}", preset.cache_dtype, head_dim)
+            return by_preset(head_dim, preset)
         cache_dtype = None if self.cache_dtype == AUTO else self.cache_dtype or DEFAULT_CACHE_DTYPE
+        _require_width(f"--cache-dtype {cache_dtype}", cache_dtype, head_dim)
         if self.topk is None:
+            require(
+                self.key_bytes is None or 1 <= self.key_bytes <= head_dim,
+                f"--key-bytes must be 1 to the model's head size, {head_dim}, got {self.key_bytes}",
+            )
             return by_bytes(head_dim, self.key_bytes, cache_dtype, self.exact)
         return by_topk(head_dim, self.topk, self.dense_dims, self.topk_query, self.basis, cache_dtype, self.exact)
 
@@ -128,17 +135,19 @@ def convert(
         f"{settings.model} is converted already: give the dense model that it was made of, or measure it with flashsfa eval",
     )
     device = named_device(settings.device)
+    both_texts = separate_texts(settings.calibrate, settings.eval)
     loaded = progress("loading the model", 1)
     model, tokenizer = load_model(settings.model, getattr(torch, settings.dtype), settings.tokenizer)
     loaded()
     require_whole(model)
-    model.to(device)
-    calibration, evaluation = _windows(settings, model, tokenizer)
     *_, head_dim = attention_shape(model)
+    candidates = settings.candidates(head_dim)
+    calibration, evaluation = _windows(settings, both_texts, model, tokenizer)
+    model.to(device)
     kept = Kept(output)
     try:
         choice = choose(
-            model, calibration, evaluation, settings.limits, candidates=settings.candidates(head_dim), exact=settings.exact,
+            model, calibration, evaluation, settings.limits, candidates=candidates, exact=settings.exact,
             max_position=settings.max_position, kept=kept, progress=progress,
         )  # fmt: skip
         texts = {"dense": _continued(disable(model), tokenizer, progress("generating: dense", 1))}
@@ -183,12 +192,31 @@ def _write(model: Any, tokenizer: Any, report: dict[str, Any], source: str | Non
         raise OSError(f"could not write the result: {error}; make room, or choose another place with -o") from error
 
 
-def _windows(settings: ConvertSettings, model: Any, tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Calibration and evaluation windows that do not overlap."""
-    calibration_text, evaluation_text = separate_texts(settings.calibrate, settings.eval)
+def _require_width(said: str, cache_dtype: str | None, head_dim: int) -> None:
+    """Raise `ValueError` if an option that was `said` keeps values in 4 bits, and `head_dim` is no width for these."""
+    bits = cache_bits(cache_dtype)
+    require(
+        not isinstance(bits, CodeFormat) or bits.v_bits != 4 or head_dim % ROTATION_WIDTH == 0,
+        f"{said} keeps values in 4 bits, which goes with head sizes that are a multiple of {ROTATION_WIDTH}; the model's is {head_dim}: "
+        "take --cache-dtype int8 in its place",
+    )
+
+
+def _windows(
+    settings: ConvertSettings, texts: tuple[str, str], model: Any, tokenizer: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Windows of the texts to calibrate and to evaluate on. Raises `ValueError` if they, or `max_position`, do not fit the model."""
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     length = settings.window or min(_WINDOW, limit or _WINDOW)
+    require(limit is None or length <= limit, f"--window must be at most the model's {limit} positions, got {length}")
+    furthest = settings.max_position
+    require(
+        furthest is None or (length <= furthest and (limit is None or furthest <= limit)),
+        f"--max-position must be at least the {length} tokens of a window (--window)"
+        f"{'' if limit is None else f' and at most the model’s {limit}'}, got {furthest}",
+    )
     count = settings.windows or (4 if settings.limits else 2)
+    calibration_text, evaluation_text = texts
     return (
         token_windows(tokenizer, calibration_text, length=length, count=2 * count, purpose="calibration"),
         token_windows(tokenizer, evaluation_text, length=length, count=count, purpose="evaluation"),

@@ -191,8 +191,8 @@ def test_two_ways_to_say_what_a_key_keeps(tiny, text, tmp_path, capsys):
     command = without(arguments(tiny, text, tmp_path / "out"), "--topk")
     assert_refused(capsys, command, "--dense-dims goes with --topk")
     command = without(command, "--dense-dims", "--cache-dtype")
-    assert_refused(capsys, command, "width must be a multiple of 16, got 8; take 8 bits")
-    assert_refused(capsys, [*command, "--cache-dtype", "int8", "--key-bytes", "9"], "key_bytes must be")
+    message = "--key-bytes must be 1 to the model's head size, 8, got 9"
+    assert_refused(capsys, [*command, "--cache-dtype", "int8", "--key-bytes", "9"], message)
 
 
 def report_of(loss, *, topk_query=64):
