@@ -177,9 +177,10 @@ def test_presets_say_their_bytes():
         assert preset.token_bytes == keys + values
 
 
-def test_presets_stand_in_the_help(capsys):
+def test_presets_and_the_dtype_of_shares_stand_in_the_help(capsys):
     with pytest.raises(SystemExit):
         main(["convert", "--help"])
     out = " ".join(capsys.readouterr().out.split())
     for name, preset in PRESETS.items():
         assert f"{name}, {preset.purpose} ({preset.token_bytes}, {preset.loss})" in out
+    assert "of the bytes that a dense key and value take in --dtype" in out

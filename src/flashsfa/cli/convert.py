@@ -49,7 +49,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--bytes", type=percents, metavar="P%%", dest="max_bytes",
-        help="choose: the least loss with at most so much of the bytes that a dense key and value take",
+        help="choose: the least loss with at most so much of the bytes that a dense key and value take in --dtype",
     )  # fmt: skip
     parser.add_argument(
         "--preset", choices=PRESETS, metavar="NAME",
