@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from flashsfa.candidates import Exact, ladder
+from flashsfa.candidates import Exact, by_bytes, ladder
 from flashsfa.formats import CodeFormat
 
 transformers = pytest.importorskip("transformers")
@@ -83,6 +83,13 @@ def test_the_ladder_has_what_fits(head_dim, share):
         assert x.token_bytes == keys + form.v_bytes(head_dim)
     if share is not None and head_dim == 64:  # one fills the bytes
         assert max(x.token_bytes for x in able if "axes" in x.label or x.fit) == min(int(most), 64 + 68)
+
+
+@pytest.mark.parametrize("cache_dtype", [None, "int8", "int4", "d16s8v8"])
+def test_what_may_be_written_for_a_cache_dtype_has_it(cache_dtype):
+    able = {name: x for name, x in by_bytes(64, None, cache_dtype, EXACT).items() if x.may_win}
+    assert list(able) == ["topk", "axes"]
+    assert all(x.options["cache_dtype"] == cache_dtype for x in able.values())
 
 
 def test_bytes_of_candidates_are_those_of_live_caches(model, windows):

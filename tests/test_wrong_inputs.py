@@ -32,6 +32,9 @@ MOST = "1073741824"
         ("convert dense --windows 100000000000000000000", f"--windows must be 1 to {MOST}"),
         ("convert dense --max-position 0", "--max-position must be"),
         ("convert dense --max-position 100000000000000000000", "--max-position must be"),
+        ("convert dense --max-position 31", "--max-position must be at least the 32 tokens of a window"),
+        ("convert dense --max-position 257", "and at most the model’s 256, got 257"),
+        ("convert dense --window 300", "--window must be at most the model's 256 positions, got 300"),
         ("convert dense --dtype int8", "invalid choice"),
         ("convert dense -o ''", "-o/--output: '' names nothing"),
         ("convert dense --eval ''", "--eval: '' names nothing"),
@@ -65,7 +68,8 @@ MOST = "1073741824"
         ("info text.txt", "a file, not a directory"),
     ],
 )
-def test_options_that_mean_nothing(line, message, work, capfd):
+def test_options_that_mean_nothing(line, message, work, capfd, monkeypatch):
+    monkeypatch.setattr("flashsfa.choose.gather_moments", None)  # before any calibration
     assert_refused(capfd, command(line), message)
 
 
@@ -100,7 +104,10 @@ TEXTS = {
 @pytest.mark.parametrize(
     "line", ["convert dense --calibrate bad", "convert dense --eval bad", "perplexity converted --text bad"]
 )
-def test_texts_that_are_none(line, kind, work, capfd):
+def test_texts_that_are_none(line, kind, work, capfd, monkeypatch):
+    if kind != "short":  # which the tokenizer finds
+        monkeypatch.setattr("flashsfa.convert.load_model", None)
+        monkeypatch.setattr("flashsfa.evaluation.subject.load_model", None)
     make, message = TEXTS[kind]
     make(work / "bad")
     assert_refused(capfd, command(line), message)

@@ -82,10 +82,8 @@ def by_bytes(head_dim: int, key_bytes: int | None, cache_dtype: str | None, exac
         usual.dense_dims, usual.topk, head_dim, "dictionary", "16 bits, nothing exact", {}, may_win=False
     )
     key_bytes = default_key_bytes(head_dim) if key_bytes is None else key_bytes
-    bits = cache_bits(cache_dtype)
-    v_bits = bits.v_bits if isinstance(bits, CodeFormat) else 16 if bits is None else 8
-    if (few := _few_bits(head_dim, key_bytes, v_bits, exact)) is not None:
-        found["topk"] = few
+    if (code := _largest_code(head_dim, key_bytes, cache_dtype, exact)) is not None:
+        found["topk"] = code
     found["axes"] = _axes(head_dim, key_bytes, cache_dtype, exact)
     return found
 
@@ -128,9 +126,9 @@ def ladder(head_dim: int, most_bytes: float | None, exact: Exact) -> Candidates:
                 widths.append((keys, v_bits))
                 most_key = keys  # that of the narrowest values
     found = rivals(head_dim, exact, may_win=True)
-    few_bits = 4 if head_dim % ROTATION_WIDTH == 0 else 8
-    if (few := _few_bits(head_dim, most_key, few_bits, exact)) is not None:
-        found["topk"] = few
+    form = CodeFormat(v_bits=4 if head_dim % ROTATION_WIDTH == 0 else 8)
+    if (code := _largest_code(head_dim, most_key, _name(form), exact)) is not None:
+        found["topk"] = code
     for keys, v_bits in sorted(set(widths)):
         found[f"axes_{keys}_v{v_bits}"] = _axes(
             head_dim, keys, _name(CodeFormat(8, 8 if v_bits == 8 else 4, v_bits=v_bits)), exact
@@ -144,26 +142,24 @@ def ladder(head_dim: int, most_bytes: float | None, exact: Exact) -> Candidates:
     }
 
 
-def _few_bits(head_dim: int, key_bytes: int, v_bits: int, exact: Exact) -> Candidate | None:
-    """The largest code of features in 8 and 4 bits that `key_bytes` hold; None for none."""
+def _largest_code(head_dim: int, key_bytes: int, cache_dtype: str | None, exact: Exact) -> Candidate | None:
+    """The largest code of features in the widths of `cache_dtype` that `key_bytes` hold; None for none."""
     require_int("key_bytes", key_bytes, 1, head_dim)
-    form = CodeFormat(v_bits=v_bits)
+    form = _form(cache_dtype)
     fitting = largest_budget(head_dim, key_bytes, form)
     if fitting is None:
         return None
-    options = {**exact.options(), "cache_dtype": _name(form)}
-    nbytes = form.key_bytes(head_dim, *fitting) + _v_bytes(head_dim, v_bits)
-    return _features(*fitting, head_dim, "dictionary", f"values {v_bits} bits", options, token_bytes=nbytes)
+    options = {**exact.options(), "cache_dtype": cache_dtype}
+    nbytes = None if cache_dtype is None else form.key_bytes(head_dim, *fitting) + form.v_bytes(head_dim)
+    return _features(*fitting, head_dim, "dictionary", f"values {form.v_bits} bits", options, token_bytes=nbytes)
 
 
 def _axes(head_dim: int, key_bytes: int, cache_dtype: str | None, exact: Exact) -> Candidate:
     require_int("key_bytes", key_bytes, 1, head_dim)
-    bits = cache_bits(cache_dtype)
-    if isinstance(bits, CodeFormat):
-        bits.require_v_dim(head_dim)
-    values = bits.v_bits if isinstance(bits, CodeFormat) else 16 if bits is None else 8
-    nbytes = key_bytes + bits.v_bytes(head_dim) if isinstance(bits, CodeFormat) else None
-    label = f"bits per axis, {key_bytes} bytes a key, values {values} bits"
+    form = _form(cache_dtype)
+    form.require_v_dim(head_dim)
+    nbytes = None if cache_dtype is None else key_bytes + form.v_bytes(head_dim)
+    label = f"bits per axis, {key_bytes} bytes a key, values {form.v_bits} bits"
     options = {**exact.options(), "cache_dtype": cache_dtype}
     return Candidate(label, options, {"kind": "scaled", "key_bytes": key_bytes}, True, nbytes)
 
@@ -179,6 +175,15 @@ def _features(
         may_win,
         token_bytes,
     )
+
+
+def _form(cache_dtype: str | None) -> CodeFormat:
+    """The widths that `enable` takes for a `cache_dtype`; the one scale of an "int8" key takes as much as two here."""
+    bits = cache_bits(cache_dtype)
+    if isinstance(bits, CodeFormat):
+        return bits
+    width = 16 if bits is None else 8
+    return CodeFormat(width, width, "uint8", width)
 
 
 def _v_bytes(head_dim: int, v_bits: int) -> int:

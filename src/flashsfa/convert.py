@@ -8,8 +8,8 @@ import platform
 import shutil
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,13 @@ from .decode import sparse_feature_decode
 from .evaluation.subject import Progress, named_device
 from .evaluation.text import separate_texts, token_windows
 from .files import require_place, whole_folder
+from .formats import AUTO, ROTATION_WIDTH, CodeFormat, cache_bits
 from .huggingface import disable
 from .huggingface.attention import LayerCoding
 from .huggingface.loading import find_file
 from .huggingface.structure import attention_shape, require_whole
 from .models import BUNDLED_NAME, is_converted, load_model
-from .presets import PRESETS, require_one_way
+from .presets import DEFAULT_CACHE_DTYPE, PRESETS, require_one_way
 from .stored import KVView
 
 _PROMPT = "The history of science is"
@@ -45,7 +46,7 @@ _TIMING_MS, _LEAST_TURNS, _MOST_TURNS = 1000, 5, 50
 
 @dataclass(frozen=True)
 class ConvertSettings:
-    """Arguments of `flashsfa convert`; see its help."""
+    """Arguments of `flashsfa convert`; see its help. None for what is not said."""
 
     model: str | None = None
     max_loss: float | None = None  # this and the next as in `Limits`: they choose among candidates
@@ -60,10 +61,10 @@ class ConvertSettings:
     calibrate: str | None = None
     eval: str | None = None
     dtype: str = "bfloat16"
-    cache_dtype: str | None = "int4"  # this and the next three as `enable`'s
-    recent: int = 32
-    first: int = 4
-    prefill: str = "dense"
+    cache_dtype: str | None = None  # as `enable`'s, or "auto" for that of `dtype`; None for `DEFAULT_CACHE_DTYPE`
+    recent: int | None = None  # this and the next two as `enable`'s; None for those of `Exact`
+    first: int | None = None
+    prefill: str | None = None
     window: int | None = None  # None for 2048, or the model's positions if fewer
     windows: int | None = None  # to evaluate on: None for 2, or 4 where limits choose; calibration takes twice as many
     contexts: tuple[int, ...] = (1024, 4096, 16384, 32768)
@@ -78,9 +79,7 @@ class ConvertSettings:
         if self.preset is not None:
             require_choice("preset", self.preset, tuple(PRESETS))
         said = ("key_bytes", "topk", "cache_dtype", *(() if self.preset is None else ("recent", "first", "prefill")))
-        given = [
-            field.name for field in fields(self) if field.name in said and getattr(self, field.name) != field.default
-        ]
+        given = [name for name in said if getattr(self, name) is not None]
         require(
             not given or not (self.limits or self.preset),
             lambda: (
@@ -94,17 +93,26 @@ class ConvertSettings:
 
     @property
     def exact(self) -> Exact:
-        return Exact(self.recent, self.first, self.prefill)
+        said = {"recent": self.recent, "first": self.first, "prefill": self.prefill}
+        return Exact(**{name: value for name, value in said.items() if value is not None})
 
     def candidates(self, head_dim: int) -> Candidates | None:
-        """What is measured; None for the ladder that limits choose from."""
+        """What is measured; None for the ladder that limits choose from. Raises `ValueError` for what does not fit the head size."""
         if self.limits:
             return None
         if self.preset is not None:
-            return by_preset(head_dim, PRESETS[self.preset])
+            preset = PRESETS[self.preset]
+            _require_width(f"--preset {self.preset}", preset.cache_dtype, head_dim)
+            return by_preset(head_dim, preset)
+        cache_dtype = None if self.cache_dtype == AUTO else self.cache_dtype or DEFAULT_CACHE_DTYPE
+        _require_width(f"--cache-dtype {cache_dtype}", cache_dtype, head_dim)
         if self.topk is None:
-            return by_bytes(head_dim, self.key_bytes, self.cache_dtype, self.exact)
-        return by_topk(head_dim, self.topk, self.dense_dims, self.topk_query, self.basis, self.cache_dtype, self.exact)
+            require(
+                self.key_bytes is None or 1 <= self.key_bytes <= head_dim,
+                f"--key-bytes must be 1 to the model's head size, {head_dim}, got {self.key_bytes}",
+            )
+            return by_bytes(head_dim, self.key_bytes, cache_dtype, self.exact)
+        return by_topk(head_dim, self.topk, self.dense_dims, self.topk_query, self.basis, cache_dtype, self.exact)
 
 
 def convert(
@@ -127,17 +135,19 @@ def convert(
         f"{settings.model} is converted already: give the dense model that it was made of, or measure it with flashsfa eval",
     )
     device = named_device(settings.device)
+    both_texts = separate_texts(settings.calibrate, settings.eval)
     loaded = progress("loading the model", 1)
     model, tokenizer = load_model(settings.model, getattr(torch, settings.dtype), settings.tokenizer)
     loaded()
     require_whole(model)
-    model.to(device)
-    calibration, evaluation = _windows(settings, model, tokenizer)
     *_, head_dim = attention_shape(model)
+    candidates = settings.candidates(head_dim)
+    calibration, evaluation = _windows(settings, both_texts, model, tokenizer)
+    model.to(device)
     kept = Kept(output)
     try:
         choice = choose(
-            model, calibration, evaluation, settings.limits, candidates=settings.candidates(head_dim), exact=settings.exact,
+            model, calibration, evaluation, settings.limits, candidates=candidates, exact=settings.exact,
             max_position=settings.max_position, kept=kept, progress=progress,
         )  # fmt: skip
         texts = {"dense": _continued(disable(model), tokenizer, progress("generating: dense", 1))}
@@ -153,7 +163,7 @@ def convert(
             | {"basis": None if choice.candidate.fit is None else choice.candidate.fit["kind"]},
             "perplexity_increase": choice.rows[choice.name]["loss"],
             "texts": texts,
-            "attention_ms": _attention_times(model, settings, progress),
+            "attention_ms": _attention_times(model, settings.contexts, progress),
         }
         _write(model, tokenizer, report, settings.model, output)
     except Exception:  # what stops it from outside leaves the measurements
@@ -182,12 +192,31 @@ def _write(model: Any, tokenizer: Any, report: dict[str, Any], source: str | Non
         raise OSError(f"could not write the result: {error}; make room, or choose another place with -o") from error
 
 
-def _windows(settings: ConvertSettings, model: Any, tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Calibration and evaluation windows that do not overlap."""
-    calibration_text, evaluation_text = separate_texts(settings.calibrate, settings.eval)
+def _require_width(said: str, cache_dtype: str | None, head_dim: int) -> None:
+    """Raise `ValueError` if an option that was `said` keeps values in 4 bits, and `head_dim` is no width for these."""
+    bits = cache_bits(cache_dtype)
+    require(
+        not isinstance(bits, CodeFormat) or bits.v_bits != 4 or head_dim % ROTATION_WIDTH == 0,
+        f"{said} keeps values in 4 bits, which goes with head sizes that are a multiple of {ROTATION_WIDTH}; the model's is {head_dim}: "
+        "take --cache-dtype int8 in its place",
+    )
+
+
+def _windows(
+    settings: ConvertSettings, texts: tuple[str, str], model: Any, tokenizer: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Windows of the texts to calibrate and to evaluate on. Raises `ValueError` if they, or `max_position`, do not fit the model."""
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     length = settings.window or min(_WINDOW, limit or _WINDOW)
+    require(limit is None or length <= limit, f"--window must be at most the model's {limit} positions, got {length}")
+    furthest = settings.max_position
+    require(
+        furthest is None or (length <= furthest and (limit is None or furthest <= limit)),
+        f"--max-position must be at least the {length} tokens of a window (--window)"
+        f"{'' if limit is None else f' and at most the model’s {limit}'}, got {furthest}",
+    )
     count = settings.windows or (4 if settings.limits else 2)
+    calibration_text, evaluation_text = texts
     return (
         token_windows(tokenizer, calibration_text, length=length, count=2 * count, purpose="calibration"),
         token_windows(tokenizer, evaluation_text, length=length, count=count, purpose="evaluation"),
@@ -204,16 +233,16 @@ def _continued(model: Any, tokenizer: Any, progress: Callable[[], None]) -> str:
 
 
 @torch.no_grad()
-def _attention_times(model: Any, settings: ConvertSettings, progress: Progress) -> list[dict[str, float]]:
+def _attention_times(model: Any, contexts: Sequence[int], progress: Progress) -> list[dict[str, float]]:
     """Median milliseconds of one layer's attention with the model's head counts and widths, dense (SDPA) and as the model is switched.
 
-    On a CPU in float32, where torch's kernels are at their best. A prompt is coded, and attends as `prefill` says.
+    On a CPU in float32, where torch's kernels are at their best. A prompt is coded, and attends as the model's settings say.
     """
     dtype = torch.float32 if model.device.type == "cpu" else model.dtype
     heads, kv_heads, head_dim = attention_shape(model)
     coding = next(module.sfa for module in model.modules() if isinstance(getattr(module, "sfa", None), LayerCoding))
-    budget, coder = coding.budget, coding.coder
-    step = progress("timing attention", len(settings.contexts))
+    budget, settings = coding.budget, coding.settings
+    step = progress("timing attention", len(contexts))
 
     def row(n: int) -> dict[str, float]:
         q, k, v = (
@@ -222,10 +251,7 @@ def _attention_times(model: Any, settings: ConvertSettings, progress: Progress) 
         newest = q[:, :, -1:]
 
         def cached() -> KVView:
-            cache = SparseKVCache(
-                **coder.arguments(), capacity=n,
-                recent=settings.recent, first=settings.first,
-            )  # fmt: skip
+            cache = SparseKVCache(**coding.coder.arguments(), capacity=n, recent=settings.recent, first=settings.first)
             return cache.append(k, v)
 
         def dense(queries: torch.Tensor, is_causal: bool) -> torch.Tensor:
@@ -256,7 +282,7 @@ def _attention_times(model: Any, settings: ConvertSettings, progress: Progress) 
         step()
         return times
 
-    return [row(n) for n in settings.contexts]
+    return [row(n) for n in contexts]
 
 
 def _medians_ms(**runs: Callable[[], Any]) -> dict[str, float]:

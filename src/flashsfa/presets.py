@@ -12,6 +12,7 @@ from .checks import require
 from .formats import CodeFormat
 
 MEASURED_HEAD_DIM = 64
+DEFAULT_CACHE_DTYPE = "int4"  # of `flashsfa convert`, where nothing is said
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def default_key_bytes(head_dim: int) -> int:
 def largest_budget(head_dim: int, key_bytes: int, form: CodeFormat) -> tuple[int, int] | None:
     """dense_dims and topk, in the shares of `default_budget`, of the largest key code that `form` holds in `key_bytes`; None for no
     code."""
-    for dense_dims in range(head_dim - 1, -1, -1):
+    for dense_dims in range(head_dim - 1, 0, -1):
         topk = max(1, round(dense_dims * _DEFAULT.topk / _DEFAULT.dense_dims))
         if dense_dims + topk < head_dim and form.key_bytes(head_dim, dense_dims, topk) <= key_bytes:
             return dense_dims, topk

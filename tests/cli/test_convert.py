@@ -164,7 +164,7 @@ def test_the_dense_channel_follows_the_head_size(tiny, text, tmp_path, short):
     assert (switched["dense_dims"], switched["topk"], switched["topk_query"]) == (3, 2, 8)
 
 
-@pytest.mark.parametrize("key_bytes", [None, 6])
+@pytest.mark.parametrize("key_bytes", [None, 7])
 def test_what_measures_best_for_the_bytes_is_written(key_bytes, tiny, text, tmp_path, short, capsys):
     output = tmp_path / "out"
     command = without(arguments(tiny, text, output), "--topk", "--dense-dims", "--cache-dtype", "--recent", "--first")
@@ -178,6 +178,7 @@ def test_what_measures_best_for_the_bytes_is_written(key_bytes, tiny, text, tmp_
     assert rows["topk"]["key_bytes_per_token_and_head"] <= (29 * of_key + exact) / 32
     assert report["chosen"] == min(("topk", "axes"), key=lambda name: rows[name]["perplexity"])
     model = flashsfa.from_pretrained(output)
+    assert model.config.sfa["cache_dtype"] == "int8"
     assert (model.config.sfa["topk"] is None) == (report["chosen"] == "axes")
     assert (model.config.sfa["recent"], model.config.sfa["first"], model.config.sfa["prefill"]) == (2, 1, "coded")
     capsys.readouterr()
@@ -190,8 +191,8 @@ def test_two_ways_to_say_what_a_key_keeps(tiny, text, tmp_path, capsys):
     command = without(arguments(tiny, text, tmp_path / "out"), "--topk")
     assert_refused(capsys, command, "--dense-dims goes with --topk")
     command = without(command, "--dense-dims", "--cache-dtype")
-    assert_refused(capsys, command, "width must be a multiple of 16, got 8; take 8 bits")
-    assert_refused(capsys, [*command, "--cache-dtype", "int8", "--key-bytes", "9"], "key_bytes must be")
+    message = "--key-bytes must be 1 to the model's head size, 8, got 9"
+    assert_refused(capsys, [*command, "--cache-dtype", "int8", "--key-bytes", "9"], message)
 
 
 def report_of(loss, *, topk_query=64):

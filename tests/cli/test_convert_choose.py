@@ -90,7 +90,14 @@ def test_what_nothing_meets_is_refused_with_the_nearest(tiny, text, tmp_path, ca
         (["--max-loss", "1%", "--key-bytes", "4"], "the choice says it: leave out --key-bytes"),
         (["--bytes", "25%", "--topk", "4"], "leave out --topk"),
         (["--bytes", "25%", "--cache-dtype", "int8"], "leave out --cache-dtype"),
+        (["--bytes", "25%", "--cache-dtype", "int4"], "leave out --cache-dtype"),  # the default, but said
+        (["--bytes", "25%", "--cache-dtype", "auto"], "leave out --cache-dtype"),
         (["--preset", "small", "--recent", "1"], "a preset says it: leave out --recent"),
+        (["--preset", "fast", "--cache-dtype", "int4"], "leave out --cache-dtype"),
+        (
+            ["--preset", "fast", "--recent", "32", "--first", "4", "--prefill", "dense"],
+            "leave out --recent, --first, --prefill",
+        ),
         (["--preset", "small", "--max-loss", "1%"], "give one of them"),
         (["--bytes", "100%"], "over 0 % and under 100 %"),
         (["--max-loss", "100%"], "under 100 %"),
@@ -111,21 +118,53 @@ def test_shares_are_percents(share, capsys):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_is_written_without_a_comparison(name, text, tmp_path, capsys):
+def test_a_preset_is_written_and_timed_without_a_comparison(name, text, tmp_path, monkeypatch):
     from words_model import save_tiny
 
+    timed = []  # caches, and prompts over codes
+
+    def cache(**options):
+        timed.append((options["recent"], options["first"]))
+        return flashsfa.SparseKVCache(**options)
+
+    def coded(*tensors, **options):
+        timed.append("coded")
+        return flashsfa.sparse_feature_attention(*tensors, **options)
+
+    monkeypatch.setattr(flashsfa.convert, "SparseKVCache", cache)
+    monkeypatch.setattr(flashsfa.convert, "sparse_feature_attention", coded)
     model, preset = save_tiny(tmp_path / "model", head_dim=16), PRESETS[name]
     assert main(arguments(model, text, tmp_path / "out", "--preset", name)) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert len(report["variants"]) == 2
+    assert set(timed) == {(preset.recent, preset.first), *(["coded"] if preset.prefill == "coded" else [])}
     settings = flashsfa.from_pretrained(tmp_path / "out").config.sfa
     for option in ("cache_dtype", "recent", "first", "prefill"):
-        assert settings[option] == getattr(preset, option)
+        assert settings[option] == report["switched"][option] == getattr(preset, option)
+        assert report["settings"][option] is None  # nothing was said
     if preset.key_bytes is None:
         assert (settings["dense_dims"], settings["topk"]) == (7, 3)
     else:
         row = report["variants"][report["chosen"]]
         assert f"{round(preset.key_bytes / 4)} bytes a key" in row["label"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "--cache-dtype int4"),
+        (["--topk", "2"], "--cache-dtype int4"),
+        (["--cache-dtype", "d8s8v4"], "--cache-dtype d8s8v4"),
+        (["--preset", "small"], "--preset small"),
+    ],
+)
+def test_heads_that_4_bits_do_not_hold(options, said, tiny, text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(flashsfa.convert, "token_windows", None)  # refused before any work
+    message = (
+        f"{said} keeps values in 4 bits, which goes with head sizes that are a multiple of 16; the model's is 8: "
+        "take --cache-dtype int8 in its place"
+    )
+    assert_refused(capsys, arguments(tiny, text, tmp_path / "out", *options), message)
 
 
 def test_presets_say_their_bytes():
@@ -138,9 +177,10 @@ def test_presets_say_their_bytes():
         assert preset.token_bytes == keys + values
 
 
-def test_presets_stand_in_the_help(capsys):
+def test_presets_and_the_dtype_of_shares_stand_in_the_help(capsys):
     with pytest.raises(SystemExit):
         main(["convert", "--help"])
     out = " ".join(capsys.readouterr().out.split())
     for name, preset in PRESETS.items():
         assert f"{name}, {preset.purpose} ({preset.token_bytes}, {preset.loss})" in out
+    assert "of the bytes that a dense key and value take in --dtype" in out

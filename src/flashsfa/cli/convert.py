@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..budget import DENSE
+from ..candidates import Exact
 from ..evaluation import VARIANTS
-from ..presets import MEASURED_HEAD_DIM, PRESETS, larger_budgets
+from ..presets import DEFAULT_CACHE_DTYPE, MEASURED_HEAD_DIM, PRESETS, larger_budgets
 from .options import (
     HELP_TOPICS,
     HelpFormatter,
@@ -48,7 +49,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--bytes", type=percents, metavar="P%%", dest="max_bytes",
-        help="choose: the least loss with at most so much of the bytes that a dense key and value take",
+        help="choose: the least loss with at most so much of the bytes that a dense key and value take in --dtype",
     )  # fmt: skip
     parser.add_argument(
         "--preset", choices=PRESETS, metavar="NAME",
@@ -57,7 +58,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
             f"{name}, {x.purpose} ({x.token_bytes}, {x.loss})".replace("%", "%%") for name, x in PRESETS.items()
         ),
     )  # fmt: skip
-    add_budget(parser, "the model's positions", cache_dtype="int4", recent=32, first=4, prefill="dense")
+    add_budget(parser, "the model's positions", cache_dtype=DEFAULT_CACHE_DTYPE, **Exact().options())
     parser.add_argument(
         "--calibrate", type=some_text, metavar="TEXT", help=f"file or folder to calibrate on (default: {HELP_TOPICS})"
     )

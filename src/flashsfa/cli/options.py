@@ -9,7 +9,7 @@ from pathlib import Path
 from ..basis import KINDS
 from ..budget import DENSE
 from ..checks import MOST_TOKENS, require_int
-from ..formats import NAMES, cache_bits
+from ..formats import AUTO, NAMES, cache_bits
 from ..presets import default_budget, default_key_bytes
 
 PREFILLS = ("coded", "dense")
@@ -25,14 +25,18 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action) if is_value else action.help
 
 
-def _cache_dtype(name: str) -> str | None:
-    if name == "auto":
-        return None
-    try:
-        cache_bits(name)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+def _cache_dtype(name: str) -> str:
+    if name != AUTO:
+        try:
+            cache_bits(name)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
     return name
+
+
+def _cache_dtype_or_none(name: str) -> str | None:
+    """None for auto: where that is the default, to say it is to say nothing."""
+    return None if name == AUTO else _cache_dtype(name)
 
 
 def some_text(text: str) -> str:
@@ -105,18 +109,18 @@ def add_budget(
     parser: argparse._ActionsContainer,
     context: str,
     *,
-    cache_dtype: str | None = None,
+    cache_dtype: str = AUTO,
     recent: int = 0,
     first: int = 0,
-    prefill: str | None = None,
+    prefill: str = "coded",
 ) -> None:
-    """The options that say how a dense model is switched, with the defaults that a command has; it is calibrated for `context` where
-    nothing else is said."""
+    """The options that say how a dense model is switched. It is calibrated for `context` where nothing else is said, and the others
+    are what the command takes then: they stand in the help, and options that are not given are None."""
     small, large = default_budget(64), default_budget(128)
     parser.add_argument(
         "--key-bytes", type=int, metavar="N",
         help="bytes of a key, shared out once over the axes of a calibrated basis"
-        + ("" if cache_dtype is None else f" (default: as many as a dense key in 4 bits, {default_key_bytes(64)} at head size 64)"),
+        + ("" if cache_dtype == AUTO else f" (default: as many as a dense key in 4 bits, {default_key_bytes(64)} at head size 64)"),
     )  # fmt: skip
     parser.add_argument(
         "--topk", type=int, metavar="K",
@@ -139,21 +143,20 @@ def add_budget(
         "--max-position", type=int, metavar="N", help=f"longest context in tokens to calibrate for (default: {context})"
     )
     parser.add_argument(
-        "--cache-dtype", metavar="DTYPE", type=_cache_dtype, default=cache_dtype,
-        help=f"of the cache: {NAMES}; auto for that of --dtype" + ("" if cache_dtype else " (default: auto)"),
+        "--cache-dtype", metavar="DTYPE", type=_cache_dtype_or_none if cache_dtype == AUTO else _cache_dtype,
+        help=f"of values, and of keys that are kept as features: {NAMES}; auto for that of --dtype (default: {cache_dtype})",
     )  # fmt: skip
     parser.add_argument(
-        "--recent", type=int, metavar="N", default=recent or None,
-        help="newest tokens whose keys and values the cache keeps as they come" + ("" if recent else " (default: 0)"),
+        "--recent", type=int, metavar="N",
+        help=f"newest tokens whose keys and values the cache keeps as they come (default: {recent})",
     )  # fmt: skip
     parser.add_argument(
-        "--first", type=int, metavar="N", default=first or None,
-        help="first tokens of a text that it keeps as they come" + ("" if first else " (default: 0)"),
+        "--first", type=int, metavar="N", help=f"first tokens of a text that it keeps as they come (default: {first})"
     )  # fmt: skip
     parser.add_argument(
-        "--prefill", choices=PREFILLS, metavar="HOW", default=prefill,
-        help="what a prompt attends to: coded, the keys as they are cached, or dense, its own keys as they come"
-        + ("" if prefill else " (default: coded)"),
+        "--prefill", choices=PREFILLS, metavar="HOW",
+        help="what a prompt attends to: coded, the keys as they are cached, or dense, its own keys as they come "
+        f"(default: {prefill})",
     )  # fmt: skip
 
 
