@@ -93,7 +93,7 @@ class ConvertSettings:
 
     @property
     def exact(self) -> Exact:
-        said = {"recent": self.recent, "first": self.first, "prefill": self.prefill}
+        said: dict[str, Any] = {"recent": self.recent, "first": self.first, "prefill": self.prefill}
         return Exact(**{name: value for name, value in said.items() if value is not None})
 
     def candidates(self, head_dim: int) -> Candidates | None:
