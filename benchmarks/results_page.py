@@ -34,12 +34,12 @@ PAGE, INDEX, PICTURE = (
 
 
 def _runs(operation: str, *, on_gpu: bool = True) -> list[str]:
-    """The runs of a benchmark, those of changed trees first, else by date."""
+    """The whole runs of a benchmark, those of changed trees first, else by date."""
     found = []
     for path in RESULTS.glob("*.json"):
         run = json.loads(path.read_text())
         where = run.get("environment", {})
-        if run.get("operation") == operation and _is_gpu(where) == on_gpu:
+        if run.get("operation") == operation and _is_gpu(where) == on_gpu and "incomplete" not in run:
             found.append((not _is_dirty(where), where["date"], path.stem))
     return [stem for *_, stem in sorted(found)]
 

@@ -103,6 +103,8 @@ def test_fewer_bits_lose_more():
 
 
 def test_what_does_not_fit_is_refused():
+    with pytest.raises(TypeError, match="axes must be an AxisBits, such as basis\\.axes\\[layer\\], got str"):
+        SparseKVCache(axes="x")
     with pytest.raises(ValueError, match="dtype must be torch\\.int8, a CodeFormat or None"):
         SparseKVCache(3, dtype=torch.int16)
     with pytest.raises(ValueError, match="width must be a multiple of 16, got 12; take 8 bits"):

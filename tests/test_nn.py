@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flashsfa import SparseFeatureAttention, SparseKVCache
+from flashsfa import PagedSparseKVCache, SparseFeatureAttention, SparseKVCache
 
 
 @pytest.mark.parametrize("positions", ["channel", "full", "none"])
@@ -85,3 +85,29 @@ def test_gradients(gradient):
 def test_bad_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         SparseFeatureAttention(**{"embed_dim": 32, "num_heads": 4, "topk": 2, "dense_dims": 2, **options})
+
+
+@pytest.mark.parametrize(
+    ("x", "cache", "error", "message"),
+    [
+        (
+            torch.zeros(3, 32),
+            None,
+            ValueError,
+            r"x must be \[B, N, embed_dim\] with embed_dim = 32, got shape \(3, 32\)",
+        ),
+        (torch.zeros(1, 3, 16), None, ValueError, r"got shape \(1, 3, 16\)"),
+        (torch.zeros(1, 3, 32, dtype=torch.int64), None, TypeError, "x must be float16"),
+        ("x", None, TypeError, "x must be a torch.Tensor, got str"),
+        (
+            torch.zeros(1, 3, 32),
+            "x",
+            TypeError,
+            r"cache must be a SparseKVCache, such as one of make_cache\(\), got str",
+        ),
+        (torch.zeros(1, 3, 32), PagedSparseKVCache(2, pages=1), TypeError, "got PagedSparseKVCache"),
+    ],
+)
+def test_wrong_inputs(x, cache, error, message):
+    with pytest.raises(error, match=message):
+        SparseFeatureAttention(32, 4, topk=2, dense_dims=2)(x, cache)

@@ -88,7 +88,17 @@ def anchors(page):
     )
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/results/README.md"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "SECURITY.md",
+        "benchmarks/results/README.md",
+        "docs/index.md",
+        "docs/tutorials/serve.md",
+    ],
+)
 def test_links_to_files_lead_somewhere(name):
     page = ROOT / name
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):

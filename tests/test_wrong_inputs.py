@@ -61,7 +61,7 @@ MOST = "1073741824"
         ("lm-eval converted --num-fewshot -1", "--num-fewshot must be 0 to"),
         ("lm-eval converted --batch-size 0", "--batch-size must be 1 to"),
         ("lm-eval dense --topk 2 --max-position 1", "--max-position must be 2 to"),
-        ("bench decode --only nothing", "no case of decode has 'nothing'"),
+        ("bench decode --only nothing", "no case of decode has 'nothing' in its name; it has "),
         ("bench decode --only ''", "names nothing"),
         ("bench nothing", "invalid choice"),
         ("info nowhere/at/all", "no such directory"),

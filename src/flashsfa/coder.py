@@ -44,6 +44,8 @@ class Coder:
         )
         if self.topk is not None:
             require_int("topk", self.topk, 1, 256)
+        elif not isinstance(self.axes, AxisBits):
+            raise TypeError(f"axes must be an AxisBits, such as basis.axes[layer], got {type(self.axes).__name__}")
         require_int("dense_dims", self.dense_dims, 0, 255)
         require(
             self.axes is None or (not self.dense_dims and self.axes.bits.ndim == 2),

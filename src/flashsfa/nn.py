@@ -12,6 +12,7 @@ from .checks import (
     require,
     require_bool,
     require_choice,
+    require_float,
     require_int,
     require_no_gradient,
     require_number,
@@ -92,6 +93,7 @@ class SparseFeatureAttention(nn.Module):
             f"positions={positions!r} turns {self.rotary_dims} features in pairs: choose an even width of at least 2 "
             "(dense_dims for 'channel'), or positions='none'",
         )
+        self.embed_dim = embed_dim
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.positions, self.window, self.rope_theta = positions, checked_window(window), rope_theta
         self.gradient, self.backend = gradient, backend
@@ -109,6 +111,13 @@ class SparseFeatureAttention(nn.Module):
     def forward(self, x: Tensor, cache: SparseKVCache | None = None) -> Tensor:
         """x [B, N, embed_dim] to the same shape. With a cache, of `make_cache` or an 8-bit one of this module's budgets, the N
         tokens follow those it holds, and join them; no gradient then, and a call that asks for one is refused."""
+        require_float("x", x)
+        require(
+            x.ndim == 3 and x.shape[-1] == self.embed_dim,
+            lambda: f"x must be [B, N, embed_dim] with embed_dim = {self.embed_dim}, got shape {tuple(x.shape)}",
+        )
+        if cache is not None and not isinstance(cache, SparseKVCache):
+            raise TypeError(f"cache must be a SparseKVCache, such as one of make_cache(), got {type(cache).__name__}")
         seen = 0 if cache is None else len(cache)
         q = self.q_norm(self.q_proj(x).unflatten(-1, (self.num_heads, -1))).transpose(1, 2)  # [B, Hq, N, D]
         k = self.k_norm(self.k_proj(x).unflatten(-1, (self.num_kv_heads, -1))).transpose(1, 2)  # [B, Hkv, N, D]

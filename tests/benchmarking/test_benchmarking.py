@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ pytest.importorskip("matplotlib")
 from flashsfa import benchmarking
 from flashsfa.benchmarking import decode, prefill, timing, topk
 from flashsfa.benchmarking.configuration import Configuration
+from flashsfa.benchmarking.results import Results
 from flashsfa.stored import KVView
 
 CPU = torch.device("cpu")
@@ -61,7 +63,7 @@ def rows_in(directory):
     return json.loads(only(directory, ".json").read_text())["rows"]
 
 
-def test_a_run_that_is_ended_keeps_its_rows(tmp_path, monkeypatch):
+def test_a_run_that_is_ended_keeps_its_rows(tmp_path, capsys, monkeypatch):
     def ended():
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -69,6 +71,16 @@ def test_a_run_that_is_ended_keeps_its_rows(tmp_path, monkeypatch):
     monkeypatch.setitem(benchmarking.CASES, "topk", lambda device, quick: [TOPK[0], last])
     assert bench("topk", tmp_path) == 143
     assert [row["case"] for row in rows_in(tmp_path)] == [TOPK[0].name]
+    json_file, picture = only(tmp_path, ".json"), only(tmp_path, ".png")
+    assert json.loads(json_file.read_text())["incomplete"] == "1 of 2 cases"
+    assert f"flashsfa: stopped; incomplete results are written: {json_file}, {picture}" in capsys.readouterr().err
+
+
+def test_a_title_says_what_is_incomplete():
+    where = {"flashsfa": "0", "commit": None, "device": "x"}
+    whole = Results("topk", where, 1e9, ())
+    assert "incomplete" not in whole.title
+    assert replace(whole, incomplete="1 of 2 cases").title == f"{whole.title}; incomplete: 1 of 2 cases"
 
 
 @pytest.mark.parametrize(("operation", "cases"), [("decode", DECODE), ("topk", TOPK)])
@@ -77,6 +89,7 @@ def test_whole_run(operation, cases, tmp_path, capsys):
     assert bench(operation, directory) == 0
     out = capsys.readouterr().out
     document = json.loads(only(directory, ".json").read_text())
+    assert list(document) == ["operation", "environment", "copy_gb_per_s", "rows"]
     assert document["copy_gb_per_s"] > 0
     where = document["environment"]
     assert where["torch"] == torch.__version__
@@ -244,6 +257,14 @@ def test_wrong_input(tmp_path, capsys, monkeypatch):
     for wrong in (["bench", "backward"], ["bench", "decode", "--device", "tpu"]):
         with pytest.raises(SystemExit, match="2"):
             main(wrong)
+
+
+def test_a_name_that_no_case_has_is_answered_with_a_few(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(
+        benchmarking.CASES, "decode", lambda device, quick: [SimpleNamespace(name=f"c{i}") for i in range(9)]
+    )
+    message = "no case of decode has 'zzz' in its name; it has 9, such as: c0; c1; c2"
+    assert_refused(capsys, bench("decode", tmp_path, "--only", "zzz"), message)
 
 
 def test_target_cases_are_registered():

@@ -185,6 +185,16 @@ def test_errors():
     ]:
         with pytest.raises(ValueError, match=message):
             call()
+    for call in (
+        lambda: cache.append(torch.tensor([a]), k, v),
+        lambda: cache.append(a, k, v),
+        lambda: cache.append(["0"], k, v),
+        lambda: cache.view(a),
+    ):
+        with pytest.raises(TypeError, match=r"sequences must be a list of the integers that add\(\) returned, got"):
+            call()
+    with pytest.raises(TypeError, match="sequence must be an int, got"):
+        cache.fork(torch.tensor(a))
     with pytest.raises(TypeError, match="cast"):
         cache.append([a], k.double(), v.double())
     assert cache.length(a) == 2

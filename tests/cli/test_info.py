@@ -145,6 +145,9 @@ CONFIGS = {  # kind: options, lines of its description
         ["can be switched: no: FalconH1ForCausalLM has layers that cache more", "full attention beside a state of fixed size"],
     ),
     "Mamba": ({"num_hidden_layers": 2, "vocab_size": 64, "hidden_size": 32}, ["can be switched: no", "a state of fixed size"]),
+    "T5": ({"num_layers": 2, "d_model": 32, "num_heads": 2, "d_kv": 16, "vocab_size": 64},
+           ["can be switched: no: T5Model has cross-attention, which sfa does not replace: encoder-decoders cannot be switched"]),
+    "Bart": ({"vocab_size": 64, "d_model": 32}, ["can be switched: no: BartForCausalLM has several attention modules in a layer, as models with cross-attention have"]),
     "Bert": (SIZES | {"num_hidden_layers": 2}, ["can be switched: no: BertLMHeadModel has attention that is not causal"]),
 }  # fmt: skip
 

@@ -82,7 +82,9 @@ def test_a_row_for_each_form_of_each_model(models, tmp_path, capsys):
     out = capsys.readouterr().out
     (file,) = (tmp_path / "out").glob("*.json")
     assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    found = json.loads(file.read_text())["results"]
+    document = json.loads(file.read_text())
+    assert list(document) == ["evaluation", "settings", "environment", "results"]
+    found = document["results"]
     assert {name: list(model["forms"]) for name, model in found.items()} == {
         "dense": ["dense", "dense-int8"], "k2": ["2+k2", "2+k2-int8"], "mapped": ["k2", "k2-int8"],
     }  # fmt: skip
@@ -105,7 +107,7 @@ def test_a_row_for_each_form_of_each_model(models, tmp_path, capsys):
         assert all(0 <= form["needles"]["400"] <= 1 for form in model["forms"].values())
 
 
-def test_what_was_measured_when_it_stops_is_written(models, tmp_path, monkeypatch):
+def test_what_was_measured_when_it_stops_is_written(models, tmp_path, monkeypatch, capsys):
     def stop(model, *_):
         if hasattr(model.config, "sfa"):
             raise KeyboardInterrupt
@@ -116,11 +118,32 @@ def test_what_was_measured_when_it_stops_is_written(models, tmp_path, monkeypatc
         frontier(models, tmp_path, "--tolerances", "0.1", "--windows", "2", "--trials", "0", "--lengths", "32") == 130
     )
     (path,) = tmp_path.glob("*.json")
-    found = json.loads(path.read_text())["results"]
+    document = json.loads(path.read_text())
+    assert document["incomplete"] == "0 of 3 models"
+    assert (
+        f"flashsfa: stopped; incomplete results are written: {path}, {path.with_suffix('.png')}"
+        in capsys.readouterr().err
+    )
+    found = document["results"]
     assert list(found) == ["dense"]
     assert list(found["dense"]["forms"]) == ["dense"]  # in the next it is switched
     assert found["dense"]["tolerances"]["0.1"]["32"]["loss"] is not None
     assert path.with_suffix(".png").exists()
+
+
+def test_a_model_of_which_nothing_was_measured_is_left_out(models, tmp_path, monkeypatch):
+    def stop(model, *_):
+        if getattr(model.config, "sfa", {}).get("topk") == 2:
+            raise KeyboardInterrupt
+        return []
+
+    monkeypatch.setattr("flashsfa.evaluation.frontier.find_needles", stop)
+    assert (
+        frontier(models, tmp_path, "--tolerances", "0.1", "--windows", "2", "--trials", "0", "--lengths", "32") == 130
+    )
+    (path,) = tmp_path.glob("*.json")
+    document = json.loads(path.read_text())
+    assert (document["incomplete"], list(document["results"])) == ("1 of 3 models", ["dense"])
 
 
 def test_tolerance_is_what_decode_leaves_out(models):

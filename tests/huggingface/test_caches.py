@@ -309,6 +309,14 @@ def test_nbytes_of_a_hybrid_cache():
     assert cache_nbytes(cache) == {"keys": 96, "values": 48, "total": 144}
 
 
+def test_arguments_of_a_wrong_type_are_named():
+    for make_cache in (SparseCache, lambda model: StaticSparseCache(model, 4)):
+        with pytest.raises(TypeError, match="model must be one of transformers that enable switched, got NoneType"):
+            make_cache(None)
+    with pytest.raises(TypeError, match="cache must be a Cache of transformers, got NoneType"):
+        cache_nbytes(None)
+
+
 def test_static_refusals():
     model = make()
     with pytest.raises(ValueError, match="max_cache_len"):

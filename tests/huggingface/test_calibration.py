@@ -54,6 +54,13 @@ def test_a_budget_makes_a_dictionary_without_bits(model, windows):
         ({"key_bytes": 0}, ValueError, "key_bytes must be 1 to 8, got 0"),
         ({"key_bytes": 9}, ValueError, "key_bytes must be 1 to 8, got 9"),
         ({"key_bytes": 3.5}, TypeError, "key_bytes must be an int"),
+        ({"topk": 3, "max_position": "512"}, TypeError, "max_position must be an int, got '512'"),
+        (
+            {"topk": 3, "windows": torch.ones(2, 4, dtype=torch.bool)},
+            ValueError,
+            r"int64 token ids, got torch.bool \(2, 4\)",
+        ),
+        ({"topk": 3, "windows": None, "text": b"bytes", "tokenizer": str}, TypeError, "text must be a str, got bytes"),
         (
             {"key_bytes": 3, "kind": "dictionary"},
             ValueError,
@@ -64,7 +71,7 @@ def test_a_budget_makes_a_dictionary_without_bits(model, windows):
 def test_what_does_not_fit_is_refused_before_the_model_runs(model, windows, options, error, words, monkeypatch):
     monkeypatch.setattr(type(model), "forward", None)
     with pytest.raises(error, match=words) as raised:
-        flashsfa.calibrate(model, windows, **options)
+        flashsfa.calibrate(model, **{"windows": windows, **options})
     assert "\n" not in str(raised.value)
 
 

@@ -336,6 +336,20 @@ def test_refusal_leaves_the_model_unchanged(config, change, arguments, message, 
     assert torch.equal(logits(model, ids), dense)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"basis": "dictionary"}, "basis must be a FeatureBasis, as calibrate returns, or None; got str"),
+        ({"layers": 1}, "layers must be a list of layer indices or None for all, got 1"),
+        ({"layers": "01"}, "layers must be a list"),
+        ({"layers": [None, 1]}, "layers must hold indices: each must be an int, got None"),
+    ],
+)
+def test_arguments_of_a_wrong_type_are_named(arguments, words):
+    with pytest.raises(TypeError, match=words):
+        flashsfa.enable(make("llama"), 3, **arguments)
+
+
 def test_dropout_and_dense_caches_refused(ids):
     model = switch(make("llama", attention_dropout=0.1))
     logits(model, ids)  # evaluation drops nothing

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers import LlamaForSequenceClassification as LlamaClassifier
 
+from flashsfa import from_pretrained
 from flashsfa.huggingface.loading import load_tokenizer, load_weights, read_config
 
 SIZES = {
@@ -148,6 +149,9 @@ def test_a_source_that_is_none_is_refused(tmp_path, capfd, monkeypatch):
     file.touch()
     for source, words in ((tmp_path / "none", "no such directory"), (file, "a file"), ("some-one/model", "connect")):
         assert words in refusal(load_weights, source, capfd)
+    for load in (load_weights, load_tokenizer, read_config, from_pretrained):
+        for source in ("nope", "nope/dir"):
+            assert f": there is no folder {source} here, and as a name on the hub: " in refusal(load, source, capfd)
         assert words in refusal(load_tokenizer, source, capfd)
         assert words in refusal(read_config, source, capfd)
 

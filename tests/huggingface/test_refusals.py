@@ -54,7 +54,7 @@ def run(model, ids, **options):
         ("MiniMax", GROUPED | {"head_dim": 8, "num_local_experts": 2}, "a cache of its own"),
         ("JetMoe", {"num_key_value_heads": 2, "kv_channels": 8, "num_local_experts": 2}, "in a way of its own"),
         ("FalconH1", GROUPED | {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8}, "cache more than"),
-        ("HrmText", GROUPED | {"head_dim": 8}, "not their own layer's"),
+        ("HrmText", GROUPED | {"head_dim": 8}, "several attention modules in a layer"),
         ("Bloom", {"n_layer": 1, "n_head": 2}, "AttentionInterface"),
         ("DeepseekV3", {"n_routed_experts": 2, "n_group": 1, "topk_group": 1}, r"latent attention \(MLA\)"),
         (

@@ -205,6 +205,14 @@ def test_missing_keys_and_files_are_named(tmp_path, content, capsys):
     assert "is no YAML" in capsys.readouterr().err
 
 
+def test_a_missing_tokenizer_folder_is_said_with_how_to_make_it(tmp_path, content, capsys):
+    content["data"]["tokenizer"] = str(tmp_path / "tokenizer")
+    assert run(tmp_path, content) == 2
+    said = capsys.readouterr().err
+    assert "data.tokenizer: " in said
+    assert "there is no such directory. To make the folder: flashsfa train tokenize TEXT -o FILE.npy" in said
+
+
 def test_a_recipe_survives_being_written_and_read(tmp_path, content):
     first = recipe.read(recipe.PretrainRecipe, write(tmp_path / "a.yaml", content), ["training.learning_rate=1e-4"])
     assert first.training.learning_rate == 1e-4

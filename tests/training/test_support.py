@@ -101,6 +101,17 @@ def test_wrong_options_of_support_are_refused(tmp_path, converted_model, capsys,
     assert not (tmp_path / "out").exists()
 
 
+def test_keys_in_bits_per_axis_have_no_supports(tmp_path, converted, tokens, capsys):
+    pytest.importorskip("matplotlib")
+    model = flashsfa.disable(flashsfa.from_pretrained(converted))
+    basis = flashsfa.calibrate(model, torch.randint(0, VOCABULARY, (4, 32)), key_bytes=8)
+    flashsfa.enable(model, basis=basis).save_pretrained(converted)
+    capsys.readouterr()
+    command = ["train", "support", str(converted), "--text", str(tokens), "--window", "16"]
+    refused(capsys, main([*command, "-o", str(tmp_path / "out")]), "has no topk: its keys are in bits per axis")
+    assert not (tmp_path / "out").exists()
+
+
 def test_supports_of_a_model_that_diverged_are_refused(tmp_path, converted, tokens, capsys):
     pytest.importorskip("matplotlib")
     model = flashsfa.from_pretrained(converted)

@@ -19,7 +19,7 @@ from ..extras import install_hint
 from ..files import require_place, whole_file
 from . import decode, prefill, topk
 from .cases import Case, MeasuredCase, UnavailableError, WrongOutputError
-from .results import BaselineResult, Results, Row, environment
+from .results import BaselineResult, Results, Row, environment, incomplete_note
 from .timing import copy_bandwidth, measure, release
 
 
@@ -40,6 +40,7 @@ CASES: dict[str, Callable[[torch.device, bool], Sequence[Case | MeasuredCase]]] 
     "generate-plain": partial(_cases_with, "hf", "plain"),
     "serve": partial(_cases_with, "vllm", "serve"),
 }
+_NAMED_CASES = 3  # in a message
 
 
 def run(
@@ -55,26 +56,26 @@ def run(
     """Run the cases of `operation`, a key of `CASES`; write JSON and a picture into `directory`.
 
     `on_start` is told the number of cases, `on_row` each row as soon as it is there. `only` names the cases to run by
-    texts that their names must all contain. Returns the results and the files written;
-    interrupted, it writes the rows that are there. Raises `OSError` before anything is measured if `directory` cannot be
-    written, and `ValueError` if no case is left.
+    texts that their names must all contain. Returns the results and the files written; interrupted, it writes the rows
+    that are there, marked as incomplete, and a note of the interrupt names the files. Raises `OSError` before anything is
+    measured if `directory` cannot be written, and `ValueError` if no case is left.
     """
     require_place(directory)
     known = CASES[operation](device, quick)
     cases = [case for case in known if all(text in case.name for text in only)]
     require(
         bool(cases),
-        f"no case of {operation} has {' and '.join(map(repr, only))} in its name; there are: "
-        + "; ".join(case.name for case in known),
+        f"no case of {operation} has {' and '.join(map(repr, only))} in its name; it has {len(known)}, such as: "
+        + "; ".join(case.name for case in known[:_NAMED_CASES]),
     )
     on_start(len(cases))
     bandwidth = copy_bandwidth(device)
     rows: list[Row] = []
 
-    def save() -> tuple[Results, list[Path]]:
+    def save(incomplete: str | None = None) -> tuple[Results, list[Path]]:
         from .plots import draw
 
-        results = Results(operation, environment(device), bandwidth, tuple(rows))
+        results = Results(operation, environment(device), bandwidth, tuple(rows), incomplete)
         path = results.save(directory)
         picture = path.with_suffix(".png")
         with whole_file(picture) as file:
@@ -86,9 +87,10 @@ def run(
             rows.append(run_case(case, bandwidth, quick))
             on_row(rows[-1])
             release(device)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if rows:
-            save()
+            _, paths = save(f"{len(rows)} of {len(cases)} cases")
+            stop.add_note(incomplete_note(paths))
         raise
     return save()
 

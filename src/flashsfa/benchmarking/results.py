@@ -174,12 +174,14 @@ class Results:
     Attributes:
         environment: device, versions, commit and date, see `environment`.
         copy_bytes_per_s: the measured roofline.
+        incomplete: how much a run that was stopped has of what was to be measured; None of a whole one.
     """
 
     operation: str
     environment: Mapping[str, str | None]
     copy_bytes_per_s: float
     rows: tuple[Row, ...]
+    incomplete: str | None = None
 
     @property
     def title(self) -> str:
@@ -188,9 +190,10 @@ class Results:
         versions = ", ".join(
             f"{name} {where[name]}" for name in ("torch", "triton", "numba", "vllm") if where.get(name)
         )
+        stopped = "" if self.incomplete is None else f"; incomplete: {self.incomplete}"
         return (
             f"flashsfa {where['flashsfa']}{commit}, {where['device']}, {versions}; "
-            f"copy {self.copy_bytes_per_s / 1e9:.0f} GB/s"
+            f"copy {self.copy_bytes_per_s / 1e9:.0f} GB/s{stopped}"
         )
 
     def save(self, directory: Path) -> Path:
@@ -201,6 +204,7 @@ class Results:
         parts = [self.operation, str(self.environment["date"])[:10], self.environment["commit"]]
         document = {
             "operation": self.operation,
+            **({} if self.incomplete is None else {"incomplete": self.incomplete}),
             "environment": dict(self.environment),
             "copy_gb_per_s": self.copy_bytes_per_s / 1e9,
             "rows": [asdict(row) | {"fastest_baseline": row.fastest_baseline, "ratio": row.ratio} for row in self.rows],
@@ -291,6 +295,11 @@ def write_results(directory: Path, stem: str, writers: Mapping[str, Callable[[Pa
         raise OSError(
             f"could not write results to {directory}: {error.strerror or error}; make room, or choose another place with -o"
         ) from error
+
+
+def incomplete_note(paths: Sequence[Path]) -> str:
+    """What an interrupt says of the files that it leaves."""
+    return f"incomplete results are written: {', '.join(map(str, paths))}"
 
 
 def _rename_together(files: Sequence[Path], target: Path) -> list[Path]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -170,8 +171,7 @@ class PagedSparseKVCache(Coded):
 
     def view(self, sequences: Sequence[int]) -> KVView:
         """The stored keys and values of B sequences, for `sparse_feature_decode`: the pools, lengths, pages and exact tokens."""
-        for sequence in sequences:
-            self._require_known(sequence)
+        self._require_all_known(sequences)
         pools = self._filled()
         device = pools.v.device
         held = [self._held[s] for s in sequences]
@@ -278,12 +278,18 @@ class PagedSparseKVCache(Coded):
         if self._holders[page] == 0:
             self._free.append(page)
 
+    def _require_all_known(self, sequences: Sequence[int]) -> None:
+        if not isinstance(sequences, Sequence) or not all(isinstance(x, Integral) for x in sequences):
+            raise TypeError(f"sequences must be a list of the integers that add() returned, got {sequences!r}")
+        for sequence in sequences:
+            self._require_known(sequence)
+
     def _require_known(self, sequence: int) -> None:
+        require_int("sequence", sequence)
         require(sequence in self._held, f"no sequence {sequence} in this cache; it holds {sorted(self._held)}")
 
     def _check(self, sequences: Sequence[int], k: Tensor, v: Tensor) -> None:
-        for sequence in sequences:
-            self._require_known(sequence)
+        self._require_all_known(sequences)
         require(len(set(sequences)) == len(sequences), f"each sequence can be appended to once, got {list(sequences)}")
         require_keys_and_values(k, v)
         require_no_gradient(k, v)

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("flashsfa: error: the memory of this machine is full: use shorter contexts, or fewer", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print("flashsfa: stopped", file=sys.stderr)
+        print("; ".join(["flashsfa: stopped", *getattr(stop, "__notes__", [])]), file=sys.stderr)
         return 128 + (signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT)
 
 

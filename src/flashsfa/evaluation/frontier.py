@@ -164,7 +164,7 @@ def decode_ms(
     return found
 
 
-def draw(results: Results, length: int, device: str, path: Path) -> None:
+def draw(title: str, results: Results, length: int, device: str, path: Path) -> None:
     """Write the losses at windows of `length` tokens as a PNG: over bytes, and over the decode times on `device` at the two longest
     caches."""
     import matplotlib
@@ -178,6 +178,8 @@ def draw(results: Results, length: int, device: str, path: Path) -> None:
     figure, panels = plt.subplots(
         1, 1 + len(timed), figsize=(1.5 + 4.8 * (1 + len(timed)), 5), layout="constrained", squeeze=False, sharey=True
     )
+    if title:
+        figure.suptitle(title, fontsize=11)
     for axes, n in zip(panels[0], (None, *timed), strict=True):
         for place, (name, model) in enumerate(results.items()):
             points = [

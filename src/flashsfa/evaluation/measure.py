@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..benchmarking.results import incomplete_note
 from ..checks import MOST_TOKENS, require, require_int, require_tolerance
 from ..files import require_place
 from ..huggingface.switch import load_basis
@@ -118,7 +119,7 @@ def measure_frontier(
     dtype: str, device: str, tokenizer: str | None,
 ) -> Measured:  # fmt: skip
     """What trained models lose in each form of their caches, with a picture; "results" hold a model's figures by its name. Those that
-    there are when it is stopped are written too.
+    there are when it is stopped are written too, marked as incomplete, and a note of the interrupt names the files.
 
     Args:
         models: directories; the dense model that the others are compared with, then those, switched or dense.
@@ -141,15 +142,21 @@ def measure_frontier(
         recorded, timed_on = frontier.read_recorded(decode)
         source, where = read_text(text), named_device(device)
         results: frontier.Results = {}
+        whole: list[str] = []  # models of which all is measured
         settings = {
             "models": list(models), "text": text, "lengths": lengths, "windows": windows, "tolerances": tolerances, "trials": trials,
             "decode": [path.name for path in decode], "decode_device": timed_on, "dtype": dtype,
         }  # fmt: skip
 
-        def write() -> Measured:
-            frontier.compare(results)
-            content = document("frontier", settings, where) | {"results": results}
-            return content, save(content, output, lambda path: frontier.draw(results, max(lengths), timed_on, path))
+        def write(incomplete: str | None = None) -> Measured:
+            measured = {label: model for label, model in results.items() if model["forms"]}
+            frontier.compare(measured)
+            content, title = document("frontier", settings, where) | {"results": measured}, ""
+            if incomplete is not None:
+                content, title = {"incomplete": incomplete, **content}, f"incomplete: {incomplete}"
+            return content, save(
+                content, output, lambda path: frontier.draw(title, measured, max(lengths), timed_on, path)
+            )
 
         def measure_all() -> None:
             vocabulary = None
@@ -179,12 +186,14 @@ def measure_frontier(
                     recorded,
                     progress,
                 )
+                whole.append(label)
 
         try:
             measure_all()
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             if any(model["forms"] for model in results.values()):
-                write()
+                _, paths = write(f"{len(whole)} of {len(models)} models")
+                stop.add_note(incomplete_note(paths))
             raise
         return write()
 

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, EncoderDecoderCache
 
 from ..cache.contiguous import SparseKVCache
@@ -35,8 +36,8 @@ class SparseCache(DynamicCache):
     """
 
     def __init__(self, model: Any, *, offloading: bool = False) -> None:
-        layers = dense_cache_layers(model)
-        for index, coding in _codings(model).items():
+        codings, layers = _codings(model), dense_cache_layers(model)
+        for index, coding in codings.items():
             if index < len(layers):  # an assistant that exits early runs the first layers alone
                 window = _window(layers[index])
                 layers[index] = SparseCacheLayer(coding) if window is None else SparseSlidingLayer(coding, window)
@@ -92,6 +93,8 @@ class StaticSparseCache(Cache):
 def cache_nbytes(cache: Cache) -> dict[str, int]:
     """Bytes of the tokens held by any dynamic cache, or of a static one's buffers: {"keys", "values", "total"}, scales
     included, read from the live tensors; 0 before the first token. Layers that hold no keys do not count."""
+    if not isinstance(cache, Cache):
+        raise TypeError(f"cache must be a Cache of transformers, got {type(cache).__name__}")
     keys = values = 0
     for layer in cache.layers:
         if isinstance(layer, _CodedLayer):
@@ -482,6 +485,8 @@ def _require_removal(tokens_to_remove: int) -> None:
 def _codings(model: Any) -> dict[int, LayerCoding]:
     """The codes of the switched layers by layer index."""
     model = unwrap(model)
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be one of transformers that enable switched, got {type(model).__name__}")
     found = {m.layer_idx: m.sfa for m in model.modules() if isinstance(getattr(m, "sfa", None), LayerCoding)}
     require(bool(found), f"{type(model).__name__} is not switched: call enable first")
     return found

@@ -67,6 +67,8 @@ def calibrate(
         )
     require_switchable(unwrap(model), attention_layers(model))
     if text is not None:
+        if not isinstance(text, str):
+            raise TypeError(f"text must be a str, got {type(text).__name__}")
         require(windows is None and tokenizer is not None, "text goes with a tokenizer, and takes the place of windows")
         windows = _windows(model, text, tokenizer)
     require(windows is not None, "calibrate needs windows of token ids, or text and tokenizer")
@@ -113,16 +115,20 @@ def gather_moments(
         progress: called after each window. None for a bar of its own on a terminal.
     """
     require_tensor("windows", windows)
-    require(windows.ndim == 2 and windows.numel() > 0, f"windows must be [S, W] token ids, got {tuple(windows.shape)}")
+    require(
+        windows.ndim == 2 and windows.numel() > 0 and windows.dtype in (torch.int64, torch.int32),
+        f"windows must be [S, W] int64 token ids, got {windows.dtype} {tuple(windows.shape)}",
+    )
+    if max_position is not None:
+        require_int("max_position", max_position, 1)
     count, length = windows.shape
     model = unwrap(model)
     modules: list[Any] = attention_layers(model)
     require_switchable(model, modules)
     vocabulary = text_config(model).vocab_size
     require(
-        not windows.is_floating_point() and int(windows.min()) >= 0 and int(windows.max()) < vocabulary,
-        f"windows must hold token ids below {vocabulary}, the model's vocabulary; got {windows.dtype} from "
-        f"{windows.min()} to {windows.max()}",
+        int(windows.min()) >= 0 and int(windows.max()) < vocabulary,
+        f"windows must hold token ids below {vocabulary}, the model's vocabulary; got {windows.min()} to {windows.max()}",
     )
     limit = getattr(text_config(model), "max_position_embeddings", None)
     furthest = max_position if max_position is not None else max(length, limit or length)

@@ -79,7 +79,7 @@ def load_weights(source: str | Path, model_class: Any = None, **kwargs: Any) -> 
 def load_tokenizer(source: str | Path, **kwargs: Any) -> Any:
     """The tokenizer of a checkpoint. Arguments as `load_weights`'. Raises `ValueError` of one line if there is none, or a
     damaged one."""
-    with refusing(f"{source} has no tokenizer that can be loaded"), _quiet():
+    with refusing(f"{source} has no tokenizer that can be loaded"), _quiet(), _naming_both_places(source):
         _require_found(source)
         return AutoTokenizer.from_pretrained(source, **{"trust_remote_code": False, **kwargs})
 
@@ -101,7 +101,8 @@ def find_file(source: str | Path, name: str, *, is_optional: bool = False, **kwa
         file = Path(source, kwargs.get("subfolder") or "", name)
         require(is_optional or file.is_file(), f"{name} is missing")
         return file if file.is_file() else None
-    found = cached_file(source, name, _raise_exceptions_for_missing_entries=not is_optional, **_of_hub(kwargs))
+    with _naming_both_places(source):
+        found = cached_file(source, name, _raise_exceptions_for_missing_entries=not is_optional, **_of_hub(kwargs))
     return None if found is None else Path(found)
 
 
@@ -120,6 +121,17 @@ def refusing(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise ValueError(f"{what}: {_reason(error)}") from error
+
+
+@contextmanager
+def _naming_both_places(source: str | Path) -> Iterator[None]:
+    """An error of the hub says first that `source` is no folder here: whoever misspelt one did not think of the hub."""
+    try:
+        yield
+    except OSError as error:
+        if Path(source).is_dir():
+            raise
+        raise OSError(f"there is no folder {source} here, and as a name on the hub: {error}") from error
 
 
 def _read_config(source: str | Path, **kwargs: Any) -> dict[str, Any]:

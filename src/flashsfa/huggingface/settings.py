@@ -44,10 +44,7 @@ class SFASettings:
             require_int("topk_query", self.topk_query, 1)
         require_int("dense_dims", self.dense_dims, 0)
         if self.layers is not None:
-            if not isinstance(self.layers, list):
-                raise TypeError(f"layers must be a list of layer indices or None for all, got {self.layers!r}")
-            for index in self.layers:
-                require_int("layers must hold indices: each", index, 0)
+            require_layers(self.layers)
             require(
                 0 < len(self.layers) == len(set(self.layers)),
                 f"layers must name each layer to switch once, got {self.layers}; leave it None for all",
@@ -107,6 +104,14 @@ class SFASettings:
     def arguments(self) -> dict[str, Any]:
         """What `enable` takes for them, the basis apart."""
         return {name: value for name, value in asdict(self).items() if name != "has_basis"}
+
+
+def require_layers(layers: Any) -> None:
+    """`layers` are indices of layers."""
+    if not isinstance(layers, (list, tuple, range, set)):
+        raise TypeError(f"layers must be a list of layer indices or None for all, got {layers!r}")
+    for index in layers:
+        require_int("layers must hold indices: each", index, 0)
 
 
 def _shown(value: Any) -> str:

@@ -56,12 +56,22 @@ def attention_layers(model: Any) -> list[nn.Module]:
     some models have attention in a few of their layers."""
     model = unwrap(model)
     require(isinstance(model, nn.Module), f"enable switches a transformers model, got {type(model).__name__}")
+    config = getattr(model, "config", None)
+    require(
+        not getattr(config, "is_encoder_decoder", False) and not getattr(config, "add_cross_attention", False),
+        f"{type(model).__name__} has cross-attention, which sfa does not replace: encoder-decoders cannot be switched",
+    )
     part = text_part(model) if isinstance(model, PreTrainedModel) else model
     found = [module for module in part.modules() if hasattr(module, "layer_idx") and hasattr(module, "scaling")]
     indices = [module.layer_idx for module in found]
     require(
-        all(isinstance(index, int) and index >= 0 for index in indices) and len(set(indices)) == len(indices),
+        all(isinstance(index, int) and index >= 0 for index in indices),
         f"{type(model).__name__} has attention modules whose layer_idx is not their own layer's: {indices}",
+    )
+    require(
+        len(set(indices)) == len(indices),
+        f"{type(model).__name__} has several attention modules in a layer, as models with cross-attention have, and cannot be switched: "
+        f"their layer_idx are {shortened(indices)}",
     )
     return sorted(found, key=lambda module: module.layer_idx)
 
@@ -145,11 +155,6 @@ def require_switchable(model: Any, modules: list[nn.Module]) -> None:
     require(
         model.base_model is not model or model.can_generate(),
         f"{name} is the inside of a model: enable the whole one, whose forward or generate you call",
-    )
-    require(
-        not getattr(model.config, "is_encoder_decoder", False)
-        and not getattr(model.config, "add_cross_attention", False),
-        f"{name} has cross-attention, which sfa does not replace",
     )
     config, part = text_config(model), text_part(model)
     require(

@@ -18,7 +18,7 @@ from .attention import NAME, LayerCoding
 from .instance import extend, retract
 from .loading import find_file, load_weights, read_config, refusing
 from .positions import move_to_channel, require_channel, restore
-from .settings import BASIS_FILE, SFASettings
+from .settings import BASIS_FILE, SFASettings, require_layers
 from .structure import (
     attention_layers,
     attention_of,
@@ -98,7 +98,11 @@ def enable(
     require_switchable(model, modules)
     if dense_dims is None:
         dense_dims = 0 if topk is None else default_dense_dims(model)
-    layers = None if layers is None else sorted(layers)
+    if layers is not None:
+        require_layers(layers)
+        layers = sorted(layers)
+    if basis is not None and not isinstance(basis, FeatureBasis):
+        raise TypeError(f"basis must be a FeatureBasis, as calibrate returns, or None; got {type(basis).__name__}")
     settings = SFASettings(
         topk, topk_query, dense_dims, layers, value_tolerance, basis is not None, positions, cache_dtype, query_pattern,
         recent, first, prefill,

@@ -137,7 +137,8 @@ def load_tokenizer(name: str | None) -> Any | None:
     try:
         return loading.load_tokenizer(name)
     except ValueError as error:
-        raise ValueError(f"data.tokenizer: {error}") from error
+        way_out = ". To make the folder: flashsfa train tokenize TEXT -o FILE.npy writes it beside FILE.npy"
+        raise ValueError(f"data.tokenizer: {error}{'' if Path(name).is_dir() else way_out}") from error
 
 
 def load_corpus(

@@ -101,9 +101,14 @@ def support_statistics(model: Any, windows: Tensor, progress: Callable[[], None]
     Args:
         progress: called after each window.
 
-    Raises `ValueError` for a model that is not switched, or whose queries or keys hold NaN.
+    Raises `ValueError` for a model that is not switched, that keeps no topk, or whose queries or keys hold NaN.
     """
     require(is_enabled(model), f"{type(model).__name__} is dense: flashsfa convert or flashsfa.enable makes it sparse")
+    require(
+        model.config.sfa["topk"] is not None,
+        f"{type(model).__name__} has no topk: its keys are in bits per axis, and keep every feature; supports are those of a model "
+        "that is converted with --topk",
+    )
     found: dict[int, _Sums] = {}
     layers = text_config(model).num_hidden_layers
 
