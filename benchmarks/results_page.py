@@ -303,8 +303,8 @@ second are those of requests whose prompts are cached, 128 tokens each; the firs
 
 {_table(head, rows)}
 
-More tokens fit, and none of it is faster yet. [Where the time goes](notes/2026-11-29-vllm-on-a-gpu.md) was profiled afterwards, and what it showed is mended in part, unmeasured so far. In 8 bits vLLM counted
-3,266,032 tokens in the same memory, 2.79 times as many as `dense`; its run was stopped by the time limit."""
+More tokens fit, and none of it is faster yet. [Where the time goes](notes/2026-11-29-vllm-on-a-gpu.md) was profiled afterwards, and what it showed is mended in part, unmeasured so far.
+Those of 8 bits are 2.79 times as many as `dense`'s."""
 
 
 def _selection() -> str:

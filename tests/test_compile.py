@@ -10,6 +10,7 @@ from flashsfa.budget import FeatureBudget
 from flashsfa.codes import all_dense_codes
 from flashsfa.contexts import constant_in_traces
 from flashsfa.mask import Mask
+from flashsfa.ops import record
 from flashsfa.ops.prefill import operator
 from flashsfa.scores import ScoreRules
 
@@ -123,3 +124,15 @@ def test_what_cannot_be_traced_is_asked_once():
 
     compiled = torch.compile(step, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(torch.zeros(2)), torch.full((2,), -1.0))
+
+
+def test_what_is_said_breaks_no_graph(monkeypatch):
+    """A fallback that is met first while a graph is compiled."""
+    monkeypatch.setattr(record, "_announced", set())
+    monkeypatch.setattr(record, "_last", {})
+
+    def run(x):
+        record.record("attention", "torch", "scores are built in blocks", fallback=True)
+        return x + 1
+
+    assert torch.compile(run, fullgraph=True, backend="eager")(torch.zeros(2)).tolist() == [1, 1]

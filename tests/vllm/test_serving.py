@@ -106,20 +106,28 @@ def test_empty_requests_that_fill_up_a_cuda_graph(vllm, serve):
     assert server.builder.get_cudagraph_support(None, None) == vllm.AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     server.assert_attends(server.step({"a": 1, "b": 1}, padding=3, empty=2))
     (decode,) = server.metadata.decodes
-    assert decode.rows is decode.new is None
+    assert decode.rows == slice(0, 4)
     assert decode.block_table.shape[0] == 4
     assert not server.metadata.prefills
 
 
-def test_a_few_new_tokens_are_decoded_beside_single_ones(vllm, serve):
-    """Codes are read where they lie, not spread."""
-    server = Server(vllm, serve(**CODING))
+@pytest.mark.parametrize("window", [None, 12])
+def test_a_few_new_tokens_are_decoded_beside_single_ones(vllm, serve, window):
+    """By their number, codes read where they lie: pages that have left a window belong to others, and are not looked at."""
+    server = Server(vllm, serve(**CODING), window=window)
     server.step({"a": 50, "b": 3, "c": 40})
+
+    def counts():
+        return [(len(x.seq_lens), isinstance(x.rows, slice)) for x in server.metadata.decodes]
+
     server.assert_attends(server.step({"a": 16, "b": 1, "c": 2, "d": 5}, padding=1))
-    assert [(x.first, len(x.seq_lens)) for x in server.metadata.decodes] == [(0, 1), (1, 3)]
+    assert counts() == [(1, True), (1, True), (1, True), (1, True)]
     assert not server.metadata.prefills
-    server.assert_attends(server.step({"a": 17, "b": 2, "c": 1}))
-    assert [(x.first, len(x.seq_lens)) for x in server.metadata.decodes] == [(0, 1), (1, 1)]
+    server.kv_cache[0].view(torch.uint8).fill_(255)  # NaN, in what no request holds
+    server.assert_attends(server.step({"a": 2, "b": 3, "c": 2}))  # two of one number, which do not follow one another
+    assert counts() == [(2, False), (1, True)]
+    server.assert_attends(server.step({"a": 17, "b": 2, "c": 1, "d": 1}))
+    assert counts() == [(2, True), (1, True)]
     assert len(server.metadata.prefills) == 1
 
 

@@ -106,10 +106,6 @@ def measure_tasks(
         content = _document("lm-eval", subject, tasks=tasks, include_path=include_path, **asked)
         for name in subject.variants(calibration, longest, progress):
             content["results"][name] = harness.evaluate(subject.model, subject.tokenizer, **asked)
-        kept = subject.switched or {"cache_dtype": None, "topk": 0}
-        rounds = kept["cache_dtype"] is not None or kept["topk"] is None
-        if rounds and not (kept["recent"] or kept["first"] or kept["prefill"] == "dense"):
-            content["settings"]["rounded"] = "what is generated; likelihoods use no cache"
         return _written(content, subject, output)
 
 

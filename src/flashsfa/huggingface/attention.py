@@ -328,6 +328,8 @@ def _attend(
         if coding is not None and coding.settings.rounds and not shows_exact:
             rounded = coding.coder.rounded(key, value)
             key, value = rounded.k.to(key.dtype), rounded.v.to(value.dtype)
+            # a kept feature that was rounded to zero is one still, for its gradient
+            budget = replace(budget, topk=budget.sparse_dims)
         if visible is not None:
             require(
                 not shows_exact,
@@ -348,6 +350,7 @@ def _attend(
             )  # fmt: skip
     else:
         _require_own_cache(coding, key, value)
+        record.record("cache", "codes", "the model's own cache")
         query = _cast(query, value.dtype if value.is_floating_point() else key.dtype)
         query = query if coding is None else coding.queries(query)
         budget = FeatureBudget.lossless(query.shape[-1]) if coding is None else coding.budget

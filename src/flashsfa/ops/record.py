@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+import torch
+
 _log = logging.getLogger("flashsfa")
 
 
@@ -26,7 +28,8 @@ _announced: set[tuple[str, str]] = set()
 def record(operation: str, backend: str, reason: str, *, fallback: bool = False) -> None:
     """Note what `operation` runs on. A `fallback` (slower than what the user may expect) is logged, once each."""
     _last[operation] = Choice(backend, reason)
-    if fallback and (operation, reason) not in _announced:
+    # a whole-graph compile cannot trace a logger
+    if fallback and (operation, reason) not in _announced and not torch.compiler.is_compiling():
         _announced.add((operation, reason))
         _log.warning("%s runs on the %s backend: %s", operation, backend, reason)
 

@@ -96,22 +96,18 @@ class SparseFeatureBackend(AttentionBackend):
 
 @dataclass(frozen=True)
 class Decode:
-    """Requests of a batch with few new tokens, M at most.
+    """Requests of a batch that have M new tokens each, a few.
 
     Attributes:
         seq_lens: [B] int32 keys of each, the new ones included.
         block_table: [B, max_blocks] int32 their pages.
-        first: the batch's row of the first of their new tokens, which follow one another.
-        rows: [B, M] int64 the batch's rows of their M newest tokens; where a request has fewer new ones, others come first.
-        new: [tokens] int64 which of the B·M rows are new tokens, in the batch's order. Both are None where each request has one new
-            token, or none as the last ones that fill up a CUDA graph: these are B rows from `first` on.
+        rows: the batch's rows of their new tokens, [B, M] int64 or as many that follow one another. Of M = 1 the last requests may be
+            empty ones that fill up a CUDA graph.
     """
 
     seq_lens: Tensor
     block_table: Tensor
-    first: int
-    rows: Tensor | None = None
-    new: Tensor | None = None
+    rows: slice | Tensor
 
 
 @dataclass(frozen=True)
@@ -139,7 +135,7 @@ class SparseFeatureMetadata(AttentionMetadata):
 
     Attributes:
         tokens: rows in all; vLLM may hand over more.
-        decodes: the decoding requests: those with one new token, and those with a few.
+        decodes: the decoding requests, by their numbers of new tokens.
         prefills: the others, grouped such that the keys of a group that come from the cache are no more than the longest context.
     """
 
@@ -151,8 +147,8 @@ class SparseFeatureMetadata(AttentionMetadata):
 class SparseFeatureMetadataBuilder(AttentionMetadataBuilder[SparseFeatureMetadata]):
     """Splits a batch, and finds the cached keys of prompts that come in chunks. Reads lengths on the CPU alone.
 
-    Requests with a few new tokens decode, all their queries at once: those that verify guessed ones, and what is left of a prompt whose
-    beginning is cached.
+    Requests with a few new tokens decode, all their queries at once: those that verify guessed ones, and short prompts, whole or what is
+    left of them.
     """
 
     # A CUDA graph of such a step reads lengths and pages where vLLM keeps them; a graph's further requests are empty.
@@ -174,28 +170,26 @@ class SparseFeatureMetadataBuilder(AttentionMetadataBuilder[SparseFeatureMetadat
         require(batch.causal is True, "flashsfa's vLLM backend runs causal attention only")
         first, _, _, _ = split_decodes_and_prefills(batch, decode_threshold=FEW_QUERIES)
         tokens = int(batch.query_start_loc_cpu[batch.num_reqs])
-        # those with one new token come first, but for the empty ones that fill up a graph
-        single = int((batch.query_start_loc_cpu[: first + 1].diff() <= 1).long().cumprod(0).sum())
-        decodes = [self._decode(batch, *of) for of in ((0, single), (single, first)) if of[0] < of[1]]
-        return SparseFeatureMetadata(tokens, decodes, self._prefills(batch, first, tokens))
+        return SparseFeatureMetadata(tokens, self._decodes(batch, first), self._prefills(batch, first, tokens))
 
-    def _decode(self, batch: CommonAttentionMetadata, start: int, end: int) -> Decode:
-        """Of these requests."""
-        bounds = batch.query_start_loc_cpu[start : end + 1].long()
-        starts, ends, new = bounds[:-1, None], bounds[1:, None], bounds.diff()
-        seq_lens, block_table, first = batch.seq_lens[start:end], batch.block_table_tensor[start:end], int(bounds[0])
-        most = int(new.max())
-        if most <= 1:
-            return Decode(seq_lens, block_table, first)
-        rows = ends + torch.arange(-most, 0, device=bounds.device)
-        is_new = rows >= starts
-        return Decode(
-            seq_lens,
-            block_table,
-            first,
-            rows=rows.clamp(min=0).to(self.device, non_blocking=True),
-            new=is_new.flatten().nonzero().flatten().to(self.device, non_blocking=True),
-        )
+    def _decodes(self, batch: CommonAttentionMetadata, end: int) -> list[Decode]:
+        """Of the requests before `end`."""
+        starts = batch.query_start_loc_cpu[: end + 1].long()
+        new = starts.diff()
+        if bool((new <= 1).all()):  # slices alone: what a CUDA graph reads must lie where vLLM keeps it
+            return [Decode(batch.seq_lens[:end], batch.block_table_tensor[:end], slice(0, end))] if end else []
+        decodes = []
+        for count in sorted(set(new.tolist()) - {0}):
+            requests = (new == count).nonzero().flatten()
+            first, last = int(requests[0]), int(requests[-1]) + 1
+            if last - first == len(requests):
+                there = slice(int(starts[first]), int(starts[last]))
+                decodes.append(Decode(batch.seq_lens[first:last], batch.block_table_tensor[first:last], there))
+            else:
+                rows = starts[requests, None] + torch.arange(count, device=starts.device)
+                requests, rows = (x.to(self.device, non_blocking=True) for x in (requests, rows))
+                decodes.append(Decode(batch.seq_lens[requests], batch.block_table_tensor[requests], rows))
+        return decodes
 
     def _prefills(self, batch: CommonAttentionMetadata, first: int, tokens: int) -> list[Prefill]:
         """Of the requests from `first` on."""
@@ -307,7 +301,7 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
         if attn_metadata is None:
             return self._rehearse(layer, q, key, value, output)
         if attn_metadata.decodes:
-            pages = self._layout(value).views(kv_cache)
+            pages = self._store(value).layout.views(kv_cache)
             for decode in attn_metadata.decodes:
                 self._decode(q, pages, decode, output)
         for prefill in attn_metadata.prefills:
@@ -316,17 +310,15 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
 
     def _decode(self, q: Tensor, pages: KVView, decode: Decode, output: Tensor) -> None:
         kv, count = replace(pages, kv_lens=decode.seq_lens, page_table=decode.block_table), len(decode.seq_lens)
-        # [Hq, B, M, D]
-        newest = q[0, :, decode.first : decode.first + count, None] if decode.rows is None else q[0, :, decode.rows]
+        newest = q[0, :, decode.rows]
+        if isinstance(decode.rows, slice):
+            newest = newest.unflatten(1, (count, -1))  # [Hq, B, M, D]
         out = sparse_feature_decode(
             newest.transpose(0, 1), kv, topk_query=self._budget.topk_query,
             query_pattern=self._budget.query_pattern, scale=self.scale, window=self._window,
             value_tolerance=self.settings.value_tolerance,
-        )  # fmt: skip
-        by_token = out.transpose(1, 2).flatten(0, 1)
-        if decode.new is not None:
-            by_token = by_token[decode.new]
-        output[decode.first : decode.first + len(by_token)] = by_token
+        ).transpose(1, 2)  # fmt: skip
+        output[decode.rows] = out.flatten(0, 1) if isinstance(decode.rows, slice) else out
 
     def _prefill(
         self, layer: Any, q: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, prefill: Prefill, output: Tensor
@@ -363,11 +355,9 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
 
     def _store(self, value: Tensor) -> PageStore:
         if self._pages is None:
-            self._pages = PageStore(self._layout(value))
+            layout = PageLayout(self._coder, self.head_size, value.shape[-1], value.dtype)
+            self._pages = PageStore(layout)
         return self._pages
-
-    def _layout(self, value: Tensor) -> PageLayout:
-        return PageLayout(self._coder, self.head_size, value.shape[-1], value.dtype)
 
     def _coordinates(self, layer: Any, x: Tensor, side: str) -> Tensor:
         """Queries or keys [1, H, T, D] with the channel in front, or in the layer's basis, which its first use loads."""

@@ -116,7 +116,7 @@ class PageStore:
     Hopper GPU."""
 
     def __init__(self, layout: PageLayout) -> None:
-        self._layout = layout
+        self.layout = layout
         self._prepared: dict[Any, Paged | None] = {}  # by where pages lie, and the form of keys and values
 
     def write(self, pages: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
@@ -126,20 +126,23 @@ class PageStore:
         if append is not None:
             append(k, v, slots[None])
         else:
-            self._layout.write(pages, slots.clamp(min=0), self._layout.coder.encode(k, v))
+            self.layout.write(pages, slots.clamp(min=0), self.layout.coder.encode(k, v))
 
     def rows(self, pages: Tensor, slots: Tensor) -> ExactKV:
         """Keys [1, Hkv, T, D] as sparse rows and values [1, Hkv, T, Dv] at slots [T], in the layout's dtype."""
-        layout, shape = self._layout, (1, pages.shape[1], len(slots))
-        k, v = (
-            torch.empty((*shape, width), dtype=layout.dtype, device=pages.device)
-            for width in (layout.head_dim, layout.v_dim)
-        )
-        read = self._kernel(pages, k, v, reads=True)
+        layout, heads = self.layout, pages.shape[1]
+
+        def empty(tokens: int) -> ExactKV:
+            widths = layout.head_dim, layout.v_dim
+            return ExactKV(*(pages.new_empty((1, heads, tokens, width), dtype=layout.dtype) for width in widths))
+
+        none = empty(0)
+        read = self._kernel(pages, none.k, none.v, reads=True)
         if read is None:
             return layout.read(pages, slots).rows(layout.dtype)
-        read(k, v, slots[None])
-        return ExactKV(k, v)
+        rows = empty(len(slots))
+        read(rows.k, rows.v, slots[None])
+        return rows
 
     def _kernel(self, pages: Tensor, k: Tensor, v: Tensor, *, reads: bool) -> Paged | None:
         if not has_kernel(k, v):
@@ -149,7 +152,7 @@ class PageStore:
             v.shape[3], v.stride(3),
         )  # fmt: skip
         if form not in self._prepared:
-            buffers = buffers_of(self._layout.views(pages))
+            buffers = buffers_of(self.layout.views(pages))
             self._prepared[form] = prepared_paged(k, v, *buffers, reads=reads)
         return self._prepared[form]
 

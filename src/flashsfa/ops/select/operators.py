@@ -219,7 +219,12 @@ def prepared_append(k: Tensor, v: Tensor, form: Form, buffers: Buffers) -> Appen
         record.record("append", "hopper", "one launch for all tokens that come")
         return found
     other = "triton" if form.is_of_features and has_fused(k) else "torch"
-    _record_other("append", other, found, "the kernel for Hopper takes few tokens at a time, in 16 bits")
+    _record_other(
+        "append",
+        other,
+        found,
+        "the kernel for Hopper takes keys and values in 16 bits, and few at a time where Triton takes them too",
+    )
     return None
 
 

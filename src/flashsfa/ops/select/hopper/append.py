@@ -23,11 +23,13 @@ from .params import Params
 _MOST_ROWS = 512  # of all heads, of codes that Triton appends too: of more, the bytes are what takes time
 _MOST_HEAD_DIM = 256
 _MOST_VALUE_DIM = 1024  # the warp of a value holds it in registers
+_MOST_HEADS = 65535  # of all sequences, as a grid has so many rows
+_TABLES = ("axis", "is_start", "top", "low", "per_step")  # of `Buffers`
 
 
 class Buffers(NamedTuple):
-    """Those of a cache, contiguous [B, H, C, ...], that its form has; or pools of pages [P, H, page_size, ...]. And [B, H, R, ...] the newest tokens as they came, where they are kept
-    so.
+    """Those of a cache, contiguous [B, H, C, ...], that its form has; or pools of pages [P, H, page_size, ...]. And [B, H, R, ...] the newest
+    tokens as they came, where they are kept so.
 
     Attributes:
         values, scale: kept entries of keys, whole rows or levels of axes; with the scale of a row, for codes that of the dense channel.
@@ -94,9 +96,9 @@ class Paged:
     """Writes tokens of one form (heads, widths, dtype and device of keys and values) to pools of pages that lie where they lay, or reads them
     there."""
 
-    def __init__(self, kernel: ctypes.c_void_p, device: int, params: Params, pools: Buffers) -> None:
+    def __init__(self, kernel: ctypes.c_void_p, device: int, params: Params, tables: list[Tensor | None]) -> None:
         self._kernel, self._device, self._params = kernel, device, params
-        self._pools = pools  # which `params` knows by their addresses
+        self._tables = tables  # which `params` knows by their addresses; the pools are whoever's they are
 
     def __call__(self, k: Tensor, v: Tensor, slots: Tensor) -> None:
         """Code k [B, H, N, D] and write it with v [B, H, N, Dv] at `slots` [B, N] int64, contiguous: page * page_size + place in the page;
@@ -145,8 +147,8 @@ def prepare(k: Tensor, v: Tensor, form: Form, buffers: Buffers) -> Append | str 
 
 def prepare_paged(k: Tensor, v: Tensor, form: Form, pools: Buffers, *, reads: bool = False) -> Paged | str | None:
     """As `prepare`, for pools [P, H, page_size, ...] that are contiguous, or whose pages and heads all lie equally many bytes apart, and any
-    number of tokens; with `reads` what reads them, but for keys in bits per axis."""
-    if not _takes(k, v) or (reads and form.axis_bytes):
+    number of tokens; with `reads` what reads them."""
+    if not _takes(k, v):
         return None
     found = _prepared(k, v, form, pools, "read_kernel" if reads else "append_kernel", is_paged=True)
     if isinstance(found, str):
@@ -165,7 +167,7 @@ def prepare_paged(k: Tensor, v: Tensor, form: Form, pools: Buffers, *, reads: bo
             not others,
             "pools that are not contiguous need pages and heads that lie equally many bytes apart in all of them",
         )
-    return Paged(kernel, k.device.index, params, pools)
+    return Paged(kernel, k.device.index, params, [getattr(pools, name) for name in _TABLES])
 
 
 def _prepared(
@@ -203,6 +205,7 @@ def _takes(k: Tensor, v: Tensor) -> bool:
     return (
         k.dtype in (torch.float16, torch.bfloat16)
         and k.shape[-1] <= _MOST_HEAD_DIM
+        and k.shape[0] * k.shape[1] <= _MOST_HEADS
         and 1 <= v.shape[-1] <= _MOST_VALUE_DIM
         and all(x.stride(-1) == 1 or x.shape[-1] == 1 for x in (k, v))
     )
@@ -221,7 +224,8 @@ def _require_fit(k: Tensor, v: Tensor, form: Form, buffers: Buffers, *, is_paged
         lambda: f"keys of {head_dim} features cannot leave {form.dense_dims} dense and {form.kept} kept ones",
     )
     recent = buffers.recent_k
-    expected = {name: ((*rows, *width), dtype) for name, (width, dtype) in _parts(k, v, form).items()}
+    parts = _parts(k, v, form)
+    expected = {name: ((*rows, *width), dtype) for name, (width, dtype) in parts.items()}
     expected |= {name: ((heads, *width), dtype) for name, (width, dtype) in _tables(head_dim, form).items()}
     if recent is not None:
         expected |= {
@@ -234,7 +238,8 @@ def _require_fit(k: Tensor, v: Tensor, form: Form, buffers: Buffers, *, is_paged
     )
     for name, buffer in given.items():
         shape, dtype = expected[name]
-        whole = buffer[0, 0] if is_paged and buffer.shape == shape else buffer  # pages and heads may lie anywhere
+        may_lie_apart = is_paged and name in parts and buffer.shape == shape  # pages and heads, anywhere
+        whole = buffer[0, 0] if may_lie_apart else buffer
         require(
             whole.is_contiguous() and buffer.shape == shape and buffer.dtype == dtype and buffer.device == k.device,
             f"the {name} buffer must be contiguous {dtype} {[*shape]} on {k.device}, got {buffer.dtype} {tuple(buffer.shape)} on "
