@@ -198,7 +198,9 @@ def test_layouts_that_are_refused(vllm, serve, monkeypatch, layout):
     from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, resolve_kv_cache_layout
 
     from flashsfa.vllm.backend import SparseFeatureBackend
+    from vllm import envs as vllm_envs
 
+    vllm_envs.disable_envs_cache()  # of an engine that ran before
     monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", layout)
     served = [x.name for x in get_supported_kv_cache_layouts([SparseFeatureBackend])]
     config = SimpleNamespace(cache_config=SimpleNamespace(kv_cache_layout=None), kv_transfer_config=None)
