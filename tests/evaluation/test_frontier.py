@@ -107,9 +107,11 @@ def test_a_row_for_each_form_of_each_model(models, tmp_path, capsys):
         assert all(0 <= form["needles"]["400"] <= 1 for form in model["forms"].values())
 
 
-def test_what_was_measured_when_it_stops_is_written(models, tmp_path, monkeypatch, capsys):
+def stopped(models, tmp_path, monkeypatch, is_last):
+    """The file of a run that is stopped at the first model that `is_last`, and what it holds."""
+
     def stop(model, *_):
-        if hasattr(model.config, "sfa"):
+        if is_last(model):
             raise KeyboardInterrupt
         return []
 
@@ -118,7 +120,11 @@ def test_what_was_measured_when_it_stops_is_written(models, tmp_path, monkeypatc
         frontier(models, tmp_path, "--tolerances", "0.1", "--windows", "2", "--trials", "0", "--lengths", "32") == 130
     )
     (path,) = tmp_path.glob("*.json")
-    document = json.loads(path.read_text())
+    return path, json.loads(path.read_text())
+
+
+def test_what_was_measured_when_it_stops_is_written(models, tmp_path, monkeypatch, capsys):
+    path, document = stopped(models, tmp_path, monkeypatch, lambda model: hasattr(model.config, "sfa"))
     assert document["incomplete"] == "0 of 3 models"
     assert (
         f"flashsfa: stopped; incomplete results are written: {path}, {path.with_suffix('.png')}"
@@ -132,17 +138,9 @@ def test_what_was_measured_when_it_stops_is_written(models, tmp_path, monkeypatc
 
 
 def test_a_model_of_which_nothing_was_measured_is_left_out(models, tmp_path, monkeypatch):
-    def stop(model, *_):
-        if getattr(model.config, "sfa", {}).get("topk") == 2:
-            raise KeyboardInterrupt
-        return []
-
-    monkeypatch.setattr("flashsfa.evaluation.frontier.find_needles", stop)
-    assert (
-        frontier(models, tmp_path, "--tolerances", "0.1", "--windows", "2", "--trials", "0", "--lengths", "32") == 130
+    _, document = stopped(
+        models, tmp_path, monkeypatch, lambda model: getattr(model.config, "sfa", {}).get("topk") == 2
     )
-    (path,) = tmp_path.glob("*.json")
-    document = json.loads(path.read_text())
     assert (document["incomplete"], list(document["results"])) == ("1 of 3 models", ["dense"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from torch import Tensor
@@ -12,14 +13,45 @@ from ..codes import FeatureCodes
 from ..formats import index_bits
 from ..narrow import NarrowRows
 from ..ops import nvrtc
-from ..ops.select.hopper.append import Buffers
+from ..ops.select.hopper.append import Buffers, Paged
 from ..ops.select.hopper.compiler import Form
+from ..ops.select.operators import prepared_paged
 from ..stored import KeyCodes, KVView
 
 
 def has_kernel(k: Tensor, v: Tensor) -> bool:
     """Whether tokens such as k and v may be appended by the kernel for Hopper. In checked mode what codes looks at the values."""
     return nvrtc.is_hopper(k.device) and runs_plainly(k, v) and not is_checked()
+
+
+class PagedKernels:
+    """What writes to pools of pages, or reads them, as it was prepared: by where the pools lie and the form of keys and values. A copy has
+    pools of its own, and starts anew."""
+
+    def __init__(self) -> None:
+        self._prepared: dict[Hashable, Paged | None] = {}
+
+    def __reduce__(self) -> tuple[type[PagedKernels], tuple[()]]:
+        return PagedKernels, ()
+
+    def find(
+        self, where: Hashable, pools: Callable[[], KVView], k: Tensor, v: Tensor, *, reads: bool = False
+    ) -> Paged | None:
+        """That for keys such as k [B, H, N, D] and values such as v [B, H, N, Dv]; None where PyTorch does it. `pools` are asked for
+        once."""
+        if not has_kernel(k, v):
+            return None
+        form = (reads, where, k.device, k.dtype, k.shape[1], k.shape[3], k.stride(3), v.dtype, v.shape[3], v.stride(3))
+        if form not in self._prepared:
+            self._prepared[form] = prepared_paged(k, v, *buffers_of(pools()), reads=reads)
+        return self._prepared[form]
+
+
+def put_in_pages(pools: KVView, slots: Tensor, coded: KVView) -> None:
+    """Store codes and values [B, H, N, ...] at `slots` [B, N] int64, page · page_size + place in the page, of pools [P, H, page_size, ...],
+    in place and without a host sync. Slots outside of the pools are an error that only the CPU reports."""
+    for pool, new in zip(pools.tensors(), coded.tensors(), strict=True):
+        pool[slots // pool.shape[2], :, slots % pool.shape[2]] = new.transpose(1, 2)  # [B, N, H, ...]
 
 
 def buffers_of(kv: KVView) -> tuple[Form, Buffers]:

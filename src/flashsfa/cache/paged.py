@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,10 +28,8 @@ from ..coder import Coded, Coder
 from ..contexts import lasting_tensors
 from ..formats import CodeFormat
 from ..narrow import NarrowRows
-from ..ops.select.hopper.append import Paged
-from ..ops.select.operators import prepared_paged
 from ..stored import ExactKV, KeyCodes, KVView
-from .buffers import buffers_of, has_kernel
+from .buffers import PagedKernels, put_in_pages
 from .exact import ExactSlots
 
 
@@ -85,11 +83,8 @@ class PagedSparseKVCache(Coded):
         ] = {}  # of each sequence that was appended to, [1, Hkv, E, ...], written anew by each append
         self._next = 0
         self._pools: KVView | None = None  # [P, Hkv, page_size, ...]
-        self._writers: dict[Any, Paged | None] = {}  # to them, by the form of keys and values
+        self._writers = PagedKernels()
         self._input_dtype: torch.dtype | None = None  # of keys and values as they come
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_writers": {}}  # a copy has pools of its own
 
     @property
     def free_pages(self) -> int:
@@ -197,18 +192,11 @@ class PagedSparseKVCache(Coded):
 
     def _write(self, pools: KVView, k: Tensor, v: Tensor, slots: Tensor) -> None:
         """Code k and store it with v at `slots` [B, N]."""
-        writer = None
-        if has_kernel(k, v):
-            form = (k.dtype, k.stride(3), v.stride(3))  # the rest is that of the pools
-            if form not in self._writers:
-                self._writers[form] = prepared_paged(k, v, *buffers_of(pools))
-            writer = self._writers[form]
-        if writer is not None:
-            writer(k, v, slots)
-            return
-        pages, places = slots // self.page_size, slots % self.page_size
-        for pool, x in zip(pools.tensors(), self.coder.encode(k, v).tensors(), strict=True):
-            pool[pages, :, places] = x.transpose(1, 2)  # [B, N, Hkv, ...]
+        write = self._writers.find(None, lambda: pools, k, v)
+        if write is not None:
+            write(k, v, slots)
+        else:
+            put_in_pages(pools, slots, self.coder.encode(k, v))
 
     def _written(self, sequences: Sequence[int], k: Tensor, v: Tensor) -> dict[int, ExactKV]:
         """The exact tokens of each sequence after it goes on with k and v [B, Hkv, N, ...]. Changes nothing."""
@@ -230,7 +218,7 @@ class PagedSparseKVCache(Coded):
 
     def _allocate(self, k: Tensor, v: Tensor) -> KVView:
         """New pools for keys such as k and values such as v."""
-        self._writers = {}  # of pools that an append which failed had made
+        self._writers = PagedKernels()  # not those of pools that an append which failed had made
         with lasting_tensors():
             rows = self.coder.empty(self.page_size, k, v)
             return rows.map(lambda x: x.new_empty((len(self._holders), *x.shape[1:])))

@@ -24,7 +24,6 @@ from ..decode import attend_cached
 from ..formats import cache_bits
 from ..mask import Mask, checked_window
 from ..narrow import NarrowRows
-from ..ops import record
 from ..ops.prefill import exact_band, masked
 from ..scores import ScoreRules
 from ..stored import ExactKV, KVView
@@ -320,8 +319,6 @@ def _attend(
         if coding is None:
             budget = FeatureBudget.of(key.shape[-1], key.shape[-1])
         else:
-            if key.shape[2] > query.shape[2]:
-                record.record("cache", "transformers", _DENSE_CACHE, fallback=True)
             query, key, budget = coding.queries(query), coding.keys(key), coding.budget
         scores = ScoreRules.of(query, scaling, softcap, s_aux)
         shows_exact = coding is not None and coding.settings.shows_exact
@@ -350,7 +347,6 @@ def _attend(
             )  # fmt: skip
     else:
         _require_own_cache(coding, key, value)
-        record.record("cache", "codes", "the model's own cache")
         query = _cast(query, value.dtype if value.is_floating_point() else key.dtype)
         query = query if coding is None else coding.queries(query)
         budget = FeatureBudget.lossless(query.shape[-1]) if coding is None else coding.budget
@@ -435,12 +431,6 @@ def _require_known(module: nn.Module, is_causal: bool | None, kwargs: dict[str, 
             "not know: leave it out of the call, or disable the model"
         ),
     )
-
-
-_DENSE_CACHE = (
-    "the call brought keys of a dense cache, which takes as much memory as the dense model's: pass past_key_values=flashsfa.SparseCache(model), "
-    "or use model.generate, which makes it"
-)
 
 
 def _require_own_cache(coding: LayerCoding | None, key: CachedKeys, value: Tensor) -> None:

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationMode
 
 from ..basis import FeatureBasis
 from ..checks import require
+from ..ops import record
 from .attention import NAME, OtherMask
 from .cache import SparseCache, StaticSparseCache, require_readable
 from .settings import BASIS_FILE
@@ -167,6 +169,7 @@ class _CallCheck:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         for argument in (*args, *kwargs.values()):
             require_readable(argument)
+            _say_cache(argument)
         _require_no_press(module)
         mask = kwargs.get("attention_mask")
         if self._keeps_first:
@@ -186,6 +189,20 @@ class _CallCheck:
             "them. Pass position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0), as generate() does",
             stacklevel=2,
         )
+
+
+def _say_cache(cache: Any) -> None:
+    """For `explain()`: what keeps the keys that a call brings."""
+    if isinstance(cache, (SparseCache, StaticSparseCache)):
+        record.record("cache", "codes", "the model's own cache")
+    elif isinstance(cache, Cache) and cache.get_seq_length():
+        record.record("cache", "transformers", _DENSE_CACHE, fallback=True)
+
+
+_DENSE_CACHE = (
+    "the call brought keys of a dense cache, which takes as much memory as the dense model's: pass past_key_values=flashsfa.SparseCache(model), "
+    "or use model.generate, which makes it"
+)
 
 
 def _require_no_press(module: nn.Module) -> None:

@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..cache.buffers import buffers_of, has_kernel
+from ..cache.buffers import PagedKernels, put_in_pages
 from ..checks import FLOAT_DTYPES, require
 from ..coder import Coder
 from ..ops.select.hopper.append import Paged
-from ..ops.select.operators import prepared_paged
 from ..stored import ExactKV, KVView
 
 
@@ -81,8 +79,7 @@ class PageLayout:
     def write(self, pages: Tensor, slots: Tensor, kv: KVView) -> None:
         """Store codes and values [1, Hkv, T, ...] at slots [T] (int64: page · page_size + place in the page), in place and without a
         host sync. Slots outside of the pages are an error that only the CPU reports."""
-        for pool, new in zip(self.views(pages).tensors(), kv.tensors(), strict=True):
-            pool[slots // pool.shape[2], :, slots % pool.shape[2]] = new[0].transpose(0, 1)
+        put_in_pages(self.views(pages), slots[None], kv)
 
     def read(self, pages: Tensor, slots: Tensor) -> KVView:
         """Copies [1, Hkv, T, ...] of the codes and values at slots [T]."""
@@ -117,12 +114,12 @@ class PageStore:
 
     def __init__(self, layout: PageLayout) -> None:
         self.layout = layout
-        self._prepared: dict[Any, Paged | None] = {}  # by where pages lie, and the form of keys and values
+        self._kernels = PagedKernels()
 
     def write(self, pages: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store k [1, Hkv, T, D] and v [1, Hkv, T, Dv] at slots [T], int64 as in `PageLayout.write`; what has a negative slot goes nowhere,
         or to page 0."""
-        append = self._kernel(pages, k, v, reads=False)
+        append = self._kernel(pages, k, v)
         if append is not None:
             append(k, v, slots[None])
         else:
@@ -144,17 +141,9 @@ class PageStore:
         read(rows.k, rows.v, slots[None])
         return rows
 
-    def _kernel(self, pages: Tensor, k: Tensor, v: Tensor, *, reads: bool) -> Paged | None:
-        if not has_kernel(k, v):
-            return None
-        form = (
-            reads, pages.data_ptr(), pages.shape, pages.stride(), k.device, k.dtype, k.shape[1], k.shape[3], k.stride(3), v.dtype,
-            v.shape[3], v.stride(3),
-        )  # fmt: skip
-        if form not in self._prepared:
-            buffers = buffers_of(self.layout.views(pages))
-            self._prepared[form] = prepared_paged(k, v, *buffers, reads=reads)
-        return self._prepared[form]
+    def _kernel(self, pages: Tensor, k: Tensor, v: Tensor, *, reads: bool = False) -> Paged | None:
+        where = pages.data_ptr(), pages.shape, pages.stride()
+        return self._kernels.find(where, lambda: self.layout.views(pages), k, v, reads=reads)
 
 
 @functools.cache

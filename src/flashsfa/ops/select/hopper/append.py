@@ -24,7 +24,6 @@ _MOST_ROWS = 512  # of all heads, of codes that Triton appends too: of more, the
 _MOST_HEAD_DIM = 256
 _MOST_VALUE_DIM = 1024  # the warp of a value holds it in registers
 _MOST_HEADS = 65535  # of all sequences, as a grid has so many rows
-_TABLES = ("axis", "is_start", "top", "low", "per_step")  # of `Buffers`
 
 
 class Buffers(NamedTuple):
@@ -96,7 +95,7 @@ class Paged:
     """Writes tokens of one form (heads, widths, dtype and device of keys and values) to pools of pages that lie where they lay, or reads them
     there."""
 
-    def __init__(self, kernel: ctypes.c_void_p, device: int, params: Params, tables: list[Tensor | None]) -> None:
+    def __init__(self, kernel: ctypes.c_void_p, device: int, params: Params, tables: list[Tensor]) -> None:
         self._kernel, self._device, self._params = kernel, device, params
         self._tables = tables  # which `params` knows by their addresses; the pools are whoever's they are
 
@@ -117,8 +116,7 @@ class Paged:
         if not slots.numel():
             return
         params.k, params.v, params.slots = k.data_ptr(), v.data_ptr(), slots.data_ptr()
-        params.k_batch, params.k_head, params.k_token = k.stride()[:3]
-        params.v_batch, params.v_head, params.v_token = v.stride()[:3]
+        _set_strides(params, k, v)
         launch(self._kernel, self._device, (n, batch * heads, 1), params)
 
 
@@ -140,8 +138,7 @@ def prepare(k: Tensor, v: Tensor, form: Form, buffers: Buffers) -> Append | str 
         params.recent_capacity = recent.shape[2]
     room = params.recent_capacity or params.capacity
     require(n <= room, f"{n} tokens do not fit buffers of {room}")
-    params.k_batch, params.k_head, params.k_token = k.stride()[:3]
-    params.v_batch, params.v_head, params.v_token = v.stride()[:3]
+    _set_strides(params, k, v)
     return Append(kernel, k.device.index, (n, batch * heads, 1), params)
 
 
@@ -167,7 +164,7 @@ def prepare_paged(k: Tensor, v: Tensor, form: Form, pools: Buffers, *, reads: bo
             not others,
             "pools that are not contiguous need pages and heads that lie equally many bytes apart in all of them",
         )
-    return Paged(kernel, k.device.index, params, [getattr(pools, name) for name in _TABLES])
+    return Paged(kernel, k.device.index, params, [getattr(pools, name) for name in _tables(k.shape[-1], form)])
 
 
 def _prepared(
@@ -184,6 +181,11 @@ def _prepared(
         return kernel
     addresses = (None if x is None else x.data_ptr() for x in buffers)
     return kernel, Params(None, None, *addresses, heads=k.shape[1], capacity=buffers.v.shape[2])
+
+
+def _set_strides(params: Params, k: Tensor, v: Tensor) -> None:
+    params.k_batch, params.k_head, params.k_token = k.stride()[:3]
+    params.v_batch, params.v_head, params.v_token = v.stride()[:3]
 
 
 def load(variant: Variant, name: str, device: int) -> ctypes.c_void_p | str:
