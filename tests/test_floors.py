@@ -28,7 +28,8 @@ FLOORS = (
         "ops.nvrtc",
         "ops.triton",
         "ops.select",
-    ),  # 3: the record of what ran, what kernels share, and coding
+        "ops.transform",
+    ),  # 3: the record of what ran, what kernels share, coding and the coordinates before it
     ("codes", "narrow", "axes"),  # 4: the types of the codes, over the operators that make them
     (
         "stored",

@@ -18,6 +18,7 @@ from .axes import AxisBits
 from .checks import FLOAT_DTYPES, require, require_float
 from .codes import topk_codes
 from .files import whole_file
+from .ops.transform import transform
 
 _log = logging.getLogger("flashsfa")
 
@@ -59,12 +60,11 @@ class FeatureBasis:
 
     def transform_query(self, q: Tensor) -> Tensor:
         """q [B, Hq, N, D] in the coordinates of its kv head."""
-        grouped = q.unflatten(1, (self.query.shape[0], -1))  # [B, H, G, N, D]
-        return _product(grouped, self.query[:, None]).flatten(1, 2)
+        return transform(q, self.query)
 
     def transform_key(self, k: Tensor) -> Tensor:
         """k [B, H, N, D] in the coordinates of its head."""
-        return _product(k, self.key)
+        return transform(k, self.key)
 
     @classmethod
     def identity(cls, num_kv_heads: int, head_dim: int) -> FeatureBasis:
@@ -300,13 +300,6 @@ class Moments:
         lots = torch.cat((self._lots, torch.rand(keys.shape[1], generator=self._generator, device="cpu")))
         self._lots, kept = lots.topk(min(_SAMPLE_KEYS, len(lots)))
         self.sample = torch.cat((self.sample, keys.float().cpu()), dim=1)[:, kept]
-
-
-def _product(x: Tensor, matrix: Tensor) -> Tensor:
-    """x @ matrix in the matrix's precision, autocast or not: rounding it to 16 bits would undo KᵀQ = 1."""
-    dtype = torch.promote_types(x.dtype, matrix.dtype)
-    with torch.autocast(x.device.type, enabled=False):
-        return (x.to(dtype) @ matrix.to(dtype)).to(x.dtype)
 
 
 def _dictionary(keys: Tensor, topk: int, dense_dims: int) -> Tensor:

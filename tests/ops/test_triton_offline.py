@@ -26,7 +26,7 @@ KERNELS = {
     },
     "decode": {
         "decode_query_kernel", "decode_partial_kernel", "decode_combine_kernel", "decode_score_kernel", "decode_count_kernel",
-        "decode_value_kernel",
+        "decode_value_kernel", "transform_kernel",
     },
     "narrow": {"decode_query_kernel", "narrow_query_kernel", "decode_narrow_kernel", "decode_combine_kernel"},
 }  # fmt: skip

@@ -33,6 +33,7 @@ from flashsfa.ops.prefill.triton import merge as merge_parts
 from flashsfa.ops.select.plain import empty_code
 from flashsfa.ops.select.triton import prune_24, quantize, scatter
 from flashsfa.ops.select.triton import topk as selection
+from flashsfa.ops.transform.triton import transform
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -132,6 +133,9 @@ def decode_cases():
     ]:
         for tolerance in (0.0, 0.01):
             yield f"decode {case} {tolerance}", partial(decode_case, *case, tolerance)
+    for dtype, head_dim, n in [(BF16, 64, 1), (BF16, 128, 300), (torch.float16, 256, 300)]:
+        x, matrix = rows(dtype, n, head_dim), torch.empty(1, head_dim, head_dim)
+        yield f"transform {dtype} {head_dim} {n}", partial(transform, x, matrix)
 
 
 def narrow_cases():

@@ -1,0 +1,82 @@
+"""Rows in other coordinates: the Triton kernel gives what float32 products do, and each row the same alone as among others.
+
+Without a GPU the kernel runs in Triton's interpreter, on small shapes.
+"""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from flashsfa import FeatureBasis
+from flashsfa.ops.transform.triton import transform
+
+SHAPES = [(1, 2, 1, 1), (3, 2, 2, 1), (1, 1, 1, 70), (2, 2, 3, 40), (1, 3, 2, 130)]  # (batch, kv heads, group, tokens)
+
+
+@pytest.fixture(scope="module")
+def where():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def drawn(shape, head_dim, dtype, where):
+    batch, heads, group, n = shape
+    x = torch.randn(batch, heads * group, n, head_dim, device=where).to(dtype)
+    return x, torch.randn(heads, head_dim, head_dim, device=where)
+
+
+def expected(x, matrix):
+    """In float64, unrounded."""
+    return (x.double().unflatten(1, (len(matrix), -1)) @ matrix.double()[:, None]).flatten(1, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [128, 64, 80, 37, 1, 256])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_as_exact_as_float32(shape, head_dim, dtype, where):
+    x, matrix = drawn(shape, head_dim, dtype, where)
+    exact, out = expected(x, matrix), transform(x, matrix)
+    assert out.dtype == dtype
+    rounded = exact.to(dtype)
+    eps = torch.finfo(dtype).eps
+    assert ((out.double() - exact).abs() <= eps * exact.abs() + 1e-6 * exact.abs().max()).all()
+    if where.type == "cuda" or dtype == torch.float16:  # the interpreter cuts bfloat16 off
+        # one that had rounded the matrix to 16 bits would round many entries another way
+        assert (out != rounded).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_any_strides_and_their_order_is_kept(shape, where):
+    x, matrix = drawn(shape, 64, torch.bfloat16, where)
+    out = transform(x, matrix)
+    by_token = x.transpose(1, 2).contiguous().transpose(1, 2)
+    wide = torch.full((*x.shape[:3], 128), float("nan"), dtype=x.dtype, device=where)
+    wide[..., ::2] = x
+    for other in (by_token, wide[..., ::2], x.mT.contiguous().mT):
+        assert torch.equal(transform(other, matrix), out)
+    assert transform(by_token, matrix).transpose(1, 2).is_contiguous()
+    assert torch.equal(transform(x, matrix.mT.contiguous().mT), out)
+
+
+def test_a_row_is_the_same_alone(where):
+    x, matrix = drawn((2, 2, 2, 150), 128, torch.bfloat16, where)
+    whole = transform(x, matrix)
+    for i in (0, 63, 149):
+        assert torch.equal(transform(x[1:, :, i : i + 1], matrix), whole[1:, :, i : i + 1])
+
+
+@pytest.mark.gpu
+def test_a_basis_takes_it(monkeypatch):
+    from flashsfa.ops.transform import triton
+
+    x, matrix = drawn((1, 2, 2, 40), 64, torch.bfloat16, torch.device("cuda"))
+    basis, seen = FeatureBasis(matrix, matrix), []
+    monkeypatch.setattr(triton, "transform", lambda *a: seen.append(a) or transform(*a))
+    q = basis.transform_query(x)
+    assert len(seen) == 1
+    # what traces or differentiates takes the products of torch
+    x.requires_grad_()
+    basis.transform_query(x).sum().backward()
+    assert len(seen) == 1
+    assert x.grad is not None
+    torch.testing.assert_close(basis.transform_query(x).detach(), q, rtol=0.01, atol=0.01)
