@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from append_cases import use_kernel
+from append_cases import DEVICE, use_kernel
 from decode_cases import DecodeRules, decode
 from flashsfa import FeatureCodes, sparse_feature_decode, topk_codes
 from flashsfa.cache.paged import PagedSparseKVCache
@@ -19,11 +19,11 @@ from vllm_server import CODING, DENSE, DV, HKV, PAGE, TOPK, D, cache_views
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-def raw_pages(layout, pages, heads=HKV, page_size=PAGE, gap=0):
+def raw_pages(layout, pages, heads=HKV, page_size=PAGE, gap=0, device="cpu"):
     """[P, Hkv, page_size, C] uint8 in a buffer of 255s: NaN in any float, an index past any head; `gap` between pages."""
     cell = layout.token_bytes
     stride = heads * page_size * cell + gap
-    raw = torch.full((pages * stride,), 255, dtype=torch.uint8)
+    raw = torch.full((pages * stride,), 255, dtype=torch.uint8, device=device)
     return raw.as_strided((pages, heads, page_size, cell), (stride, page_size * cell, cell, 1))
 
 
@@ -64,9 +64,9 @@ def test_views_are_disjoint_aligned_and_cover_the_page(dense, topk, page_size, d
 def test_one_launch_writes_and_reads_what_pytorch_does(dtype, bits, monkeypatch):
     """On a Hopper GPU; padding goes to page 0 or nowhere. Keys and values are parts of wider rows."""
     layout = paged(TOPK, DENSE, dtype, bits, v_width=32)
-    slots = torch.tensor([PAGE, 3 * PAGE - 1, -1, PAGE + 7, -1, 2 * PAGE])
-    rows = torch.randn(len(slots), HKV, D + 32).to(dtype).transpose(0, 1)[None]
-    found, expected = (raw_pages(layout, 3, gap=64) for _ in range(2))
+    slots = torch.tensor([PAGE, 3 * PAGE - 1, -1, PAGE + 7, -1, 2 * PAGE], device=DEVICE)
+    rows = torch.randn(len(slots), HKV, D + 32).to(DEVICE, dtype).transpose(0, 1)[None]
+    found, expected = (raw_pages(layout, 3, gap=64, device=DEVICE) for _ in range(2))
     layout.write(expected, slots.clamp(min=0), layout.coder.encode(rows[..., :D], rows[..., D:]))
     held = slots[slots > 0].repeat(2)
     due = layout.read(expected, held).rows(dtype)
@@ -83,7 +83,7 @@ def test_one_launch_writes_and_reads_what_pytorch_does(dtype, bits, monkeypatch)
     torch.testing.assert_close(
         read.v, due.v, rtol=torch.finfo(dtype).eps if is_rotated else 0, atol=1e-6 if is_rotated else 0
     )
-    nowhere = store.rows(expected, torch.tensor([-1, 3 * PAGE]))
+    nowhere = store.rows(expected, torch.tensor([-1, 3 * PAGE], device=DEVICE))
     assert nowhere.k.isnan().all()
     assert nowhere.v.isnan().all()
 
@@ -145,14 +145,14 @@ def test_decode_reads_raw_pages_as_it_reads_a_paged_cache(dense, bits, dtype):
 def test_the_fused_kernel_reads_raw_pages_in_place():
     decode_triton = pytest.importorskip("flashsfa.ops.decode.triton.decode")
     layout = paged(TOPK, DENSE, torch.float32)
-    pages = raw_pages(layout, 4, gap=32)
-    k, v = torch.randn(40, HKV, D, dtype=torch.float32), torch.randn(40, HKV, DV, dtype=torch.float32)
-    table = torch.tensor([[3, 1, 2]], dtype=torch.int32)
-    slots = torch.tensor([int(table[0, i // PAGE]) * PAGE + i % PAGE for i in range(40)])
+    pages = raw_pages(layout, 4, gap=32, device=DEVICE)
+    k, v = (torch.randn(40, HKV, width, device=DEVICE) for width in (D, DV))
+    table = torch.tensor([[3, 1, 2]], dtype=torch.int32, device=DEVICE)
+    slots = torch.tensor([int(table[0, i // PAGE]) * PAGE + i % PAGE for i in range(40)], device=DEVICE)
     codes = topk_codes(k, TOPK, dense_dims=DENSE)
     layout.write(pages, slots, KVView(codes, v).map(lambda x: x.transpose(0, 1)[None]))
-    q = torch.randn(1, 2 * HKV, 1, D, dtype=torch.float32)
-    rules = DecodeRules(kv_lens=torch.tensor([40], dtype=torch.int32), page_table=table)
+    q = torch.randn(1, 2 * HKV, 1, D, device=DEVICE)
+    rules = DecodeRules(kv_lens=torch.tensor([40], dtype=torch.int32, device=DEVICE), page_table=table)
     out, _ = decode(decode_triton, q, *layout.views(pages), rules, D**-0.5, 0.0, topk_query=D)
     pool, pool_v = layout.views(pages)
     apart = FeatureCodes(*(x.contiguous() for x in (pool.dense, pool.values, pool.indices)), D)
