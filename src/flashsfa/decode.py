@@ -208,9 +208,10 @@ def _again(
         return None
     if padding is not None:
         require_padding(padding, q.shape[0], kv.n, q.device)
+    factor = None if scores.exact_factor is None else scores.exact_factor.data_ptr()  # kept with what reads it
     form = (
         q.device, q.dtype, q.shape, q.stride(), budget, mask.window, scores.scale, scores.softcap, value_tolerance,
-        kv.first is None, kv.recent is None, q.data_ptr() % 16 if kv.exact else 0,
+        kv.first is None, kv.recent is None, q.data_ptr() % 16 if kv.exact else 0, factor,
     )  # fmt: skip
     if form not in kept:
         _check(q, kv, mask, value_tolerance, is_of_cache=True)
@@ -224,6 +225,7 @@ def _again(
 
 def _prefill(q: Tensor, kv: KVView, budget: FeatureBudget, mask: Mask, scores: ScoreRules) -> Tensor:
     """Many queries, over the rows of all tokens. Sparse queries see coded tokens alone, and dense ones the exact tokens."""
+    kv = kv if scores.exact_factor is None else _with_factor(kv, scores)
     rows, exact = kv.rows(q.dtype), budget.with_queries_kept()
 
     def attend(budget: FeatureBudget, mask: Mask, scores: ScoreRules) -> tuple[Tensor, Tensor]:
@@ -237,6 +239,15 @@ def _prefill(q: Tensor, kv: KVView, budget: FeatureBudget, mask: Mask, scores: S
     out, lse = attend(budget, mask.hiding(is_exact), without_sinks)
     pieces.merge(out, lse, *attend(exact, mask.hiding(~is_exact), without_sinks))
     return scores.with_sinks(out, lse)[0]
+
+
+def _with_factor(kv: KVView, scores: ScoreRules) -> KVView:
+    """The view with exact keys that have the factor in place of the queries."""
+
+    def change(part: ExactKV | None) -> ExactKV | None:
+        return None if part is None else replace(part, k=scores.exact_keys(part.k))
+
+    return replace(kv, first=change(kv.first), recent=change(kv.recent))
 
 
 def _decode(

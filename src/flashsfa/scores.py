@@ -20,11 +20,14 @@ class ScoreRules:
         softcap: c > 0 turns s into c · tanh(s / c), before any mask (Gemma 2); None leaves it.
         sinks: [Hq] logit of each query head that joins the softmax's sum and has no value (gpt-oss): its weight is lost to the
             output. A query that sees no key gets output 0 and its head's sink as log-sum-exp. None for none.
+        exact_factor: [Hkv, D] float32 factor of a query where it meets tokens that a cache holds as they came: it takes back what queries
+            have on account of codes, the gain of a basis. None for 1. Of use where exact tokens are told from coded ones alone.
     """
 
     scale: float
     softcap: float | None = None
     sinks: Tensor | None = None
+    exact_factor: Tensor | None = None
 
     @classmethod
     def of(
@@ -49,6 +52,17 @@ class ScoreRules:
     def cap(self, scores: Tensor) -> Tensor:
         """The scores after the cap."""
         return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
+
+    def exact_queries(self, q: Tensor) -> Tensor:
+        """q [B, Hq, N, D] as exact tokens meet it, in its dtype."""
+        if self.exact_factor is None:
+            return q
+        grouped = q.unflatten(1, (len(self.exact_factor), -1))  # [B, Hkv, G, N, D]
+        return (grouped * self.exact_factor[:, None, None]).to(q.dtype).flatten(1, 2)
+
+    def exact_keys(self, k: Tensor) -> Tensor:
+        """Exact keys k [B, Hkv, N, D] with the factor in place of the queries, for rows that are scored together with coded ones. A copy."""
+        return k if self.exact_factor is None else (k * self.exact_factor[:, None]).to(k.dtype)
 
     def slope(self, capped: Tensor) -> Tensor | float:
         """The derivative of `cap`, from what it returned."""

@@ -1,6 +1,7 @@
 """A cache that keeps its newest and first tokens as they came, against a list of tokens each of which is exact or coded."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from flashsfa.budget import FeatureBudget
 from flashsfa.codes import quantize_rows
 from flashsfa.decode import attend_cached
 from flashsfa.mask import Mask
+from flashsfa.ops.prefill import masked
 from flashsfa.reference import sparse_rows
 from flashsfa.scores import ScoreRules
 from flashsfa.stored import ExactKV
@@ -203,6 +205,33 @@ def test_a_chunk_beside_what_was_held_before_it(recent, m, window):
     budget = FeatureBudget.of(D, TOPK, dense_dims=DENSE)
     out = attend_cached(q, view, budget, Mask(True, window), ScoreRules.of(q))
     torch.testing.assert_close(out, model.attend(q, window=window)[0], **CLOSE)
+
+
+@pytest.mark.parametrize("topk_query", [TOPK, D])
+@pytest.mark.parametrize("how", ["decode", "placed", "masked", "prefill", "no codes"])
+def test_a_factor_of_queries_is_one_of_exact_keys_alone(how, topk_query):
+    cache, _ = both(5, 3)
+    kv = cache.append(*draw(30))
+    if how == "no codes":
+        kv = kv.coded(0, 0).followed_by(ExactKV(*draw(22)))
+    if how == "placed":
+        positions = torch.tensor([[0, 4, 24, -1, 3]])
+        kv = replace(kv, first=None, recent=ExactKV(*(x[:, :, :5] for x in draw(9)), positions))
+    q = torch.randn(B, HKV * GROUP, 20 if how in ("prefill", "no codes") else 3, D, dtype=torch.float64)
+    factor = 0.3 + torch.rand(HKV, D)
+    budget, rules = FeatureBudget.of(D, TOPK, dense_dims=DENSE, topk_query=topk_query), ScoreRules.of(q, 0.4, 5.0)
+
+    def attend(kv, rules):
+        if how == "masked":
+            return masked.attend(q, kv, budget, torch.ones(1, 1, 3, kv.n, dtype=torch.bool), rules)
+        return attend_cached(q, kv, budget, Mask(True, 17), rules)
+
+    def change(part):
+        return part and replace(part, k=part.k * factor[:, None])
+
+    expected = attend(replace(kv, first=change(kv.first), recent=change(kv.recent)), rules)
+    torch.testing.assert_close(attend(kv, replace(rules, exact_factor=factor)), expected, **CLOSE)
+    assert (attend(kv, rules) - expected).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("cropped", [0, 3, 30, 34, 35])

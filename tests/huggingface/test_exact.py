@@ -232,16 +232,35 @@ def test_exact_tokens_have_no_part_in_the_gain_of_a_basis(kind):
     torch.testing.assert_close(run(model, ids), one_by_one(model, ids), **CLOSE)
 
 
-@pytest.mark.parametrize("kind", ["no basis", "axes", "features"])
-def test_exact_keys_without_a_gain_leave_a_view_as_it_is(kind):
-    """What decode prepared for a view is of no use to another one."""
-    eye = torch.eye(8).expand(2, 8, 8)
-    bits = torch.full((2, 8), 4, dtype=torch.uint8)
-    axes = flashsfa.AxisBits(bits, torch.ones(2, 8), torch.zeros(2, 8)) if kind == "axes" else None
-    basis = None if kind == "no basis" else flashsfa.FeatureBasis(2 * eye, eye, axes)
-    coding = attention.LayerCoding(flashsfa.budget.FeatureBudget.of(8, 2), basis=basis)
-    k, v = torch.randn(2, 1, 2, 5, 8)
-    kv = flashsfa.SparseKVCache(2, recent=3).append(k, v)
-    assert (coding.exact(kv) is kv) == (kind != "features")
-    gain = 2 if kind == "features" else 1
-    torch.testing.assert_close(coding.exact(kv).recent.k * gain, k[:, :, 2:])
+@pytest.mark.parametrize("kind", ["axes", "features"])
+def test_exact_keys_are_read_where_they_lie(kind, monkeypatch):
+    """Without a copy, and by the views for which decode is prepared; and coded as they came when they are no longer among the newest."""
+    dense, ids = flashsfa.disable(make()), tokens(20)
+    options = {"key_bytes": 5} if kind == "axes" else {"topk": 3, "dense_dims": 2}
+    basis = flashsfa.calibrate(dense, tokens(40), **options)
+    options.pop("key_bytes", None)
+    model = flashsfa.enable(dense, **options, basis=basis, recent=3, first=2)
+    seen, attend = [], attention.attend_cached
+    monkeypatch.setattr(attention, "attend_cached", lambda *given: seen.append(given) or attend(*given))
+    cache, kept = SparseCache(model), [x.self_attn.sfa for x in model.model.layers]
+    run(model, ids[:, :-1], cache)
+    newest = [layer.store.kv.recent.k[:, :, 0].clone() for layer in cache.layers]
+    views, append = [], flashsfa.SparseKVCache.append
+    monkeypatch.setattr(flashsfa.SparseKVCache, "append", lambda *given: views.append(append(*given)) or views[-1])
+    seen.clear()
+    run(model, ids[:, -1:], cache)
+    for (_, kv, _, _, scores, *_), view, layer, coding, key in zip(
+        seen, views, cache.layers, kept, newest, strict=True
+    ):
+        assert kv is view
+        assert kv.recent.k.data_ptr() == layer.store.kv.recent.k.data_ptr()
+        code = coding.coder.encode(key[:, :, None], key[:, :, None]).rows(torch.float64).k[:, :, 0]
+        torch.testing.assert_close(kv.coded(14, 15).rows(torch.float64).k[:, :, 0], code, rtol=0, atol=0)
+        if kind == "axes":
+            assert scores.exact_factor is None
+        else:
+            gain = (coding.key.double() * coding.query.double()).sum(-2)
+            torch.testing.assert_close(
+                scores.exact_factor.double() * gain, torch.ones(2, 16).double(), rtol=1e-5, atol=1e-5
+            )
+            assert (gain[:, 2:] > 1.001).all()

@@ -44,6 +44,35 @@ def axes():
     return flashsfa.calibrate(flashsfa.disable(make()), tokens(40), key_bytes=6)
 
 
+@pytest.fixture(scope="module")
+def gained():
+    """A basis with a gain of the model of `make`."""
+    return flashsfa.calibrate(flashsfa.disable(make()), tokens(40), 3, dense_dims=2)
+
+
+@pytest.mark.parametrize("queries", [{"topk_query": "dense"}, {}], ids=str)
+@pytest.mark.parametrize("prefill", ["coded", "dense"])
+@pytest.mark.parametrize("sliding", [False, True], ids=["full", "sliding"])
+def test_a_gain(sliding, prefill, queries, gained):
+    model, ids, steps = make(sliding, basis=gained, prefill=prefill, **queries), tokens(45), (20, 1, 2, 20, 1, 1)
+    expected = in_steps(model, ids, SparseCache(model), steps)
+    found = in_steps(model, ids, StaticSparseCache(model, CAPACITY), steps)
+    torch.testing.assert_close(found, expected, **CLOSE)
+
+
+@pytest.mark.parametrize(("queries", "prefill"), [("dense", "dense"), (None, "coded")])
+def test_a_gain_compiles(queries, prefill, gained):
+    """A chunk of a prompt, and steps."""
+    model, ids, steps = make(basis=gained, prefill=prefill, topk_query=queries), tokens(44), (20, 1, 1)
+    cache, grown = StaticSparseCache(model, CAPACITY), SparseCache(model)
+    for x in (cache, grown):
+        run(model, ids[:, :22], x)
+    expected = in_steps(model, ids[:, 22:], grown, steps)
+    torch._dynamo.reset()
+    step = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(in_steps(step, ids[:, 22:], cache, steps), expected, **CLOSE)
+
+
 def with_format(sliding, kind, axes, **options):
     if kind != "axes":
         return make(sliding, cache_dtype=kind, **options)

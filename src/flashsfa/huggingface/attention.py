@@ -47,7 +47,7 @@ class LayerCoding(nn.Module):
 
     query: Tensor
     key: Tensor
-    gain: Tensor
+    exact_factor: Tensor | None
 
     def __init__(
         self,
@@ -67,11 +67,12 @@ class LayerCoding(nn.Module):
         if basis is not None:
             for name in ("query", "key"):
                 self.register_buffer(name, getattr(basis, name), persistent=False)
-        self._has_gain = basis is not None and axes is None
-        if basis is not None and self._has_gain:
+        factor = None
+        if basis is not None and axes is None:
             gain = (basis.key.double() * basis.query.double()).sum(-2)  # [Hkv, D]
             gain[:, : budget.dense_dims] = 1
-            self.register_buffer("gain", gain.to(basis.query.dtype), persistent=False)
+            factor = (1 / gain).float()
+        self.register_buffer("exact_factor", factor, persistent=False)
 
     @classmethod
     def lossless(cls, head_dim: int) -> LayerCoding:
@@ -97,23 +98,10 @@ class LayerCoding(nn.Module):
             return channel_first(k, self.channel)
         return k if self._basis_digest is None else self._basis(k.device).transform_key(k)
 
-    def exact_keys(self, k: Tensor) -> Tensor:
-        """Keys k [B, Hkv, N, D] in the layer's coordinates, such that the layer's queries score them as the dense model does: the gain
-        of a basis makes up for what codes drop."""
-        if not self._has_gain:
-            return k
-        self._basis(k.device)
-        return (k / self.gain[:, None]).to(k.dtype)
-
-    def exact(self, kv: KVView) -> KVView:
-        """A cache's view with `exact_keys`: itself where they are the keys, as what was prepared for it is then of use."""
-        if not self._has_gain or not kv.exact:
-            return kv
-
-        def change(part: ExactKV | None) -> ExactKV | None:
-            return None if part is None else replace(part, k=self.exact_keys(part.k))
-
-        return replace(kv, first=change(kv.first), recent=change(kv.recent))
+    def rules(self, scores: ScoreRules) -> ScoreRules:
+        """The rules for the layer's `queries`: exact tokens are scored as the dense model does, as the gain of a basis makes up for what
+        codes drop. It lies where the queries are."""
+        return scores if self.exact_factor is None else replace(scores, exact_factor=self.exact_factor)
 
     def _basis(self, device: torch.device) -> FeatureBasis:
         """The basis on the device of what it is for: that of an offloaded layer is known when it runs."""
@@ -321,6 +309,7 @@ def _attend(
         else:
             query, key, budget = coding.queries(query), coding.keys(key), coding.budget
         scores = ScoreRules.of(query, scaling, softcap, s_aux)
+        scores = scores if coding is None else coding.rules(scores)
         shows_exact = coding is not None and coding.settings.shows_exact
         if coding is not None and coding.settings.rounds and not shows_exact:
             rounded = coding.coder.rounded(key, value)
@@ -336,7 +325,7 @@ def _attend(
             out = masked.attend(query, KVView(_codes(key, budget), value), budget, visible, scores)
         elif shows_exact:
             assert coding is not None
-            exact, coded = ExactKV(coding.exact_keys(key), value), coding.coder.rounded(key, value)
+            exact, coded = ExactKV(key, value), coding.coder.rounded(key, value)
             mask, recent, first = Mask(True, window, padding), coding.settings.recent, coding.settings.first
             out = exact_band.attend(query, exact, coded, budget, mask, scores, recent=recent, first=first)
         else:
@@ -351,11 +340,11 @@ def _attend(
         query = query if coding is None else coding.queries(query)
         budget = FeatureBudget.lossless(query.shape[-1]) if coding is None else coding.budget
         scores = ScoreRules.of(query, scaling, softcap, s_aux)
+        scores = scores if coding is None else coding.rules(scores)
         tolerance = 0.0 if coding is None else coding.value_tolerance
         outs = []
         for rows, keys, kv in key.per_view():
             kv = kv if value is key.values else replace(kv, v=value)  # a model may have worked on the values
-            kv = kv if coding is None else coding.exact(kv)
             if visible is not None:
                 outs.append(masked.attend(query[:, :, rows], kv, budget, visible[..., rows, keys], scores))
                 continue

@@ -114,7 +114,10 @@ def test_exact_tokens(name, recent, first):
         for hidden in (None, padding):
             assert_equal(q, cache.kv, Mask(True, window, hidden), ScoreRules(0.2, None))
     if "features" in name:
-        assert_equal(torch.randn(2, 4, 1, D), cache.kv, Mask(True), ScoreRules(0.2, None), topk_query=5)
+        for factor in (None, torch.rand(HEADS, D)):
+            rules = ScoreRules(0.2, None, exact_factor=factor)
+            assert_equal(torch.randn(2, 4, 1, D), cache.kv, Mask(True), rules, topk_query=5)
+            assert_equal(torch.randn(2, 4, 3, D), cache.kv, Mask(True), rules)
 
 
 @pytest.mark.parametrize("name", SUPPORTED)

@@ -72,11 +72,21 @@ def placed(positions, n, lengths=None, *, d=64, dv=64, dtype=torch.bfloat16):
     return replace(kv, kv_lens=None if lengths is None else ends, recent=ExactKV(slots.k, slots.v, positions))
 
 
-def run(q, kv, *, is_fused=True, **rules):
-    """out and lse, the coded tokens in plain PyTorch."""
-    plan = DecodePlan("torch", "asked for", fuses_exact=is_fused)
+def times(kv, factor):
+    """The view in float64, its exact keys times the factor."""
+
+    def change(part):
+        return part and replace(part.map(torch.Tensor.double), k=part.k.double() * factor.double()[:, None])
+
+    return replace(kv, first=change(kv.first), recent=change(kv.recent))
+
+
+def run(q, kv, *, is_fused=True, factor=None, **rules):
+    """out and lse, the coded tokens in plain PyTorch. `factor` is the rules' `exact_factor`."""
+    plan, of = DecodePlan("torch", "asked for", fuses_exact=is_fused), ScoreRules.of
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "plan_decode", lambda q, kv: plan)
+        patch.setattr(ScoreRules, "of", lambda *given: replace(of(*given), exact_factor=factor))
         return sparse_feature_decode(q, kv, topk_query="dense", return_lse=True, **rules)
 
 
@@ -86,7 +96,7 @@ def assert_decodes(launches, q, kv, **rules):
     assert len(launches) == 1
     mask = Mask(True, rules.get("window"), rules.get("key_padding_mask"), kv_lens=kv.kv_lens)
     scores = ScoreRules.of(q, rules.get("scale"), rules.get("softcap"), rules.get("sinks"))
-    rows = kv.rows(torch.float64)
+    rows = kv.rows(torch.float64) if rules.get("factor") is None else times(kv, rules["factor"]).rows(torch.float64)
     truth = reference.attend(q.double(), rows.k.double(), rows.v.double(), mask, scores)
     plain = run(q, kv, is_fused=False, **rules)
     assert found[0].dtype == q.dtype
@@ -184,6 +194,42 @@ def test_exact_tokens_in_place_of_codes(launches, places, m, window, is_padded):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "may_look", lambda x: False)  # as on a GPU
         assert_decodes(launches, queries(kv, m=m), kv, window=window, key_padding_mask=padding)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("d", "dv", "group", "m"), [(64, 64, 1, 1), (128, 128, 4, 1), (8, 8, 8, 2), (80, 72, 5, 3), (256, 200, 1, 7)]
+)
+def test_queries_times_a_factor(launches, d, dv, group, m, dtype):
+    """The bits of queries that PyTorch multiplied in their dtype, through several rounds of a warp; and within the rule for errors."""
+    factor = normal(HKV, d).float().abs()
+    for recent in (30, 150):
+        kv = growing(3, 20, recent, d=d, dv=dv, dtype=dtype)
+        q = queries(kv, group, m)
+        launches.clear()
+        assert_decodes(launches, q, kv, factor=factor, softcap=3.0 if m == 2 else None)
+        alone = growing(3, 0, recent, d=d, dv=dv, dtype=dtype)
+        multiplied = ScoreRules(1.0, exact_factor=factor).exact_queries(q)
+        for one, other in zip(run(q, alone, factor=factor), run(multiplied, alone), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_factors_of_any_strides():
+    kv, factor = growing(3, 12, 17), normal(65, HKV).float().T
+    q = queries(kv)
+    expected = run(q, kv, factor=factor.contiguous()[:, 1:].contiguous())
+    for given in (factor[:, 1:], factor[:, 1:].contiguous()):
+        for one, other in zip(run(q, kv, factor=given), expected, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_a_factor_at_an_odd_address_is_left_to_plain_pytorch(launches):
+    kv, memory = growing(3, 12, 17), normal(1 + HKV * 64).float()
+    q, odd = queries(kv), memory[1:].view(HKV, 64)
+    expected = run(q, kv, is_fused=False, factor=odd)
+    for one, other in zip(run(q, kv, factor=odd), expected, strict=True):
+        assert torch.equal(one, other)
+    assert not launches
 
 
 def test_queries_of_any_strides(launches):

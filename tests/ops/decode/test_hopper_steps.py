@@ -12,12 +12,15 @@ pytest.importorskip("triton")
 import emulated
 from append_cases import DEVICE, use_kernel
 from decode_cases import assert_graph_follows
-from flashsfa import SparseKVCache, explain, sparse_feature_decode
+from flashsfa import FeatureBasis, SparseKVCache, explain, reference, sparse_feature_decode
 from flashsfa import decode as module
+from flashsfa.budget import FeatureBudget
+from flashsfa.mask import Mask
 from flashsfa.ops.decode import gpu
 from flashsfa.ops.decode.hopper import decode as hopper
 from flashsfa.ops.decode.hopper.exact import exact as hopper_exact
 from flashsfa.ops.plan import DecodePlan
+from flashsfa.scores import ScoreRules
 from flashsfa.stored import ExactKV, KVView
 from held_cases import AXES, CODES, coded
 
@@ -97,6 +100,55 @@ def test_queries_at_odd_addresses(again):
     sparse_feature_decode(even, view)
     assert torch.equal(sparse_feature_decode(odd, view), sparse_feature_decode(odd_copy, view))
     assert [out is None for out in again] == [False, False]  # those at odd addresses have no kernels
+
+
+def test_steps_of_a_layer_with_a_gain(monkeypatch, again):
+    """A converted model's exact keys are read where they lie, by what was prepared; another factor is another preparation."""
+    pytest.importorskip("transformers")
+    from flashsfa.huggingface import attention
+    from flashsfa.huggingface.cache import SparseCacheLayer
+
+    turn = torch.linalg.qr(torch.randn(HEADS, DIM, DIM)).Q
+    gain = torch.cat((torch.ones(16), torch.full((DIM - 16,), 1.5)))
+    budget = FeatureBudget.of(DIM, 8, dense_dims=16, topk_query="dense")
+    settings = attention.SFASettings(8, dense_dims=16, recent=5, first=2)
+    layer = torch.nn.Module()
+    layer.sfa = attention.LayerCoding(budget, basis=FeatureBasis(turn * gain, turn), settings=settings).to(DEVICE)
+    cache, views, attend = SparseCacheLayer(layer.sfa), [], attention.attend_cached
+    monkeypatch.setattr(attention, "attend_cached", lambda q, kv, *rest: views.append(kv) or attend(q, kv, *rest))
+    made, prepared = [], gpu.prepared
+    monkeypatch.setattr(gpu, "prepared", lambda *given: made.append(given) or prepared(*given))
+    k, v = normal(2, BATCH, HEADS, 60, DIM)
+
+    def step(start, end):
+        keys, values = cache.update(k[:, :, start:end], v[:, :, start:end])
+        q = normal(BATCH, 2 * HEADS, end - start, DIM)
+        return q, attention.attention_forward(layer.eval(), q, keys, values, None)[0].transpose(1, 2)
+
+    step(0, 48)
+    again.clear()
+    for end in range(49, 55):
+        q, found = step(end - 1, end)
+        view = views[-1]
+        assert view.recent.k.data_ptr() == cache.store.kv.recent.k.data_ptr()
+        assert view.first.k.data_ptr() == cache.store.kv.first.k.data_ptr()
+        rules = (budget, Mask(True), ScoreRules(DIM**-0.5, exact_factor=layer.sfa.exact_factor))
+        torch.testing.assert_close(layer.sfa.exact_factor[0].cpu(), 1 / gain)
+        coordinates = layer.sfa.queries(q)
+        assert torch.equal(found, attend(coordinates, replace(view), *rules))
+        rows = view.rows(torch.float32).map(torch.Tensor.float)
+        is_exact = view.is_exact()[0].nonzero()[:, 0]
+        rows.k[:, :, is_exact] *= layer.sfa.exact_factor[:, None]
+        expected, _ = reference.attend(coordinates.float(), rows.k, rows.v, Mask(True), rules[-1])
+        torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2)
+    assert len(again) == 6
+    assert not any(out is None for out in again)
+    assert len(made) == 1
+    layer.sfa.exact_factor = layer.sfa.exact_factor * 0.1
+    q, found = step(54, 55)
+    assert len(made) == 2
+    rules = (budget, Mask(True), ScoreRules(DIM**-0.5, exact_factor=layer.sfa.exact_factor))
+    assert torch.equal(found, attend(layer.sfa.queries(q), replace(views[-1]), *rules))
 
 
 @pytest.mark.gpu

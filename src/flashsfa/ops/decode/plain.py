@@ -50,11 +50,11 @@ def decode(
 
 
 def decode_exact(q: Tensor, kv: KVView, mask: Mask, scores: ScoreRules) -> tuple[Tensor, Tensor]:
-    """Attention of the last M tokens over the exact tokens of a view, with q as it is. Arguments and results as `decode`'s; `mask`
-    is that of all tokens of the view."""
+    """Attention of the last M tokens over the exact tokens of a view, with all of q. Arguments and results as `decode`'s; `mask` is that
+    of all tokens of the view."""
     exact = kv.all_exact()
     assert exact.positions is not None
-    grouped = _grouped(q, exact.v)
+    grouped = _grouped(scores.exact_queries(q), exact.v)
     s = scores.cap(scores.scale * (grouped @ exact.k.to(grouped.dtype).mT))  # [B, Hkv, G·M, E]
     visible = None
     if kv.is_placed or not mask.shows_all(q.shape[2]):

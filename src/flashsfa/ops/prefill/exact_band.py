@@ -34,8 +34,8 @@ def attend(
     recent: int,
     first: int,
 ) -> Tensor:
-    """out [B, Hq, N_q, Dv] of q [B, Hq, N_q, D], not coded yet, over keys [B, Hkv, N_k, D] and values [B, Hkv, N_k, Dv]: as they are
-    scored where they are `exact`, and as a cache reads them where they are `coded`. `mask` is causal; nothing is packed."""
+    """out [B, Hq, N_q, Dv] of q [B, Hq, N_q, D], not coded yet, over keys [B, Hkv, N_k, D] and values [B, Hkv, N_k, Dv]: as they came
+    where they are `exact`, and as a cache reads them where they are `coded`. `mask` is causal; nothing is packed."""
     record.record(
         "attention", "torch", "tokens that caches keep as they came: scores are built in blocks", fallback=True
     )
@@ -57,7 +57,7 @@ def attend(
             high = max(low, start + n_k - n_q - recent + 1)
             head, middle, band = slice(0, low), slice(low, high), slice(high, end)
             is_exact = torch.arange(high, end, device=q.device) > position - recent  # [R, keys of the band]
-            own, thin = q[:, :, rows].to(dtype), thin_q[:, :, rows].to(dtype)
+            own, thin = scores.exact_queries(q[:, :, rows].to(dtype)), thin_q[:, :, rows].to(dtype)
             s = torch.cat(
                 (
                     own @ keys[:, :, head].mT,

@@ -39,7 +39,7 @@ def attend(q: Tensor, kv: KVView, budget: FeatureBudget, visible: Tensor, scores
             block = slice(start, start + _ROWS)
             s = thin_q[:, :, block].to(dtype) @ keys.mT
             if is_exact is not None:
-                s = (q[:, :, block].to(dtype) @ keys.mT).where(is_exact, s)
+                s = (scores.exact_queries(q[:, :, block].to(dtype)) @ keys.mT).where(is_exact, s)
             s = scores.cap(scores.scale * s).masked_fill(~visible[..., block, :], -math.inf)
             lse = s.logsumexp(-1).clamp(min=torch.finfo(dtype).min)  # a row that sees no key gets weights exp(-inf) = 0
             out.append(scores.with_sinks((s - lse[..., None]).exp() @ values, lse)[0].to(q.dtype))

@@ -71,7 +71,8 @@ def decode(
                 coded = rotate(torch.from_numpy(coded)).numpy()
             scale_like, *levels = _levels(kv.codes, held)
             keys.score_levels((scale_like.dtype,), coded, scale_like, *levels, *seen, cap, weights)
-        weigh((q.dtype,), whole, *exact, *seen, cap, float(value_tolerance), weights, lse, cuts, sums, masses)
+        exact_q = whole if scores.exact_factor is None else _times(whole, scores.exact_factor)
+        weigh((q.dtype,), exact_q, *exact, *seen, cap, float(value_tolerance), weights, lse, cuts, sums, masses)
         if isinstance(kv.v, NarrowRows) and kv.v.is_rotated:
             at, block = _book(held, kv.v.kept, kv.v.scale, kv.v.centre), kv.v.width & -kv.v.width
             sum_levels((), weights, cuts, *seen, at, block, sums, masses, out)
@@ -152,6 +153,12 @@ def _exact(kv: KVView, q: Tensor, held: list[Tensor]) -> tuple:
     oldest, newest = ((None, None) if part is None else (part.k, part.v) for part in (kv.first, kv.recent))
     counts = (0 if k is None else k.shape[2] for k, _ in (oldest, newest))
     return like(q.dtype), _book(held, *oldest, *newest), *counts
+
+
+def _times(q: np.ndarray, factor: Tensor) -> np.ndarray:
+    """q [B·Hkv, R, D] times the factor [Hkv, D]."""
+    grouped = q.reshape(-1, len(factor), *q.shape[1:])
+    return (grouped * factor.numpy()[:, None]).reshape(q.shape)
 
 
 def _scale_like(scale: Tensor | None) -> np.ndarray:

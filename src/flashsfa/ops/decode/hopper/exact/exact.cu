@@ -79,6 +79,33 @@ DEVICE void load_part(u32 (&x)[CHUNKS][4], const u16* row) {
   }
 }
 
+// The lane's part of what its query row is multiplied by.
+struct Factor {
+  u32 x[CHUNKS][2][4];
+
+  DEVICE void load_all(const float* row) {
+#pragma unroll
+    for (int i = 0; i < CHUNKS; ++i)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int d = 8 * (4 * i + lane_id() % 4) + 4 * j;
+        x[i][j][0] = x[i][j][1] = x[i][j][2] = x[i][j][3] = 0;
+        if (HEAD_DIM % 32 == 0 || d < HEAD_DIM) load(x[i][j], reinterpret_cast<const u8*>(row + d));
+      }
+  }
+
+  // Rounded as the query is: products take no more.
+  DEVICE void multiply_into(u32 (&query)[CHUNKS][4]) const {
+#pragma unroll
+    for (int i = 0; i < CHUNKS; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const u32 pair = query[i][j], *by = x[i][j / 2] + j % 2 * 2;
+        query[i][j] = pair_of(number(u16(pair)) * from_bits(by[0]), number(u16(pair >> 16)) * from_bits(by[1]));
+      }
+  }
+};
+
 // Eight tokens. Behind the last one it is read again, and not seen.
 struct Rows {
   u32 key[CHUNKS][4], value[WARP_KEYS][PAIRS];
@@ -192,10 +219,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) exact_kernel(const __grid_
     const int of_group = p.m == 1 ? row : row / p.m, token = row - of_group * p.m;
     u32 query[CHUNKS][4];
     load_part(query, p.q + batch * p.q_batch + (head * p.group + of_group) * p.q_head + token * p.q_token);
+    Factor factor;
+    if (p.factor) factor.load_all(p.factor + head * HEAD_DIM);
     Sums sums;
     for (int i = warp * WARP_KEYS; i < p.n_exact; i += WARPS * WARP_KEYS) {
       Rows rows;
       rows.load_all(keys, values, sequence, p, i);
+      if (p.factor && i == warp * WARP_KEYS) factor.multiply_into(query);  // not before all is asked for
       attend(sums, rows, query, shared.weights[warp], p, sequence, lane / 4 < ROWS && given < p.rows ? token : -1);
     }
     sums.total += from_lane_xor(sums.total, 1);

@@ -76,18 +76,21 @@ class Prepared:
         if lengths is not None:
             lengths = lengths.to(q.device).contiguous()
             params.lengths, params.lengths_are_64_bit = lengths.data_ptr(), lengths.dtype == torch.int64
+        factor = None if scores.exact_factor is None else scores.exact_factor.contiguous()
+        if factor is not None:
+            params.factor = factor.data_ptr()
         softcap = scores.softcap
         params.scale = scores.scale if softcap is None else scores.scale / softcap
         params.cap = softcap or 0.0
         grid = (-(-group * m // variant.rows), kv_heads, batch)
-        return cls(variant, params, grid, (positions, lengths))
+        return cls(variant, params, grid, (positions, lengths, factor, scores.exact_factor))
 
     def attend(self, q: Tensor, kv: KVView, padding: Tensor | None, out: Tensor, lse: Tensor) -> str | None:
         """Fold the exact tokens into out [B, Hq, M, Dv] and lse [B, Hq, M] float32 of the coded ones, both contiguous, in place; or say why
         it cannot be done. `padding` [B, N] bool."""
-        if q.data_ptr() % 16:
-            return "the CUDA kernel takes queries whose rows begin at multiples of 16 bytes"
         params, first, recent = self.params, kv.first, kv.recent
+        if q.data_ptr() % 16 or (params.factor or 0) % 16:
+            return "the CUDA kernel takes queries, and what they are multiplied by, whose rows begin at multiples of 16 bytes"
         if first is not None:
             params.first_k.data, params.first_v.data = first.k.data_ptr(), first.v.data_ptr()
         if recent is not None:

@@ -10,6 +10,7 @@ struct Entries {
 struct Params {
   Entries first_k, first_v, recent_k, recent_v;  // exact tokens: the first ones, then the others
   const u16* q;           // [batch, heads, m, HEAD_DIM], contiguous in the last dimension
+  const float* factor;    // [kv_heads, HEAD_DIM] of queries, from a multiple of 16 bytes on, or none
   const i64* positions;   // [batch, n_exact] of the exact tokens; none where coded tokens lie between the first and the recent ones
   const void* lengths;    // [batch] int32 or int64, or none
   const u8* padding;      // [batch, n], or none

@@ -21,6 +21,7 @@ class Params(ctypes.Structure):
         ("recent_k", Entries),
         ("recent_v", Entries),
         ("q", ctypes.c_void_p),
+        ("factor", ctypes.c_void_p),
         ("positions", ctypes.c_void_p),
         ("lengths", ctypes.c_void_p),
         ("padding", ctypes.c_void_p),
