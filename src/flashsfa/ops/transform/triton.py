@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton import first_use as first_use
-from ..triton.rows import cdiv, next_power_of_2
+from ..triton.rows import cdiv
 
 _PRECISION = "ieee" if triton.knobs.runtime.interpret else "bf16x3"  # of which the interpreter does not know
 _FEW = 64  # rows of a kv head, up to which time is latency
