@@ -58,6 +58,7 @@ class DecodeOptions(TypedDict, total=False):
     page_table: Tensor | None
     v_scale: Tensor | None
     value_tolerance: float
+    out: Tensor | None
 
 
 @overload
@@ -95,6 +96,7 @@ def sparse_feature_decode(
     v_scale: Tensor | None = None,
     value_tolerance: float = 0.0,
     return_lse: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Causal attention of the last M tokens over a cache of key codes. No gradients: refused where one is asked for.
 
@@ -124,6 +126,9 @@ def sparse_feature_decode(
         value_tolerance: leave out V rows that carry at most this share of each query's weight over the keys, 0 <= τ < 1. The
             output moves by at most 2·τ·max‖v‖. 0 is exact. The Triton kernels over few bits read every value.
         return_lse: also return the log-sum-exp of each query's scores.
+        out: [B, Hq, M, Dv] of the dtype and device of q, with any strides: filled with the output, and returned. On a GPU the kernels write
+            there where it is contiguous, begins at a multiple of 16 bytes and shares no memory with what they read; else the output is
+            copied there.
 
     Returns:
         out [B, Hq, M, Dv]; with return_lse also lse [B, Hq, M] float32 (float64 for float64 inputs).
@@ -154,18 +159,49 @@ def sparse_feature_decode(
             q.shape[-1], topk, topk_query=topk_query, dense_dims=dense_dims, query_pattern=query_pattern
         ), ScoreRules.of(q, scale, softcap, sinks)
 
+    def place() -> Tensor | None:
+        return None if out is None else _place(out, q, kv, mask, sinks)
+
     if kv.prepared is not None and not return_lse and has_values(q):
         refuse_transforms("sparse_feature_decode", _DIFFERENTIABLE, q)
         budget, scores = rules()
-        again = _again(q, kv, budget, mask, scores, value_tolerance)
+        again = _again(q, kv, budget, mask, scores, value_tolerance, place())
         if again is not None:
-            return again
+            return _put(again, out)
     _check(q, kv, mask, value_tolerance)
     require_no_gradient(q, *kv.tensors(), *_exact_tensors(kv))
     refuse_transforms("sparse_feature_decode", _DIFFERENTIABLE, q, *kv.tensors())
     budget, scores = rules()
-    out, lse = _decode(q, kv, budget, mask, scores, value_tolerance)
-    return (out, lse) if return_lse else out
+    found, lse = _decode(q, kv, budget, mask, scores, value_tolerance, place())
+    found = _put(found, out)
+    return (found, lse) if return_lse else found
+
+
+def _place(out: Tensor, q: Tensor, kv: KVView, mask: Mask, sinks: Tensor | None) -> Tensor | None:
+    """`out`, checked, if a kernel may write there while it reads the rest; None where the output is to be made apart and copied."""
+    require_tensor("out", out)
+    require_alike(q=q, out=out)
+    shape = (*q.shape[:3], kv.v.shape[-1])
+    require(out.shape == shape, lambda: f"out must be [B, Hq, M, Dv] = {shape}, got {tuple(out.shape)}")
+    require_no_gradient(out)
+    refuse_transforms("sparse_feature_decode", _DIFFERENTIABLE, out)
+    if not (has_values(q) and has_values(out) and out.is_contiguous() and out.data_ptr() % 16 == 0):
+        return None
+    others = kv.kv_lens, kv.page_table, mask.key_padding_mask, sinks
+    read = [q, *kv.tensors(), *_exact_tensors(kv), *(x for x in others if x is not None)]
+    written = out.untyped_storage().data_ptr()
+    return None if any(x.untyped_storage().data_ptr() == written for x in read) else out
+
+
+def _put(found: Tensor, out: Tensor | None) -> Tensor:
+    """The output `found`, in `out` if there is one, where a kernel may have written it."""
+    if out is None:
+        return found
+    if found is out:
+        torch.autograd.graph.increment_version(out)  # autograd sees no launch
+    else:
+        out.copy_(found)
+    return out
 
 
 def attend_cached(
@@ -194,10 +230,16 @@ def attend_cached(
 
 
 def _again(
-    q: Tensor, kv: KVView, budget: FeatureBudget, mask: Mask, scores: ScoreRules, value_tolerance: float
+    q: Tensor,
+    kv: KVView,
+    budget: FeatureBudget,
+    mask: Mask,
+    scores: ScoreRules,
+    value_tolerance: float,
+    out: Tensor | None = None,
 ) -> Tensor | None:
     """The output, by what was prepared when queries of this form met these buffers first: nothing is checked or planned twice. None
-    where that is not possible."""
+    where that is not possible. `out` as in `_decode`."""
     kept, padding, keys = kv.prepared, mask.key_padding_mask, kv.v.shape[2]
     if (
         kept is None or q.ndim != 4 or q.shape[2] > FEW_QUERIES or keys < gpu.FEWEST_KEYS
@@ -220,7 +262,7 @@ def _again(
         found = gpu.prepared(q, kv, mask, scores, value_tolerance, topk_query) if is_hopper else None
         kept[form] = found, told_with_exact(plan.reason, None) if kv.exact else plan.reason
     prepared, reason = kept[form]
-    return None if prepared is None else gpu.attend_again(q, prepared, reason, kv, padding)
+    return None if prepared is None else gpu.attend_again(q, prepared, reason, kv, padding, out)
 
 
 def _prefill(q: Tensor, kv: KVView, budget: FeatureBudget, mask: Mask, scores: ScoreRules) -> Tensor:
@@ -251,23 +293,30 @@ def _with_factor(kv: KVView, scores: ScoreRules) -> KVView:
 
 
 def _decode(
-    q: Tensor, kv: KVView, budget: FeatureBudget, mask: Mask, scores: ScoreRules, value_tolerance: float
+    q: Tensor,
+    kv: KVView,
+    budget: FeatureBudget,
+    mask: Mask,
+    scores: ScoreRules,
+    value_tolerance: float,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out [B, Hq, M, Dv] and lse [B, Hq, M] of checked inputs."""
+    """The output [B, Hq, M, Dv] and lse [B, Hq, M] of checked inputs. A kernel that can writes the output to `out`, which is then what is
+    returned, not a tensor of its own."""
     if 0 in (*q.shape, kv.n):
         return scores.with_sinks(*_nothing_seen(q, kv))
     plan = plan_decode(q, kv)
     takes_exact = plan.backend == "numba" and not kv.is_placed and budget.query_pattern is None
     if not kv.exact or takes_exact:
-        return scores.with_sinks(*_decode_coded(q, kv, budget, mask, scores, value_tolerance, plan))
+        return scores.with_sinks(*_decode_coded(q, kv, budget, mask, scores, value_tolerance, plan, out))
     plan = replace(plan, held=None)  # of these views, parts are read
     if kv.is_placed:
         coded, rest = replace(kv, recent=None), mask.hiding(kv.is_exact().expand(q.shape[0], -1))
-        out, lse = _decode_coded(q, coded, budget, rest, scores, value_tolerance, plan)
+        found, lse = _decode_coded(q, coded, budget, rest, scores, value_tolerance, plan, out)
     else:
-        out, lse = _decode_between(q, kv, budget, mask, scores, value_tolerance, plan)
-    _add_exact(out, lse, q, kv, mask, scores, plan)
-    return scores.with_sinks(out, lse)
+        found, lse = _decode_between(q, kv, budget, mask, scores, value_tolerance, plan)
+    _add_exact(found, lse, q, kv, mask, scores, plan)
+    return scores.with_sinks(found, lse)
 
 
 def _add_exact(
@@ -335,6 +384,7 @@ def _decode_coded(
     scores: ScoreRules,
     value_tolerance: float,
     plan: DecodePlan,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `_decode`, over coded tokens alone and without sinks."""
     if mask.kv_lens is not None and mask.kv_lens.device != q.device:
@@ -344,9 +394,11 @@ def _decode_coded(
     run: Any = plain.decode
     backend = plan.backend
     if backend == "hopper" or (backend == "triton" and kv.is_narrow):
-        run = partial(gpu.decode, backend=backend, held=plan.held)
+        run = partial(gpu.decode, backend=backend, held=plan.held, out=out)
     elif backend == "triton":
-        from .ops.decode.triton.decode import decode as run
+        from .ops.decode.triton import decode as triton
+
+        run = partial(triton.decode, out=out)
     elif backend == "numba":
         from .ops.decode.cpu import decode as run
     with without_autocast(q.device):

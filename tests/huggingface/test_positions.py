@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashsfa
 
@@ -254,3 +255,20 @@ def test_channel_first():
     x = torch.arange(8.0)
     assert channel_first(x, 4).tolist() == [0, 1, 4, 5, 2, 3, 6, 7]
     assert torch.equal(channel_first(x, 8), x)
+
+
+def test_channel_first_is_one_launch():
+    """Of heads that lie apart, too, as vLLM has them."""
+    calls = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            calls.append(function)
+            return function(*arguments, **(options or {}))
+
+    x = torch.randn(5, 3, 8).transpose(0, 1)[None]
+    with Calls():
+        out = channel_first(x, 4)
+    assert torch.equal(out, x[..., [0, 1, 4, 5, 2, 3, 6, 7]])
+    assert out.is_contiguous()
+    assert [f for f in calls if not f.is_view] == [torch.ops.aten.cat.default]

@@ -131,6 +131,31 @@ def test_a_few_new_tokens_are_decoded_beside_single_ones(vllm, serve, window):
     assert len(server.metadata.prefills) == 1
 
 
+def test_decode_is_handed_the_rows_of_the_output(vllm, serve, monkeypatch):
+    """Where requests have one new token each, those at the start, one after another: a kernel writes there."""
+    from flashsfa.vllm import backend
+
+    decode, handed, outputs = backend.sparse_feature_decode, [], []
+    server = Server(vllm, serve(**CODING))
+    forward = server.impl.forward
+    monkeypatch.setattr(
+        backend, "sparse_feature_decode", lambda *given, out, **options: handed.append(out) or decode(*given, out=out, **options)
+    )  # fmt: skip
+    monkeypatch.setattr(
+        server.impl, "forward", lambda *given, output: outputs.append(output) or forward(*given, output=output)
+    )
+    server.step({"a": 20, "b": 3})
+    handed.clear()
+    server.assert_attends(server.step({"a": 1, "b": 1}, padding=3, empty=2))
+    (out,), output = handed, outputs[-1]
+    assert out.is_contiguous()
+    assert out.data_ptr() == output.data_ptr()
+    assert out.shape == (4, 4, 1, DV)
+    handed.clear()
+    server.assert_attends(server.step({"a": 2, "b": 3, "c": 2}))
+    assert [None if out is None else tuple(out.shape) for out in handed] == [None, (1, 4, 3, DV)]
+
+
 @pytest.mark.parametrize("cache_dtype", [None, "int8"])
 def test_the_profiling_run_takes_the_memory_of_the_longest_context(vllm, serve, monkeypatch, cache_dtype):
     """The spread keys and values of a group of prompts are no longer than that, and the largest that attention makes."""

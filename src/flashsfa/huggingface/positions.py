@@ -81,8 +81,10 @@ def restore(model: Any) -> None:
 
 def channel_first(x: Tensor, dims: int) -> Tensor:
     """x [..., D] with the `dims` features of its first rotary pairs in front: pair i of RoPE is features i and i + D/2."""
-    pairs = x.unflatten(-1, (2, -1))
-    return torch.cat((pairs[..., : dims // 2].flatten(-2), pairs[..., dims // 2 :].flatten(-2)), dim=-1)
+    # first features of all pairs lie before the second ones
+    turned, still = dims // 2, (x.shape[-1] - dims) // 2  # pairs
+    front, rest, front_second, rest_second = x.split((turned, still, turned, still), dim=-1)
+    return torch.cat((front, front_second, rest, rest_second), dim=-1)  # alone: of a step, each launch counts
 
 
 def is_channel(rope: dict[str, Any], dims: int, head_dim: int) -> bool:

@@ -310,15 +310,17 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
 
     def _decode(self, q: Tensor, pages: KVView, decode: Decode, output: Tensor) -> None:
         kv, count = replace(pages, kv_lens=decode.seq_lens, page_table=decode.block_table), len(decode.seq_lens)
-        newest = q[0, :, decode.rows]
+        newest, place = q[0, :, decode.rows], None
         if isinstance(decode.rows, slice):
             newest = newest.unflatten(1, (count, -1))  # [Hq, B, M, D]
+            place = output[decode.rows].unflatten(0, (count, -1)).transpose(1, 2)  # of one token each it is contiguous
         out = sparse_feature_decode(
             newest.transpose(0, 1), kv, topk_query=self._budget.topk_query,
             query_pattern=self._budget.query_pattern, scale=self.scale, window=self._window,
-            value_tolerance=self.settings.value_tolerance,
-        ).transpose(1, 2)  # fmt: skip
-        output[decode.rows] = out.flatten(0, 1) if isinstance(decode.rows, slice) else out
+            value_tolerance=self.settings.value_tolerance, out=place,
+        )  # fmt: skip
+        if place is None:
+            output[decode.rows] = out.transpose(1, 2)
 
     def _prefill(
         self, layer: Any, q: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, prefill: Prefill, output: Tensor

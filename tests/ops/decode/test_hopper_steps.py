@@ -91,6 +91,20 @@ def test_steps_follow_a_growing_cache(monkeypatch, again, recent, first, dtype):
     assert len(again) == 2 * 19
 
 
+def test_a_step_into_rows_of_a_buffer(again):
+    cache = SparseKVCache(8, dense_dims=16, recent=5, first=2)
+    view, q = cache.append(*normal(2, BATCH, HEADS, 50, DIM)), normal(BATCH, 2 * HEADS, 1, DIM)
+    expected = sparse_feature_decode(q, replace(view))
+    buffer = normal(BATCH + 1, 2 * HEADS, DIM)
+    behind = buffer[BATCH].clone()
+    for rows in (buffer[:BATCH], normal(2 * HEADS, BATCH, DIM).transpose(0, 1)):  # the second are copied to
+        out = rows[:, :, None]
+        assert sparse_feature_decode(q, view, out=out) is out
+        assert (again[-1] is out) == rows.is_contiguous()
+        assert torch.equal(out, expected)
+    assert torch.equal(buffer[BATCH], behind)
+
+
 def test_queries_at_odd_addresses(again):
     cache = SparseKVCache(8, dense_dims=16, recent=5, first=2)
     view = cache.append(*normal(2, BATCH, HEADS, 50, DIM))

@@ -33,9 +33,10 @@ def decode(
     topk_query: int | None,
     backend: str,
     held: Held | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `plain.decode`, for float16, bfloat16 and float32, on `backend` "triton" or "hopper". No gradients. `held` is what the view holds,
-    where that is known.
+    where that is known; `out` [B, Hq, M, Dv], contiguous, a place for the output outside of traces.
 
     Raises `ValueError` if a cache tensor's last dimension is not contiguous: copying a cache a step would cost more
     than decoding it.
@@ -48,7 +49,7 @@ def decode(
                 f"the last dimension of {name.lower()} must be contiguous, got strides {tuple(x.stride())}"
             )
     if not torch.compiler.is_compiling():
-        return _run(Call(q, held, kv.page_table, mask, scores, value_tolerance, topk_query), backend)
+        return _run(Call(q, held, kv.page_table, mask, scores, value_tolerance, topk_query), backend, out)
     return _decode_op(
         q, [held.tensors.get(name) for name in NAMES], held.sizes, kv.page_table, mask.kv_lens, mask.key_padding_mask, mask.window,
         [scores.scale, scores.softcap or 0.0, value_tolerance], topk_query, backend,
@@ -81,11 +82,13 @@ def prepared(
     return None if isinstance(found, str) else Kernels(found, exact)
 
 
-def attend_again(q: Tensor, prepared: Kernels, reason: str, kv: KVView, padding: Tensor | None) -> Tensor | None:
-    """The output [B, Hq, M, Dv] of what was `prepared`, over a view of the same buffers, of which `padding` [B, N] are not seen; None
-    where a kernel cannot run."""
+def attend_again(
+    q: Tensor, prepared: Kernels, reason: str, kv: KVView, padding: Tensor | None, out: Tensor | None = None
+) -> Tensor | None:
+    """The output [B, Hq, M, Dv] of what was `prepared`, over a view of the same buffers, of which `padding` [B, N] are not seen, in `out`
+    if there is one, contiguous; None where a kernel cannot run."""
     (coded, exact), keys = prepared, kv.v.shape[2]
-    out = q.new_empty((*q.shape[:3], coded.width))
+    out = q.new_empty((*q.shape[:3], coded.width)) if out is None else out
     with torch.cuda.device_of(q):
         if exact is None:
             obstacle = coded.attend(q, out, None, keys, padding)
@@ -99,9 +102,9 @@ def attend_again(q: Tensor, prepared: Kernels, reason: str, kv: KVView, padding:
     return out
 
 
-def _run(call: Call, backend: str) -> tuple[Tensor, Tensor]:
+def _run(call: Call, backend: str, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     q = call.q
-    out = q.new_empty((*q.shape[:3], call.held.width))
+    out = q.new_empty((*q.shape[:3], call.held.width)) if out is None else out
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if not out.numel():
         return out, lse

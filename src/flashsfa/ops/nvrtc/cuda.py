@@ -61,6 +61,16 @@ def load_kernel(cubin: bytes, name: str, shared_bytes: int, device: int) -> ctyp
     return kernel
 
 
+def load_variable(cubin: bytes, name: str) -> int:
+    """Address of a variable of `cubin` on torch's current device, as it is loaded: 0 where it says nothing else. Lives as long as the process."""
+    library, address = ctypes.c_void_p(), ctypes.c_void_p()
+    _bind_context()
+    _driver("cuLibraryLoadData", ctypes.byref(library), cubin, None, None, 0, None, None, 0)
+    _driver("cuLibraryGetGlobal", ctypes.byref(address), None, library, name.encode())
+    assert address.value is not None
+    return address.value
+
+
 def launch(
     kernel: ctypes.c_void_p,
     grid: tuple[int, int, int],
@@ -80,6 +90,16 @@ def launch(
 def current_stream() -> int:
     """torch's current stream of its current device, which is asked for at each launch: a tenth of the time of its public form."""
     return torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
+
+
+def current_graph() -> int | None:
+    """A number of the graph that torch's current stream is captured into, of which no two have the same; None where it is not."""
+    if not torch.cuda.is_current_stream_capturing():
+        return None
+    status, number = ctypes.c_int(), ctypes.c_uint64()
+    stream = ctypes.c_void_p(current_stream())
+    _driver("cuStreamGetCaptureInfo_v2", stream, ctypes.byref(status), ctypes.byref(number), None, None, None)
+    return number.value
 
 
 def tensor_map(x: Tensor, rows: int) -> ctypes.Array:

@@ -33,7 +33,10 @@ def transform(x: Tensor, matrix: Tensor) -> Tensor:
     group = query_heads // heads
     out = torch.empty_like(x)
     rows = batch * group * n
-    block, columns = 16 if rows <= _FEW else 64, 32 if head_dim > 16 else 16  # more do not fit the registers of every GPU
+    block, columns = (
+        16 if rows <= _FEW else 64,
+        32 if head_dim > 16 else 16,
+    )  # more do not fit the registers of every GPU
     transform_kernel[(cdiv(rows, block) * cdiv(head_dim, columns), heads)](
         x, matrix, out, *x.stride(), *matrix.stride(), *out.stride(), rows, n, group,
         D=head_dim, R=block, C=columns, STEP=columns, PRECISION=_PRECISION, num_warps=4,

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from ... import nvrtc
-from ...nvrtc import cuda
 from ...triton.rows import next_power_of_2
 from ..held import Call, Held
 from ..triton.scores import LOG2_E, processors
-from . import compiler
+from . import compiler, counters
 from .compiler import Variant
 from .params import Params, Rows
 
@@ -160,7 +159,7 @@ class Prepared:
         params.partial = scratch.data_ptr()
         params.peak = params.partial + 4 * sums * variant.value_dim
         params.total = params.peak + 4 * sums
-        params.ended = _counters(self.tiles, device).data_ptr()
+        params.ended = counters.address(self.tiles, device)
         return launch(variant, (self.tiles, blocks, 1), params)
 
 
@@ -283,23 +282,6 @@ def _blocks(value_bits: int, rows: int, is_kept_alone: bool, is_tolerant: bool) 
     if value_bits == 8:
         return 3
     return 5 if rows == 1 and is_kept_alone else 4
-
-
-_ended: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def _counters(tiles: int, device: torch.device) -> Tensor:
-    """`tiles` numbers that are 0 when a kernel begins, which leaves them so: those of a stream, where kernels follow one another. A
-    graph that is captured may run on another stream, and has its own."""
-    stream = 0
-    if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            return torch.zeros(tiles, dtype=torch.int32, device=device)
-        stream = cuda.current_stream()
-    kept = _ended.get((device, stream))
-    if kept is None or kept.numel() < tiles:
-        kept = _ended[device, stream] = torch.zeros(max(tiles, 1024), dtype=torch.int32, device=device)
-    return kept
 
 
 @functools.cache

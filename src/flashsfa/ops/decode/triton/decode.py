@@ -27,9 +27,16 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def decode(
-    q: Tensor, kv: KVView, mask: Mask, scores: ScoreRules, value_tolerance: float, topk_query: int | None = None
+    q: Tensor,
+    kv: KVView,
+    mask: Mask,
+    scores: ScoreRules,
+    value_tolerance: float,
+    topk_query: int | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `plain.decode`, for float16, bfloat16 and float32. No host sync, deterministic, no gradients.
+    """As `plain.decode`, for float16, bfloat16 and float32. No host sync, deterministic, no gradients. `out` [B, Hq, M, Dv], contiguous, is a
+    place for the output outside of traces.
 
     Raises `ValueError` if a cache tensor's last dimension is not contiguous: copying a cache a step would cost more
     than decoding it.
@@ -41,7 +48,7 @@ def decode(
             lambda: f"the last dimension of {name} must be contiguous, got strides {tuple(x.stride())}",  # noqa: B023 (called at once)
         )
     if not torch.compiler.is_compiling():
-        return _run(q, kv, mask, scores, value_tolerance, topk_query)
+        return _run(q, kv, mask, scores, value_tolerance, topk_query, out)
     return _decode_op(
         q, codes.dense, codes.values, codes.indices, kv.v, codes.scale, kv.v_scale, kv.page_table, mask.kv_lens,
         mask.key_padding_mask, mask.window, [scores.scale, scores.softcap or 0.0, value_tolerance], topk_query,
@@ -49,9 +56,15 @@ def decode(
 
 
 def _run(
-    q: Tensor, kv: KVView, mask: Mask, scores: ScoreRules, value_tolerance: float, topk_query: int | None
+    q: Tensor,
+    kv: KVView,
+    mask: Mask,
+    scores: ScoreRules,
+    value_tolerance: float,
+    topk_query: int | None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    out = q.new_empty((*q.shape[:3], kv.v.shape[-1]))
+    out = q.new_empty((*q.shape[:3], kv.v.shape[-1])) if out is None else out
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if out.numel():
         with torch.cuda.device_of(q):
