@@ -116,6 +116,7 @@ DEVICE unsigned count_to(unsigned last, unsigned* at) {
   return x;
 }
 DEVICE float load_written(const float* at) { return *at; }
+DEVICE void load_written(float (&x)[4], const float* at) { memcpy(x, at, sizeof x); }
 template <unsigned SELECTOR>
 DEVICE unsigned bytes_of(unsigned low, unsigned high) {
   const unsigned long long both = low | (unsigned long long)high << 32;

@@ -121,6 +121,15 @@ def test_a_tolerance_over_every_kind_of_keys(kind):
     assert (out.float() - exact.float()).norm(dim=-1).max() <= 0.06 * v.float().norm(dim=-1).max()
 
 
+@pytest.mark.parametrize("dv", [64, 128])
+@pytest.mark.parametrize("lengths", [[2900, 2900], [700, 2900], [0, 33]])
+def test_many_blocks_share_the_keys(lengths, dv, monkeypatch):
+    """As many as the longest sequence asks for; those without keys of a shorter one leave, and the others are merged."""
+    monkeypatch.setattr(hopper, "processors", lambda device: 132)
+    q, k, v = draw(hkv=1, group=2, n=2900, dv=dv, dtype=torch.bfloat16)
+    assert_decodes("hopper", q, KVView(coded("9 d16s16-uint8", k), v), DecodeRules(torch.tensor(lengths, device=DEVICE)))
+
+
 @pytest.mark.parametrize("tolerance", [0.0, 0.1])
 def test_no_number_is_lost(tolerance):
     """A query of NaN gives NaN, and no other."""

@@ -101,4 +101,7 @@ DEVICE float load_written(const float* at) {
   asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x) : "l"(at) : "memory");
   return x;
 }
+DEVICE void load_written(float (&x)[4], const float* at) {
+  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3]) : "l"(at) : "memory");
+}
 DEVICE int count_bits(u32 x) { return __popc(x); }

@@ -30,6 +30,7 @@ struct Sequence {
   const u8* padding;
   const int* pages;
   int length, begin, end, first;  // keys begin to end are the warp's; those from `first` on are seen by some query
+  int blocks;                     // of the tile have keys, one at least
   int last_start;                 // 32 keys lie in the cache from here on, and no later
 
   // The keys from `start` on: where fewer than 32 are there, some before them too, which count as not seen.
@@ -42,7 +43,7 @@ struct Sequence {
   }
 };
 
-DEVICE Sequence sequence_of(const Params& p, int batch, int split, int splits) {
+DEVICE Sequence sequence_of(const Params& p, int batch, int warp) {
   int length = p.n;
   if (p.lengths) {
     const i64 given = p.lengths_are_64_bit ? static_cast<const i64*>(p.lengths)[batch] : static_cast<const int*>(p.lengths)[batch];
@@ -50,10 +51,11 @@ DEVICE Sequence sequence_of(const Params& p, int batch, int split, int splits) {
   }
   int first = p.window ? length - p.m - p.window + 1 : 0;
   first = first < 0 ? 0 : first;
-  const int from = first / WARP_KEYS * WARP_KEYS, each = (length - from + splits - 1) / splits;
-  const int share = (each + WARP_KEYS - 1) / WARP_KEYS * WARP_KEYS, begin = from + split * share;
+  const int from = first / WARP_KEYS * WARP_KEYS, warps = int(gridDim.y) * WARPS, each = (length - from + warps - 1) / warps;
+  const int share = (each + WARP_KEYS - 1) / WARP_KEYS * WARP_KEYS, begin = from + (int(blockIdx.y) * WARPS + warp) * share;
+  const int blocks = share ? (length - from + share * WARPS - 1) / (share * WARPS) : 1;
   return {p.padding ? p.padding + batch * p.padding_batch : nullptr, p.pages ? p.pages + batch * p.pages_batch : nullptr,
-          length, begin, begin + share < length ? begin + share : length, first, p.n - WARP_KEYS};
+          length, begin, begin + share < length ? begin + share : length, first, blocks, p.n - WARP_KEYS};
 }
 
 DEVICE Rows of_head(Rows x, int batch, int kv_head) {
@@ -185,8 +187,8 @@ DEVICE ValueScale load_value_scale(const Params& p, const Keys& keys) {
 }
 
 // Merges what the warps of a block found, and what the blocks of a tile did: the last one to end writes the output.
-DEVICE void store(const Params& p, Sums& sums, SharedSums& all, int head, int first_row) {
-  const int lane = lane_id(), quad = lane % 4, group = lane / 4, warp = threadIdx.x / 32, splits = gridDim.y;
+DEVICE void store(const Params& p, Sums& sums, SharedSums& all, int blocks, int head, int first_row) {
+  const int lane = lane_id(), quad = lane % 4, group = lane / 4, warp = threadIdx.x / 32;
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
     const float total = warp_sum(sums.total[r]), centre = VALUE_CENTRED ? warp_sum(sums.centre[r]) : 0;
@@ -200,8 +202,8 @@ DEVICE void store(const Params& p, Sums& sums, SharedSums& all, int head, int fi
     }
   }
   sync_block();
-  const i64 tile_row = i64(head) * splits * p.padded_rows + first_row;
-  const auto row = [&](int split, int r) { return tile_row + split * p.padded_rows + r; };
+  const i64 tile_row = i64(head) * int(gridDim.y) * p.padded_rows + first_row;
+  const auto row = [&](int block, int r) { return tile_row + block * p.padded_rows + r; };
   for (int i = threadIdx.x; i < ROWS * VALUE_DIM; i += 32 * WARPS) {
     const int r = i / VALUE_DIM, c = i % VALUE_DIM;
     float peak = -INFINITE, total = 0, out = 0;
@@ -219,14 +221,14 @@ DEVICE void store(const Params& p, Sums& sums, SharedSums& all, int head, int fi
     }
   }
   sync_block();
-  if (threadIdx.x == 0) all.is_last = count_to(u32(splits) - 1, p.ended + blockIdx.x) == u32(splits) - 1;
+  if (threadIdx.x == 0) all.is_last = count_to(u32(blocks) - 1, p.ended + blockIdx.x) == u32(blocks) - 1;
   sync_block();
   if (!all.is_last) return;
   for (int r = warp; r < ROWS; r += WARPS) {
     float peak = -INFINITE, total = 0;
-    for (int s = lane; s < splits; s += 32) peak = fmaxf(peak, load_written(p.peak + row(s, r)));
+    for (int i = lane; i < blocks; i += 32) peak = fmaxf(peak, load_written(p.peak + row(i, r)));
     peak = warp_max(peak);
-    for (int s = lane; s < splits; s += 32) total += load_written(p.total + row(s, r)) * relative(load_written(p.peak + row(s, r)), peak);
+    for (int i = lane; i < blocks; i += 32) total += load_written(p.total + row(i, r)) * relative(load_written(p.peak + row(i, r)), peak);
     total = warp_sum(total);
     const float some = total == 0 ? 1.0f : total;  // a row that sees no key: output 0, log-sum-exp -infinity
     if (lane == 0) {
@@ -236,12 +238,30 @@ DEVICE void store(const Params& p, Sums& sums, SharedSums& all, int head, int fi
     }
   }
   sync_block();
+  // Four features a lane: a row is read by a warp, or by each half of one, which takes every other block.
+  constexpr int ROW_LANES = VALUE_DIM / 4, TEAMS = 32 * WARPS / ROW_LANES;
+  const int team = threadIdx.x / ROW_LANES, column = threadIdx.x % ROW_LANES * 4;
+  for (int r = 0; r < ROWS; ++r) {
+    float out[4] = {};
+#pragma unroll 8
+    for (int i = team; i < blocks; i += TEAMS) {
+      float x[4];
+      load_written(x, p.partial + row(i, r) * VALUE_DIM + column);
+      const float factor = relative(load_written(p.peak + row(i, r)), all.peak[0][r]);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) out[j] += factor * x[j];
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (ROW_LANES < 32) out[j] += from_lane_xor(out[j], ROW_LANES);
+      all.out[warp][r][column + j] = out[j];
+    }
+  }
+  sync_block();
   for (int i = threadIdx.x; i < ROWS * VALUE_DIM; i += 32 * WARPS) {
     const int r = i / VALUE_DIM, c = i % VALUE_DIM;
     float out = 0;
-#pragma unroll 8
-    for (int s = 0; s < splits; ++s)
-      out += load_written(p.partial + row(s, r) * VALUE_DIM + c) * relative(load_written(p.peak + row(s, r)), all.peak[0][r]);
+    for (int w = 0; w < WARPS; ++w) out += all.out[w][r][c];
     all.out[0][r][c] = out / all.total[0][r];
   }
   if constexpr (VALUE_CENTRED) {  // rotated values: back again
@@ -481,7 +501,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) decode_kernel(c
   Params p = given;
   for (Rows* x : {&p.channel, &p.channel_scale, &p.channel_centre, &p.kept, &p.kept_scale, &p.indices, &p.v, &p.v_scale, &p.v_centre})
     *x = of_head(*x, batch, kv_head);
-  const Sequence s = sequence_of(p, batch, int(blockIdx.y) * WARPS + warp, int(gridDim.y) * WARPS);
+  const Sequence s = sequence_of(p, batch, warp);
+  if (int(blockIdx.y) >= s.blocks) return;  // a graph has as many blocks as the longest sequence asks for
   SharedWarp& own = shared.warps[warp];
 
   Sums sums;
@@ -496,5 +517,5 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) decode_kernel(c
   else
     attend(sums, p, s, shared.query, own, first_row, wait);
   sums.settle();
-  store(p, sums, shared.sums, head, first_row);
+  store(p, sums, shared.sums, s.blocks, head, first_row);
 }
