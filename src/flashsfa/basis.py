@@ -60,11 +60,16 @@ class FeatureBasis:
 
     def transform_query(self, q: Tensor) -> Tensor:
         """q [B, Hq, N, D] in the coordinates of its kv head."""
-        return transform(q, self.query)
+        return transform((q, self.query))[0]
 
     def transform_key(self, k: Tensor) -> Tensor:
         """k [B, H, N, D] in the coordinates of its head."""
-        return transform(k, self.key)
+        return transform((k, self.key))[0]
+
+    def transform(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """`transform_query(q)` and `transform_key(k)`, on a GPU in one launch."""
+        one, other = transform((q, self.query), (k, self.key))
+        return one, other
 
     @classmethod
     def identity(cls, num_kv_heads: int, head_dim: int) -> FeatureBasis:

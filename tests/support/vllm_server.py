@@ -81,12 +81,11 @@ class Server:
             slot_mapping=slots, seq_lens_cpu_upper_bound=lengths.cpu(),
         )  # fmt: skip
         self.metadata = self.builder.build(0, common)
-        output = self.run(query, key, value, slots, self.metadata)[: int(bounds[-1])]
+        output = self.run(query, key, value, self.metadata)[: int(bounds[-1])]
         return dict(zip(new, output.split(list(new.values())), strict=True))
 
-    def run(self, query, key, value, slots, metadata):
+    def run(self, query, key, value, metadata):
         output = torch.full((len(query), self.hq, DV), 7.0, dtype=self.dtype)
-        self.impl.do_kv_cache_update(self.layer, key, value, self.kv_cache, slots)
         self.impl.forward(self.layer, query, key, value, self.kv_cache, metadata, output=output)
         decoding = sum(len(decode.seq_lens) for decode in metadata.decodes)
         assert (output[max(metadata.tokens, decoding) :] == 7).all()

@@ -1,5 +1,7 @@
 """The backend, driven as vLLM drives it, equals the operator. Whole models: test_engine."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -61,7 +63,7 @@ def test_a_basis_beside_the_checkpoint(vllm, serve, ranks, rank):
 
 @pytest.mark.parametrize("window", [None, 12])
 def test_vllms_own_attention_layer(vllm, serve, window, monkeypatch):
-    """vLLM builds the layer with the backend, updates its cache and calls it, through its forward context."""
+    """vLLM builds the layer with the backend and calls it, through its forward context."""
     from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
     from vllm.forward_context import set_forward_context
     from vllm.model_executor.layers.attention import Attention
@@ -81,8 +83,8 @@ def test_vllms_own_attention_layer(vllm, serve, window, monkeypatch):
     layer.kv_cache = server.kv_cache
     assert layer.get_kv_cache_spec(config).head_size_v == DV
 
-    def run(query, key, value, slots, metadata):
-        with set_forward_context({name: metadata}, config, slot_mapping={name: slots}):
+    def run(query, key, value, metadata):
+        with set_forward_context({name: metadata}, config):
             return layer(query.flatten(1), key.flatten(1), value.flatten(1)).unflatten(-1, (-1, DV))
 
     monkeypatch.setattr(server, "run", run)
@@ -94,8 +96,8 @@ def test_padding_tokens_leave_every_page_but_the_null_block_alone(vllm, serve):
     server = Server(vllm, serve(**CODING))
     server.step({"a": 20})
     before = server.kv_cache.clone()
-    k, v = torch.randn(3, HKV, D), torch.randn(3, HKV, DV)
-    server.impl.do_kv_cache_update(server.layer, k, v, server.kv_cache, torch.full((2,), -1))
+    rows = torch.randn(3, server.hq, D), torch.randn(3, HKV, D), torch.randn(3, HKV, DV)
+    server.run(*rows, replace(server.metadata, tokens=0, slots=torch.full((2,), -1), prefills=[]))
     assert torch.equal(server.kv_cache[1:].view(torch.uint8), before[1:].view(torch.uint8))
 
 

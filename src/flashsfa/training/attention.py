@@ -135,7 +135,7 @@ class SparseCore(Core):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
         if self.trained is not None:
             basis = self.trained()
-            q, k = basis.transform_query(q), basis.transform_key(k)
+            q, k = basis.transform(q, k)
         else:
             q, k = self.coding.queries(q), self.coding.keys(k)
         # Rows that are kept whole for the backward pass are kept by themselves: as views they would hold all that GPT-2

@@ -47,7 +47,6 @@ class SparseFeatureBackend(AttentionBackend):
     model's dtype, or in the bits that the model's settings name. vLLM itself refuses the rest.
     """
 
-    forward_includes_kv_cache_update = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto"]
 
@@ -135,11 +134,14 @@ class SparseFeatureMetadata(AttentionMetadata):
 
     Attributes:
         tokens: rows in all; vLLM may hand over more.
+        slots: [T] int64, the slot of each token in the cache; negative for padding, which goes nowhere or to block 0: vLLM's null
+            block, that no request holds.
         decodes: the decoding requests, by their numbers of new tokens.
         prefills: the others, grouped such that the keys of a group that come from the cache are no more than the longest context.
     """
 
     tokens: int
+    slots: Tensor
     decodes: list[Decode]
     prefills: list[Prefill]
 
@@ -170,7 +172,8 @@ class SparseFeatureMetadataBuilder(AttentionMetadataBuilder[SparseFeatureMetadat
         require(batch.causal is True, "flashsfa's vLLM backend runs causal attention only")
         first, _, _, _ = split_decodes_and_prefills(batch, decode_threshold=FEW_QUERIES)
         tokens = int(batch.query_start_loc_cpu[batch.num_reqs])
-        return SparseFeatureMetadata(tokens, self._decodes(batch, first), self._prefills(batch, first, tokens))
+        decodes, prefills = self._decodes(batch, first), self._prefills(batch, first, tokens)
+        return SparseFeatureMetadata(tokens, batch.slot_mapping, decodes, prefills)
 
     def _decodes(self, batch: CommonAttentionMetadata, end: int) -> list[Decode]:
         """Of the requests before `end`."""
@@ -231,7 +234,7 @@ def _slots(table: Tensor, held: Tensor, seen: Tensor, page_size: int) -> Tensor:
 
 
 class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
-    """The attention of one layer. vLLM calls `do_kv_cache_update` with a step's keys and values, then `forward`."""
+    """The attention of one layer."""
 
     def __init__(
         self,
@@ -264,19 +267,6 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
         self._basis: FeatureBasis | None = None
         self._pages: PageStore | None = None
 
-    def do_kv_cache_update(
-        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
-    ) -> None:
-        """Code keys [T', Hkv, D] and store them with values [T', Hkv, Dv].
-
-        Args:
-            slot_mapping: [T] int64, T <= T', the slot of each token; negative for padding, which goes nowhere or to block 0: vLLM's
-                null block, that no request holds.
-        """
-        new = slice(slot_mapping.shape[0])
-        k = self._coordinates(layer, _by_head(key[new]), "key")
-        self._store(value).write(kv_cache, slot_mapping, k, _by_head(value[new]))
-
     def forward(
         self,
         layer: Any,
@@ -289,23 +279,31 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """Attention of query [T', Hq, D] over the cache, into output [T', Hq, Dv]; rows past the batch stay as they are.
+        """Store the codes of key [T', Hkv, D] with value [T', Hkv, Dv], and attention of query [T', Hq, D] over the cache into output
+        [T', Hq, Dv]; rows past the batch stay as they are.
 
-        key [T', Hkv, D] and value [T', Hkv, Dv] are those that `do_kv_cache_update` stored. Without metadata (vLLM's
-        profiling run) the output is of no use, and the memory that it takes is the most that attention takes.
+        Without metadata (vLLM's profiling run) the output is of no use, and the memory that it takes is the most that attention
+        takes.
         """
         require(
             output_scale is None and output_block_scale is None, "flashsfa's vLLM backend does not quantise its output"
         )
-        q = self._coordinates(layer, _by_head(query), "query")
+        q, k = self._coordinates(layer, _by_head(query), _by_head(key))
+        v = _by_head(value)
         if attn_metadata is None:
-            return self._rehearse(layer, q, key, value, output)
+            return self._rehearse(q, k, v, output)
+        store, new = self._store(value), slice(len(attn_metadata.slots))
+        store.write(kv_cache, attn_metadata.slots, k[:, :, new], v[:, :, new])
         if attn_metadata.decodes:
-            pages = self._store(value).layout.views(kv_cache)
+            pages = store.layout.views(kv_cache)
             for decode in attn_metadata.decodes:
                 self._decode(q, pages, decode, output)
         for prefill in attn_metadata.prefills:
-            self._prefill(layer, q, key, value, kv_cache, prefill, output)
+            held, budget = (k[:, :, prefill.rows], v[:, :, prefill.rows]), self._budget
+            if prefill.slots is not None:
+                rows = store.rows(kv_cache, prefill.slots)
+                held, budget = (rows.k, rows.v), budget.with_keys_kept()
+            output[prefill.rows] = self._attend(q[:, :, prefill.rows], *held, budget, prefill)
         return output
 
     def _decode(self, q: Tensor, pages: KVView, decode: Decode, output: Tensor) -> None:
@@ -322,18 +320,6 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
         if place is None:
             output[decode.rows] = out.transpose(1, 2)
 
-    def _prefill(
-        self, layer: Any, q: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, prefill: Prefill, output: Tensor
-    ) -> None:
-        rows, slots = prefill.rows, prefill.slots
-        if slots is None:
-            k, v = self._coordinates(layer, _by_head(key[rows]), "key"), _by_head(value[rows])
-            budget = self._budget
-        else:
-            held = self._store(value).rows(kv_cache, slots)
-            k, v, budget = held.k, held.v, self._budget.with_keys_kept()
-        output[rows] = self._attend(q[:, :, rows], k, v, budget, prefill)
-
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, budget: FeatureBudget, prefill: Prefill) -> Tensor:
         """[T, Hq, Dv] for q [1, Hq, T, D] over k and v [1, Hkv, Tk, ...]."""
         mask = Mask(
@@ -343,10 +329,8 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
         out, _ = operator.attend(q, k, v, budget, mask, scores, gradient_of_all=False, backend="auto")
         return out[0].transpose(0, 1)
 
-    def _rehearse(self, layer: Any, q: Tensor, key: Tensor, value: Tensor, output: Tensor) -> Tensor:
-        """Take the memory of the largest batch: a chunk of `q`'s tokens beside the spread keys of the longest context. It loads the
-        basis too."""
-        k, v = self._coordinates(layer, _by_head(key), "key"), _by_head(value)
+    def _rehearse(self, q: Tensor, k: Tensor, v: Tensor, output: Tensor) -> Tensor:
+        """Take the memory of the largest batch: a chunk of `q`'s tokens beside the spread keys of the longest context."""
         tokens = k.shape[2]
         bounds = torch.tensor([0, tokens], dtype=torch.int32, device=q.device)
         held = self._coder.empty(self._longest, k[:, :, :1], v[:, :, :1])
@@ -361,16 +345,17 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
             self._pages = PageStore(layout)
         return self._pages
 
-    def _coordinates(self, layer: Any, x: Tensor, side: str) -> Tensor:
-        """Queries or keys [1, H, T, D] with the channel in front, or in the layer's basis, which its first use loads."""
+    def _coordinates(self, layer: Any, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys [1, H, T, D] with the channel in front, or in the layer's basis, which its first use loads."""
         if self.settings.positions is not None:
-            return channel_first(x, self.settings.dense_dims)
+            dims = self.settings.dense_dims
+            return channel_first(q, dims), channel_first(k, dims)
         if self._file.path is None:
-            return x
+            return q, k
         if self._basis is None:
             basis = self._file.load(layer.layer_name, self.num_kv_heads)
-            self._basis = FeatureBasis(basis.query.to(x.device), basis.key.to(x.device))
-        return self._basis.transform_query(x) if side == "query" else self._basis.transform_key(x)
+            self._basis = FeatureBasis(basis.query.to(q.device), basis.key.to(q.device))
+        return self._basis.transform(q, k)
 
 
 def _by_head(x: Tensor) -> Tensor:

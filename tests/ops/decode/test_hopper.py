@@ -127,7 +127,9 @@ def test_many_blocks_share_the_keys(lengths, dv, monkeypatch):
     """As many as the longest sequence asks for; those without keys of a shorter one leave, and the others are merged."""
     monkeypatch.setattr(hopper, "processors", lambda device: 132)
     q, k, v = draw(hkv=1, group=2, n=2900, dv=dv, dtype=torch.bfloat16)
-    assert_decodes("hopper", q, KVView(coded("9 d16s16-uint8", k), v), DecodeRules(torch.tensor(lengths, device=DEVICE)))
+    assert_decodes(
+        "hopper", q, KVView(coded("9 d16s16-uint8", k), v), DecodeRules(torch.tensor(lengths, device=DEVICE))
+    )
 
 
 @pytest.mark.parametrize("tolerance", [0.0, 0.1])

@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("triton")
 
 from flashsfa import FeatureBasis
-from flashsfa.ops.transform.triton import transform
+from flashsfa.ops.transform import triton
 
 SHAPES = [(1, 2, 1, 1), (3, 2, 2, 1), (1, 1, 1, 70), (2, 2, 3, 40), (1, 3, 2, 130)]  # (batch, kv heads, group, tokens)
 
@@ -23,6 +23,10 @@ def drawn(shape, head_dim, dtype, where):
     batch, heads, group, n = shape
     x = torch.randn(batch, heads * group, n, head_dim, device=where).to(dtype)
     return x, torch.randn(heads, head_dim, head_dim, device=where)
+
+
+def transform(x, matrix):
+    return triton.transform((x, matrix))[0]
 
 
 def expected(x, matrix):
@@ -65,18 +69,26 @@ def test_a_row_is_the_same_alone(where):
         assert torch.equal(transform(x[1:, :, i : i + 1], matrix), whole[1:, :, i : i + 1])
 
 
+def test_two_sides_are_one_launch_and_the_same(where):
+    q, query = drawn((2, 2, 3, 70), 64, torch.bfloat16, where)
+    k, key = drawn((2, 2, 1, 40), 64, torch.bfloat16, where)
+    for sides in (((q, query), (k, key)), ((k, key), (q, query))):
+        both = triton.transform(*sides)
+        assert all(torch.equal(out, transform(*side)) for out, side in zip(both, sides, strict=True))
+
+
 @pytest.mark.gpu
 def test_a_basis_takes_it(monkeypatch):
-    from flashsfa.ops.transform import triton
-
     x, matrix = drawn((1, 2, 2, 40), 64, torch.bfloat16, torch.device("cuda"))
-    basis, seen = FeatureBasis(matrix, matrix), []
-    monkeypatch.setattr(triton, "transform", lambda *a: seen.append(a) or transform(*a))
+    k = x[:, ::2]
+    basis, seen, run = FeatureBasis(matrix, matrix), [], triton.transform
+    monkeypatch.setattr(triton, "transform", lambda *sides: seen.append(sides) or run(*sides))
     q = basis.transform_query(x)
-    assert len(seen) == 1
+    assert all(torch.equal(a, b) for a, b in zip(basis.transform(x, k), (q, basis.transform_key(k)), strict=True))
+    assert len(seen) == 3
     # what traces or differentiates takes the products of torch
     x.requires_grad_()
-    basis.transform_query(x).sum().backward()
-    assert len(seen) == 1
+    basis.transform(x, k)[0].sum().backward()
+    assert len(seen) == 3
     assert x.grad is not None
     torch.testing.assert_close(basis.transform_query(x).detach(), q, rtol=0.01, atol=0.01)

@@ -16,45 +16,64 @@ from ..triton.rows import cdiv
 
 _PRECISION = "ieee" if triton.knobs.runtime.interpret else "bf16x3"  # of which the interpreter does not know
 _FEW = 64  # rows of a kv head, up to which time is latency
+_NO_SIDE = (None,) * 3 + (0,) * 14
 
 
-def transform(x: Tensor, matrix: Tensor) -> Tensor:
-    """x [B, H * G, N, D] times matrix [H, D, D] float32 of its kv head, as `ops.transform.transform`.
+def transform(*sides: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """As `ops.transform.transform`: one or two sides x [B, H * G, N, D] and matrix [H, D, D].
 
     Args:
-        x: float16 or bfloat16 on CUDA, any strides, not empty.
-        matrix: any strides.
+        sides: each x float16 or bfloat16 on CUDA, not empty, and each matrix float32; any strides.
 
     Returns:
-        as x, with dimensions in the same order in memory.
+        as x each, with dimensions in the same order in memory.
     """
-    batch, query_heads, n, head_dim = x.shape
-    heads = matrix.shape[0]
-    group = query_heads // heads
-    out = torch.empty_like(x)
-    rows = batch * group * n
+    heads, head_dim, _ = sides[0][1].shape
+    outs = [torch.empty_like(x) for x, _ in sides]
+    rows = [x.numel() // head_dim // heads for x, _ in sides]  # of a kv head
+    given = [
+        (x, matrix, out, *x.stride(), *matrix.stride(), *out.stride(), of_head, x.shape[2], x.shape[1] // heads)
+        for (x, matrix), out, of_head in zip(sides, outs, rows, strict=True)
+    ]
+    one, other = given if len(given) == 2 else (*given, _NO_SIDE)
     block, columns = (
-        16 if rows <= _FEW else 64,
+        16 if max(rows) <= _FEW else 64,
         32 if head_dim > 16 else 16,
     )  # more do not fit the registers of every GPU
-    transform_kernel[(cdiv(rows, block) * cdiv(head_dim, columns), heads)](
-        x, matrix, out, *x.stride(), *matrix.stride(), *out.stride(), rows, n, group,
-        D=head_dim, R=block, C=columns, STEP=columns, PRECISION=_PRECISION, num_warps=4,
-    )  # fmt: skip
-    return out
+    transform_kernel[(cdiv(max(rows), block) * cdiv(head_dim, columns), len(sides) * heads)](
+        *one, *other, heads, D=head_dim, R=block, C=columns, STEP=columns, PRECISION=_PRECISION, num_warps=4
+    )
+    return outs
 
 
-@triton.jit(do_not_specialize=["rows", "n", "group"])
+@triton.jit(do_not_specialize=["rows", "n", "group", "other_rows", "other_n", "other_group", "heads"])
 def transform_kernel(
     X, MATRIX, OUT, x_sb, x_sh, x_sn, x_sd, m_sh, m_si, m_so, out_sb, out_sh, out_sn, out_sd, rows, n, group,
+    Y, OTHER, OUT_Y, y_sb, y_sh, y_sn, y_sd, o_sh, o_si, o_so, out_yb, out_yh, out_yn, out_yd, other_rows, other_n, other_group,
+    heads, D: tl.constexpr, R: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    if tl.program_id(1) < heads:
+        _transform_rows(
+            X, MATRIX, OUT, x_sb, x_sh, x_sn, x_sd, m_sh, m_si, m_so, out_sb, out_sh, out_sn, out_sd, rows, n, group,
+            tl.program_id(1), D, R, C, STEP, PRECISION,
+        )  # fmt: skip
+    elif Y is not None:
+        _transform_rows(
+            Y, OTHER, OUT_Y, y_sb, y_sh, y_sn, y_sd, o_sh, o_si, o_so, out_yb, out_yh, out_yn, out_yd, other_rows, other_n,
+            other_group, tl.program_id(1) - heads, D, R, C, STEP, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def _transform_rows(
+    X, MATRIX, OUT, x_sb, x_sh, x_sn, x_sd, m_sh, m_si, m_so, out_sb, out_sh, out_sn, out_sd, rows, n, group, head,
     D: tl.constexpr, R: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """R rows of a kv head, whose queries of all batch entries are one run of rows, by C columns."""
     parts = tl.cdiv(D, C)  # of the same rows, one after the other
     row = (tl.program_id(0) // parts * R + tl.arange(0, R)).to(tl.int64)  # [R]
     column = tl.program_id(0) % parts * C + tl.arange(0, C)  # [C]
-    head = tl.program_id(1).to(tl.int64)
-    entry, token = row // n, row % n
+    entry, token, head = row // n, row % n, head.to(tl.int64)
     batch, query_head = entry // group, head * group + entry % group
     there, inside = (row < rows)[:, None], (column < D)[None, :]
     x_row = (X + batch * x_sb + query_head * x_sh + token * x_sn)[:, None]  # [R, 1]
