@@ -207,6 +207,17 @@ def test_annealing_halves_the_budget_down_to_its_own():
     assert seen == [(14, 14, 14)] * 3 + [(7, 7, 8)] * 3 + [(3, 3, 8)] * 6
 
 
+def test_a_budget_that_shrinks_to_the_end_is_evaluated_as_it_is_saved(tmp_path, content, tokens):
+    content["attention"] |= {"topk": 2, "anneal": {"share": 1.0}}
+    content["model"]["config"]["initializer_range"] = 0.3  # so that a budget matters
+    assert run(tmp_path, content) == 0
+    ids = torch.from_numpy(np.load(tokens)[: 8 * CONTEXT].astype(np.int64)).view(8, CONTEXT)
+    model = flashsfa.from_pretrained(tmp_path / "run" / "model").eval()
+    with torch.no_grad():
+        loss = float(model(ids.to(model.device), labels=ids.to(model.device), use_cache=False).loss)
+    assert result(tmp_path)["validation_loss"] == pytest.approx(loss, rel=1e-4)
+
+
 def test_where_curves_are_written_is_said(tmp_path, content, capsys, monkeypatch):
     fit = pretrain.fit
 

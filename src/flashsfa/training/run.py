@@ -165,8 +165,9 @@ class Annealing(TrainerCallback):
         stage = state.global_step * len(self._budgets) // self._until
         self._set(self._budgets[stage] if stage < len(self._budgets) else 0)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._set(0)
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:  # what is evaluated and saved then has its own budget
+            self._set(0)
 
     def _set(self, least: int) -> None:
         for coding, goal in zip(self._codings, self._goals, strict=True):
