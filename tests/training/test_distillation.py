@@ -141,6 +141,7 @@ def test_distillation_with_adapters(tmp_path, content, converted):
     }
     assert changed
     assert all("proj" in name for name in changed)
+    assert result(tmp_path)["parameters"] == model.num_parameters()
 
 
 def test_distillation_ends_with_a_table_of_dense_before_and_after(tmp_path, content, converted, tokens, capsys):
