@@ -108,6 +108,10 @@ CONFIGS = {  # kind: options, lines of its description
         ["can be switched: yes", "layers 0 to 1: full attention, 512 bytes per token and layer, 144 switched",
          "KV cache: 288 bytes per token, dense 1024 (-72 %), as preset balanced keeps it"],
     ),
+    "GPT2": (  # its config drops attention weights in training
+        {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 64},
+        ["can be switched: yes", "layers 0 to 1: full attention, 256 bytes"],
+    ),
     "Gemma3Text": (
         SIZES | WINDOW | {"num_hidden_layers": 4, "head_dim": 64},
         ["can be switched: yes", "layers 0, 2: a sliding window of 16 tokens, 512 bytes", "layers 1, 3: full attention, 512"],

@@ -99,10 +99,10 @@ def describe(source: str | Path, dtype: torch.dtype | None = None) -> ModelDescr
 
 
 def _skeleton(config: Any) -> Any:
-    """The model of a config without weights."""
+    """The model of a config without weights, in the mode in which models are loaded: dropout is of training alone."""
     with torch.device("meta"):
         auto = auto_class(config)
-        return (auto if type(config) in auto._model_mapping else AutoModel).from_config(config)
+        return (auto if type(config) in auto._model_mapping else AutoModel).from_config(config).eval()
 
 
 def _kinds(model: Any, shape: tuple[int, int, int] | None, dtype: torch.dtype) -> tuple[LayerKind, ...]:
