@@ -62,13 +62,12 @@ class Way:
     def multiplications(self, model: ModelDescription, context: int, *, is_prompt: bool) -> int:
         """Of the attention of all layers: of a prompt of `context` tokens, or of the one that comes after as many."""
         assert model.shape is not None
-        heads, kv_heads, head_dim = model.shape
+        heads, _, head_dim = model.shape
 
         def of(kind: LayerKind) -> int:
-            width = (kind.token_bytes or 0) // (kv_heads * model.dtype.itemsize)  # of a key and a value
             pairs = kind.pairs(context) if is_prompt else kind.held(context)
-            saved = 0 if self.coder is None or not width else head_dim - self._score_width(head_dim)
-            return self._per_kind(kind, heads * pairs * (width - saved), heads * pairs * width)
+            saved = 0 if self.coder is None or not kind.width else head_dim - self._score_width(head_dim)
+            return self._per_kind(kind, heads * pairs * (kind.width - saved), heads * pairs * kind.width)
 
         return sum(of(kind) for kind in model.kinds)
 

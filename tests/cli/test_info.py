@@ -3,11 +3,14 @@
 import json
 
 import pytest
+import torch
 
 import flashsfa
 from flashsfa.cli import main
 
 transformers = pytest.importorskip("transformers")
+from flashsfa.huggingface.description import describe  # noqa: E402
+from flashsfa.outlook import ways  # noqa: E402
 from words_model import assert_refused  # noqa: E402
 
 
@@ -132,7 +135,7 @@ CONFIGS = {  # kind: options, lines of its description
     "DeepseekV3": (
         SIZES | {"num_hidden_layers": 2, "num_key_value_heads": 4, "n_routed_experts": 8, "n_group": 2, "topk_group": 1},
         ["can be switched: no: DeepseekV3ForCausalLM uses latent attention (MLA)",
-         "layers 0 to 1: latent attention (MLA, rank 512), which transformers caches as whole keys and values, 2560 bytes"],
+         "layers 0 to 1: latent attention (MLA), of which transformers caches rank 512 and 64 rotary features, 1152 bytes"],
     ),
     "Llama4Text": (
         SIZES | {"num_hidden_layers": 4, "head_dim": 16, "num_local_experts": 2, "intermediate_size_mlp": 64},
@@ -199,6 +202,21 @@ def test_the_table_of_a_context(tmp_path, capsys):
     ]  # fmt: skip
     kept = 28 + 12 + 64  # products of a pair: 40 of 64 features, and the value's
     assert found["preset fast"][2:] == [f"{4 * held * kept:.3g}", "81 %", f"{4 * pairs * kept:.3g}", "81 %"]
+
+
+def test_latents_take_what_a_live_cache_of_them_does(tmp_path):
+    sizes = {"kv_lora_rank": 24, "q_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
+    experts = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 2}
+    config = transformers.DeepseekV3Config(
+        **SIZES | sizes | experts | {"num_hidden_layers": 2, "num_key_value_heads": 4}
+    )
+    config.save_pretrained(tmp_path)
+    cache = transformers.DynamicCache(config=config)
+    transformers.DeepseekV3ForCausalLM(config).eval()(torch.arange(10)[None], past_key_values=cache)
+    model = describe(tmp_path, torch.float32)
+    (dense,) = ways(model)
+    assert dense.cache_bytes(model, 10) == flashsfa.huggingface.cache_nbytes(cache)["total"]
+    assert dense.multiplications(model, 10, is_prompt=False) == 2 * 4 * 10 * (16 + 8 + 16)
 
 
 def test_the_table_of_a_converted_model(tiny, tmp_path, capsys):
