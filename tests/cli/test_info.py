@@ -190,7 +190,9 @@ def test_the_table_of_a_context(tmp_path, capsys):
     ).save_pretrained(tmp_path)
     capsys.readouterr()
     assert main(["info", str(tmp_path), "--context", "4096"]) == 0
-    found, held = table(capsys.readouterr().out), 1024 + 4096
+    out = capsys.readouterr().out
+    assert "forget a quarter of it at a time" in out
+    found, held = table(out), 1023 + 4096  # a layer keeps what the next token sees beside itself
     pairs = 4096 * 4097 // 2 + 1024 * 1025 // 2 + 3072 * 1024
     assert found["dense"] == [
         f"{held * 512 / 2**20:.1f} MiB", "100 %", f"{4 * held * 128:.3g}", "100 %", f"{4 * pairs * 128:.3g}", "100 %",
@@ -202,6 +204,36 @@ def test_the_table_of_a_context(tmp_path, capsys):
     ]  # fmt: skip
     kept = 28 + 12 + 64  # products of a pair: 40 of 64 features, and the value's
     assert found["preset fast"][2:] == [f"{4 * held * kept:.3g}", "81 %", f"{4 * pairs * kept:.3g}", "81 %"]
+
+
+def test_the_table_of_a_converted_model_with_exact_tokens(tiny, tmp_path, capsys):
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+    flashsfa.enable(
+        model, topk=3, dense_dims=2, topk_query="dense", recent=8, first=2, prefill="dense"
+    ).save_pretrained(tmp_path)
+    capsys.readouterr()
+    assert main(["info", str(tmp_path), "--context", "40"]) == 0
+    found = table(capsys.readouterr().out)["as converted"]
+    products = (
+        2 * 4 * (10 * 16 + 30 * (5 + 8))
+    )  # the newest and the first are met with all 8 features, the others with 5
+    assert found[2:] == [
+        f"{products:.3g}",
+        f"{100 * products / (2 * 4 * 40 * 16):.0f} %",
+        f"{2 * 4 * 820 * 16:.3g}",
+        "100 %",
+    ]
+
+
+def test_a_window_takes_what_a_live_cache_of_it_does(tmp_path):
+    config = transformers.Qwen3Config(
+        **SIZES | WINDOW | {"num_hidden_layers": 4, "head_dim": 16, "use_sliding_window": True}
+    )
+    config.save_pretrained(tmp_path)
+    cache = transformers.DynamicCache(config=config)
+    transformers.Qwen3ForCausalLM(config).eval()(torch.arange(50)[None], past_key_values=cache)
+    model = describe(tmp_path, torch.float32)
+    assert ways(model)[0].cache_bytes(model, 50) == flashsfa.huggingface.cache_nbytes(cache)["total"]
 
 
 def test_latents_take_what_a_live_cache_of_them_does(tmp_path):

@@ -275,6 +275,10 @@ def _print_context(model: ModelDescription, ways: list[Way], context: int) -> No
             "What runs: a prompt goes through dense kernels over codes with zeros, and multiplies as a dense one. So does decode of 4 bits "
             "and of bits per axis, after it has unpacked them; fused decode of codes in 16 and 8 bits multiplies what the formula says."
         )
+    if len(ways) > 1 and any(kind.window is not None and kind.window <= context for kind in model.kinds):
+        screen.print(
+            "Switched layers with a window forget a quarter of it at a time: in between they hold up to a quarter more than by the formula."
+        )
 
 
 def _print_kernels(shape: tuple[int, int, int], way: Way) -> None:

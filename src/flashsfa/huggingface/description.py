@@ -26,7 +26,7 @@ class LayerKind:
         layers: their indices.
         token_bytes: of a token's key and value in one layer as transformers caches them; 0 for a state of fixed size, None where
             layers of the kind differ.
-        window: tokens held at most; None for all.
+        window: tokens that a query sees at most, its own among them; None for all.
         width: products of a query head's with one token: with the key, and with the value.
     """
 
@@ -37,13 +37,13 @@ class LayerKind:
     width: int = 0
 
     def held(self, context: int) -> int:
-        """Tokens that a layer holds of a context."""
-        return context if self.window is None else min(context, self.window)
+        """Tokens that a layer holds of a context: those that the next one sees."""
+        return context if self.window is None else min(context, self.window - 1)
 
     def pairs(self, context: int) -> int:
         """Pairs of a query and a key that it sees, in a prompt of `context` tokens."""
-        held = self.held(context)
-        return held * (held + 1) // 2 + (context - held) * held
+        seen = context if self.window is None else min(context, self.window)
+        return seen * (seen + 1) // 2 + (context - seen) * seen
 
 
 @dataclass(frozen=True)
