@@ -55,15 +55,28 @@ class Form:
             enable(model, basis=basis, **self.options)
 
 
+def require_forms(name: str, settings: SFASettings) -> None:
+    """Raise `ValueError` for a switched model whose caches are none of `forms`."""
+    require(
+        settings.topk is not None,
+        f"{name} keeps keys in bits per axis, which have one form: compare it with flashsfa convert, or flashsfa eval perplexity",
+    )
+    require(
+        not (settings.recent or settings.first),
+        f"{name} keeps its newest {settings.recent} and first {settings.first} tokens exact, and the forms that are compared keep none: "
+        "measure it with flashsfa eval perplexity, or save it switched with recent=0 and first=0",
+    )
+
+
 def forms(settings: SFASettings | None, head_dim: int) -> list[Form]:
     """Those of a model in 16, 8 and 4 bits, as far as the head can be held in them: of a switched model by its settings, and of a dense
-    one for None. Raises `ValueError` for keys in bits per axis, which have one form."""
+    one for None."""
     found = []
     if settings is None:
         for name, rival in rivals(head_dim, Exact(0, 0, "coded")).items():
             found.append(Form(Configuration.named(name.replace("_", "-"), head_dim), rival.options))
         return found
-    require(settings.topk is not None, "keys in bits per axis have one form: compare them with flashsfa convert")
+    assert settings.topk is not None
     for bits, cache_dtype in _CACHES.items():
         if bits > 4 or head_dim % ROTATION_WIDTH == 0:
             configuration = Configuration(head_dim, settings.dense_dims, settings.topk, bits)

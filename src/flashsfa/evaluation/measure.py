@@ -16,6 +16,8 @@ import torch
 from ..benchmarking.results import incomplete_note
 from ..checks import MOST_TOKENS, require, require_int, require_tolerance
 from ..files import require_place
+from ..huggingface.loading import read_config
+from ..huggingface.settings import SFASettings
 from ..huggingface.switch import load_basis
 from ..models import is_converted, load_model
 from . import VARIANTS, frontier, needle
@@ -133,6 +135,9 @@ def measure_frontier(
         not is_converted(models[0]),
         f"{models[0]} is switched: name the dense model first, which the others are compared with",
     )
+    for name in models:
+        if is_converted(name):
+            frontier.require_forms(name, SFASettings.from_config(read_config(name)["sfa"]))
     labels = _labels(models)
     with _fitting(output):
         recorded, timed_on = frontier.read_recorded(decode)

@@ -37,14 +37,14 @@ def tolerance_losses(
 
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float | None = None,
-        sliding_window: int | None = None, softcap: float | None = None, **kwargs: Any,
+        sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None, **kwargs: Any,
     ) -> tuple[Tensor, None]:  # fmt: skip
         coding: Any = getattr(module, "sfa", None)
         if coding is not None:
             budget = coding.budget
             query = code_queries(coding.queries(query), budget).to_dense()
             key = topk_codes(coding.keys(key), budget.topk, dense_dims=budget.dense_dims).to_dense()
-        scores = ScoreRules.of(query, scaling, softcap)
+        scores = ScoreRules.of(query, scaling, softcap, s_aux)
         out, share = _attend(query[0], key[0], value[0], scores, sliding_window, tolerance)
         shares.append(share)
         return out[None].to(query.dtype), None
@@ -69,13 +69,15 @@ def _attend(
     rows = q.to(dtype).unflatten(0, (-1, group)).transpose(1, 2)  # [Hkv, N, G, D]
     k, v = k.to(dtype), v.to(dtype)
     positions = torch.arange(n, device=q.device)
-    parts, read, seen = [], 0.0, 0.0
+    parts, sums, read, seen = [], [], 0.0, 0.0
     for some in positions.split(max(1, _MOST_WEIGHTS // (q.shape[0] * n))):
         visible = positions <= some[:, None]  # [M, N]
         if window is not None:
             visible &= positions > some[:, None] - window
         s = scores.cap(scores.scale * (rows[:, some].flatten(1, 2) @ k.mT)).unflatten(1, (-1, group))  # [Hkv, M, G, N]
-        weights = s.masked_fill(~visible[:, None], -torch.inf).softmax(-1)
+        s = s.masked_fill(~visible[:, None], -torch.inf)
+        sums.append(s.logsumexp(-1))  # [Hkv, M, G]
+        weights = s.softmax(-1)
         needed = needed_rows(weights, tolerance)  # [Hkv, M, N]
         weights = weights * needed[:, :, None]
         weights = weights / weights.sum(-1, keepdim=True)
@@ -83,4 +85,6 @@ def _attend(
         late = some >= n - _LAST_TOKENS
         read += float(needed[:, late].sum())
         seen += float(visible[late].sum()) * k.shape[0]
-    return torch.cat(parts, dim=1).transpose(0, 1).flatten(1, 2), read / seen
+    out, lse = torch.cat(parts, dim=1), torch.cat(sums, dim=1).transpose(1, 2).flatten(0, 1)  # lse [Hq, N]
+    out = scores.with_sinks(out.transpose(1, 2).flatten(0, 1)[None], lse[None])[0][0]  # [Hq, N, Dv]
+    return out.transpose(0, 1), read / seen
