@@ -167,6 +167,7 @@ def choose(
     limits = limits or Limits()
     *_, head_dim = attention_shape(model)
     dense_bytes = 2 * head_dim * model.dtype.itemsize
+    is_asked = candidates is not None
     if candidates is None:
         most = None if limits.max_bytes is None else limits.max_bytes * dense_bytes
         candidates = ladder(head_dim, most, exact or Exact())
@@ -174,10 +175,18 @@ def choose(
     if not names:
         smallest = sorted(ladder(head_dim, None, Exact()).values(), key=lambda x: x.token_bytes or dense_bytes)
         raise NothingFitsError(limits, [_without_figures(x, dense_bytes) for x in smallest[:_NEAREST]])
-    for candidate in candidates.values():  # refuses a model or a budget before any long work
-        if candidate.options is not None and "topk" in candidate.options:
-            _switch(model, candidate, None)
-    disable(model)
+    try:
+        for candidate in candidates.values():  # refuses a model or a budget before any long work
+            if candidate.options is not None and "topk" in candidate.options:
+                _switch(model, candidate, None)
+                nbytes = token_bytes(model)
+                require(
+                    nbytes <= dense_bytes or not (is_asked and candidate.may_win),
+                    f"{candidate.label} takes {nbytes} bytes per token and kv head, more than the {dense_bytes} of a dense key and value: "
+                    "keep fewer features, or keep them in fewer bits",
+                )
+    finally:
+        disable(model)
     if kept is not None:
         kept.open(_fingerprint(model, calibration, evaluation, max_position))
     bar = progress("calibrating", len(calibration))
