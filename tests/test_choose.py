@@ -182,6 +182,12 @@ def test_measurements_of_a_stopped_run_are_reused(model, windows, tmp_path, monk
     chosen(model, windows, limits, kept=Kept(output))
     assert len(measured) == len(choice.rows)
 
+    measured.clear()
+    module.disable(model)
+    model.config.rms_norm_eps *= 2  # as where config.json was changed
+    chosen(model, windows, limits, kept=Kept(output))
+    assert len(measured) == len(choice.rows)
+
 
 @pytest.mark.parametrize("content", ["", "[]", '{"of": 1}', '{"of": "x", "rows": 3}'])
 def test_a_damaged_file_of_measurements_counts_as_none(content, tmp_path):

@@ -283,8 +283,10 @@ def _without_figures(candidate: Candidate, dense_bytes: int) -> dict[str, Any]:
 
 
 def _fingerprint(model: Any, calibration: Tensor, evaluation: Tensor, max_position: int | None) -> str:
-    """Of all that a measurement depends on beside its candidate: the weights by their sums, the windows, the versions."""
+    """Of all that a measurement depends on beside its candidate: the config, the weights by their sums, the windows, the versions."""
+    config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
     sums = [(name, str(x.dtype), x.detach().sum(dtype=torch.float64).item()) for name, x in model.named_parameters()]
     windows = [x.tolist() for x in (calibration, evaluation)]
     versions = [__version__, torch.__version__, model.device.type]
-    return hashlib.sha256(json.dumps([sums, windows, max_position, versions]).encode()).hexdigest()
+    found = json.dumps([config, sums, windows, max_position, versions], default=str, sort_keys=True)
+    return hashlib.sha256(found.encode()).hexdigest()
