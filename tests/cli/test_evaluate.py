@@ -193,6 +193,8 @@ def test_lm_eval_on_local_tasks(tiny, text, tmp_path, capsys):
         ("perplexity", ["--dense", "--text", "nowhere.txt"], "does not exist"),
         ("perplexity", ["--window", 100], "give --key-bytes or --topk"),
         ("perplexity", ["--topk", 7, "--dense-dims", 2, "--window", 100], "topk must be"),
+        ("perplexity", ["--key-bytes", 9, "--window", 100], "--key-bytes must be 1 to the model's head size, 8"),
+        ("perplexity", ["--key-bytes", 4, "--cache-dtype", "int4", "--window", 100], "take --cache-dtype int8"),
         ("perplexity", [*BUDGET, "--window", 200, "--max-position", 100], "--max-position must be"),
         *(("perplexity", ["--dense", "--window", 100, *given], f"leave out {given[0]}, or") for given in SWITCH),
         ("needle", ["--dense", "--depths", "0,101"], "percents"),
