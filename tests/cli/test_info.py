@@ -50,6 +50,10 @@ def test_info_of_a_converted_model(cache_dtype, cache, tiny, tmp_path, capsys):
     (tmp_path / "report.json").write_text(json.dumps(report))
     assert main(["info", str(tmp_path)]) == 0
     assert "loss: +4.3 % of perplexity" in capsys.readouterr().out
+    report["switched"]["topk"] = 3  # of the model that was there before this one was saved
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    assert main(["info", str(tmp_path)]) == 0
+    assert "loss: not recorded" in capsys.readouterr().out
     (tmp_path / "report.json").write_text("[]")
     assert_refused(capsys, ["info", str(tmp_path)], "is no report of flashsfa convert")
 

@@ -205,7 +205,7 @@ def _print_converted(source: str, stored: dict[str, Any]) -> tuple[Way, ModelDes
             raise ValueError(f"{model.name} has no single head size for all layers")
         own = converted(settings, model, None if axes is None else axes[0])
         cache = _cache(own, model)
-    report = _report(source)
+    report = _report(source, stored["sfa"])
     print(f"{', '.join(names)} with Sparse Feature Attention")
     for name, value in vars(settings).items():
         if name not in ("has_basis", "positions"):
@@ -293,8 +293,8 @@ def _print_kernels(shape: tuple[int, int, int], way: Way) -> None:
         print(f"  {name}: {line}")
 
 
-def _report(source: str) -> dict[str, Any]:
-    """What `flashsfa convert` wrote beside the model; empty where it did not make it."""
+def _report(source: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """What `flashsfa convert` wrote beside the model; empty where it did not make it, or the model was saved with other settings since."""
     from ..huggingface.loading import find_file
 
     file = find_file(source, "report.json", is_optional=True)
@@ -302,6 +302,8 @@ def _report(source: str) -> dict[str, Any]:
         return {}
     try:
         report = json.loads(file.read_bytes())
-        return {"basis": str(report["switched"]["basis"]), "perplexity_increase": float(report["perplexity_increase"])}
+        switched = {**report["switched"]}
+        found = {"basis": str(switched.pop("basis")), "perplexity_increase": float(report["perplexity_increase"])}
+        return found if all(settings.get(name) == value for name, value in switched.items()) else {}
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{file} is no report of flashsfa convert: move it away") from error
