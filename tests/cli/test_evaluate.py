@@ -81,6 +81,16 @@ def test_perplexity(tiny, text, tmp_path, capsys, monkeypatch):
     assert found["results"]["dense"]["perplexity"] == pytest.approx(math.exp(sum(losses) / 3), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("windows", "advice"), [(1, "--windows 2 or more"), (5, "a longer text, or a shorter --window")]
+)
+def test_perplexity_of_one_window_says_what_would_show_its_error(windows, advice, tiny, tmp_path, capsys):
+    (tmp_path / "short.txt").write_text(TEXT[:300])
+    more = ["--text", tmp_path / "short.txt", "--window", 200, "--windows", windows, "--dense"]
+    assert evaluate("perplexity", tiny, tmp_path / "out", *more) == 0
+    assert f"of one window: {advice}" in " ".join(capsys.readouterr().out.split()).replace("the text has no more: ", "")
+
+
 def test_perplexity_of_an_eight_bit_cache(tiny, text, tmp_path):
     """It is what the cache gives token by token."""
     command = ["--text", text, "--window", 60, "--windows", 2, *BUDGET, "--topk-query", 8, "--cache-dtype", "int8"]

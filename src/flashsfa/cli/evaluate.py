@@ -217,11 +217,18 @@ def _perplexity_table(settings: dict[str, Any], results: dict[str, Any]) -> Tabl
 
     dense = results.get("dense")
     any_row = next(iter(results.values()))
+    caption = f"± is the standard error over {any_row['windows']} windows; against dense, of the same windows in pairs"
+    if any_row["standard_error"] is None:
+        is_short = settings["windows"] > 1
+        more = (
+            "the text has no more: a longer text, or a shorter --window, shows"
+            if is_short
+            else "--windows 2 or more show"
+        )
+        caption = f"of one window: {more} how far it could be off"
     table = Table(
         "attention", "perplexity", "against dense", "KV cache bytes per token",
-        title=f"{settings['model']}: perplexity of each token as decode sees it",
-        caption="of one window: --windows 2 or more show how far it could be off" if any_row["standard_error"] is None
-        else f"± is the standard error over {any_row['windows']} windows; against dense, of the same windows in pairs",
+        title=f"{settings['model']}: perplexity of each token as decode sees it", caption=caption,
     )  # fmt: skip
     for name, row in results.items():
         change, nbytes = "", f"{row['kv_bytes_per_token']:.0f}"
