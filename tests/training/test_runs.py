@@ -1,5 +1,7 @@
 """Whole runs of tiny models: killed, stopped, full disks, and what they learn."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -239,6 +241,8 @@ def test_where_curves_are_written_is_said(tmp_path, content, capsys, monkeypatch
 def test_a_model_has_a_card_that_says_how_to_load_it(tmp_path, content, kind):
     content["attention"] = {"kind": kind, "topk": 4} if kind == "sfa" else {"kind": kind}
     content["license"] = "cc-by-4.0"
+    if kind == "dense":
+        content["data"]["validation"] = str(shutil.copy(content["data"]["train"], tmp_path / "other.npy"))
     assert run(tmp_path, content) == 0
     folder = tmp_path / "run" / "model"
     card = ModelCard.load(folder / "README.md")
@@ -251,6 +255,7 @@ def test_a_model_has_a_card_that_says_how_to_load_it(tmp_path, content, kind):
     assert str(tmp_path) not in card.text  # where the text lay is no one's business
     recipe_of_card = yaml.safe_load(card.text.split("```yaml")[1].split("```")[0])
     assert recipe_of_card["training"]["learning_rate"] == content["training"]["learning_rate"]
+    assert f"| perplexity, {'held-out text' if kind == 'dense' else 'the text that was trained on'} |" in card.text
     code = card.text.split("```python")[1].split("```")[0].replace("FOLDER", str(folder))
     names = {}
     exec(code, names)

@@ -28,7 +28,9 @@ def write_card(folder: Path, recipe: Any, result: Mapping[str, Any]) -> None:
     ).to_yaml()
     training, data, environment = recipe.training, recipe.data, result["environment"]
     tokens = result["steps"] * training.batch * data.context
-    text = "held-out text" if result.get("as_kept", True) else "held-out text, codes in 16 bits, no token exact"
+    is_held_out = data.train != data.validation or data.train == "needle"  # whose prompts are drawn anew
+    text = "held-out text" if is_held_out else "the text that was trained on"
+    text += "" if result.get("as_kept", True) else ", codes in 16 bits, no token exact"
     figures = {
         f"perplexity, {text}": f"{result['perplexity']:.4g}",
         f"loss, {text}": f"{result['validation_loss']:.4f}",
