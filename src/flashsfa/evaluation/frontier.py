@@ -69,8 +69,8 @@ def require_forms(name: str, settings: SFASettings) -> None:
 
 
 def forms(settings: SFASettings | None, head_dim: int) -> list[Form]:
-    """Those of a model in 16, 8 and 4 bits, as far as the head can be held in them: of a switched model by its settings, and of a dense
-    one for None."""
+    """Those of a model in 16, 8 and 4 bits, as far as the head can be held in them: of a switched model by its settings without its
+    `value_tolerance`, which has rows of its own, and of a dense one for None."""
     found = []
     if settings is None:
         for name, rival in rivals(head_dim, Exact(0, 0, "coded")).items():
@@ -80,7 +80,9 @@ def forms(settings: SFASettings | None, head_dim: int) -> list[Form]:
     for bits, cache_dtype in _CACHES.items():
         if bits > 4 or head_dim % ROTATION_WIDTH == 0:
             configuration = Configuration(head_dim, settings.dense_dims, settings.topk, bits)
-            found.append(Form(configuration, settings.arguments() | {"cache_dtype": cache_dtype}))
+            found.append(
+                Form(configuration, settings.arguments() | {"cache_dtype": cache_dtype, "value_tolerance": 0.0})
+            )
     return found
 
 

@@ -24,10 +24,11 @@ from . import VARIANTS, frontier, needle
 from .harness import Harness
 from .haystack import Haystack, samples
 from .memory import cache_bytes_per_token
-from .perplexity import spread, window_losses
+from .perplexity import spread
 from .results import document, save
 from .subject import Progress, Subject, SubjectSettings, named_device
 from .text import read_text, separate_texts, token_windows
+from .tolerance import decode_losses
 
 _DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of needles
 _MODEL_FOLDER = "model"  # of a run
@@ -51,7 +52,7 @@ def measure_perplexity(
         calibration = subject.calibration_windows(calibration_text, window)
         content = _document("perplexity", subject, text=text, window=window, windows=windows)
         for name in subject.variants(calibration, window, progress):
-            losses = window_losses(subject.model, cut, progress(f"perplexity: {VARIANTS[name]}", len(cut)))
+            losses = decode_losses(subject.model, cut, progress(f"perplexity: {VARIANTS[name]}", len(cut)))
             perplexity, error = spread(losses)
             content["results"][name] = {
                 "perplexity": perplexity, "standard_error": error, "windows": len(cut), "tokens": cut.numel(),

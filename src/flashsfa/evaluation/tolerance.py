@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from ..checks import require
 from ..codes import code_queries, topk_codes
+from ..huggingface.settings import SFASettings
+from ..huggingface.switch import is_enabled
 from ..ops.decode.plain import needed_rows
 from ..scores import ScoreRules
 from .perplexity import window_losses
@@ -19,6 +22,20 @@ from .perplexity import window_losses
 _NAME = "sfa_tolerance"
 _LAST_TOKENS = 64  # of a window, whose context is about its length
 _MOST_WEIGHTS = 1 << 26  # attention weights at a time
+
+
+def decode_losses(model: Any, windows: Tensor, progress: Callable[[], None] = lambda: None) -> list[float]:
+    """Losses as `window_losses`', of a model that is switched with a `value_tolerance` too. Raises `ValueError` where that stands beside
+    few bits or exact tokens, of which it is not measured."""
+    settings = SFASettings.from_config(model.config.sfa) if is_enabled(model) else None
+    if settings is None or not settings.value_tolerance:
+        return window_losses(model, windows, progress)
+    require(
+        not (settings.rounds or settings.recent or settings.first),
+        f"the model leaves out values (value_tolerance={settings.value_tolerance:g}) beside few bits or exact tokens, and perplexity is not "
+        "measured of both: save it switched with value_tolerance=0, or measure needles",
+    )
+    return tolerance_losses(model, windows, settings.value_tolerance, progress)[0]
 
 
 @torch.no_grad()

@@ -71,7 +71,7 @@ def _distill(recipe: DistillRecipe, place: RunDirectory) -> dict[str, Any]:
     )  # fmt: skip
     before = _perplexities(recipe, corpus, trainer.args)
     settings = SFASettings.from_config(model.config.sfa)
-    as_kept = not (settings.rounds or settings.recent or settings.first)
+    as_kept = not (settings.rounds or settings.recent or settings.first or settings.value_tolerance)
     result = fit(trainer, place) | before | {"as_kept": as_kept}
 
     def finish() -> None:
