@@ -216,9 +216,9 @@ def test_times_of_two_devices_are_not_mixed(tmp_path):
     files = [
         recorded(tmp_path / f"{name}.json", {case("k2", 64): 1.0}, {"sdpa": 3.0}, name) for name in ("H100", "H200")
     ]
-    with pytest.raises(ValueError, match="times of H100 and H200 do not compare"):
+    with pytest.raises(ValueError, match="times of H100, batch 1 and H200, batch 1 do not compare"):
         read_recorded(files)
-    assert read_recorded(files[:1])[1] == "H100"
+    assert read_recorded(files[:1])[1] == "H100, batch 1"
     assert read_recorded([]) == ([], "")
 
 

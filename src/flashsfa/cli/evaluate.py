@@ -186,7 +186,7 @@ def _frontier(options: argparse.Namespace) -> None:
             tolerances=options.tolerances, trials=options.trials, decode=options.decode, dtype=options.dtype, device=options.device,
             tokenizer=options.tokenizer,
         )  # fmt: skip
-    console().print(_forms_table(document["results"]))
+    console().print(_forms_table(document["results"], document["settings"]["decode_device"]))
     if document["settings"]["tolerances"]:
         console().print(_tolerances_table(document["results"]))
     print_written(paths)
@@ -240,7 +240,7 @@ def _perplexity_table(settings: dict[str, Any], results: dict[str, Any]) -> Tabl
     return table
 
 
-def _forms_table(results: dict[str, Any]) -> Table:
+def _forms_table(results: dict[str, Any], timed_on: str) -> Table:
     from rich.table import Table
 
     every = [form for model in results.values() for form in model["forms"].values()]
@@ -249,8 +249,8 @@ def _forms_table(results: dict[str, Any]) -> Table:
     table = Table(
         "model", "cache", "bytes", *(f"perplexity at {n}" for n in lengths), *(f"loss at {n}" for n in lengths),
         *(f"needles at {n}" for n in needles), *(f"ms at {n}" for n in timed), title="Each form of each model's cache",
-        caption="bytes of a coded token, key and value, per kv head; each token is scored as decode sees it; ms of one layer's decode, "
-        "batch 8, as recorded",
+        caption="bytes of a coded token, key and value, per kv head; each token is scored as decode sees it"
+        + (f"; ms of one layer's decode as recorded, {timed_on}" if timed_on else ""),
     )  # fmt: skip
     for name, model in results.items():
         for kind, form in model["forms"].items():

@@ -142,20 +142,23 @@ def compare(results: Results) -> None:
 
 
 def read_recorded(files: Sequence[Path]) -> tuple[list[dict[str, Any]], str]:
-    """The rows of results of `flashsfa bench decode` that were timed, and the device that they were timed on. Raises `ValueError` for
-    a file that holds none, or files of several devices."""
+    """The rows of results of `flashsfa bench decode` that were timed, and the device and batch that they were timed with. Raises
+    `ValueError` for a file that holds none, or files of several devices or batches."""
     rows: list[dict[str, Any]] = []
     devices: dict[str, None] = {}
     for file in files:
         require(file.is_file(), f"--decode {file} does not exist: name the JSON that flashsfa bench decode wrote")
         try:
             content = json.loads(file.read_bytes())
-            rows += [row for row in content["rows"] if row["status"] == "ok" and row["timing"] and row["baselines"]]
-            devices[content["environment"]["device"]] = None
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            timed = [row for row in content["rows"] if row["status"] == "ok" and row["timing"] and row["baselines"]]
+            rows += timed
+            device = content["environment"]["device"]
+            devices |= {f"{device}, batch {re.findall(r'[0-9]+', row['facet'])[-1]}": None for row in timed}
+        except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
             raise ValueError(f"--decode {file} holds no results of flashsfa bench decode") from error
     require(
-        len(devices) <= 1, f"--decode: times of {' and '.join(devices)} do not compare; name the files of one device"
+        len(devices) <= 1,
+        f"--decode: times of {' and '.join(devices)} do not compare; name the files of one device and batch",
     )
     return rows, "".join(devices)
 
@@ -180,8 +183,8 @@ def decode_ms(
 
 
 def draw(title: str, results: Results, length: int, device: str, path: Path) -> None:
-    """Write the losses at windows of `length` tokens as a PNG: over bytes, and over the decode times on `device` at the two longest
-    caches."""
+    """Write the losses at windows of `length` tokens as a PNG: over bytes, and over the decode times of `device`, its name and the batch, at
+    the two longest caches."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -212,7 +215,7 @@ def draw(title: str, results: Results, length: int, device: str, path: Path) -> 
         axes.set_xlabel(
             "bytes of a coded token per kv head, key and value"
             if n is None
-            else f"decode at {tokens_label(n)} tokens, ms of one layer\n{device}, batch 8"
+            else f"decode at {tokens_label(n)} tokens, ms of one layer\n{device}"
         )
         axes.grid(alpha=0.3)
     panels[0, 0].set_ylabel(f"loss of perplexity at {length} tokens, %, with its standard error")
