@@ -232,6 +232,7 @@ def test_lm_eval_on_local_tasks(tiny, text, tmp_path, capsys):
         ("perplexity", [*BUDGET, "--window", 200, "--max-position", 100], "--max-position must be"),
         *(("perplexity", ["--dense", "--window", 100, *given], f"leave out {given[0]}, or") for given in SWITCH),
         ("needle", ["--dense", "--depths", "0,101"], "percents"),
+        ("needle", ["--dense", "--task", "common-words", "--depths", "50"], "--depths means nothing to common-words"),
         ("needle", ["--dense", "--trials", 0], "--trials must be"),
         ("needle", ["--dense", "--lengths", "100"], "too few"),
         ("needle", ["--dense", "--lengths", "0"], "--lengths must be"),

@@ -25,6 +25,8 @@ from .options import (
 )
 from .screen import Progress, console, need, print_written, progress
 
+_DEPTHS = (0, 25, 50, 75, 100)  # of needles, in percent
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -61,7 +63,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--lengths", type=integers, default="512,1024,2048,4096", metavar="N,N", help="contexts in tokens, by commas"
     )
     needle.add_argument(
-        "--depths", type=integers, default="0,25,50,75,100", metavar="P,P", help="needle depths in percent, by commas"
+        "--depths",
+        type=integers,
+        metavar="P,P",
+        help=f"needle depths in percent, by commas (default: {','.join(map(str, _DEPTHS))}; common-words has none)",
     )
     needle.add_argument("--trials", type=int, default=1, metavar="N", help="prompts for each length and depth")
     needle.add_argument("--seed", type=int, default=0, metavar="N", help="another one gives other prompts")
@@ -169,9 +174,13 @@ def _needle(options: argparse.Namespace, settings: SubjectSettings, bars: Progre
     from ..evaluation.measure import measure_needles
 
     require_counts(options, trials=1)
+    has_depth = TASKS[options.task].has_depth
+    if options.depths is not None and not has_depth:
+        raise ValueError(f"--depths means nothing to {options.task}, whose words stand everywhere: leave it out")
+    depths = (options.depths or list(_DEPTHS)) if has_depth else []
     return measure_needles(
         settings, options.output, bars, text=options.text, task=options.task, lengths=options.lengths,
-        depths=options.depths, trials=options.trials, seed=options.seed,
+        depths=depths, trials=options.trials, seed=options.seed,
     )  # fmt: skip
 
 
