@@ -182,6 +182,28 @@ def test_measurements_of_a_stopped_run_are_reused(model, windows, tmp_path, monk
     chosen(model, windows, limits, kept=Kept(output))
     assert len(measured) == len(choice.rows)
 
+    measured.clear()
+    module.disable(model)
+    model.config.rms_norm_eps *= 2  # as where config.json was changed
+    chosen(model, windows, limits, kept=Kept(output))
+    assert len(measured) == len(choice.rows)
+
+
+def test_a_model_in_training_mode_is_measured_without_dropout(windows):
+    config = transformers.GPT2Config(
+        n_embd=32, n_layer=2, n_head=2, n_positions=64, vocab_size=60, attn_pdrop=0.0, resid_pdrop=0.5
+    )
+    model, found = transformers.GPT2LMHeadModel(config), []
+    for training in (False, True):
+        model.train(training)
+        model.transformer.h[1].eval()  # what is frozen stays so
+        ids = windows[0][:, :32] % 60
+        found.append(module.choose(model, ids, ids, Limits(max_bytes=0.5)).rows)
+        assert model.training is training
+        assert not model.transformer.h[1].mlp.training
+        module.disable(model)
+    assert found[0] == found[1]
+
 
 @pytest.mark.parametrize("content", ["", "[]", '{"of": 1}', '{"of": "x", "rows": 3}'])
 def test_a_damaged_file_of_measurements_counts_as_none(content, tmp_path):

@@ -167,6 +167,7 @@ def choose(
     limits = limits or Limits()
     *_, head_dim = attention_shape(model)
     dense_bytes = 2 * head_dim * model.dtype.itemsize
+    is_asked = candidates is not None
     if candidates is None:
         most = None if limits.max_bytes is None else limits.max_bytes * dense_bytes
         candidates = ladder(head_dim, most, exact or Exact())
@@ -174,10 +175,18 @@ def choose(
     if not names:
         smallest = sorted(ladder(head_dim, None, Exact()).values(), key=lambda x: x.token_bytes or dense_bytes)
         raise NothingFitsError(limits, [_without_figures(x, dense_bytes) for x in smallest[:_NEAREST]])
-    for candidate in candidates.values():  # refuses a model or a budget before any long work
-        if candidate.options is not None and "topk" in candidate.options:
-            _switch(model, candidate, None)
-    disable(model)
+    try:
+        for candidate in candidates.values():  # refuses a model or a budget before any long work
+            if candidate.options is not None and "topk" in candidate.options:
+                _switch(model, candidate, None)
+                nbytes = token_bytes(model)
+                require(
+                    nbytes <= dense_bytes or not (is_asked and candidate.may_win),
+                    f"{candidate.label} takes {nbytes} bytes per token and kv head, more than the {dense_bytes} of a dense key and value: "
+                    "keep fewer features, or keep them in fewer bits",
+                )
+    finally:
+        disable(model)
     if kept is not None:
         kept.open(_fingerprint(model, calibration, evaluation, max_position))
     bar = progress("calibrating", len(calibration))
@@ -274,8 +283,10 @@ def _without_figures(candidate: Candidate, dense_bytes: int) -> dict[str, Any]:
 
 
 def _fingerprint(model: Any, calibration: Tensor, evaluation: Tensor, max_position: int | None) -> str:
-    """Of all that a measurement depends on beside its candidate: the weights by their sums, the windows, the versions."""
+    """Of all that a measurement depends on beside its candidate: the config, the weights by their sums, the windows, the versions."""
+    config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
     sums = [(name, str(x.dtype), x.detach().sum(dtype=torch.float64).item()) for name, x in model.named_parameters()]
     windows = [x.tolist() for x in (calibration, evaluation)]
     versions = [__version__, torch.__version__, model.device.type]
-    return hashlib.sha256(json.dumps([sums, windows, max_position, versions]).encode()).hexdigest()
+    found = json.dumps([config, sums, windows, max_position, versions], default=str, sort_keys=True)
+    return hashlib.sha256(found.encode()).hexdigest()

@@ -27,13 +27,13 @@ from .decode import sparse_feature_decode
 from .evaluation.subject import Progress, named_device
 from .evaluation.text import separate_texts, token_windows
 from .files import require_place, whole_folder
-from .formats import AUTO, ROTATION_WIDTH, CodeFormat, cache_bits
+from .formats import AUTO
 from .huggingface import disable
 from .huggingface.attention import LayerCoding
 from .huggingface.loading import find_file
 from .huggingface.structure import attention_shape, require_whole
 from .models import BUNDLED_NAME, is_converted, load_model
-from .presets import DEFAULT_CACHE_DTYPE, PRESETS, require_one_way
+from .presets import DEFAULT_CACHE_DTYPE, PRESETS, require_key_bytes, require_one_way, require_width
 from .stored import KVView
 
 _PROMPT = "The history of science is"
@@ -102,15 +102,12 @@ class ConvertSettings:
             return None
         if self.preset is not None:
             preset = PRESETS[self.preset]
-            _require_width(f"--preset {self.preset}", preset.cache_dtype, head_dim)
+            require_width(f"--preset {self.preset}", preset.cache_dtype, head_dim)
             return by_preset(head_dim, preset)
         cache_dtype = None if self.cache_dtype == AUTO else self.cache_dtype or DEFAULT_CACHE_DTYPE
-        _require_width(f"--cache-dtype {cache_dtype}", cache_dtype, head_dim)
+        require_width(f"--cache-dtype {cache_dtype}", cache_dtype, head_dim)
         if self.topk is None:
-            require(
-                self.key_bytes is None or 1 <= self.key_bytes <= head_dim,
-                f"--key-bytes must be 1 to the model's head size, {head_dim}, got {self.key_bytes}",
-            )
+            require_key_bytes(self.key_bytes, head_dim)
             return by_bytes(head_dim, self.key_bytes, cache_dtype, self.exact)
         return by_topk(head_dim, self.topk, self.dense_dims, self.topk_query, self.basis, cache_dtype, self.exact)
 
@@ -190,16 +187,6 @@ def _write(model: Any, tokenizer: Any, report: dict[str, Any], source: str | Non
                 draw_frontier(report, folder / "frontier.png")
     except Exception as error:  # a full disk is another error in each of the libraries that write here
         raise OSError(f"could not write the result: {error}; make room, or choose another place with -o") from error
-
-
-def _require_width(said: str, cache_dtype: str | None, head_dim: int) -> None:
-    """Raise `ValueError` if an option that was `said` keeps values in 4 bits, and `head_dim` is no width for these."""
-    bits = cache_bits(cache_dtype)
-    require(
-        not isinstance(bits, CodeFormat) or bits.v_bits != 4 or head_dim % ROTATION_WIDTH == 0,
-        f"{said} keeps values in 4 bits, which goes with head sizes that are a multiple of {ROTATION_WIDTH}; the model's is {head_dim}: "
-        "take --cache-dtype int8 in its place",
-    )
 
 
 def _windows(

@@ -26,6 +26,7 @@ class Way:
         exact: tokens that they keep as they come.
         queries: features of a query that meet coded keys.
         layers: the switched ones; None for all with attention.
+        prefill: as `enable`'s: "dense" for prompts that attend to their own keys as they come.
     """
 
     label: str
@@ -33,6 +34,7 @@ class Way:
     exact: int = 0
     queries: int = 0
     layers: tuple[int, ...] | None = None
+    prefill: str = "coded"
 
     def layer_bytes(self, model: ModelDescription, kind: LayerKind) -> int:
         """Of one more token in a switched layer of a kind."""
@@ -62,13 +64,15 @@ class Way:
     def multiplications(self, model: ModelDescription, context: int, *, is_prompt: bool) -> int:
         """Of the attention of all layers: of a prompt of `context` tokens, or of the one that comes after as many."""
         assert model.shape is not None
-        heads, kv_heads, head_dim = model.shape
+        heads, _, head_dim = model.shape
 
         def of(kind: LayerKind) -> int:
-            width = (kind.token_bytes or 0) // (kv_heads * model.dtype.itemsize)  # of a key and a value
             pairs = kind.pairs(context) if is_prompt else kind.held(context)
-            saved = 0 if self.coder is None or not width else head_dim - self._score_width(head_dim)
-            return self._per_kind(kind, heads * pairs * (width - saved), heads * pairs * width)
+            coded = pairs if is_prompt else max(0, pairs - self.exact)
+            if self.coder is None or not kind.width or (is_prompt and self.prefill == "dense"):
+                coded = 0
+            saved = coded * (head_dim - self._score_width(head_dim)) if coded else 0
+            return self._per_kind(kind, heads * (pairs * kind.width - saved), heads * pairs * kind.width)
 
         return sum(of(kind) for kind in model.kinds)
 
@@ -109,7 +113,8 @@ def converted(settings: SFASettings, model: ModelDescription, axes: AxisBits | N
     budget, bits = settings.budget(head_dim), cache_bits(settings.cache_dtype)
     coder = Coder(None, 0, bits, axes) if axes is not None else Coder(budget.topk, budget.dense_dims, bits)
     layers = None if settings.layers is None else tuple(settings.layers)
-    return Way("as converted", coder, settings.recent + settings.first, budget.topk_query, layers)
+    exact = settings.recent + settings.first
+    return Way("as converted", coder, exact, budget.topk_query, layers, settings.prefill)
 
 
 def _way(label: str, candidate: Candidate, model: ModelDescription) -> Way:
@@ -126,7 +131,8 @@ def _way(label: str, candidate: Candidate, model: ModelDescription) -> Way:
         )  # any keys: bytes do not depend on them
         coder = Coder(None, 0, bits, AxisBits.fit(sample, candidate.fit["key_bytes"])[1])
     queries = query_features(options.get("topk_query", DENSE), head_dim)
-    return Way(label, coder, options.get("recent", 0) + options.get("first", 0), queries)
+    exact = options.get("recent", 0) + options.get("first", 0)
+    return Way(label, coder, exact, queries, prefill=options.get("prefill", "coded"))
 
 
 def _fits(preset: Preset, head_dim: int) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .checks import require
-from .formats import CodeFormat
+from .formats import ROTATION_WIDTH, CodeFormat, cache_bits
 
 MEASURED_HEAD_DIM = 64
 DEFAULT_CACHE_DTYPE = "int4"  # of `flashsfa convert`, where nothing is said
@@ -104,6 +104,24 @@ def require_one_way(
     given = [f"--{name.replace('_', '-')}" for name, value in others.items() if value is not None]
     require(
         topk is not None or not given, f"{', '.join(given)} goes with --topk: without it keys are kept in bits per axis"
+    )
+
+
+def require_key_bytes(key_bytes: int | None, head_dim: int) -> None:
+    """Raise `ValueError` if a key of `head_dim` features cannot be kept in so many bytes; None fits."""
+    require(
+        key_bytes is None or 1 <= key_bytes <= head_dim,
+        f"--key-bytes must be 1 to the model's head size, {head_dim}, got {key_bytes}",
+    )
+
+
+def require_width(said: str, cache_dtype: str | None, head_dim: int) -> None:
+    """Raise `ValueError` if an option that was `said` keeps values in 4 bits, and `head_dim` is no width for these."""
+    bits = cache_bits(cache_dtype)
+    require(
+        not isinstance(bits, CodeFormat) or bits.v_bits != 4 or head_dim % ROTATION_WIDTH == 0,
+        f"{said} keeps values in 4 bits, which goes with head sizes that are a multiple of {ROTATION_WIDTH}; the model's is {head_dim}: "
+        "take --cache-dtype int8 in its place",
     )
 
 

@@ -67,6 +67,19 @@ def test_errors_leave_nothing(case, message, tiny, text, tmp_path, capsys):
     assert set(tmp_path.iterdir()) == before
 
 
+def test_a_code_that_is_larger_than_a_dense_cache_is_refused_before_any_work(tiny, text, tmp_path, capsys):
+    command = arguments(tiny, text, tmp_path / "out", "--dense-dims", "4", "--topk", "4", "--dtype", "bfloat16")
+    assert main(command) == 2
+    out, err = capsys.readouterr()
+    assert (
+        "4 dense + top-4, 16 bits takes 36 bytes per token and kv head, more than the 32 of a dense key and value"
+        in err
+    )
+    assert "keep fewer features, or keep them in fewer bits" in err
+    assert "calibrating" not in out
+    assert not (tmp_path / "out").exists()
+
+
 def test_output_that_exists_is_kept(tiny, text, tmp_path, capsys):
     output = tmp_path / "out"
     output.mkdir()

@@ -1,5 +1,6 @@
 """`flashsfa eval`: the figures in the JSON and on screen, and errors that leave nothing."""
 
+import itertools
 import json
 import math
 
@@ -79,6 +80,39 @@ def test_perplexity(tiny, text, tmp_path, capsys, monkeypatch):
         model = transformers.AutoModelForCausalLM.from_pretrained(tiny)
         losses = [F.cross_entropy(model(w[None]).logits[0, :-1], w[1:]).item() for w in windows.cpu()]
     assert found["results"]["dense"]["perplexity"] == pytest.approx(math.exp(sum(losses) / 3), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("windows", "advice"),
+    [(1, "--windows 2 or more"), (5, "the text has no more: a longer text, or a shorter --window")],
+)
+def test_perplexity_of_one_window_says_what_would_show_its_error(windows, advice, tiny, tmp_path, capsys):
+    (tmp_path / "short.txt").write_text(TEXT[:300])
+    more = ["--text", tmp_path / "short.txt", "--window", 200, "--windows", windows, "--dense"]
+    assert evaluate("perplexity", tiny, tmp_path / "out", *more) == 0
+    assert f"of one window: {advice}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_perplexity_of_a_model_that_leaves_out_values(tiny, text, tmp_path, capsys):
+    """It is that of decode, token by token; in float64 that is plain PyTorch, which leaves out as much as it may."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
+    options = {"topk": 2, "dense_dims": 2, "topk_query": "dense", "value_tolerance": 0.3}
+    flashsfa.enable(model, **options).save_pretrained(tmp_path / "skip")
+    byte_tokenizer().save_pretrained(tmp_path / "skip")
+    more = ["--text", text, "--window", 40, "--windows", 1, "--dtype", "float32", "--device", "cpu"]
+    assert evaluate("perplexity", tmp_path / "skip", tmp_path / "out", *more) == 0
+    ids = byte_tokenizer()(TEXT, return_tensors="pt")["input_ids"][0, :40].to(model.device)
+    cache, losses = SparseCache(model.double()), []
+    with torch.no_grad():
+        for token, after in itertools.pairwise(ids):
+            logits = model(token[None, None], past_key_values=cache).logits[0]
+            losses.append(F.cross_entropy(logits, after[None]).item())
+    found = document(tmp_path / "out")["results"]["sfa"]["perplexity"]
+    assert found == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
+    flashsfa.enable(flashsfa.disable(model.float()), **options, recent=4).save_pretrained(tmp_path / "skip")
+    capsys.readouterr()
+    assert evaluate("perplexity", tmp_path / "skip", tmp_path / "no", *more) == 2
+    assert "leaves out values (value_tolerance=0.3) beside few bits or exact tokens" in capsys.readouterr().err
 
 
 def test_perplexity_of_an_eight_bit_cache(tiny, text, tmp_path):
@@ -193,9 +227,12 @@ def test_lm_eval_on_local_tasks(tiny, text, tmp_path, capsys):
         ("perplexity", ["--dense", "--text", "nowhere.txt"], "does not exist"),
         ("perplexity", ["--window", 100], "give --key-bytes or --topk"),
         ("perplexity", ["--topk", 7, "--dense-dims", 2, "--window", 100], "topk must be"),
+        ("perplexity", ["--key-bytes", 9, "--window", 100], "--key-bytes must be 1 to the model's head size, 8"),
+        ("perplexity", ["--key-bytes", 4, "--cache-dtype", "int4", "--window", 100], "take --cache-dtype int8"),
         ("perplexity", [*BUDGET, "--window", 200, "--max-position", 100], "--max-position must be"),
         *(("perplexity", ["--dense", "--window", 100, *given], f"leave out {given[0]}, or") for given in SWITCH),
         ("needle", ["--dense", "--depths", "0,101"], "percents"),
+        ("needle", ["--dense", "--task", "common-words", "--depths", "50"], "--depths means nothing to common-words"),
         ("needle", ["--dense", "--trials", 0], "--trials must be"),
         ("needle", ["--dense", "--lengths", "100"], "too few"),
         ("needle", ["--dense", "--lengths", "0"], "--lengths must be"),

@@ -3,11 +3,14 @@
 import json
 
 import pytest
+import torch
 
 import flashsfa
 from flashsfa.cli import main
 
 transformers = pytest.importorskip("transformers")
+from flashsfa.huggingface.description import describe  # noqa: E402
+from flashsfa.outlook import ways  # noqa: E402
 from words_model import assert_refused  # noqa: E402
 
 
@@ -47,6 +50,10 @@ def test_info_of_a_converted_model(cache_dtype, cache, tiny, tmp_path, capsys):
     (tmp_path / "report.json").write_text(json.dumps(report))
     assert main(["info", str(tmp_path)]) == 0
     assert "loss: +4.3 % of perplexity" in capsys.readouterr().out
+    report["switched"]["topk"] = 3  # of the model that was there before this one was saved
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    assert main(["info", str(tmp_path)]) == 0
+    assert "loss: not recorded" in capsys.readouterr().out
     (tmp_path / "report.json").write_text("[]")
     assert_refused(capsys, ["info", str(tmp_path)], "is no report of flashsfa convert")
 
@@ -108,6 +115,10 @@ CONFIGS = {  # kind: options, lines of its description
         ["can be switched: yes", "layers 0 to 1: full attention, 512 bytes per token and layer, 144 switched",
          "KV cache: 288 bytes per token, dense 1024 (-72 %), as preset balanced keeps it"],
     ),
+    "GPT2": (  # its config drops attention weights in training
+        {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 64},
+        ["can be switched: yes", "layers 0 to 1: full attention, 256 bytes"],
+    ),
     "Gemma3Text": (
         SIZES | WINDOW | {"num_hidden_layers": 4, "head_dim": 64},
         ["can be switched: yes", "layers 0, 2: a sliding window of 16 tokens, 512 bytes", "layers 1, 3: full attention, 512"],
@@ -128,7 +139,7 @@ CONFIGS = {  # kind: options, lines of its description
     "DeepseekV3": (
         SIZES | {"num_hidden_layers": 2, "num_key_value_heads": 4, "n_routed_experts": 8, "n_group": 2, "topk_group": 1},
         ["can be switched: no: DeepseekV3ForCausalLM uses latent attention (MLA)",
-         "layers 0 to 1: latent attention (MLA, rank 512), which transformers caches as whole keys and values, 2560 bytes"],
+         "layers 0 to 1: latent attention (MLA), of which transformers caches rank 512 and 64 rotary features, 1152 bytes"],
     ),
     "Llama4Text": (
         SIZES | {"num_hidden_layers": 4, "head_dim": 16, "num_local_experts": 2, "intermediate_size_mlp": 64},
@@ -183,7 +194,9 @@ def test_the_table_of_a_context(tmp_path, capsys):
     ).save_pretrained(tmp_path)
     capsys.readouterr()
     assert main(["info", str(tmp_path), "--context", "4096"]) == 0
-    found, held = table(capsys.readouterr().out), 1024 + 4096
+    out = capsys.readouterr().out
+    assert "forget a quarter of it at a time" in out
+    found, held = table(out), 1023 + 4096  # a layer keeps what the next token sees beside itself
     pairs = 4096 * 4097 // 2 + 1024 * 1025 // 2 + 3072 * 1024
     assert found["dense"] == [
         f"{held * 512 / 2**20:.1f} MiB", "100 %", f"{4 * held * 128:.3g}", "100 %", f"{4 * pairs * 128:.3g}", "100 %",
@@ -195,6 +208,51 @@ def test_the_table_of_a_context(tmp_path, capsys):
     ]  # fmt: skip
     kept = 28 + 12 + 64  # products of a pair: 40 of 64 features, and the value's
     assert found["preset fast"][2:] == [f"{4 * held * kept:.3g}", "81 %", f"{4 * pairs * kept:.3g}", "81 %"]
+
+
+def test_the_table_of_a_converted_model_with_exact_tokens(tiny, tmp_path, capsys):
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+    flashsfa.enable(
+        model, topk=3, dense_dims=2, topk_query="dense", recent=8, first=2, prefill="dense"
+    ).save_pretrained(tmp_path)
+    capsys.readouterr()
+    assert main(["info", str(tmp_path), "--context", "40"]) == 0
+    found = table(capsys.readouterr().out)["as converted"]
+    products = (
+        2 * 4 * (10 * 16 + 30 * (5 + 8))
+    )  # the newest and the first are met with all 8 features, the others with 5
+    assert found[2:] == [
+        f"{products:.3g}",
+        f"{100 * products / (2 * 4 * 40 * 16):.0f} %",
+        f"{2 * 4 * 820 * 16:.3g}",
+        "100 %",
+    ]
+
+
+def test_a_window_takes_what_a_live_cache_of_it_does(tmp_path):
+    config = transformers.Qwen3Config(
+        **SIZES | WINDOW | {"num_hidden_layers": 4, "head_dim": 16, "use_sliding_window": True}
+    )
+    config.save_pretrained(tmp_path)
+    cache = transformers.DynamicCache(config=config)
+    transformers.Qwen3ForCausalLM(config).eval()(torch.arange(50)[None], past_key_values=cache)
+    model = describe(tmp_path, torch.float32)
+    assert ways(model)[0].cache_bytes(model, 50) == flashsfa.huggingface.cache_nbytes(cache)["total"]
+
+
+def test_latents_take_what_a_live_cache_of_them_does(tmp_path):
+    sizes = {"kv_lora_rank": 24, "q_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
+    experts = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 2}
+    config = transformers.DeepseekV3Config(
+        **SIZES | sizes | experts | {"num_hidden_layers": 2, "num_key_value_heads": 4}
+    )
+    config.save_pretrained(tmp_path)
+    cache = transformers.DynamicCache(config=config)
+    transformers.DeepseekV3ForCausalLM(config).eval()(torch.arange(10)[None], past_key_values=cache)
+    model = describe(tmp_path, torch.float32)
+    (dense,) = ways(model)
+    assert dense.cache_bytes(model, 10) == flashsfa.huggingface.cache_nbytes(cache)["total"]
+    assert dense.multiplications(model, 10, is_prompt=False) == 2 * 4 * 10 * (16 + 8 + 16)
 
 
 def test_the_table_of_a_converted_model(tiny, tmp_path, capsys):

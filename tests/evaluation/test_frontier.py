@@ -163,6 +163,45 @@ def test_tolerance_is_what_decode_leaves_out(models):
         assert tolerance_losses(dense, windows, 1e-12)[0] == pytest.approx(window_losses(dense, windows), rel=1e-6)
 
 
+def test_tolerance_beside_sinks(models):
+    """gpt-oss: a sink takes its share of the weight of each head."""
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    config = transformers.GptOssConfig(
+        **sizes, head_dim=8, vocab_size=40, num_local_experts=2, num_experts_per_tok=1, sliding_window=8
+    )
+    model = transformers.GptOssForCausalLM(config).eval()
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.sinks, 2.0)
+    windows = torch.randint(0, 40, (2, 24))
+    dense = tolerance_losses(model, windows, 0.0)[0]
+    assert dense == pytest.approx(window_losses(model, windows), rel=1e-5)
+
+
+def test_exact_tokens_are_refused_before_any_model_is_measured(models, tmp_path, capsys):
+    model = flashsfa.from_pretrained(models / "k2" / "model")
+    flashsfa.enable(flashsfa.disable(model), 2, dense_dims=2, topk_query=8, recent=8, first=2).save_pretrained(
+        tmp_path / "exact"
+    )
+    command = [
+        "eval",
+        "frontier",
+        str(models / "dense" / "model"),
+        str(tmp_path / "exact"),
+        "-o",
+        str(tmp_path / "out"),
+    ]
+    assert main(command) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "exact keeps its newest 8 and first 2 tokens exact" in line
+    assert "flashsfa eval perplexity" in line
+
+
 def test_the_strongest_rival_stands_for_a_dense_cache(tmp_path):
     rows = json.loads(recorded(tmp_path / "a.json", {case("k2", 64): 1.0}, {"sdpa": 3.0, "limit": 0.1}).read_text())[
         "rows"
@@ -177,9 +216,9 @@ def test_times_of_two_devices_are_not_mixed(tmp_path):
     files = [
         recorded(tmp_path / f"{name}.json", {case("k2", 64): 1.0}, {"sdpa": 3.0}, name) for name in ("H100", "H200")
     ]
-    with pytest.raises(ValueError, match="times of H100 and H200 do not compare"):
+    with pytest.raises(ValueError, match="times of H100, batch 1 and H200, batch 1 do not compare"):
         read_recorded(files)
-    assert read_recorded(files[:1])[1] == "H100"
+    assert read_recorded(files[:1])[1] == "H100, batch 1"
     assert read_recorded([]) == ([], "")
 
 

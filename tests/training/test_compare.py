@@ -9,13 +9,13 @@ from flashsfa.cli import main
 from tiny import refused
 
 
-def finished(path, *, perplexity, seed=0, batch=4, **attention):
+def finished(path, *, perplexity, seed=0, batch=4, step=0.5, **attention):
     """A run's directory with the result that it would have."""
     path.mkdir()
     training = {"tokens": 640, "batch": batch, "seed": seed}
     content = {"recipe": {"data": {"context": 16}, "training": training, "attention": attention}, "parameters": 7}
     content |= {"environment": {"date": "2026-01-02T03:04", "commit": "abc"}, "steps": 10, "perplexity": perplexity}
-    content |= {"seconds_per_step": 0.5, "peak_memory_bytes": None}
+    content |= {"seconds_per_step": step, "peak_memory_bytes": None}
     content["curve"] = [{"step": step, "loss": np.log(perplexity) + 1 / step} for step in range(1, 11)]
     (path / "result.json").write_text(json.dumps(content))
     return str(path)
@@ -34,6 +34,18 @@ def test_runs_are_compared_seed_by_seed(tmp_path, capsys):
     assert (dense["runs"], sfa["seeds"]) == (["dense0", "dense1"], [0, 1])
     np.testing.assert_allclose(sfa["change"], [0.1, 0.05])
     assert written.with_suffix(".png").stat().st_size > 0
+
+
+def test_figures_of_one_kind_are_means_over_its_seeds(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    runs = [finished(tmp_path / f"a{s}", perplexity=10.0, seed=s, step=step) for s, step in ((0, 0.5), (1, 0.7))]
+    assert main(["train", "compare", *runs, "-o", str(tmp_path / "out")]) == 0
+    (row,) = json.loads((tmp_path / "out" / "training-2026-01-02-abc.json").read_text())["results"]
+    assert row["seconds_per_step"] == pytest.approx(0.6)
+    assert row["peak_memory_bytes"] is None
+    again = finished(tmp_path / "again", perplexity=12.0, seed=1)
+    code = main(["train", "compare", *runs, again, "-o", str(tmp_path / "other")])
+    refused(capsys, code, "a1 and again are runs of one recipe and seed")
 
 
 def test_runs_too_short_for_a_curve_are_compared_without_a_picture(tmp_path, capsys):

@@ -141,6 +141,7 @@ def test_distillation_with_adapters(tmp_path, content, converted):
     }
     assert changed
     assert all("proj" in name for name in changed)
+    assert result(tmp_path)["parameters"] == model.num_parameters()
 
 
 def test_distillation_ends_with_a_table_of_dense_before_and_after(tmp_path, content, converted, tokens, capsys):
@@ -156,6 +157,20 @@ def test_distillation_ends_with_a_table_of_dense_before_and_after(tmp_path, cont
             loss = float(switch(model)(ids.to(model.device), labels=ids.to(model.device), use_cache=False).loss)
         assert found[name] == pytest.approx(np.exp(loss), rel=1e-4)
     assert found["perplexity"] != found["perplexity_before"]
+    assert found["as_kept"]
+    assert "as it is kept" not in out
+
+
+def test_figures_of_another_cache_than_the_one_that_is_kept_say_so(tmp_path, content, converted, capsys):
+    model = flashsfa.from_pretrained(converted)
+    basis = flashsfa.FeatureBasis.load(converted / BASIS_FILE)
+    flashsfa.enable(flashsfa.disable(model), 3, topk_query=16, dense_dims=2, basis=basis, recent=4).save_pretrained(
+        converted
+    )
+    assert run(tmp_path, distill_content(content, converted), command="distill") == 0
+    assert "flashsfa eval perplexity measures the cache as it is kept" in " ".join(capsys.readouterr().out.split())
+    assert result(tmp_path)["as_kept"] is False
+    assert "codes in 16 bits, no token exact |" in (tmp_path / "run/model/README.md").read_text()
 
 
 def test_distillation_of_packed_documents_is_compared_too(tmp_path, content, converted):

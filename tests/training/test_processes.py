@@ -46,9 +46,9 @@ def test_two_processes_train_as_one_does(tmp_path):
     np.save(tmp_path / "tokens.npy", ids.astype(np.uint16))
     file = str(tmp_path / "tokens.npy")
     training = {
-        "tokens": 4 * 4 * 16,
-        "batch": 4,
-        "micro_batch": 1,
+        "tokens": 4 * 8 * 16,
+        "batch": 8,
+        "micro_batch": 2,  # of nine validation windows one is left over for the last batches
         "learning_rate": 1e-2,
         "warmup": 1,
         "precision": "fp32",
@@ -58,7 +58,7 @@ def test_two_processes_train_as_one_does(tmp_path):
         "model": {"architecture": "gpt2", "config": {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 40}},
         "attention": {"kind": "sfa", "topk": 4, "topk_query": 16, "gradient": "all", "equalize": True},
         "data": {
-            "train": file, "validation": file, "context": 16, "separator": 0, "packed": True, "validation_windows": 8
+            "train": file, "validation": file, "context": 16, "separator": 0, "packed": True, "validation_windows": 9
         },
         "training": training,
     }  # fmt: skip

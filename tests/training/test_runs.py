@@ -1,5 +1,7 @@
 """Whole runs of tiny models: killed, stopped, full disks, and what they learn."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -207,6 +209,17 @@ def test_annealing_halves_the_budget_down_to_its_own():
     assert seen == [(14, 14, 14)] * 3 + [(7, 7, 8)] * 3 + [(3, 3, 8)] * 6
 
 
+def test_a_budget_that_shrinks_to_the_end_is_evaluated_as_it_is_saved(tmp_path, content, tokens):
+    content["attention"] |= {"topk": 2, "anneal": {"share": 1.0}}
+    content["model"]["config"]["initializer_range"] = 0.3  # so that a budget matters
+    assert run(tmp_path, content) == 0
+    ids = torch.from_numpy(np.load(tokens)[: 8 * CONTEXT].astype(np.int64)).view(8, CONTEXT)
+    model = flashsfa.from_pretrained(tmp_path / "run" / "model").eval()
+    with torch.no_grad():
+        loss = float(model(ids.to(model.device), labels=ids.to(model.device), use_cache=False).loss)
+    assert result(tmp_path)["validation_loss"] == pytest.approx(loss, rel=1e-4)
+
+
 def test_where_curves_are_written_is_said(tmp_path, content, capsys, monkeypatch):
     fit = pretrain.fit
 
@@ -228,6 +241,8 @@ def test_where_curves_are_written_is_said(tmp_path, content, capsys, monkeypatch
 def test_a_model_has_a_card_that_says_how_to_load_it(tmp_path, content, kind):
     content["attention"] = {"kind": kind, "topk": 4} if kind == "sfa" else {"kind": kind}
     content["license"] = "cc-by-4.0"
+    if kind == "dense":
+        content["data"]["validation"] = str(shutil.copy(content["data"]["train"], tmp_path / "other.npy"))
     assert run(tmp_path, content) == 0
     folder = tmp_path / "run" / "model"
     card = ModelCard.load(folder / "README.md")
@@ -240,6 +255,7 @@ def test_a_model_has_a_card_that_says_how_to_load_it(tmp_path, content, kind):
     assert str(tmp_path) not in card.text  # where the text lay is no one's business
     recipe_of_card = yaml.safe_load(card.text.split("```yaml")[1].split("```")[0])
     assert recipe_of_card["training"]["learning_rate"] == content["training"]["learning_rate"]
+    assert f"| perplexity, {'held-out text' if kind == 'dense' else 'the text that was trained on'} |" in card.text
     code = card.text.split("```python")[1].split("```")[0].replace("FOLDER", str(folder))
     names = {}
     exec(code, names)

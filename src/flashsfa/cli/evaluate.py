@@ -25,6 +25,8 @@ from .options import (
 )
 from .screen import Progress, console, need, print_written, progress
 
+_DEPTHS = (0, 25, 50, 75, 100)  # of needles, in percent
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -61,7 +63,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--lengths", type=integers, default="512,1024,2048,4096", metavar="N,N", help="contexts in tokens, by commas"
     )
     needle.add_argument(
-        "--depths", type=integers, default="0,25,50,75,100", metavar="P,P", help="needle depths in percent, by commas"
+        "--depths",
+        type=integers,
+        metavar="P,P",
+        help=f"needle depths in percent, by commas (default: {','.join(map(str, _DEPTHS))}; common-words has none)",
     )
     needle.add_argument("--trials", type=int, default=1, metavar="N", help="prompts for each length and depth")
     needle.add_argument("--seed", type=int, default=0, metavar="N", help="another one gives other prompts")
@@ -169,9 +174,13 @@ def _needle(options: argparse.Namespace, settings: SubjectSettings, bars: Progre
     from ..evaluation.measure import measure_needles
 
     require_counts(options, trials=1)
+    has_depth = TASKS[options.task].has_depth
+    if options.depths is not None and not has_depth:
+        raise ValueError(f"--depths means nothing to {options.task}, whose words stand everywhere: leave it out")
+    depths = (options.depths or list(_DEPTHS)) if has_depth else []
     return measure_needles(
         settings, options.output, bars, text=options.text, task=options.task, lengths=options.lengths,
-        depths=options.depths, trials=options.trials, seed=options.seed,
+        depths=depths, trials=options.trials, seed=options.seed,
     )  # fmt: skip
 
 
@@ -186,7 +195,7 @@ def _frontier(options: argparse.Namespace) -> None:
             tolerances=options.tolerances, trials=options.trials, decode=options.decode, dtype=options.dtype, device=options.device,
             tokenizer=options.tokenizer,
         )  # fmt: skip
-    console().print(_forms_table(document["results"]))
+    console().print(_forms_table(document["results"], document["settings"]["decode_device"]))
     if document["settings"]["tolerances"]:
         console().print(_tolerances_table(document["results"]))
     print_written(paths)
@@ -217,11 +226,18 @@ def _perplexity_table(settings: dict[str, Any], results: dict[str, Any]) -> Tabl
 
     dense = results.get("dense")
     any_row = next(iter(results.values()))
+    caption = f"± is the standard error over {any_row['windows']} windows; against dense, of the same windows in pairs"
+    if any_row["standard_error"] is None:
+        is_short = settings["windows"] > 1
+        more = (
+            "the text has no more: a longer text, or a shorter --window, shows"
+            if is_short
+            else "--windows 2 or more show"
+        )
+        caption = f"of one window: {more} how far it could be off"
     table = Table(
         "attention", "perplexity", "against dense", "KV cache bytes per token",
-        title=f"{settings['model']}: perplexity of each token as decode sees it",
-        caption="of one window: --windows 2 or more show how far it could be off" if any_row["standard_error"] is None
-        else f"± is the standard error over {any_row['windows']} windows; against dense, of the same windows in pairs",
+        title=f"{settings['model']}: perplexity of each token as decode sees it", caption=caption,
     )  # fmt: skip
     for name, row in results.items():
         change, nbytes = "", f"{row['kv_bytes_per_token']:.0f}"
@@ -233,7 +249,7 @@ def _perplexity_table(settings: dict[str, Any], results: dict[str, Any]) -> Tabl
     return table
 
 
-def _forms_table(results: dict[str, Any]) -> Table:
+def _forms_table(results: dict[str, Any], timed_on: str) -> Table:
     from rich.table import Table
 
     every = [form for model in results.values() for form in model["forms"].values()]
@@ -242,8 +258,8 @@ def _forms_table(results: dict[str, Any]) -> Table:
     table = Table(
         "model", "cache", "bytes", *(f"perplexity at {n}" for n in lengths), *(f"loss at {n}" for n in lengths),
         *(f"needles at {n}" for n in needles), *(f"ms at {n}" for n in timed), title="Each form of each model's cache",
-        caption="bytes of a coded token, key and value, per kv head; each token is scored as decode sees it; ms of one layer's decode, "
-        "batch 8, as recorded",
+        caption="bytes of a coded token, key and value, per kv head; each token is scored as decode sees it"
+        + (f"; ms of one layer's decode as recorded, {timed_on}" if timed_on else ""),
     )  # fmt: skip
     for name, model in results.items():
         for kind, form in model["forms"].items():

@@ -205,7 +205,7 @@ def _print_converted(source: str, stored: dict[str, Any]) -> tuple[Way, ModelDes
             raise ValueError(f"{model.name} has no single head size for all layers")
         own = converted(settings, model, None if axes is None else axes[0])
         cache = _cache(own, model)
-    report = _report(source)
+    report = _report(source, stored["sfa"])
     print(f"{', '.join(names)} with Sparse Feature Attention")
     for name, value in vars(settings).items():
         if name not in ("has_basis", "positions"):
@@ -275,6 +275,10 @@ def _print_context(model: ModelDescription, ways: list[Way], context: int) -> No
             "What runs: a prompt goes through dense kernels over codes with zeros, and multiplies as a dense one. So does decode of 4 bits "
             "and of bits per axis, after it has unpacked them; fused decode of codes in 16 and 8 bits multiplies what the formula says."
         )
+    if len(ways) > 1 and any(kind.window is not None and kind.window <= context for kind in model.kinds):
+        screen.print(
+            "Switched layers with a window forget a quarter of it at a time: in between they hold up to a quarter more than by the formula."
+        )
 
 
 def _print_kernels(shape: tuple[int, int, int], way: Way) -> None:
@@ -289,8 +293,8 @@ def _print_kernels(shape: tuple[int, int, int], way: Way) -> None:
         print(f"  {name}: {line}")
 
 
-def _report(source: str) -> dict[str, Any]:
-    """What `flashsfa convert` wrote beside the model; empty where it did not make it."""
+def _report(source: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """What `flashsfa convert` wrote beside the model; empty where it did not make it, or the model was saved with other settings since."""
     from ..huggingface.loading import find_file
 
     file = find_file(source, "report.json", is_optional=True)
@@ -298,6 +302,8 @@ def _report(source: str) -> dict[str, Any]:
         return {}
     try:
         report = json.loads(file.read_bytes())
-        return {"basis": str(report["switched"]["basis"]), "perplexity_increase": float(report["perplexity_increase"])}
+        switched = {**report["switched"]}
+        found = {"basis": str(switched.pop("basis")), "perplexity_increase": float(report["perplexity_increase"])}
+        return found if all(settings.get(name) == value for name, value in switched.items()) else {}
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{file} is no report of flashsfa convert: move it away") from error

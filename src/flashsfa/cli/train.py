@@ -89,7 +89,10 @@ def _distill(options: argparse.Namespace) -> None:
 
     result = _run(options, DistillRecipe, distill)
     dense = result["perplexity_dense"]
-    table = Table("model", "validation perplexity", "against dense before", title="Distillation")
+    caption = "sparse: codes as they are trained, in 16 bits and without exact tokens; flashsfa eval perplexity measures the cache as it is kept"
+    table = Table(
+        "model", "validation perplexity", "against dense before", title="Distillation", caption=None if result["as_kept"] else caption
+    )  # fmt: skip
     for name, value in (
         ("dense, before", dense),
         ("sparse, before", result["perplexity_before"]),

@@ -55,19 +55,34 @@ class Form:
             enable(model, basis=basis, **self.options)
 
 
+def require_forms(name: str, settings: SFASettings) -> None:
+    """Raise `ValueError` for a switched model whose caches are none of `forms`."""
+    require(
+        settings.topk is not None,
+        f"{name} keeps keys in bits per axis, which have one form: compare it with flashsfa convert, or flashsfa eval perplexity",
+    )
+    require(
+        not (settings.recent or settings.first),
+        f"{name} keeps its newest {settings.recent} and first {settings.first} tokens exact, and the forms that are compared keep none: "
+        "measure it with flashsfa eval perplexity, or save it switched with recent=0 and first=0",
+    )
+
+
 def forms(settings: SFASettings | None, head_dim: int) -> list[Form]:
-    """Those of a model in 16, 8 and 4 bits, as far as the head can be held in them: of a switched model by its settings, and of a dense
-    one for None. Raises `ValueError` for keys in bits per axis, which have one form."""
+    """Those of a model in 16, 8 and 4 bits, as far as the head can be held in them: of a switched model by its settings without its
+    `value_tolerance`, which has rows of its own, and of a dense one for None."""
     found = []
     if settings is None:
         for name, rival in rivals(head_dim, Exact(0, 0, "coded")).items():
             found.append(Form(Configuration.named(name.replace("_", "-"), head_dim), rival.options))
         return found
-    require(settings.topk is not None, "keys in bits per axis have one form: compare them with flashsfa convert")
+    assert settings.topk is not None
     for bits, cache_dtype in _CACHES.items():
         if bits > 4 or head_dim % ROTATION_WIDTH == 0:
             configuration = Configuration(head_dim, settings.dense_dims, settings.topk, bits)
-            found.append(Form(configuration, settings.arguments() | {"cache_dtype": cache_dtype}))
+            found.append(
+                Form(configuration, settings.arguments() | {"cache_dtype": cache_dtype, "value_tolerance": 0.0})
+            )
     return found
 
 
@@ -127,20 +142,23 @@ def compare(results: Results) -> None:
 
 
 def read_recorded(files: Sequence[Path]) -> tuple[list[dict[str, Any]], str]:
-    """The rows of results of `flashsfa bench decode` that were timed, and the device that they were timed on. Raises `ValueError` for
-    a file that holds none, or files of several devices."""
+    """The rows of results of `flashsfa bench decode` that were timed, and the device and batch that they were timed with. Raises
+    `ValueError` for a file that holds none, or files of several devices or batches."""
     rows: list[dict[str, Any]] = []
     devices: dict[str, None] = {}
     for file in files:
         require(file.is_file(), f"--decode {file} does not exist: name the JSON that flashsfa bench decode wrote")
         try:
             content = json.loads(file.read_bytes())
-            rows += [row for row in content["rows"] if row["status"] == "ok" and row["timing"] and row["baselines"]]
-            devices[content["environment"]["device"]] = None
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            timed = [row for row in content["rows"] if row["status"] == "ok" and row["timing"] and row["baselines"]]
+            rows += timed
+            device = content["environment"]["device"]
+            devices |= {f"{device}, batch {re.findall(r'[0-9]+', row['facet'])[-1]}": None for row in timed}
+        except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
             raise ValueError(f"--decode {file} holds no results of flashsfa bench decode") from error
     require(
-        len(devices) <= 1, f"--decode: times of {' and '.join(devices)} do not compare; name the files of one device"
+        len(devices) <= 1,
+        f"--decode: times of {' and '.join(devices)} do not compare; name the files of one device and batch",
     )
     return rows, "".join(devices)
 
@@ -165,8 +183,8 @@ def decode_ms(
 
 
 def draw(title: str, results: Results, length: int, device: str, path: Path) -> None:
-    """Write the losses at windows of `length` tokens as a PNG: over bytes, and over the decode times on `device` at the two longest
-    caches."""
+    """Write the losses at windows of `length` tokens as a PNG: over bytes, and over the decode times of `device`, its name and the batch, at
+    the two longest caches."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -197,7 +215,7 @@ def draw(title: str, results: Results, length: int, device: str, path: Path) -> 
         axes.set_xlabel(
             "bytes of a coded token per kv head, key and value"
             if n is None
-            else f"decode at {tokens_label(n)} tokens, ms of one layer\n{device}, batch 8"
+            else f"decode at {tokens_label(n)} tokens, ms of one layer\n{device}"
         )
         axes.grid(alpha=0.3)
     panels[0, 0].set_ylabel(f"loss of perplexity at {length} tokens, %, with its standard error")

@@ -16,16 +16,19 @@ import torch
 from ..benchmarking.results import incomplete_note
 from ..checks import MOST_TOKENS, require, require_int, require_tolerance
 from ..files import require_place
+from ..huggingface.loading import read_config
+from ..huggingface.settings import SFASettings
 from ..huggingface.switch import load_basis
 from ..models import is_converted, load_model
 from . import VARIANTS, frontier, needle
 from .harness import Harness
 from .haystack import Haystack, samples
 from .memory import cache_bytes_per_token
-from .perplexity import spread, window_losses
+from .perplexity import spread
 from .results import document, save
 from .subject import Progress, Subject, SubjectSettings, named_device
 from .text import read_text, separate_texts, token_windows
+from .tolerance import decode_losses
 
 _DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of needles
 _MODEL_FOLDER = "model"  # of a run
@@ -49,7 +52,7 @@ def measure_perplexity(
         calibration = subject.calibration_windows(calibration_text, window)
         content = _document("perplexity", subject, text=text, window=window, windows=windows)
         for name in subject.variants(calibration, window, progress):
-            losses = window_losses(subject.model, cut, progress(f"perplexity: {VARIANTS[name]}", len(cut)))
+            losses = decode_losses(subject.model, cut, progress(f"perplexity: {VARIANTS[name]}", len(cut)))
             perplexity, error = spread(losses)
             content["results"][name] = {
                 "perplexity": perplexity, "standard_error": error, "windows": len(cut), "tokens": cut.numel(),
@@ -133,6 +136,9 @@ def measure_frontier(
         not is_converted(models[0]),
         f"{models[0]} is switched: name the dense model first, which the others are compared with",
     )
+    for name in models:
+        if is_converted(name):
+            frontier.require_forms(name, SFASettings.from_config(read_config(name)["sfa"]))
     labels = _labels(models)
     with _fitting(output):
         recorded, timed_on = frontier.read_recorded(decode)

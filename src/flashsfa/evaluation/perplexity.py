@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import require
+from ..huggingface.structure import evaluating
 
 _ROWS = 1024  # logits turned to float32 at a time: of a long window they would be the largest tensor by far
 _LARGEST_LOSS = math.log(sys.float_info.max)
@@ -32,7 +33,7 @@ def window_losses(model: Any, windows: Tensor, progress: Callable[[], None] = la
     holds, and one that keeps its newest and first tokens as they came to these, and to the codes of the others.
 
     Args:
-        model: a causal language model of transformers.
+        model: a causal language model of transformers; in training mode it is measured without dropout all the same.
         windows: [S, W] int64 token ids.
         progress: called after each window.
 
@@ -41,7 +42,8 @@ def window_losses(model: Any, windows: Tensor, progress: Callable[[], None] = la
     losses = []
     for window in windows:
         ids = window[None].to(model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]  # [W - 1, vocabulary]
+        with evaluating(model):
+            logits = model(input_ids=ids, use_cache=False).logits[0, :-1]  # [W - 1, vocabulary]
         total = 0.0
         for rows, targets in zip(logits.split(_ROWS), ids[0, 1:].split(_ROWS), strict=True):
             total += F.cross_entropy(rows.float(), targets, reduction="sum").item()

@@ -13,9 +13,10 @@ from ..basis import default_kind
 from ..budget import DENSE, query_features
 from ..checks import require
 from ..huggingface import calibrate, disable, enable
+from ..huggingface.structure import require_whole
 from ..huggingface.switch import attention_shape
 from ..models import BUNDLED_NAME, is_converted, load_model
-from ..presets import default_budget, require_one_way
+from ..presets import default_budget, require_key_bytes, require_one_way, require_width
 from .text import token_windows
 
 Progress = Callable[[str, int], Callable[[], None]]  # (description, steps) -> call once a step
@@ -112,9 +113,14 @@ class Subject:
         self.model.to(self._device)
         if converted:
             self.switched = self.model.config.sfa
-        elif settings.topk is not None:
-            enable(self.model, **self._options())  # refuses a model or a budget before any long work
-            disable(self.model)
+        elif self._switches:  # what does not fit is refused before any long work
+            require_whole(self.model)
+            *_, head_dim = attention_shape(self.model)
+            require_width(f"--cache-dtype {settings.cache_dtype}", settings.cache_dtype, head_dim)
+            require_key_bytes(settings.key_bytes, head_dim)
+            if settings.topk is not None:
+                enable(self.model, **self._options())
+                disable(self.model)
 
     @property
     def usual_length(self) -> int:

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from ..checks import require
 from ..codes import code_queries, topk_codes
+from ..huggingface.settings import SFASettings
+from ..huggingface.switch import is_enabled
 from ..ops.decode.plain import needed_rows
 from ..scores import ScoreRules
 from .perplexity import window_losses
@@ -19,6 +22,20 @@ from .perplexity import window_losses
 _NAME = "sfa_tolerance"
 _LAST_TOKENS = 64  # of a window, whose context is about its length
 _MOST_WEIGHTS = 1 << 26  # attention weights at a time
+
+
+def decode_losses(model: Any, windows: Tensor, progress: Callable[[], None] = lambda: None) -> list[float]:
+    """Losses as `window_losses`', of a model that is switched with a `value_tolerance` too. Raises `ValueError` where that stands beside
+    few bits or exact tokens, of which it is not measured."""
+    settings = SFASettings.from_config(model.config.sfa) if is_enabled(model) else None
+    if settings is None or not settings.value_tolerance:
+        return window_losses(model, windows, progress)
+    require(
+        not (settings.rounds or settings.recent or settings.first),
+        f"the model leaves out values (value_tolerance={settings.value_tolerance:g}) beside few bits or exact tokens, and perplexity is not "
+        "measured of both: save it switched with value_tolerance=0, or measure needles",
+    )
+    return tolerance_losses(model, windows, settings.value_tolerance, progress)[0]
 
 
 @torch.no_grad()
@@ -37,14 +54,14 @@ def tolerance_losses(
 
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float | None = None,
-        sliding_window: int | None = None, softcap: float | None = None, **kwargs: Any,
+        sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None, **kwargs: Any,
     ) -> tuple[Tensor, None]:  # fmt: skip
         coding: Any = getattr(module, "sfa", None)
         if coding is not None:
             budget = coding.budget
             query = code_queries(coding.queries(query), budget).to_dense()
             key = topk_codes(coding.keys(key), budget.topk, dense_dims=budget.dense_dims).to_dense()
-        scores = ScoreRules.of(query, scaling, softcap)
+        scores = ScoreRules.of(query, scaling, softcap, s_aux)
         out, share = _attend(query[0], key[0], value[0], scores, sliding_window, tolerance)
         shares.append(share)
         return out[None].to(query.dtype), None
@@ -69,13 +86,15 @@ def _attend(
     rows = q.to(dtype).unflatten(0, (-1, group)).transpose(1, 2)  # [Hkv, N, G, D]
     k, v = k.to(dtype), v.to(dtype)
     positions = torch.arange(n, device=q.device)
-    parts, read, seen = [], 0.0, 0.0
+    parts, sums, read, seen = [], [], 0.0, 0.0
     for some in positions.split(max(1, _MOST_WEIGHTS // (q.shape[0] * n))):
         visible = positions <= some[:, None]  # [M, N]
         if window is not None:
             visible &= positions > some[:, None] - window
         s = scores.cap(scores.scale * (rows[:, some].flatten(1, 2) @ k.mT)).unflatten(1, (-1, group))  # [Hkv, M, G, N]
-        weights = s.masked_fill(~visible[:, None], -torch.inf).softmax(-1)
+        s = s.masked_fill(~visible[:, None], -torch.inf)
+        sums.append(s.logsumexp(-1))  # [Hkv, M, G]
+        weights = s.softmax(-1)
         needed = needed_rows(weights, tolerance)  # [Hkv, M, N]
         weights = weights * needed[:, :, None]
         weights = weights / weights.sum(-1, keepdim=True)
@@ -83,4 +102,6 @@ def _attend(
         late = some >= n - _LAST_TOKENS
         read += float(needed[:, late].sum())
         seen += float(visible[late].sum()) * k.shape[0]
-    return torch.cat(parts, dim=1).transpose(0, 1).flatten(1, 2), read / seen
+    out, lse = torch.cat(parts, dim=1), torch.cat(sums, dim=1).transpose(1, 2).flatten(0, 1)  # lse [Hq, N]
+    out = scores.with_sinks(out.transpose(1, 2).flatten(0, 1)[None], lse[None])[0][0]  # [Hq, N, Dv]
+    return out.transpose(0, 1), read / seen

@@ -21,6 +21,7 @@ from .structure import (
     attention_of,
     attention_shape,
     default_dense_dims,
+    evaluating,
     require_switchable,
     set_attention,
     tensor_device,
@@ -140,14 +141,15 @@ def gather_moments(
     device, turn = tensor_device(model), None
     shifts, draws = torch.zeros(length, dtype=torch.int64, device="cpu"), torch.Generator().manual_seed(0)
     if furthest > length:
-        turn = _rotary_turn(model, modules, windows[:1, :_CHECKED_TOKENS].to(device), furthest)
+        with evaluating(model):
+            turn = _rotary_turn(model, modules, windows[:1, :_CHECKED_TOKENS].to(device), furthest)
 
     def record(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         seen = moments.setdefault(module.layer_idx, Moments(key.shape[1], key.shape[-1]))
         seen.update(*((query, key) if turn is None else turn(query, key, shifts)))
         return dense_forward(module, query, key, value, *args, **kwargs)
 
-    with _attention(model, record):
+    with evaluating(model), _attention(model, record):
         # a bar on a terminal alone, unless the caller shows progress
         for index, window in enumerate(
             tqdm(windows, "calibrating", disable=None if progress is None else True, leave=False)

@@ -26,22 +26,24 @@ class LayerKind:
         layers: their indices.
         token_bytes: of a token's key and value in one layer as transformers caches them; 0 for a state of fixed size, None where
             layers of the kind differ.
-        window: tokens held at most; None for all.
+        window: tokens that a query sees at most, its own among them; None for all.
+        width: products of a query head's with one token: with the key, and with the value.
     """
 
     name: str
     layers: tuple[int, ...]
     token_bytes: int | None
     window: int | None = None
+    width: int = 0
 
     def held(self, context: int) -> int:
-        """Tokens that a layer holds of a context."""
-        return context if self.window is None else min(context, self.window)
+        """Tokens that a layer holds of a context: those that the next one sees."""
+        return context if self.window is None else min(context, self.window - 1)
 
     def pairs(self, context: int) -> int:
         """Pairs of a query and a key that it sees, in a prompt of `context` tokens."""
-        held = self.held(context)
-        return held * (held + 1) // 2 + (context - held) * held
+        seen = context if self.window is None else min(context, self.window)
+        return seen * (seen + 1) // 2 + (context - seen) * seen
 
 
 @dataclass(frozen=True)
@@ -99,40 +101,43 @@ def describe(source: str | Path, dtype: torch.dtype | None = None) -> ModelDescr
 
 
 def _skeleton(config: Any) -> Any:
-    """The model of a config without weights."""
+    """The model of a config without weights, in the mode in which models are loaded: dropout is of training alone."""
     with torch.device("meta"):
         auto = auto_class(config)
-        return (auto if type(config) in auto._model_mapping else AutoModel).from_config(config)
+        return (auto if type(config) in auto._model_mapping else AutoModel).from_config(config).eval()
 
 
 def _kinds(model: Any, shape: tuple[int, int, int] | None, dtype: torch.dtype) -> tuple[LayerKind, ...]:
     config = text_config(model)
     named = getattr(config, "layer_types", None) or []
-    found: dict[tuple[str, int | None, int | None], list[int]] = {}
+    found: dict[tuple[str, int | None, int | None, int], list[int]] = {}
     for index, layer in enumerate(dense_cache_layers(model)):
         is_chunked = index < len(named) and named[index] == "chunked_attention"
         kind = _kind(config, layer, is_chunked, shape, dtype)
         found.setdefault(kind, []).append(index)
-    return tuple(LayerKind(name, tuple(layers), nbytes, window) for (name, nbytes, window), layers in found.items())
+    return tuple(
+        LayerKind(name, tuple(layers), nbytes, window, width) for (name, nbytes, window, width), layers in found.items()
+    )
 
 
 def _kind(
     config: Any, layer: Any, is_chunked: bool, shape: tuple[int, int, int] | None, dtype: torch.dtype
-) -> tuple[str, int | None, int | None]:
-    """Name, bytes per token and window of a layer that transformers would cache in."""
-    plain = None if shape is None else 2 * shape[1] * shape[2] * dtype.itemsize
+) -> tuple[str, int | None, int | None, int]:
+    """Name, bytes per token, window and width of a layer that transformers would cache in."""
+    plain, width = (None, 0) if shape is None else (2 * shape[1] * shape[2] * dtype.itemsize, 2 * shape[2])
     if not isinstance(layer, CacheLayerMixin):
-        return "a state of fixed size (linear attention)", 0, None
+        return "a state of fixed size (linear attention)", 0, None, 0
     if getattr(config, "kv_lora_rank", None):
-        width = (config.qk_nope_head_dim or 0) + (config.qk_rope_head_dim or 0) + config.v_head_dim
-        name = f"latent attention (MLA, rank {config.kv_lora_rank}), which transformers caches as whole keys and values"
-        return name, config.num_attention_heads * width * dtype.itemsize, None
+        rope = config.qk_rope_head_dim or 0
+        kept = config.kv_lora_rank + rope + (config.index_head_dim if hasattr(layer, "indexer_keys") else 0)
+        name = f"latent attention (MLA), of which transformers caches rank {config.kv_lora_rank} and {rope} rotary features"
+        return name, kept * dtype.itemsize, None, (config.qk_nope_head_dim or 0) + rope + config.v_head_dim
     if isinstance(layer, DynamicSlidingWindowLayer):
         window = layer.sliding_window
-        return f"{'attention in chunks' if is_chunked else 'a sliding window'} of {window} tokens", plain, window
+        return f"{'attention in chunks' if is_chunked else 'a sliding window'} of {window} tokens", plain, window, width
     if hasattr(layer, "conv_states") or hasattr(layer, "recurrent_states"):
-        return "full attention beside a state of fixed size", plain, None
-    return "full attention", plain, None
+        return "full attention beside a state of fixed size", plain, None, width
+    return "full attention", plain, None, width
 
 
 @contextmanager

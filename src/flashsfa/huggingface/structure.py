@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -124,6 +125,18 @@ def attention_dropout(module: nn.Module) -> tuple[str, float]:
         if isinstance(held, (int, float)):
             return name, float(held)
     return "", 0.0
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, no part of `model` is in training mode: what is measured with dropout is noise."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def require_no_dropout(module: nn.Module, share: float) -> None:

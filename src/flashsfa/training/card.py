@@ -28,9 +28,12 @@ def write_card(folder: Path, recipe: Any, result: Mapping[str, Any]) -> None:
     ).to_yaml()
     training, data, environment = recipe.training, recipe.data, result["environment"]
     tokens = result["steps"] * training.batch * data.context
+    is_held_out = data.train != data.validation or data.train == "needle"  # whose prompts are drawn anew
+    text = "held-out text" if is_held_out else "the text that was trained on"
+    text += "" if result.get("as_kept", True) else ", codes in 16 bits, no token exact"
     figures = {
-        "perplexity, held-out text": f"{result['perplexity']:.4g}",
-        "loss, held-out text": f"{result['validation_loss']:.4f}",
+        f"perplexity, {text}": f"{result['perplexity']:.4g}",
+        f"loss, {text}": f"{result['validation_loss']:.4f}",
         "parameters": f"{result['parameters']:,}",
         "tokens of training": f"{tokens:,}",
         "context": f"{data.context:,}",
@@ -43,7 +46,7 @@ def write_card(folder: Path, recipe: Any, result: Mapping[str, Any]) -> None:
     settings = {name: value for name, value in asdict(recipe).items() if name != "license"}
     for key in ("train", "validation"):  # a path says where the text lay, not what it is
         settings["data"][key] = Path(str(settings["data"][key])).name
-    text = [
+    lines = [
         "---", head, "---", f"# {_title(recipe)}", "",
         "Sparse feature attention (arXiv 2603.22300): a cache keeps only the largest features of each key. FlashSFA loads and runs it."
         if is_sparse
@@ -52,7 +55,7 @@ def write_card(folder: Path, recipe: Any, result: Mapping[str, Any]) -> None:
         *(f"| {name} | {value} |" for name, value in figures.items()),
         "", "## Recipe", "", "```yaml", yaml.safe_dump(settings, sort_keys=False).rstrip(), "```", "",
     ]  # fmt: skip
-    write_whole(folder / "README.md", "\n".join(text))
+    write_whole(folder / "README.md", "\n".join(lines))
 
 
 def _title(recipe: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -107,9 +108,10 @@ def _check_number(key: str, value: Any, least: float, whole: bool = False) -> No
 
 
 def compare(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """A row for each kind of run, over its seeds; "change" is a seed's perplexity over that of the first kind, less 1.
+    """A row for each kind of run, over its seeds; "change" is a seed's perplexity over that of the first kind, less 1. Step time and
+    memory are means over the seeds, None where a run has none.
 
-    Raises `ValueError` for runs that saw other tokens or took other steps, or of a seed that the first kind lacks.
+    Raises `ValueError` for runs that saw other tokens or took other steps, of a seed that the first kind lacks, or of one recipe and seed.
     """
     for run in runs:
         require(run.sight == runs[0].sight, f"{run.name} saw other data or took other steps than {runs[0].name}")
@@ -118,6 +120,12 @@ def compare(runs: Sequence[Run]) -> list[dict[str, Any]]:
     kinds: dict[str, list[Run]] = {}
     for run in sorted(runs, key=lambda run: run.seed):
         kinds.setdefault(run.kind, []).append(run)
+    for same in kinds.values():
+        for one, other in itertools.pairwise(same):  # by seed
+            require(
+                one.seed != other.seed,
+                f"{one.name} and {other.name} are runs of one recipe and seed: leave one of them out, or train it with another training.seed",
+            )
     base = {run.seed: run.result["perplexity"] for run in kinds[runs[0].kind]}
     for run in runs:
         require(run.seed in base, f"{run.name} has seed {run.seed}, and {runs[0].name} was not run with it")
@@ -131,11 +139,16 @@ def compare(runs: Sequence[Run]) -> list[dict[str, Any]]:
             "parameters": same[0].result["parameters"],
             "perplexity": [run.result["perplexity"] for run in same],
             "change": [run.result["perplexity"] / base[run.seed] - 1 for run in same],
-            "seconds_per_step": same[0].result["seconds_per_step"],
-            "peak_memory_bytes": same[0].result["peak_memory_bytes"],
+            "seconds_per_step": _mean([run.result["seconds_per_step"] for run in same]),
+            "peak_memory_bytes": _mean([run.result["peak_memory_bytes"] for run in same]),
         }
         for same in kinds.values()
     ]
+
+
+def _mean(figures: Sequence[float | None]) -> float | None:
+    known = [x for x in figures if x is not None]
+    return statistics.fmean(known) if len(known) == len(figures) else None
 
 
 def has_curves(runs: Sequence[Run]) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..basis import FeatureBasis
 from ..checks import require
 from ..extras import install_hint
-from ..huggingface import disable, from_pretrained
+from ..huggingface import SFASettings, disable, from_pretrained
 from ..huggingface.structure import attention_layers, text_config
 from ..huggingface.switch import load_basis
 from .attention import Core, DenseCore, DistillCore, TargetCore, TrainedBasis, install, uninstall_sparse
@@ -31,7 +31,8 @@ _ROWS = 2048  # logits compared at a time: in float32 they would be the largest 
 
 def distill(recipe: DistillRecipe, directory: Path) -> dict[str, Any]:
     """Run `recipe` in `directory`; returns the figures that stand in its `result.json`: those of any run, and
-    "perplexity_dense" and "perplexity_before", of the dense and the converted model before training.
+    "perplexity_dense" and "perplexity_before", of the dense and the converted model before training. Perplexities are those of codes
+    as they are trained, neither rounded to fewer bits nor beside exact tokens; "as_kept" says whether the model's cache keeps them so.
 
     Raises `ValueError`, with nothing written, for a recipe that does not fit.
     """
@@ -69,7 +70,9 @@ def _distill(recipe: DistillRecipe, place: RunDirectory) -> dict[str, Any]:
         recipe.data.context, callbacks, settings=recipe.distill, teacher=teacher, targets=_targets(model, teacher, layers),
     )  # fmt: skip
     before = _perplexities(recipe, corpus, trainer.args)
-    result = fit(trainer, place) | before
+    settings = SFASettings.from_config(model.config.sfa)
+    as_kept = not (settings.rounds or settings.recent or settings.first or settings.value_tolerance)
+    result = fit(trainer, place) | before | {"as_kept": as_kept}
 
     def finish() -> None:
         if recipe.distill.lora is not None:

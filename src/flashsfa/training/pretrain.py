@@ -122,7 +122,8 @@ def save(
         if trainer.args.should_save:
             if tokenizer is not None:
                 tokenizer.save_pretrained(model)
-            if finish is not None:
+            if finish is not None:  # without what was trained beside the weights, and is part of them now
+                result["parameters"] = sum(p.numel() for p in trainer.model.parameters())
                 write_card(model, recipe, result)
             place.close(result | {"model": None if finish is None else MODEL})
     except Exception as error:  # a full disk is another error in each of the libraries that write here

@@ -165,8 +165,9 @@ class Annealing(TrainerCallback):
         stage = state.global_step * len(self._budgets) // self._until
         self._set(self._budgets[stage] if stage < len(self._budgets) else 0)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._set(0)
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:  # what is evaluated and saved then has its own budget
+            self._set(0)
 
     def _set(self, least: int) -> None:
         for coding, goal in zip(self._codings, self._goals, strict=True):
@@ -309,7 +310,7 @@ class _LogBeforeSaving(TrainerCallback):
             control.should_log = True
 
 
-def arguments(training: Training, context: int, directory: Path) -> TrainingArguments:
+def arguments(training: Training, context: int, validation_windows: int, directory: Path) -> TrainingArguments:
     """transformers' arguments for a recipe, for the number of processes that torchrun started."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     require(
@@ -324,9 +325,12 @@ def arguments(training: Training, context: int, directory: Path) -> TrainingArgu
         share % micro == 0,
         f"training.batch {training.batch} must be a multiple of training.micro_batch {micro} times {processes} processes",
     )
+    evaluated = micro
+    if processes > 1:  # a batch that is not full is filled up with windows of before, which must not count again
+        evaluated = max(size for size in range(1, micro + 1) if validation_windows % size == 0)
     return TrainingArguments(
         output_dir=str(directory), max_steps=total_steps(training, context), seed=training.seed,
-        per_device_train_batch_size=micro, per_device_eval_batch_size=micro, gradient_accumulation_steps=share // micro,
+        per_device_train_batch_size=micro, per_device_eval_batch_size=evaluated, gradient_accumulation_steps=share // micro,
         learning_rate=training.learning_rate, weight_decay=training.weight_decay, adam_beta1=0.9, adam_beta2=0.95,
         max_grad_norm=training.clip, warmup_steps=training.warmup, lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.1}, bf16=training.precision == "bf16", use_cpu=not torch.cuda.is_available(),
@@ -393,7 +397,8 @@ def prepare(
     if training.checkpointing:
         # The new name of an old method; both recompute without re-entering autograd.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    windows: Any = validation
     return kind(
-        place, model=model, args=arguments(training, context, place.path), train_dataset=train, eval_dataset=validation,
-        data_collator=collate, callbacks=list(callbacks), **options,
+        place, model=model, args=arguments(training, context, len(windows), place.path), train_dataset=train,
+        eval_dataset=validation, data_collator=collate, callbacks=list(callbacks), **options,
     )  # fmt: skip
