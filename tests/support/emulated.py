@@ -50,13 +50,13 @@ def launch_exact(variant, grid, params):
 
 
 def load_append(variant, name, device):
-    """Stands for `load` of append; what it returns, `launch_append` takes."""
+    """Stands for `load` of append; `launch_append` runs what it returns."""
     return _library(append_compiler, name, variant)
 
 
-def launch_append(kernel, device, grid, params):
+def launch_append(kernel, batch, params):
     """Stands for `launch` of append."""
-    kernel.run(ctypes.byref(params), *grid)
+    kernel.loaded.run(ctypes.byref(params), -(-params.tokens // kernel.variant.tokens), batch * params.heads, 1)
 
 
 @functools.cache

@@ -27,9 +27,11 @@ FORMATS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def kernel(monkeypatch):
+@pytest.fixture(autouse=True, params=[append._FEW_TOKENS, 0], ids=["alone", "four a block"])
+def kernel(monkeypatch, request):
+    """For tokens that have a block each, and for those that share it."""
     use_kernel(monkeypatch)
+    monkeypatch.setattr(append, "_FEW_TOKENS", request.param)
     monkeypatch.setattr(
         "flashsfa.axes.may_look", lambda x: False
     )  # as on a GPU, where an axis takes whatever a key holds

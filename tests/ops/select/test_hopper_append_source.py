@@ -26,5 +26,6 @@ FORMS = {
 @pytest.mark.parametrize(("head_dim", "value_dim", "form"), FORMS.values(), ids=FORMS)
 def test_compiles(head_dim, value_dim, form, has_recent, is_paged):
     """The size of its parameters is asserted while it compiles."""
-    variant = Variant(has_recent, head_dim, value_dim, has_recent, is_paged, form)
-    assert compiler.compile_cubin(variant).startswith(b"\x7fELF")
+    for tokens in (1, 4):
+        variant = Variant(has_recent, head_dim, value_dim, has_recent, is_paged, form, tokens)
+        assert compiler.compile_cubin(variant).startswith(b"\x7fELF")

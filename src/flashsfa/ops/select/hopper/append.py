@@ -1,6 +1,6 @@
 """Tokens appended to a cache, and read back from pages, for little of the host's time: what can be known before is prepared once.
 
-A warp codes a key and another its value, or they store both as they come and code what leaves the newest tokens for them. What a launch
+Of a few tokens a warp codes a key and another its value, of many a warp both; or they store them as they come and code what leaves the newest tokens. What a launch
 passes is ready but for the addresses of keys and values and the places they go to.
 """
 
@@ -23,6 +23,7 @@ from .params import Params
 _MOST_ROWS = 512  # of all heads, of codes that Triton appends too: of more, the bytes are what takes time
 _MOST_HEAD_DIM = 256
 _MOST_VALUE_DIM = 1024  # the warp of a value holds it in registers
+_FEW_TOKENS, _BLOCK_TOKENS = 16, 4  # of more than so many, a block has so many: blocks take time to start
 _MOST_HEADS = 65535  # of all sequences, as a grid has so many rows
 
 
@@ -65,18 +66,26 @@ class Ring(NamedTuple):
     newest: int
 
 
+class Kernel(NamedTuple):
+    """One specialisation, ready to launch on a device."""
+
+    loaded: ctypes.c_void_p
+    variant: Variant
+    device: int
+
+
 class Append:
     """Writes tokens of one form (shape, strides, dtype and device of keys and values) to buffers that lie where they lay."""
 
-    def __init__(self, kernel: ctypes.c_void_p, device: int, grid: tuple[int, int, int], params: Params) -> None:
-        self._kernel, self._device, self._grid, self._params = kernel, device, grid, params
+    def __init__(self, kernel: Kernel, batch: int, params: Params) -> None:
+        self._kernel, self._batch, self._params = kernel, batch, params
         self._capacity, self._recent_capacity = params.capacity, params.recent_capacity
 
     def __call__(self, k: Tensor, v: Tensor, start: int, ring: Ring | None = None) -> None:
         """Code k and write it with v at token `start`; what leaves the `ring` in their place, for buffers with newest tokens. That both
         have the form is the caller's to know."""
-        n, params = self._grid[0], self._params
-        coded = n
+        params = self._params
+        n = coded = params.tokens
         if self._recent_capacity:
             assert ring is not None
             coded, oldest, newest = ring
@@ -88,22 +97,22 @@ class Append:
         last = self._capacity - coded
         require(0 <= start <= last, lambda: f"{coded} tokens at {start} do not fit: {last} is the last place")
         params.k, params.v, params.start = k.data_ptr(), v.data_ptr(), start
-        launch(self._kernel, self._device, self._grid, params)
+        launch(self._kernel, self._batch, params)
 
 
 class Paged:
     """Writes tokens of one form (heads, widths, dtype and device of keys and values) to pools of pages that lie where they lay, or reads them
     there."""
 
-    def __init__(self, kernel: ctypes.c_void_p, device: int, params: Params, tables: list[Tensor]) -> None:
-        self._kernel, self._device, self._params = kernel, device, params
+    def __init__(self, few: Kernel, many: Kernel, params: Params, tables: list[Tensor]) -> None:
+        self._few, self._many, self._params = few, many, params
         self._tables = tables  # which `params` knows by their addresses; the pools are whoever's they are
 
     def __call__(self, k: Tensor, v: Tensor, slots: Tensor) -> None:
         """Code k [B, H, N, D] and write it with v [B, H, N, Dv] at `slots` [B, N] int64, contiguous: page * page_size + place in the page;
         outside of the pools, nothing. Or fill k and v with what lies there, spread out; with NaN outside of the pools. That k and v have the
         form, and features one after another, is the caller's to know."""
-        (batch, heads, n), params = k.shape[:3], self._params
+        (batch, _, n), params = k.shape[:3], self._params
         require(
             slots.shape == (batch, n)
             and slots.dtype == torch.int64
@@ -115,9 +124,9 @@ class Paged:
         )
         if not slots.numel():
             return
-        params.k, params.v, params.slots = k.data_ptr(), v.data_ptr(), slots.data_ptr()
+        params.k, params.v, params.slots, params.tokens = k.data_ptr(), v.data_ptr(), slots.data_ptr(), n
         _set_strides(params, k, v)
-        launch(self._kernel, self._device, (n, batch * heads, 1), params)
+        launch(self._few if n <= _FEW_TOKENS else self._many, batch, params)
 
 
 def prepare(k: Tensor, v: Tensor, form: Form, buffers: Buffers) -> Append | str | None:
@@ -130,16 +139,18 @@ def prepare(k: Tensor, v: Tensor, form: Form, buffers: Buffers) -> Append | str 
     rows = batch * heads * n
     if not _takes(k, v) or not rows or (form.is_of_features and rows > _MOST_ROWS):
         return None
-    found = _prepared(k, v, form, buffers)
-    if isinstance(found, str):
-        return found
-    kernel, params = found
+    _require_fit(k, v, form, buffers, is_paged=False)
+    kernel = _kernel(k, v, form, "append_kernel", n, has_recent=recent is not None)
+    if isinstance(kernel, str):
+        return kernel
+    params = _params(k, buffers)
     if recent is not None:
         params.recent_capacity = recent.shape[2]
     room = params.recent_capacity or params.capacity
     require(n <= room, f"{n} tokens do not fit buffers of {room}")
+    params.tokens = n
     _set_strides(params, k, v)
-    return Append(kernel, k.device.index, (n, batch * heads, 1), params)
+    return Append(kernel, batch, params)
 
 
 def prepare_paged(k: Tensor, v: Tensor, form: Form, pools: Buffers, *, reads: bool = False) -> Paged | str | None:
@@ -147,10 +158,12 @@ def prepare_paged(k: Tensor, v: Tensor, form: Form, pools: Buffers, *, reads: bo
     number of tokens; with `reads` what reads them."""
     if not _takes(k, v):
         return None
-    found = _prepared(k, v, form, pools, "read_kernel" if reads else "append_kernel", is_paged=True)
-    if isinstance(found, str):
-        return found
-    kernel, params = found
+    _require_fit(k, v, form, pools, is_paged=True)
+    name = "read_kernel" if reads else "append_kernel"
+    few, many = (_kernel(k, v, form, name, n, is_paged=True) for n in (1, _FEW_TOKENS + 1))
+    if isinstance(few, str) or isinstance(many, str):
+        return few if isinstance(few, str) else str(many)
+    params = _params(k, pools)
     (pages, heads, page_size), filled = pools.v.shape[:3], [x for x in pools if x is not None and x.numel()]
     params.page_size, params.all_slots = page_size, pages * page_size
     if all(x.is_contiguous() for x in filled):
@@ -164,23 +177,25 @@ def prepare_paged(k: Tensor, v: Tensor, form: Form, pools: Buffers, *, reads: bo
             not others,
             "pools that are not contiguous need pages and heads that lie equally many bytes apart in all of them",
         )
-    return Paged(kernel, k.device.index, params, [getattr(pools, name) for name in _tables(k.shape[-1], form)])
+    return Paged(few, many, params, [getattr(pools, name) for name in _tables(k.shape[-1], form)])
 
 
-def _prepared(
-    k: Tensor, v: Tensor, form: Form, buffers: Buffers, name: str = "append_kernel", *, is_paged: bool = False
-) -> tuple[ctypes.c_void_p, Params] | str:
-    """The kernel, and what its launches have in common."""
+def _kernel(
+    k: Tensor, v: Tensor, form: Form, name: str, n: int, *, has_recent: bool = False, is_paged: bool = False
+) -> Kernel | str:
+    """For n tokens a head, or in words why it cannot be had."""
     if nvrtc.obstacle() is not None:
         return f"the CUDA kernel that appends is compiled at run time: {nvrtc.obstacle()}"
-    _require_fit(k, v, form, buffers, is_paged=is_paged)
-    has_recent = buffers.recent_k is not None
-    variant = Variant(k.dtype == torch.bfloat16, k.shape[-1], v.shape[-1], has_recent, is_paged, form)
-    kernel = load(variant, name, k.device.index)
-    if isinstance(kernel, str):
-        return kernel
+    tokens = 1 if n <= _FEW_TOKENS else _BLOCK_TOKENS
+    variant = Variant(k.dtype == torch.bfloat16, k.shape[-1], v.shape[-1], has_recent, is_paged, form, tokens)
+    loaded = load(variant, name, k.device.index)
+    return loaded if isinstance(loaded, str) else Kernel(loaded, variant, k.device.index)
+
+
+def _params(k: Tensor, buffers: Buffers) -> Params:
+    """What all launches have in common."""
     addresses = (None if x is None else x.data_ptr() for x in buffers)
-    return kernel, Params(None, None, *addresses, heads=k.shape[1], capacity=buffers.v.shape[2])
+    return Params(None, None, *addresses, heads=k.shape[1], capacity=buffers.v.shape[2])
 
 
 def _set_strides(params: Params, k: Tensor, v: Tensor) -> None:
@@ -193,13 +208,15 @@ def load(variant: Variant, name: str, device: int) -> ctypes.c_void_p | str:
     return nvrtc.load_kernel(compiler.compile_cubin, variant, name, device)
 
 
-def launch(kernel: ctypes.c_void_p, device: int, grid: tuple[int, int, int], params: Params) -> None:
-    """Run the kernel on torch's current stream of `device`."""
-    if torch.cuda.current_device() == device:
-        cuda.launch(kernel, grid, Variant.threads, Variant.shared_bytes, (params,))
+def launch(kernel: Kernel, batch: int, params: Params) -> None:
+    """Run the kernel on torch's current stream of its device."""
+    variant = kernel.variant
+    grid = -(-params.tokens // variant.tokens), batch * params.heads, 1
+    if torch.cuda.current_device() == kernel.device:
+        cuda.launch(kernel.loaded, grid, variant.threads, variant.shared_bytes, (params,))
         return
-    with torch.cuda.device(device):
-        cuda.launch(kernel, grid, Variant.threads, Variant.shared_bytes, (params,))
+    with torch.cuda.device(kernel.device):
+        cuda.launch(kernel.loaded, grid, variant.threads, variant.shared_bytes, (params,))
 
 
 def _takes(k: Tensor, v: Tensor) -> bool:

@@ -71,6 +71,7 @@ class Variant:
         has_recent: whether the newest tokens are kept as they come.
         is_paged: whether the buffers are pools of pages.
         form: what they are coded as.
+        tokens: of a block.
     """
 
     is_bf16: bool
@@ -79,10 +80,18 @@ class Variant:
     has_recent: bool
     is_paged: bool
     form: Form
+    tokens: int
 
-    threads: ClassVar[int] = 64  # of a block: a warp for a key and one for its value
     warp_bytes: ClassVar[int] = 1024  # a byte per feature of a row, or three
-    shared_bytes: ClassVar[int] = 2 * warp_bytes
+
+    @property
+    def threads(self) -> int:
+        """Of a block: a warp for each of its tokens; of a single one a warp for the key and one for the value."""
+        return 32 * max(self.tokens, 2)
+
+    @property
+    def shared_bytes(self) -> int:
+        return 2 * self.warp_bytes * self.tokens
 
 
 def source(variant: Variant) -> str:

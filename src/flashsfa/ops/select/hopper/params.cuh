@@ -29,7 +29,7 @@ struct Params {
   // From a page or head of all pools to the next: so many rows of each, and so many bytes.
   i64 page_rows, head_rows, page_bytes, head_bytes;
   i64 all_slots;  // of a pool
-  int heads, capacity, start, recent_capacity, leaving, oldest, newest, page_size;
+  int tokens, heads, capacity, start, recent_capacity, leaving, oldest, newest, page_size;
 };
 
 static_assert(sizeof(Params) == PARAMS_BYTES, "params.py mirrors Params");

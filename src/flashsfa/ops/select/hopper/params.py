@@ -10,7 +10,7 @@ _POINTERS = (
 )  # fmt: skip
 _STRIDES = ("k_batch", "k_head", "k_token", "v_batch", "v_head", "v_token")
 _PAGES = ("page_rows", "head_rows", "page_bytes", "head_bytes", "all_slots")
-_COUNTS = ("heads", "capacity", "start", "recent_capacity", "leaving", "oldest", "newest", "page_size")
+_COUNTS = ("tokens", "heads", "capacity", "start", "recent_capacity", "leaving", "oldest", "newest", "page_size")
 
 
 class Params(ctypes.Structure):

@@ -1,5 +1,4 @@
-// Spreads what lies at slots of pools of pages into rows: a block per token of a head, one warp of which makes the key, with zeros for features
-// that were not kept, and one the value. What `append_kernel` reads as k and v is written here. Keys in bits per axis are left to PyTorch.
+// Spreads what lies at slots of pools of pages into rows, with zeros for features of a key that were not kept. What `append_kernel` reads as k and v is written here. Keys in bits per axis are left to PyTorch.
 #if IS_PAGED && !AXIS_BYTES
 
 DEVICE u16 stored(float x) { return IS_BF16 ? to_bf16(x) : to_half(x); }
@@ -79,20 +78,22 @@ DEVICE void spread_row(const void* kept, const void* scale, const u16* centre, i
 extern "C" __global__ void __launch_bounds__(THREADS) read_kernel(const __grid_constant__ Params given) {
   extern __shared__ __align__(16) u8 dynamic[];
   static_assert(2 * HEAD_DIM <= WARP_BYTES, "a key lies in the warp's memory");
-  const i64 token = blockIdx.x, head = blockIdx.y % given.heads, batch = blockIdx.y / given.heads;
-  const Place place = place_of(given, given.slots[batch * gridDim.x + token], head);
-  const bool has_key = threadIdx.x < LANES;
+  const Work work = work_of(dynamic);
+  if (work.token >= given.tokens) return;
+  const i64 token = work.token, head = blockIdx.y % given.heads, batch = blockIdx.y / given.heads;
+  const Place place = place_of(given, given.slots[batch * given.tokens + token], head);
   u16* const k = const_cast<u16*>(given.k) + batch * given.k_batch + head * given.k_head + token * given.k_token;
   u16* const v = const_cast<u16*>(given.v) + batch * given.v_batch + head * given.v_head + token * given.v_token;
   if (place.row < 0) {  // there is no such slot: NaN, not what the memory held
-    for (int d = lane_id(); d < (has_key ? HEAD_DIM : VALUE_DIM); d += LANES) (has_key ? k : v)[d] = 0x7fff;
+    for (int d = lane_id(); d < HEAD_DIM && work.has_key; d += LANES) k[d] = 0x7fff;
+    for (int d = lane_id(); d < VALUE_DIM && work.has_value; d += LANES) v[d] = 0x7fff;
     return;
   }
   const Params p = shifted(given, place.bytes);
-  if (!has_key)
-    spread_row<VALUE_DIM, V_BITS>(p.stored_v, p.v_scale, p.v_centre, place.row, v);
-  else if constexpr (INDEX_BITS > 0)
-    spread_features(p, place.row, k, reinterpret_cast<u16*>(dynamic));
+  if (work.has_value) spread_row<VALUE_DIM, V_BITS>(p.stored_v, p.v_scale, p.v_centre, place.row, v);
+  if (!work.has_key) return;
+  if constexpr (INDEX_BITS > 0)
+    spread_features(p, place.row, k, reinterpret_cast<u16*>(work.memory));
   else
     spread_row<HEAD_DIM, KEPT_BITS>(p.values, p.scale, p.centre, place.row, k);
 }

@@ -2,6 +2,19 @@
 
 constexpr int LANES = 32;
 
+// What a warp does, for one token of a head: of a token that has a block to itself one warp has the key and another the value, of one among
+// TOKENS a warp has both. `memory` is for the key, and as much behind it for the value.
+struct Work {
+  i64 token;
+  bool has_key, has_value;
+  u8* memory;
+};
+
+DEVICE Work work_of(u8* memory) {
+  const int warp = threadIdx.x / LANES, place = TOKENS > 1 ? warp : 0;
+  return {i64(blockIdx.x) * TOKENS + place, TOKENS > 1 || warp == 0, TOKENS > 1 || warp == 1, memory + 2 * place * WARP_BYTES};
+}
+
 constexpr int entries(int width) { return (width + LANES - 1) / LANES; }  // of a lane
 
 DEVICE float number(u16 x) { return IS_BF16 ? from_bf16(x) : from_half(x); }
