@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from flashsfa import FeatureBasis
+from flashsfa import FeatureBasis, explain
 from flashsfa.ops.transform import triton
 
 SHAPES = [(1, 2, 1, 1), (3, 2, 2, 1), (1, 1, 1, 70), (2, 2, 3, 40), (1, 3, 2, 130)]  # (batch, kv heads, group, tokens)
@@ -86,6 +86,7 @@ def test_a_basis_takes_it(monkeypatch):
     q = basis.transform_query(x)
     assert all(torch.equal(a, b) for a, b in zip(basis.transform(x, k), (q, basis.transform_key(k)), strict=True))
     assert len(seen) == 3
+    assert "basis: triton" in explain()
     # what traces or differentiates takes the products of torch
     x.requires_grad_()
     basis.transform(x, k)[0].sum().backward()

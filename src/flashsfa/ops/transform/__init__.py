@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...checks import runs_plainly
 from ...contexts import without_autocast
+from .. import record
 from ..select.operators import triton_is_installed
 
 _HALVES = (torch.float16, torch.bfloat16)
@@ -19,14 +20,25 @@ def transform(*sides: tuple[Tensor, Tensor]) -> list[Tensor]:
     rows of 16 bits take one launch; what it gives for a row does not depend on the rows beside it.
     """
     x, _ = sides[0]
-    is_fused = x.is_cuda and all(x.dtype in _HALVES and m.dtype == torch.float32 and x.numel() for x, m in sides)
-    if is_fused and runs_plainly(*(x for side in sides for x in side)) and triton_is_installed():
+    if x.is_cuda and runs_plainly(*(x for side in sides for x in side)) and _has_fused(*sides):
         from . import triton as kernels
 
         with torch.cuda.device_of(x):
             return kernels.transform(*sides)
     with without_autocast(x.device):
         return [_product(x, matrix) for x, matrix in sides]
+
+
+def _has_fused(*sides: tuple[Tensor, Tensor]) -> bool:
+    """Whether the fused kernel takes these, on a GPU; recorded for `explain()`."""
+    if not all(x.dtype in _HALVES and matrix.dtype == torch.float32 and x.numel() for x, matrix in sides):
+        record.record("basis", "torch", "the Triton kernel takes rows of 16 bits and a basis in float32")
+        return False
+    if not triton_is_installed():
+        record.record("basis", "torch", "the fused kernel needs Triton: pip install triton", fallback=True)
+        return False
+    record.record("basis", "triton", "rows of 16 bits, in one launch")
+    return True
 
 
 def _product(x: Tensor, matrix: Tensor) -> Tensor:
