@@ -133,7 +133,7 @@ def decode_cases():
     ]:
         for tolerance in (0.0, 0.01):
             yield f"decode {case} {tolerance}", partial(decode_case, *case, tolerance)
-    for dtype, head_dim, n in [(BF16, 64, 1), (BF16, 128, 300), (torch.float16, 256, 300)]:
+    for dtype, head_dim, n in [(BF16, 64, 1), (BF16, 128, 300), (torch.float16, 128, 300), (torch.float16, 256, 300)]:
         x, matrix = rows(dtype, n, head_dim), torch.empty(1, head_dim, head_dim)
         yield f"transform {dtype} {head_dim} {n}", partial(transform, (x, matrix), (x, matrix))
 

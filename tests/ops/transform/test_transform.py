@@ -77,6 +77,30 @@ def test_two_sides_are_one_launch_and_the_same(where):
         assert all(torch.equal(out, transform(*side)) for out, side in zip(both, sides, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("batch", "tokens"), [(1, (330, 150)), (2, (70, 330)), (45, (3, 2))], ids=str)
+@pytest.mark.parametrize("programs", [1, 6, 12])
+def test_a_program_of_several_blocks(programs, batch, tokens, dtype, where, monkeypatch):
+    """All of a run's, or a number that does not divide them."""
+    sides = [drawn((batch, 2, group, n), 64, dtype, where) for group, n in zip((2, 1), tokens, strict=True)]
+    apart = triton.transform(*sides)
+    monkeypatch.setattr(triton, "_PROGRAMS", programs)
+    together = triton.transform(*sides)
+    for side, one, other in zip(sides, apart, together, strict=True):
+        torch.testing.assert_close(one.double(), expected(*side), rtol=0.01, atol=0.01)
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("size", [2.0**-20, 2.0**20])
+def test_float16_rows_by_a_matrix_that_float16_does_not_hold(size, where):
+    x, matrix = drawn((1, 2, 2, 3), 64, torch.float16, where)
+    matrix[:, :, ::2] *= size
+    x *= size**-0.5
+    exact = expected(x, matrix)
+    error = (transform(x, matrix).double() - exact).abs()
+    assert (error <= torch.finfo(x.dtype).eps * exact.abs() + 2.0**-24)[exact.abs() < 65504].all()
+
+
 @pytest.mark.gpu
 def test_a_basis_takes_it(monkeypatch):
     x, matrix = drawn((1, 2, 2, 40), 64, torch.bfloat16, torch.device("cuda"))
