@@ -128,15 +128,16 @@ def test_a_model_of_another_kind(work, capfd):
     assert_refused(capfd, command("perplexity converted"), "LlamaForSequenceClassification", "no causal language model")
 
 
-class Certain:
+class Certain(torch.nn.Module):
     """Stands in for a model: its logits are `value` for one token and 0 for the other."""
 
     device, dtype = "cpu", torch.float32
 
     def __init__(self, value):
+        super().__init__()
         self.value = value
 
-    def __call__(self, input_ids, **options):
+    def forward(self, input_ids, **options):
         return SimpleNamespace(logits=torch.tensor([0, self.value]).expand(*input_ids.shape, 2))
 
 

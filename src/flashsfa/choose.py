@@ -195,13 +195,17 @@ def choose(
     for layer in moments:
         layer.require_finite()
 
+    bases: dict[str, FeatureBasis] = {}  # small beside the model
+
     def basis_of(candidate: Candidate) -> FeatureBasis | None:
         if candidate.fit is None:
             return None
-        fitted = progress(f"fitting the basis: {candidate.label}", 1)
-        basis = FeatureBasis.from_layers(moments, **candidate.fit)
-        fitted()
-        return basis
+        what = json.dumps(candidate.fit, sort_keys=True)
+        if what not in bases:
+            fitted = progress(f"fitting the basis: {candidate.label}", 1)
+            bases[what] = FeatureBasis.from_layers(moments, **candidate.fit)
+            fitted()
+        return bases[what]
 
     rows: Rows = {}
     try:

@@ -76,6 +76,21 @@ def test_a_run_that_is_ended_keeps_its_rows(tmp_path, capsys, monkeypatch):
     assert f"flashsfa: stopped; incomplete results are written: {json_file}, {picture}" in capsys.readouterr().err
 
 
+def test_rows_are_kept_as_soon_as_they_are_there(tmp_path, monkeypatch):
+    """For a run that nobody can stop in peace: a machine that is gone, a process that is killed."""
+    seen = []
+    last = SimpleNamespace(
+        name="last", facet="", curve="", n=1, device=CPU,
+        prepare=lambda: seen.append(json.loads(only(tmp_path, ".json").read_text())),
+    )  # fmt: skip
+    monkeypatch.setitem(benchmarking.CASES, "topk", lambda device, quick: [TOPK[0], last])
+    bench("topk", tmp_path)
+    (kept,) = seen
+    assert kept["incomplete"] == "1 of 2 cases"
+    assert [row["case"] for row in kept["rows"]] == [TOPK[0].name]
+    assert "incomplete" not in json.loads(only(tmp_path, ".json").read_text())
+
+
 def test_a_title_says_what_is_incomplete():
     where = {"flashsfa": "0", "commit": None, "device": "x"}
     whole = Results("topk", where, 1e9, ())

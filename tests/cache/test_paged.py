@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from append_cases import same_bits, use_kernel
+from append_cases import DEVICE, same_bits, use_kernel
 from flashsfa import sparse_feature_decode, topk_codes
 from flashsfa.cache.paged import PagedSparseKVCache
 from flashsfa.formats import CodeFormat
@@ -15,8 +15,8 @@ from flashsfa.ops.select.hopper import append as hopper
 HKV, D, DV, PAGE = 2, 16, 12, 16
 
 
-def tokens(n, b=1, dtype=torch.float32):
-    return torch.randn(b, HKV, n, D, dtype=dtype), torch.randn(b, HKV, n, DV, dtype=dtype)
+def tokens(n, b=1, dtype=torch.float32, device="cpu"):
+    return torch.randn(b, HKV, n, D, device=device).to(dtype), torch.randn(b, HKV, n, DV, device=device).to(dtype)
 
 
 def assert_holds(cache, stories):
@@ -122,7 +122,7 @@ def test_two_holders_part_in_one_append():
 def test_one_launch_stores_what_pytorch_does(bits, monkeypatch):
     """On a Hopper GPU: prompts, steps and pages that part, also in a copy of the cache, which has pools of its own."""
     sizes = {"dense_dims": 3, "pages": 12, "page_size": PAGE, "dtype": bits}
-    steps = [tokens(n, b=2, dtype=torch.bfloat16) for n in (PAGE + 3, 1, 2, 0)]
+    steps = [tokens(n, b=2, dtype=torch.bfloat16, device=DEVICE) for n in (PAGE + 3, 1, 2, 0)]
     caches = []
     for has_kernel in (False, True):
         if has_kernel:
@@ -150,7 +150,7 @@ def test_pools_of_a_failed_append_are_forgotten(monkeypatch):
     """A kernel that could not be launched had been prepared for them."""
     use_kernel(monkeypatch)
     cache = PagedSparseKVCache(4, pages=3, page_size=PAGE)
-    sequence, (k, v) = cache.add(), tokens(5, dtype=torch.bfloat16)
+    sequence, (k, v) = cache.add(), tokens(5, dtype=torch.bfloat16, device=DEVICE)
     with monkeypatch.context() as patch:
         patch.setattr(hopper, "launch", lambda *_: (_ for _ in ()).throw(RuntimeError("no launch")))
         with pytest.raises(RuntimeError, match="no launch"):

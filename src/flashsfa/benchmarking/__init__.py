@@ -56,8 +56,8 @@ def run(
     """Run the cases of `operation`, a key of `CASES`; write JSON and a picture into `directory`.
 
     `on_start` is told the number of cases, `on_row` each row as soon as it is there. `only` names the cases to run by
-    texts that their names must all contain. Returns the results and the files written; interrupted, it writes the rows
-    that are there, marked as incomplete, and a note of the interrupt names the files. Raises `OSError` before anything is
+    texts that their names must all contain. Returns the results and the files written. The JSON is written anew after each
+    row, marked as incomplete until all are there; a note of an interrupt names the files. Raises `OSError` before anything is
     measured if `directory` cannot be written, and `ValueError` if no case is left.
     """
     require_place(directory)
@@ -72,27 +72,36 @@ def run(
     bandwidth = copy_bandwidth(device)
     rows: list[Row] = []
 
-    def save(incomplete: str | None = None) -> tuple[Results, list[Path]]:
+    path: Path | None = None
+
+    def save(incomplete: str | None = None) -> Results:
+        nonlocal path
+        results = Results(operation, environment(device), bandwidth, tuple(rows), incomplete)
+        path = results.save(directory, path)
+        return results
+
+    def finish(results: Results) -> list[Path]:
         from .plots import draw
 
-        results = Results(operation, environment(device), bandwidth, tuple(rows), incomplete)
-        path = results.save(directory)
+        assert path is not None
         picture = path.with_suffix(".png")
         with whole_file(picture) as file:
             draw(results, file)
-        return results, [path, picture]
+        return [path, picture]
 
+    results = None
     try:
         for case in cases:
             rows.append(run_case(case, bandwidth, quick))
+            results = save(None if len(rows) == len(cases) else f"{len(rows)} of {len(cases)} cases")
             on_row(rows[-1])
             release(device)
     except KeyboardInterrupt as stop:
-        if rows:
-            _, paths = save(f"{len(rows)} of {len(cases)} cases")
-            stop.add_note(incomplete_note(paths))
+        if results is not None:
+            stop.add_note(incomplete_note(finish(results)))
         raise
-    return save()
+    assert results is not None
+    return results, finish(results)
 
 
 def run_case(case: Case | MeasuredCase, bandwidth: float, quick: bool) -> Row:

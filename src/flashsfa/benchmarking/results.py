@@ -17,7 +17,7 @@ import torch
 
 from .. import __version__
 from ..checks import require
-from ..files import beside
+from ..files import beside, write_whole
 from .cases import rival_name
 from .timing import Timing
 
@@ -196,8 +196,9 @@ class Results:
             f"copy {self.copy_bytes_per_s / 1e9:.0f} GB/s{stopped}"
         )
 
-    def save(self, directory: Path) -> Path:
-        """Write JSON under a name that carries date and commit and is free; returns its path.
+    def save(self, directory: Path, path: Path | None = None) -> Path:
+        """Write JSON to `path`, which an earlier save of the run returned, or under a name in `directory` that carries date and commit
+        and is free; returns its path.
 
         Raises `OSError`, with nothing left behind, if it cannot be written.
         """
@@ -211,6 +212,9 @@ class Results:
         }
         stem = "-".join(part for part in parts if part)
         content = json.dumps(document, indent=1) + "\n"
+        if path is not None:
+            write_whole(path, content)
+            return path
         (path,) = write_results(directory, stem, {".json": lambda path: path.write_text(content)})
         return path
 

@@ -1,8 +1,8 @@
 """Cases of serving: vLLM with this package's plugin beside vLLM with its own attention, asked over HTTP.
 
 Each side is a server of its own, over the same random weights, one after the other; vLLM's own benchmark asks and measures. Tokens a
-second are those of requests whose prompts are in the cache already, so that they make tokens all at once; the first token is that of
-one request at a time whose prompt is not. A server that codes keys is compared only if the tokens that it makes one by one are as
+second are those of requests whose prompts are in the cache already, so that they make tokens all at once, and of so many tokens that
+taking the prompts in is a small part of the time; the first token is that of one request at a time whose prompt is not. A server that codes keys is compared only if the tokens that it makes one by one are as
 likely as when it reads them at once.
 """
 
@@ -38,7 +38,7 @@ from .models import published_config
 from .results import BaselineResult, Serving
 from .timing import Timing, release, summary
 
-_NEW = 128  # tokens that a request makes at the end of its context
+_NEW = 512  # tokens that a request makes at the end of its context, or a quarter of it if that is less
 _MOST_REQUESTS = 1024
 _START = 1800  # seconds that a server may take to start: it reads weights, compiles and captures graphs
 _CPU_CACHE = 2**25  # bytes; on a GPU vLLM takes what is left
@@ -199,12 +199,13 @@ def _measured(side: _Side, quick: bool) -> _Served | Exception:
             capacity, page = _capacity(url)
             fit = min(_MOST_REQUESTS, capacity // (page * math.ceil(side.n / page)))
             error = _difference(url, folder)
-            ask = functools.partial(_ask, url, folder, tokens=side.n - _NEW)
+            new = min(_NEW, side.n // 4)
+            ask = functools.partial(_ask, url, folder, tokens=side.n - new)
             found = {}
             for asked in side.at_a_time:
                 many = asked or fit
                 runs = (
-                    [ask(new=_NEW, prompts=many, at_a_time=many) for _ in range(2 if quick else 4)]
+                    [ask(new=new, prompts=many, at_a_time=many) for _ in range(2 if quick else 3)]
                     if 0 < many <= fit
                     else []
                 )

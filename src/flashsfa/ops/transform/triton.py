@@ -16,7 +16,7 @@ from ..triton import first_use as first_use
 from ..triton.rows import cdiv, next_power_of_2
 
 _INTERPRETED = triton.knobs.runtime.interpret  # by what has no products of bfloat16
-_FEW = 64  # rows of a kv head, up to which time is latency
+_FEW = 256  # rows of a kv head, up to which time is latency
 _PROGRAMS = 512  # or so: some four for each multiprocessor of a large GPU
 
 
@@ -37,7 +37,7 @@ def transform(*sides: tuple[Tensor, Tensor]) -> list[Tensor]:
         for (x, matrix), out, of_head in zip(sides, outs, rows, strict=True)
     ]
     few, tokens = max(rows) <= _FEW, [x.shape[2] for x, _ in sides]
-    block, columns = _tile(few, max(head_dim, 16))
+    block, columns, stages = _tile(few, max(head_dim, 16))
     parts = cdiv(head_dim, columns)
     mixed = few or min(tokens) < block
     # how long a run of rows is that blocks divide, and how many there are for a kv head
@@ -46,15 +46,17 @@ def transform(*sides: tuple[Tensor, Tensor]) -> list[Tensor]:
     programs = max(cdiv(length, blocks * block) * count for length, count in runs)
     transform_kernel[(programs * parts, len(sides) * heads)](
         *given[0], *given[-1], heads, blocks, D=head_dim, K=next_power_of_2(max(head_dim, 16)), R=block, C=columns, FEW=few, MIXED=mixed,
-        INTERPRETED=_INTERPRETED, num_warps=4, num_stages=2,
+        INTERPRETED=_INTERPRETED, num_warps=4, num_stages=stages,
     )  # fmt: skip
     return outs
 
 
-def _tile(few: bool, width: int) -> tuple[int, int]:
-    """Rows and columns of a block. Of many rows, what matrix units take at a time by as much of a matrix as fits the registers and the
-    shared memory of every GPU, in two halves beside the rows of two blocks."""
-    return (16, 16) if few else (64, next_power_of_2(width) if width <= 128 else 32)
+def _tile(few: bool, width: int) -> tuple[int, int, int]:
+    """Rows and columns of a block, and how many blocks of rows are under way: as measured on an H200
+    (docs/notes/2026-11-30-vllm-follows-the-bytes.md), and what fits the registers and the shared memory of every GPU."""
+    if few:
+        return 16, 32 if width > 16 else 16, 1
+    return (64, min(64, next_power_of_2(width)), 3) if width <= 128 else (64, 32, 2)
 
 
 def _blocks(runs: list[tuple[int, int]], block: int, parts: int) -> int:
