@@ -190,7 +190,7 @@ class SparseFeatureMetadataBuilder(AttentionMetadataBuilder[SparseFeatureMetadat
                 decodes.append(Decode(batch.seq_lens[first:last], batch.block_table_tensor[first:last], there))
             else:
                 rows = starts[requests, None] + torch.arange(count, device=starts.device)
-                requests, rows = (x.to(self.device, non_blocking=True) for x in (requests, rows))
+                requests, rows = (_sent(x, self.device) for x in (requests, rows))
                 decodes.append(Decode(batch.seq_lens[requests], batch.block_table_tensor[requests], rows))
         return decodes
 
@@ -221,16 +221,23 @@ class SparseFeatureMetadataBuilder(AttentionMetadataBuilder[SparseFeatureMetadat
 
     def _prefill(self, rows: slice, new: Tensor, seen: Tensor, slots: Tensor | None) -> Prefill:
         cu_seqlens = (torch.nn.functional.pad(x.cumsum(0), (1, 0)).to(torch.int32) for x in (new, seen))
-        cu_seqlens_q, cu_seqlens_k = (x.to(self.device, non_blocking=True) for x in cu_seqlens)
+        cu_seqlens_q, cu_seqlens_k = (_sent(x, self.device) for x in cu_seqlens)
         return Prefill(rows, cu_seqlens_q, cu_seqlens_k, int(new.max()), int(seen.max()), slots)
 
 
 def _slots(table: Tensor, held: Tensor, seen: Tensor, page_size: int) -> Tensor:
-    """[sum of seen] int64 cache slots of the last `seen` of `held` keys [S] of each sequence with pages `table` [S, W]."""
-    sequence = torch.arange(len(seen), device=seen.device).repeat_interleave(seen)  # [Tk]
-    position = torch.arange(len(sequence), device=seen.device) + (held - seen.cumsum(0))[sequence]
-    sequence, position = (x.to(table.device, non_blocking=True) for x in (sequence, position))
+    """[sum of seen] int64 cache slots of the last `seen` of `held` keys [S], both on the CPU, of each sequence with pages `table` [S, W].
+    Found where the table is: as many numbers from the CPU would wait for the step before."""
+    device, total = table.device, int(seen.sum())
+    held, seen = _sent(held.long(), device), _sent(seen.long(), device)
+    sequence = torch.arange(len(seen), device=device).repeat_interleave(seen, output_size=total)  # [Tk]
+    position = torch.arange(total, device=device) + (held - seen.cumsum(0))[sequence]
     return table[sequence, position // page_size].long() * page_size + position % page_size
+
+
+def _sent(x: Tensor, device: torch.device) -> Tensor:
+    """A small tensor of the CPU's on `device`: from pinned memory, as a copy from elsewhere may wait for all that runs there."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
