@@ -60,6 +60,13 @@ def test_the_fewest_bytes_within_the_loss_or_the_least_loss_within_the_bytes(los
     assert Limits(loss, share).pick(ROWS, [name for name in ROWS if name != "dense"]) == expected
 
 
+def test_bytes_on_the_edge_are_within():
+    """Though 0.29 * 400 is less than 116."""
+    rows = {"dense": ROWS["dense"] | {"token_bytes": 400}, "a": ROWS["a"] | {"token_bytes": 116}}
+    assert Limits(max_bytes=0.29).pick(rows, ["a"]) == "a"
+    assert Limits(max_bytes=0.2899).pick(rows, ["a"]) is None
+
+
 @pytest.mark.parametrize("options", [{"max_loss": -0.1}, {"max_loss": 1.0}, {"max_bytes": 0.0}, {"max_bytes": 1.0}])
 def test_limits_that_are_none(options):
     with pytest.raises(ValueError, match="100 %"):

@@ -57,9 +57,14 @@ class Limits:
         nbytes = None if self.max_bytes is None else f"at most {100 * self.max_bytes:g} % of the bytes"
         return " and ".join(x for x in (loss, nbytes) if x is not None)
 
+    def most(self, dense_bytes: int) -> float:
+        """Bytes of a token within `max_bytes`: 29 % of 400 are 116, though 0.29 * 400 is less."""
+        assert self.max_bytes is not None
+        return round(self.max_bytes * dense_bytes, 6)
+
     def pick(self, rows: Rows, names: Sequence[str]) -> str | None:
         """Of the candidates `names`: the fewest bytes within the loss, or without one the least loss; None where nothing fits."""
-        most = rows["dense"]["token_bytes"] * (1 if self.max_bytes is None else self.max_bytes)
+        most = rows["dense"]["token_bytes"] if self.max_bytes is None else self.most(rows["dense"]["token_bytes"])
         fitting = [name for name in names if rows[name]["token_bytes"] <= most]
         if self.max_loss is None:
             return min(fitting, key=lambda name: rows[name]["loss"], default=None)
@@ -169,7 +174,7 @@ def choose(
     dense_bytes = 2 * head_dim * model.dtype.itemsize
     is_asked = candidates is not None
     if candidates is None:
-        most = None if limits.max_bytes is None else limits.max_bytes * dense_bytes
+        most = None if limits.max_bytes is None else limits.most(dense_bytes)
         candidates = ladder(head_dim, most, exact or Exact())
     names = [name for name, x in candidates.items() if x.may_win]
     if not names:

@@ -131,7 +131,11 @@ def _tokenize(options: argparse.Namespace) -> None:
     if not len(ids):
         raise ValueError(f"{options.text} holds no text, only blank lines")
     write_tokens(output, ids, tokenizer)
-    print(f"{len(ids)} tokens ({ids.dtype}), documents end with token {tokenizer.eos_token_id}; in {output}")
+    end = tokenizer.eos_token_id
+    ends = (
+        "the tokenizer has no end token: nothing parts documents" if end is None else f"documents end with token {end}"
+    )
+    print(f"{len(ids)} tokens ({ids.dtype}), {ends}; in {output}")
 
 
 def _compare(options: argparse.Namespace) -> None:

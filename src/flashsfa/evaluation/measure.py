@@ -19,7 +19,7 @@ from ..files import require_place
 from ..huggingface.loading import read_config
 from ..huggingface.settings import SFASettings
 from ..huggingface.switch import load_basis
-from ..models import is_converted, load_model
+from ..models import is_converted, load_model, tokenizer_of
 from . import VARIANTS, frontier, needle
 from .harness import Harness
 from .haystack import Haystack, samples
@@ -139,6 +139,7 @@ def measure_frontier(
     for name in models:
         if is_converted(name):
             frontier.require_forms(name, SFASettings.from_config(read_config(name)["sfa"]))
+    _require_comparable(models, tokenizer, max(lengths))
     labels = _labels(models)
     with _fitting(output):
         recorded, timed_on = frontier.read_recorded(decode)
@@ -161,19 +162,8 @@ def measure_frontier(
             )
 
         def measure_all() -> None:
-            vocabulary = None
             for name, label in zip(models, labels, strict=True):
                 model, own = load_model(name, getattr(torch, dtype), tokenizer)
-                vocabulary = own.get_vocab() if vocabulary is None else vocabulary
-                require(
-                    own.get_vocab() == vocabulary,
-                    f"{name} has another tokenizer than {models[0]}: losses per token do not compare",
-                )
-                limit = getattr(model.config, "max_position_embeddings", None)
-                require(
-                    limit is None or max(lengths) <= limit,
-                    f"{name} has {limit} positions, fewer than the {max(lengths)} tokens asked for",
-                )
                 cuts = {n: token_windows(own, source, length=n, count=windows, purpose="evaluation") for n in lengths}
                 prompts = samples("single", Haystack(own, source), lengths, _DEPTHS, trials, 0) if trials else []
                 frontier.measure_model(
@@ -198,6 +188,21 @@ def measure_frontier(
                 stop.add_note(incomplete_note(paths))
             raise
         return write()
+
+
+def _require_comparable(models: Sequence[str], tokenizer: str | None, tokens: int) -> None:
+    """Raise `ValueError` before anything is measured unless all models have one vocabulary and positions for so many tokens."""
+    vocabulary = None
+    for name in models:
+        own = tokenizer_of(name, tokenizer).get_vocab()
+        vocabulary = own if vocabulary is None else vocabulary
+        require(own == vocabulary, f"{name} has another tokenizer than {models[0]}: losses per token do not compare")
+        config = read_config(name)
+        config = config.get("text_config", config)
+        limit = config.get("max_position_embeddings", config.get("n_positions"))  # GPT-2's word for it
+        require(
+            limit is None or tokens <= limit, f"{name} has {limit} positions, fewer than the {tokens} tokens asked for"
+        )
 
 
 def _labels(models: Sequence[str]) -> list[str]:
