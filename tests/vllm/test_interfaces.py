@@ -31,7 +31,7 @@ def test_the_backend_has_every_name_that_vllm_calls(vllm, serve):
                     inspect.signature(getattr(theirs, name)).parameters
                 ), name
     assert backend.SparseFeatureBackend.get_name() in vllm.AttentionBackendEnum.__members__
-    assert not backend.SparseFeatureBackend.forward_includes_kv_cache_update
+    assert backend.SparseFeatureBackend.forward_includes_kv_cache_update
     config = dict(kv_cache_dtype="auto", block_size=16, use_mla=False, has_sink=False, use_sparse=False,
                   use_mm_prefix=False, use_per_head_quant_scales=False, device_capability=None, attn_type="decoder")  # fmt: skip
     check = backend.SparseFeatureBackend.validate_configuration

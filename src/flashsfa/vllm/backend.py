@@ -47,6 +47,7 @@ class SparseFeatureBackend(AttentionBackend):
     model's dtype, or in the bits that the model's settings name. vLLM itself refuses the rest.
     """
 
+    forward_includes_kv_cache_update = True
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto"]
 
