@@ -319,3 +319,19 @@ def test_errors():
     for key_bytes in (0, D + 1):
         with pytest.raises(ValueError, match=f"key_bytes must be 1 to {D}, got {key_bytes}"):
             FeatureBasis.from_moments(moments_of(draw()), "whitened", key_bytes=key_bytes)
+
+
+@pytest.mark.parametrize(
+    ("basis", "q", "k"),
+    [
+        ((2, 8, 8), (1, 3, 5, 8), (1, 2, 5, 8)),  # heads that share no kv head
+        ((2, 8, 8), (1, 4, 5, 4), (1, 2, 5, 4)),  # smaller heads
+        ((2, 8, 8), (1, 4, 5, 8), (2, 5, 8)),  # no batch
+        ((3, 2, 8, 8), (1, 4, 5, 8), (1, 2, 5, 8)),  # that of several layers
+    ],
+    ids=str,
+)
+def test_rows_that_do_not_fit_a_basis_are_refused(basis, q, k):
+    basis, q, k = FeatureBasis(torch.ones(basis), torch.ones(basis)), torch.ones(q), torch.ones(k)
+    with pytest.raises(ValueError, match=r"must be \[B, H \* G, N, D\] for a basis \[H, D, D\]"):
+        basis.transform(q, k)

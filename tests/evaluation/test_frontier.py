@@ -183,6 +183,15 @@ def test_tolerance_beside_sinks(models):
     assert dense == pytest.approx(window_losses(model, windows), rel=1e-5)
 
 
+def test_tolerance_of_a_model_that_views_its_attention_output():
+    config = transformers.JetMoeConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_key_value_heads=2, kv_channels=8, intermediate_size=16,
+        num_local_experts=2, num_experts_per_tok=2,
+    )  # fmt: skip
+    model, windows = transformers.JetMoeForCausalLM(config).eval(), torch.randint(0, 40, (2, 24))
+    assert tolerance_losses(model, windows, 0.0)[0] == pytest.approx(window_losses(model, windows), rel=1e-5)
+
+
 def test_exact_tokens_are_refused_before_any_model_is_measured(models, tmp_path, capsys):
     model = flashsfa.from_pretrained(models / "k2" / "model")
     flashsfa.enable(flashsfa.disable(model), 2, dense_dims=2, topk_query=8, recent=8, first=2).save_pretrained(

@@ -2,8 +2,8 @@
 
 Each side is a server of its own, over the same random weights, one after the other; vLLM's own benchmark asks and measures. Tokens a
 second are those of requests whose prompts are in the cache already, so that they make tokens all at once, and of so many tokens that
-taking the prompts in is a small part of the time; the first token is that of one request at a time whose prompt is not. A server that codes keys is compared only if the tokens that it makes one by one are as
-likely as when it reads them at once.
+taking the prompts in is a small part of the time; the first token is that of one request at a time whose prompt is not. A server that
+codes keys is compared only if the tokens that it makes one by one are as likely as when it reads them at once.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def tolerance_losses(
         scores = ScoreRules.of(query, scaling, softcap, s_aux)
         out, share = _attend(query[0], key[0], value[0], scores, sliding_window, tolerance)
         shares.append(share)
-        return out[None].to(query.dtype), None
+        return out[None].to(query.dtype).contiguous(), None  # some models look at it by .view
 
     AttentionInterface.register(_NAME, attend)
     AttentionMaskInterface.register(_NAME, lambda *args, **kwargs: None)

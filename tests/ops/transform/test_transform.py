@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("triton")
 
 from flashsfa import FeatureBasis, explain
+from flashsfa.ops import transform as room
 from flashsfa.ops.transform import triton
 
 SHAPES = [(1, 2, 1, 1), (3, 2, 2, 1), (1, 1, 1, 70), (2, 2, 3, 40), (1, 3, 2, 130)]  # (batch, kv heads, group, tokens)
@@ -99,6 +100,16 @@ def test_float16_rows_by_a_matrix_that_float16_does_not_hold(size, where):
     exact = expected(x, matrix)
     error = (transform(x, matrix).double() - exact).abs()
     assert (error <= torch.finfo(x.dtype).eps * exact.abs() + 2.0**-24)[exact.abs() < 65504].all()
+
+
+def test_one_launch_is_for_sides_of_one_dtype_in_16_bits(where):
+    """Others are torch's, as those of two devices are, which it refuses."""
+    x, matrix = drawn((1, 2, 2, 3), 64, torch.bfloat16, where)
+    for other in (x.half(), x.float(), x[:, :, :0], x.to("meta")):
+        assert not room._has_fused((x, matrix), (other, matrix))
+    assert not room._has_fused((x, matrix.bfloat16()))
+    assert not room._has_fused((x, matrix.to("meta")))
+    assert room._has_fused((x, matrix), (x[:, :2], matrix))
 
 
 @pytest.mark.gpu

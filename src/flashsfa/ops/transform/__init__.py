@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...checks import runs_plainly
+from ...checks import require, runs_plainly
 from ...contexts import without_autocast
 from .. import record
 from ..select.operators import triton_is_installed
@@ -18,7 +18,10 @@ def transform(*sides: tuple[Tensor, Tensor]) -> list[Tensor]:
 
     Rounding the matrix to 16 bits would undo what the two sides of a basis are to each other, so autocast does not reach it. On a GPU
     rows of 16 bits take one launch; what it gives for a row does not depend on the rows beside it.
+
+    Raises `ValueError` for rows that do not fit their matrix: a kernel would read what lies beside them.
     """
+    _require_fit(*sides)
     x, _ = sides[0]
     if x.is_cuda and runs_plainly(*(x for side in sides for x in side)) and _has_fused(*sides):
         from . import triton as kernels
@@ -29,10 +32,29 @@ def transform(*sides: tuple[Tensor, Tensor]) -> list[Tensor]:
         return [_product(x, matrix) for x, matrix in sides]
 
 
+def _require_fit(*sides: tuple[Tensor, Tensor]) -> None:
+    shape = sides[0][1].shape
+    require(
+        len(shape) == 3
+        and all(
+            matrix.shape == shape and x.ndim == 4 and x.shape[1] % shape[0] == 0 and x.shape[3] == shape[1] == shape[2]
+            for x, matrix in sides
+        ),
+        lambda: (
+            f"queries and keys must be [B, H * G, N, D] for a basis [H, D, D], that of one layer; got {[tuple(x.shape) for x, _ in sides]} for "
+            f"{[tuple(matrix.shape) for _, matrix in sides]}"
+        ),
+    )
+
+
 def _has_fused(*sides: tuple[Tensor, Tensor]) -> bool:
     """Whether the fused kernel takes these, on a GPU; recorded for `explain()`."""
-    if not all(x.dtype in _HALVES and matrix.dtype == torch.float32 and x.numel() for x, matrix in sides):
-        record.record("basis", "torch", "the Triton kernel takes rows of 16 bits and a basis in float32")
+    first, _ = sides[0]
+    if not all(
+        x.dtype == first.dtype and x.dtype in _HALVES and matrix.dtype == torch.float32 and x.numel()
+        and x.device == matrix.device == first.device for x, matrix in sides
+    ):  # fmt: skip
+        record.record("basis", "torch", "the Triton kernel takes rows of one dtype of 16 bits and a basis in float32")
         return False
     if not triton_is_installed():
         record.record("basis", "torch", "the fused kernel needs Triton: pip install triton", fallback=True)

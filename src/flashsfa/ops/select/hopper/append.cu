@@ -1,5 +1,5 @@
-// Codes keys and values and stores them in a cache's buffers. Where the newest tokens are kept as they come, what is coded is those that leave them, and new ones take other slots. In pools of pages each
-// token has a slot of its own.
+// Codes keys and values and stores them in a cache's buffers. Where the newest tokens are kept as they come, what is coded is those that leave them,
+// and new ones take other slots. In pools of pages each token has a slot of its own.
 
 DEVICE void append_key(const Params& p, const u16* k, i64 row, int head, u8* memory) {
   if constexpr (AXIS_BYTES > 0)

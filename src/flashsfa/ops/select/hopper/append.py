@@ -1,7 +1,7 @@
 """Tokens appended to a cache, and read back from pages, for little of the host's time: what can be known before is prepared once.
 
-Of a few tokens a warp codes a key and another its value, of many a warp both; or they store them as they come and code what leaves the newest tokens. What a launch
-passes is ready but for the addresses of keys and values and the places they go to.
+Of a few tokens a warp codes a key and another its value, of many a warp both; or they store them as they come and code what leaves the
+newest tokens. What a launch passes is ready but for the addresses of keys and values and the places they go to.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-// Spreads what lies at slots of pools of pages into rows, with zeros for features of a key that were not kept. What `append_kernel` reads as k and v is written here. Keys in bits per axis are left to PyTorch.
+// Spreads what lies at slots of pools of pages into rows, with zeros for features of a key that were not kept. What `append_kernel` reads as k and v
+// is written here. Keys in bits per axis are left to PyTorch.
 #if IS_PAGED && !AXIS_BYTES
 
 DEVICE u16 stored(float x) { return IS_BF16 ? to_bf16(x) : to_half(x); }
