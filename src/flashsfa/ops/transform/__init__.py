@@ -14,7 +14,7 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 
 def transform(*sides: tuple[Tensor, Tensor]) -> list[Tensor]:
-    """For each of one or two `sides` x [B, H * G, N, D] and matrix [H, D, D], with one H: x times its kv head's matrix, in x's dtype.
+    """For each of one or two `sides` x [B, H * G, N, D] and matrix [H, D, D], with one B and H: x times its kv head's matrix, in x's dtype.
 
     Rounding the matrix to 16 bits would undo what the two sides of a basis are to each other, so autocast does not reach it. On a GPU
     rows of 16 bits take one launch; what it gives for a row does not depend on the rows beside it.
@@ -37,7 +37,11 @@ def _require_fit(*sides: tuple[Tensor, Tensor]) -> None:
     require(
         len(shape) == 3
         and all(
-            matrix.shape == shape and x.ndim == 4 and x.shape[1] % shape[0] == 0 and x.shape[3] == shape[1] == shape[2]
+            matrix.shape == shape
+            and x.ndim == 4
+            and x.shape[0] == sides[0][0].shape[0]
+            and x.shape[1] % shape[0] == 0
+            and x.shape[3] == shape[1] == shape[2]
             for x, matrix in sides
         ),
         lambda: (
