@@ -94,8 +94,8 @@ def transform_kernel(
                 out = tl.dot(x.to(tl.float32), high.to(tl.float32), out, input_precision="ieee")
             else:
                 out = tl.dot(x, high, tl.dot(x, low))
-            at = OUT + row * out_sn + column[None, :] * out_sd  # [R, C]
-            tl.store(at, (out * scale).to(OUT.dtype.element_ty), mask=there & inside)
+            to = OUT + row * out_sn + column[None, :] * out_sd  # [R, C]
+            tl.store(to, (out * scale).to(OUT.dtype.element_ty), mask=there & inside)
 
 
 @triton.jit

@@ -8,6 +8,7 @@ good, as graphs know them by address. Memory of torch would not do: what a graph
 from __future__ import annotations
 
 import contextlib
+import threading
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ class _Room:
 _rooms: dict[torch.device, _Room] = {}
 _taken: dict[tuple[torch.device, int, int | None], tuple[int, int]] = {}  # how many, and where, of a stream and graph
 _lasting: list[Tensor] = []
+_lock = threading.Lock()  # two threads must not take the same
 
 
 def address(tiles: int, device: torch.device) -> int:
@@ -51,6 +53,11 @@ def address(tiles: int, device: torch.device) -> int:
     count, where = _taken.get((device, stream, graph), (0, 0))
     if count >= tiles:
         return where
+    with _lock:
+        return _take(tiles, device, stream, graph)
+
+
+def _take(tiles: int, device: torch.device, stream: int, graph: int | None) -> int:
     if device not in _rooms and graph is None:  # nothing is loaded while a graph is captured
         _rooms[device] = _Room(device)
     count = max(tiles, _LEAST)
