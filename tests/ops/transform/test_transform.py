@@ -122,9 +122,15 @@ def test_a_basis_takes_it(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(basis.transform(x, k), (q, basis.transform_key(k)), strict=True))
     assert len(seen) == 3
     assert "basis: triton" in explain()
+    # a step of both sides takes it, and one of a single side does not
+    few = basis.transform(x[:, :, :3], k[:, :, :3])[0]
+    assert len(seen) == 4
+    assert torch.equal(few, q[:, :, :3])
+    torch.testing.assert_close(basis.transform_query(x[:, :, :3]), few, rtol=0.01, atol=0.01)
+    assert len(seen) == 4
     # what traces or differentiates takes the products of torch
     x.requires_grad_()
     basis.transform(x, k)[0].sum().backward()
-    assert len(seen) == 3
+    assert len(seen) == 4
     assert x.grad is not None
     torch.testing.assert_close(basis.transform_query(x).detach(), q, rtol=0.01, atol=0.01)

@@ -11,19 +11,22 @@ from .. import record
 from ..select.operators import triton_is_installed
 
 _HALVES = (torch.float16, torch.bfloat16)
+_FEW_TOKENS = 16
 
 
 def transform(*sides: tuple[Tensor, Tensor]) -> list[Tensor]:
     """For each of one or two `sides` x [B, H * G, N, D] and matrix [H, D, D], with one B and H: x times its kv head's matrix, in x's dtype.
 
     Rounding the matrix to 16 bits would undo what the two sides of a basis are to each other, so autocast does not reach it. On a GPU
-    rows of 16 bits take one launch; what it gives for a row does not depend on the rows beside it.
+    rows of 16 bits take one launch; what it gives for a row does not depend on the rows beside it. One side of a few tokens, as plain
+    decode has it, is left to torch: its steps wait for the host, which a launch by Triton takes as long as several of torch's.
 
     Raises `ValueError` for rows that do not fit their matrix: a kernel would read what lies beside them.
     """
     _require_fit(*sides)
     x, _ = sides[0]
-    if x.is_cuda and runs_plainly(*(x for side in sides for x in side)) and _has_fused(*sides):
+    is_step = len(sides) == 1 and x.shape[2] <= _FEW_TOKENS
+    if x.is_cuda and not is_step and runs_plainly(*(x for side in sides for x in side)) and _has_fused(*sides):
         from . import triton as kernels
 
         with torch.cuda.device_of(x):
