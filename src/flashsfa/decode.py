@@ -6,7 +6,7 @@ import itertools
 import math
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
 import torch
 import torch.nn.functional as F
@@ -153,28 +153,42 @@ def sparse_feature_decode(
         kv = KVView(codes, v, v_scale, kv_lens, page_table)  # type: ignore[arg-type]
     mask = Mask(True, checked_window(window), key_padding_mask, kv_lens=kv.kv_lens)
 
-    def rules() -> tuple[FeatureBudget, ScoreRules]:
+    def call() -> _Call:
         topk, dense_dims = kv.key_budget
-        return FeatureBudget.of(
+        budget = FeatureBudget.of(
             q.shape[-1], topk, topk_query=topk_query, dense_dims=dense_dims, query_pattern=query_pattern
-        ), ScoreRules.of(q, scale, softcap, sinks)
-
-    def place() -> Tensor | None:
-        return None if out is None else _place(out, q, kv, mask, sinks)
+        )
+        scores = ScoreRules.of(q, scale, softcap, sinks)
+        place = None if out is None else _place(out, q, kv, mask, sinks)
+        return _Call(q, kv, budget, mask, scores, value_tolerance, place)
 
     if kv.prepared is not None and not return_lse and has_values(q):
         refuse_transforms("sparse_feature_decode", _DIFFERENTIABLE, q)
-        budget, scores = rules()
-        again = _again(q, kv, budget, mask, scores, value_tolerance, place())
+        again = _again(call())
         if again is not None:
             return _put(again, out)
     _check(q, kv, mask, value_tolerance)
     require_no_gradient(q, *kv.tensors(), *_exact_tensors(kv))
     refuse_transforms("sparse_feature_decode", _DIFFERENTIABLE, q, *kv.tensors())
-    budget, scores = rules()
-    found, lse = _decode(q, kv, budget, mask, scores, value_tolerance, place())
+    found, lse = _decode(call())
     found = _put(found, out)
     return (found, lse) if return_lse else found
+
+
+class _Call(NamedTuple):
+    """What is asked of decode: queries, what a cache holds, and the rules.
+
+    Attributes:
+        out: [B, Hq, M, Dv], contiguous, where a kernel that can writes the output, which is then what is returned; None for a tensor of its own.
+    """
+
+    q: Tensor
+    kv: KVView
+    budget: FeatureBudget
+    mask: Mask
+    scores: ScoreRules
+    value_tolerance: float
+    out: Tensor | None = None
 
 
 def _place(out: Tensor, q: Tensor, kv: KVView, mask: Mask, sinks: Tensor | None) -> Tensor | None:
@@ -212,13 +226,14 @@ def attend_cached(
 
     `value_tolerance` is a saving of decode; prefill is exact. No gradients: refused where one is asked for.
     """
-    again = _again(q, kv, budget, mask, scores, value_tolerance)
+    call = _Call(q, kv, budget, mask, scores, value_tolerance)
+    again = _again(call)
     if again is not None:
         return again
     _check(q, kv, mask, value_tolerance, is_of_cache=True)
     require_no_gradient(q, *kv.tensors(), *_exact_tensors(kv))
     if q.shape[2] <= FEW_QUERIES:
-        return _decode(q, kv, budget, mask, scores, value_tolerance)[0]
+        return _decode(call)[0]
     if mask.kv_lens is None or kv.exact:
         return _prefill(q, kv, budget.with_keys_kept(), mask, scores)
     # a chunk of a prompt in a compiled model, where the host does not know the number of keys
@@ -229,17 +244,10 @@ def attend_cached(
     return F.scaled_dot_product_attention(q, rows.k, rows.v, visible, scale=scores.scale, enable_gqa=True)
 
 
-def _again(
-    q: Tensor,
-    kv: KVView,
-    budget: FeatureBudget,
-    mask: Mask,
-    scores: ScoreRules,
-    value_tolerance: float,
-    out: Tensor | None = None,
-) -> Tensor | None:
+def _again(call: _Call) -> Tensor | None:
     """The output, by what was prepared when queries of this form met these buffers first: nothing is checked or planned twice. None
-    where that is not possible. `out` as in `_decode`."""
+    where that is not possible."""
+    q, kv, budget, mask, scores, value_tolerance, out = call
     kept, padding, keys = kv.prepared, mask.key_padding_mask, kv.v.shape[2]
     if (
         kept is None or q.ndim != 4 or q.shape[2] > FEW_QUERIES or keys < gpu.FEWEST_KEYS
@@ -292,37 +300,28 @@ def _with_factor(kv: KVView, scores: ScoreRules) -> KVView:
     return replace(kv, first=change(kv.first), recent=change(kv.recent))
 
 
-def _decode(
-    q: Tensor,
-    kv: KVView,
-    budget: FeatureBudget,
-    mask: Mask,
-    scores: ScoreRules,
-    value_tolerance: float,
-    out: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The output [B, Hq, M, Dv] and lse [B, Hq, M] of checked inputs. A kernel that can writes the output to `out`, which is then what is
-    returned, not a tensor of its own."""
+def _decode(call: _Call) -> tuple[Tensor, Tensor]:
+    """The output [B, Hq, M, Dv] and lse [B, Hq, M] of checked inputs."""
+    q, kv, budget, mask, scores = call[:5]
     if 0 in (*q.shape, kv.n):
         return scores.with_sinks(*_nothing_seen(q, kv))
     plan = plan_decode(q, kv)
     takes_exact = plan.backend == "numba" and not kv.is_placed and budget.query_pattern is None
     if not kv.exact or takes_exact:
-        return scores.with_sinks(*_decode_coded(q, kv, budget, mask, scores, value_tolerance, plan, out))
+        return scores.with_sinks(*_decode_coded(call, plan))
     plan = replace(plan, held=None)  # of these views, parts are read
     if kv.is_placed:
         coded, rest = replace(kv, recent=None), mask.hiding(kv.is_exact().expand(q.shape[0], -1))
-        found, lse = _decode_coded(q, coded, budget, rest, scores, value_tolerance, plan, out)
+        out, lse = _decode_coded(call._replace(kv=coded, mask=rest), plan)
     else:
-        found, lse = _decode_between(q, kv, budget, mask, scores, value_tolerance, plan)
-    _add_exact(found, lse, q, kv, mask, scores, plan)
-    return scores.with_sinks(found, lse)
+        out, lse = _decode_between(call, plan)
+    _add_exact(out, lse, call, plan)
+    return scores.with_sinks(out, lse)
 
 
-def _add_exact(
-    out: Tensor, lse: Tensor, q: Tensor, kv: KVView, mask: Mask, scores: ScoreRules, plan: DecodePlan
-) -> None:
+def _add_exact(out: Tensor, lse: Tensor, call: _Call, plan: DecodePlan) -> None:
     """Fold the exact tokens of a view into out [B, Hq, M, Dv] and lse [B, Hq, M] of its coded ones, in place."""
+    q, kv, mask, scores = call.q, call.kv, call.mask, call.scores
     if plan.fuses_exact:
         from .ops.decode.hopper.exact import exact
 
@@ -334,16 +333,9 @@ def _add_exact(
         pieces.merge(out, lse, *plain.decode_exact(q, kv, mask, scores))
 
 
-def _decode_between(
-    q: Tensor,
-    kv: KVView,
-    budget: FeatureBudget,
-    mask: Mask,
-    scores: ScoreRules,
-    value_tolerance: float,
-    plan: DecodePlan,
-) -> tuple[Tensor, Tensor]:
+def _decode_between(call: _Call, plan: DecodePlan) -> tuple[Tensor, Tensor]:
     """As `_decode_coded`, over the coded tokens after the first and before the newest exact ones."""
+    q, kv, mask = call.q, call.kv, call.mask
     parts = []
     for (start, end), group in itertools.groupby(range(q.shape[2]), lambda i: _coded_range(i, q.shape[2], kv, mask)):
         queries = list(group)
@@ -355,7 +347,7 @@ def _decode_between(
         # All of these queries see all of these tokens, so to a kernel, in which a later query sees more, they are further heads.
         heads = part.flatten(1, 2)[:, :, None]  # [B, Hq·m, 1, D]
         here = None if padding is None else padding[:, kv.n_first + start : kv.n_first + end]
-        out, lse = _decode_coded(heads, coded, budget, Mask(True, None, here), scores, value_tolerance, plan)
+        out, lse = _decode_coded(call._replace(q=heads, kv=coded, mask=Mask(True, None, here), out=None), plan)
         parts.append((out.reshape(*part.shape[:3], -1), lse.reshape(part.shape[:3])))
     if len(parts) == 1:
         return parts[0]
@@ -376,17 +368,9 @@ def _nothing_seen(q: Tensor, kv: KVView) -> tuple[Tensor, Tensor]:
     return out, torch.full(q.shape[:3], -math.inf, dtype=operator.lse_dtype(q.dtype), device=q.device)
 
 
-def _decode_coded(
-    q: Tensor,
-    kv: KVView,
-    budget: FeatureBudget,
-    mask: Mask,
-    scores: ScoreRules,
-    value_tolerance: float,
-    plan: DecodePlan,
-    out: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def _decode_coded(call: _Call, plan: DecodePlan) -> tuple[Tensor, Tensor]:
     """As `_decode`, over coded tokens alone and without sinks."""
+    q, kv, budget, mask, scores, value_tolerance, out = call
     if mask.kv_lens is not None and mask.kv_lens.device != q.device:
         mask = mask.with_lengths(mask.kv_lens.to(q.device))
     if budget.query_pattern is not None:  # the kernels know no pattern: they take the pruned rows as dense queries
