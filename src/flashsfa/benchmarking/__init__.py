@@ -69,14 +69,13 @@ def run(
         + "; ".join(case.name for case in known[:_NAMED_CASES]),
     )
     on_start(len(cases))
-    bandwidth = copy_bandwidth(device)
+    where, bandwidth = environment(device), copy_bandwidth(device)
     rows: list[Row] = []
-
     path: Path | None = None
 
     def save(incomplete: str | None = None) -> Results:
         nonlocal path
-        results = Results(operation, environment(device), bandwidth, tuple(rows), incomplete)
+        results = Results(operation, where, bandwidth, tuple(rows), incomplete)
         path = results.save(directory, path)
         return results
 
