@@ -42,10 +42,11 @@ def models(tmp_path_factory):
 
 
 def frontier(models, output, *more, names=("dense", "k2", "mapped")):
+    """Of the fixture's models by name, and of others by their folder."""
     command = [
         "eval",
         "frontier",
-        *(str(models / name / "model") for name in names),
+        *(str(models / name / "model" if isinstance(name, str) else name) for name in names),
         "--text",
         str(models / "text.txt"),
     ]
@@ -197,15 +198,7 @@ def test_exact_tokens_are_refused_before_any_model_is_measured(models, tmp_path,
     flashsfa.enable(flashsfa.disable(model), 2, dense_dims=2, topk_query=8, recent=8, first=2).save_pretrained(
         tmp_path / "exact"
     )
-    command = [
-        "eval",
-        "frontier",
-        str(models / "dense" / "model"),
-        str(tmp_path / "exact"),
-        "-o",
-        str(tmp_path / "out"),
-    ]
-    assert main(command) == 2
+    assert frontier(models, tmp_path / "out", names=("dense", tmp_path / "exact")) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "exact keeps its newest 8 and first 2 tokens exact" in line
     assert "flashsfa eval perplexity" in line
@@ -274,16 +267,7 @@ def test_models_of_other_tokenizers_are_not_compared(models, tmp_path, capsys, m
     model.save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")
     capsys.readouterr()
-    command = [
-        "eval",
-        "frontier",
-        str(models / "dense" / "model"),
-        str(tmp_path / "other"),
-        "--lengths",
-        "64",
-        "--trials",
-        "0",
-    ]
-    assert main([*command, "--text", str(models / "text.txt"), "--device", "cpu", "-o", str(tmp_path / "out")]) == 2
+    more = ("--lengths", "64", "--trials", "0")
+    assert frontier(models, tmp_path / "out", *more, names=("dense", tmp_path / "other")) == 2
     assert "has another tokenizer than" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
