@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_server import D
+from vllm_server import PAGE, D
 
 if importlib.util.find_spec("vllm"):  # which reads these when it is imported
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # engines run in this process, and start in seconds
@@ -57,6 +57,7 @@ def serve(vllm, monkeypatch, tmp_path):
                 model=str(tmp_path),
                 max_model_len=longest,
             ),
+            cache_config=SimpleNamespace(block_size=PAGE),
             parallel_config=SimpleNamespace(decode_context_parallel_size=1),
             speculative_config=speculative,
             use_v2_model_runner=False,

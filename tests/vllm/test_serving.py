@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashsfa import FeatureBasis
-from vllm_server import CODING, DENSE, DV, HKV, STEPS, D, Server
+from vllm_server import CODING, DENSE, DV, HKV, PAGE, STEPS, D, Server
 
 
 @pytest.mark.parametrize("layout", ["LBHNC", "BLHNC", "BHLNC", "LHBNC"])
@@ -179,6 +179,29 @@ def test_the_profiling_run_takes_the_memory_of_the_longest_context(vllm, serve, 
         q, k, v = torch.randn(3, 4, D), torch.randn(3, HKV, D), torch.randn(3, HKV, DV)
         server.impl.forward(server.layer, q, k, v, torch.tensor([]), None, output=torch.empty(3, 4, DV))
     assert {(1, HKV, 97, D), (1, HKV, 97, DV)} <= sizes.seen
+
+
+def test_the_profiling_run_uses_what_is_compiled_at_its_first_use(vllm, serve, monkeypatch):
+    """Short prompts, a prompt over pages and each small number of new tokens: the first request of a kind waits for no compiler."""
+    from flashsfa.vllm import backend
+
+    server, prompts, decoded = Server(vllm, serve(**CODING)), [], []
+    attend, decode = server.impl._attend, backend.sparse_feature_decode
+
+    def noted_attend(q, k, v, budget, prefill):
+        prompts.append((q.shape[2], budget.keeps_keys))
+        return attend(q, k, v, budget, prefill)
+
+    def noted_decode(q, kv, **options):
+        decoded.append((q.shape[2], kv.codes.shape[2]))
+        return decode(q, kv, **options)
+
+    monkeypatch.setattr(server.impl, "_attend", noted_attend)
+    monkeypatch.setattr(backend, "sparse_feature_decode", noted_decode)
+    q, k, v = torch.randn(100, 4, D), torch.randn(100, HKV, D), torch.randn(100, HKV, DV)
+    server.impl.forward(server.layer, q, k, v, torch.tensor([]), None, output=torch.empty(100, 4, DV))
+    assert prompts == [(100, False), (32, False), (64, False), (16, True)]
+    assert decoded == [(count, PAGE) for count in range(1, 17)]
 
 
 class _Sizes(TorchDispatchMode):

@@ -203,13 +203,10 @@ def _measured(side: _Side, quick: bool) -> _Served | Exception:
             ask = functools.partial(_ask, url, folder, tokens=side.n - new)
             found = {}
             for asked in side.at_a_time:
-                many = asked or fit
-                runs = (
-                    [ask(new=new, prompts=many, at_a_time=many) for _ in range(2 if quick else 3)]
-                    if 0 < many <= fit
-                    else []
-                )
-                found[asked] = runs[1:]  # the first one reads the prompts
+                many, found[asked] = asked or fit, []
+                if 0 < many <= fit:
+                    ask(new=1, prompts=many, at_a_time=many)  # reads the prompts
+                    found[asked] = [ask(new=new, prompts=many, at_a_time=many) for _ in range(1 if quick else 2)]
             first = ask(new=1, prompts=3 if quick else 8, at_a_time=1, seed=1)["median_ttft_ms"]
     except Exception as reason:  # whatever it is: the other sides still have their figures
         return reason

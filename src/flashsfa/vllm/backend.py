@@ -35,7 +35,7 @@ from ..ops.prefill import operator
 from ..scores import ScoreRules
 from ..stored import KVView
 from .layout import PageLayout, PageStore
-from .settings import PAGE_SIZES, BasisFile, coder_of, current_settings, longest_context
+from .settings import PAGE_SIZES, BasisFile, coder_of, current_settings, longest_context, page_size
 
 _log = logging.getLogger("flashsfa")
 
@@ -270,10 +270,11 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self.settings = settings = current_settings()
         self._budget, self._coder, self._window = settings.budget(head_size), coder_of(settings), sliding_window
-        self._longest = longest_context()
+        self._longest, self._page_size = longest_context(), page_size()
         self._file = BasisFile()
         self._basis: FeatureBasis | None = None
         self._pages: PageStore | None = None
+        self._is_rehearsed = False
 
     def forward(
         self,
@@ -338,14 +339,39 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
         return out[0].transpose(0, 1)
 
     def _rehearse(self, q: Tensor, k: Tensor, v: Tensor, output: Tensor) -> Tensor:
-        """Take the memory of the largest batch: a chunk of `q`'s tokens beside the spread keys of the longest context."""
-        tokens = k.shape[2]
-        bounds = torch.tensor([0, tokens], dtype=torch.int32, device=q.device)
+        """Take the memory of the largest batch, a chunk of `q`'s tokens beside the spread keys of the longest context; then use what is
+        compiled at its first use, so that no request waits for it."""
         held = self._coder.empty(self._longest, k[:, :, :1], v[:, :, :1])
         spread = [x.new_empty((*x.shape[:2], self._longest, x.shape[3])) for x in (k, v)]
-        output[:] = self._attend(q, k, v, self._budget, Prefill(slice(tokens), bounds, bounds, tokens, tokens))
+        output[:] = self._attend_alone(q, k, v, self._budget)
         del held, spread  # until here
+        if not self._is_rehearsed:
+            self._rehearse_short(q, k, v, output)
+            self._is_rehearsed = True
         return output
+
+    def _rehearse_short(self, q: Tensor, k: Tensor, v: Tensor, output: Tensor) -> None:
+        """Prompts of fewer tokens, one whose keys come from pages, and a few new tokens over these: each has kernels of its own."""
+        tokens = k.shape[2]
+        for count in (2**i for i in range(FEW_QUERIES.bit_length(), (tokens - 1).bit_length())):
+            self._attend_alone(*(x[:, :, :count] for x in (q, k, v)), self._budget)
+        few, store = min(FEW_QUERIES, tokens), PageStore(PageLayout(self._coder, self.head_size, v.shape[3], v.dtype))
+        shape = 1, k.shape[1], self._page_size, store.layout.token_bytes
+        pages = torch.zeros(shape, dtype=torch.uint8, device=k.device).view(v.dtype)
+        slots = torch.arange(few, device=k.device)
+        store.write(pages, slots, k[:, :, :few], v[:, :, :few])
+        rows = store.rows(pages, slots)
+        self._attend_alone(q[:, :, :few], rows.k, rows.v, self._budget.with_keys_kept())
+        seq_lens = torch.full((1,), few, dtype=torch.int32, device=k.device)
+        table, views = torch.zeros_like(seq_lens[None]), store.layout.views(pages)
+        for count in range(1, few + 1):
+            self._decode(q, views, Decode(seq_lens, table, slice(count)), output)
+
+    def _attend_alone(self, q: Tensor, k: Tensor, v: Tensor, budget: FeatureBudget) -> Tensor:
+        """As `_attend`, of one request whose keys are the queries' own."""
+        tokens = k.shape[2]
+        bounds = torch.tensor([0, tokens], dtype=torch.int32, device=q.device)
+        return self._attend(q, k, v, budget, Prefill(slice(tokens), bounds, bounds, tokens, tokens))
 
     def _store(self, value: Tensor) -> PageStore:
         if self._pages is None:

@@ -121,6 +121,11 @@ def longest_context() -> int:
     return int(get_current_vllm_config().model_config.max_model_len)
 
 
+def page_size() -> int:
+    """Tokens of a page, as far as vLLM knows them when it builds layers; asked where its config is set."""
+    return int(get_current_vllm_config().cache_config.block_size or PAGE_SIZES[0])
+
+
 def coder_of(settings: SFASettings) -> Coder:
     """How the pages of a model keep its keys and values."""
     return Coder(settings.topk, settings.dense_dims, cache_bits(settings.cache_dtype))
