@@ -201,9 +201,9 @@ def _measured(side: _Side, quick: bool) -> _Served | Exception:
             error = _difference(url, folder)
             new = min(_NEW, side.n // 4)
             ask = functools.partial(_ask, url, folder, tokens=side.n - new)
-            found = {}
+            found: dict[int, list[dict[str, Any]]] = {asked: [] for asked in side.at_a_time}
             for asked in side.at_a_time:
-                many, found[asked] = asked or fit, []
+                many = asked or fit
                 if 0 < many <= fit:
                     ask(new=1, prompts=many, at_a_time=many)  # reads the prompts
                     found[asked] = [ask(new=new, prompts=many, at_a_time=many) for _ in range(1 if quick else 2)]

@@ -354,7 +354,7 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
         """Prompts of fewer tokens, one whose keys come from pages, and a few new tokens over these: each has kernels of its own."""
         tokens = k.shape[2]
         for count in (2**i for i in range(FEW_QUERIES.bit_length(), (tokens - 1).bit_length())):
-            self._attend_alone(*(x[:, :, :count] for x in (q, k, v)), self._budget)
+            self._attend_alone(q[:, :, :count], k[:, :, :count], v[:, :, :count], self._budget)
         few, store = min(FEW_QUERIES, tokens), PageStore(PageLayout(self._coder, self.head_size, v.shape[3], v.dtype))
         shape = 1, k.shape[1], self._page_size, store.layout.token_bytes
         pages = torch.zeros(shape, dtype=torch.uint8, device=k.device).view(v.dtype)
