@@ -26,11 +26,8 @@ from flashsfa.formats import CodeFormat, cache_bits
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGE, INDEX, PICTURE = (
-    ROOT / "docs" / "results.md",
-    RESULTS / "README.md",
-    ROOT / "docs" / "images" / "decode-speed.png",
-)
+PAGE, INDEX = ROOT / "docs" / "results.md", RESULTS / "README.md"
+DECODE_PICTURE, SERVED_PICTURE = (ROOT / "docs" / "images" / name for name in ("decode-speed.png", "served.png"))
 
 
 def _runs(operation: str, *, on_gpu: bool = True) -> list[str]:
@@ -88,7 +85,8 @@ CONFIGURATIONS = tuple(
 def main() -> None:
     for path, text in pages().items():
         path.write_text(text)
-    draw(PICTURE)
+    draw_decode(DECODE_PICTURE)
+    draw_served(SERVED_PICTURE)
 
 
 def pages() -> dict[Path, str]:
@@ -272,21 +270,13 @@ At batch 1 and 32k tokens nothing is gained: weights and small operations hide i
 
 
 def _served() -> str:
-    run = _read(SERVED)
-    sides: dict[tuple[str, str], dict[str, Any]] = {}  # by shape and requests, then by cache
-    for row in run["rows"]:
-        shape, code, many, n = _case(r"qwen3-([\d.]+b), CUDA graphs, ([^,]+), ([^,]+), n=(\w+)", row).groups()
-        dense = {"`dense`": "flash_bf16", "`dense`, fp8": "flash_fp8"}
-        there = {name: row["baselines"][side] for name, side in dense.items() if side in row["baselines"]}
-        sides.setdefault((shape.upper(), many), there)[f"`{code}`"] = row
-    rows = []
+    run, sides, rows = _read(SERVED), _served_sides(), []
     for (shape, many), by_cache in sides.items():
-        usual = by_cache["`dense`"]["serving"]
-        for name, side in by_cache.items():
-            found = side["serving"]
+        usual = by_cache["dense"]
+        for name, found in by_cache.items():
             rows.append(
                 [
-                    shape, many if many != "all that fit" else f"all that fit: {found['requests']}", name, f"{found['capacity']:,}",
+                    shape, many if many != "all that fit" else f"all that fit: {found['requests']}", f"`{name}`", f"{found['capacity']:,}",
                     *_of_dense(found, usual, "capacity", "{:.2f}x"), *_of_dense(found, usual, "tokens_per_s", "{:.2f}x", "{:.0f}"),
                     f"{found['token_ms']:.1f} ms", *_of_dense(found, usual, "first_token_ms", "{:.2f}x", "{:.0f} ms"),
                 ]
@@ -305,13 +295,26 @@ def _served() -> str:
     )
     return f"""## Served by vLLM
 
-`flashsfa bench serve`: models of the shapes of Qwen3-0.6B and 8B with random weights and contexts of {n} tokens, CUDA graphs, vLLM {run["environment"]["vllm"]} over HTTP beside its own FlashAttention 3. Tokens per
+`flashsfa bench serve`: models of the shapes of Qwen3-0.6B and 8B with random weights and contexts of 32k tokens, CUDA graphs, vLLM {run["environment"]["vllm"]} over HTTP beside its own FlashAttention 3. Tokens per
 second are those of all requests together, whose prompts are cached, 512 tokens each; the first token is that of a prompt that is not. {_where(run, SERVED)}
 
 {_table(head, rows)}
 
+![Tokens per second beside a 16-bit cache](images/served.png)
+
 Many requests gain what the bytes allow. One request of a small model gains little: most of its time goes into weights and launches, whatever the cache. Not in the table, as not measured at this commit: contexts of 8k,
 and servers without CUDA graphs."""
+
+
+def _served_sides() -> dict[tuple[str, str], dict[str, dict[str, Any]]]:
+    """What each server gave, by shape and requests, then by cache."""
+    sides: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for row in _read(SERVED)["rows"]:
+        shape, code, many = _case(r"qwen3-([\d.]+b), CUDA graphs, ([^,]+), ([^,]+), n=32k", row).groups()
+        dense = {"dense": "flash_bf16", "dense-fp8": "flash_fp8"}
+        there = {name: row["baselines"][side]["serving"] for name, side in dense.items() if side in row["baselines"]}
+        sides.setdefault((shape.upper(), many), there)[code] = row["serving"]
+    return sides
 
 
 def _of_dense(found: dict[str, Any], usual: dict[str, Any], name: str, ratio: str, own: str = "") -> list[str]:
@@ -711,10 +714,10 @@ commit; one that ran on a changed tree says so in its `note` and in `environment
 """
 
 
-# --- the picture
+# --- the pictures
 
 
-def draw(path: Path) -> None:
+def draw_decode(path: Path) -> None:
     """How much faster decode is than the fastest dense kernel, a bar a configuration, at 32k and 128k tokens."""
     run, times = _read(DECODE[0]), _decode_times(DECODE[0])
     groups: dict[str, dict[str, dict[int, float]]] = {}
@@ -729,6 +732,19 @@ def draw(path: Path) -> None:
     mark = ", with uncommitted changes" if _is_dirty(where) else ""
     title = f"Attention of one new token: {where['device']}, bfloat16, batch 8, 16 heads\ncommit {where['commit'].removesuffix('-dirty')}{mark}"
     speedup_bars(path, groups, title=title, rivals=tuple(rivals))
+
+
+def draw_served(path: Path) -> None:
+    """Tokens per second of vLLM's servers beside those of a 16-bit cache, a bar a cache and number of requests."""
+    where = _read(SERVED)["environment"]
+    groups: dict[str, dict[str, dict[int, float]]] = {}
+    for (shape, many), by_cache in _served_sides().items():
+        bars = groups.setdefault(f"the shape of Qwen3-{shape}, {many}", {})
+        for name, found in by_cache.items():
+            if name != "dense":
+                bars[name] = {2**15: found["tokens_per_s"] / by_cache["dense"]["tokens_per_s"]}
+    title = f"Served by vLLM {where['vllm']}, tokens per second: {where['device']}, commit {where['commit']}"
+    speedup_bars(path, groups, title=title, rivals=("FlashAttention 3 over a 16-bit cache",))
 
 
 # --- reading
