@@ -74,7 +74,7 @@ def serve(vllm, monkeypatch, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory):
+def folder(vllm, tmp_path_factory):
     """`folder(name)` holds the model `name` of vllm_models; `folder.expected(name, prompts, new)` is what transformers generates."""
     from vllm_models import generate, save
 

@@ -1,4 +1,4 @@
-"""vLLM generates what transformers generates: real engines on the CPU, in float32."""
+"""vLLM generates what transformers generates: real engines in float32, on a GPU if vLLM has one, else on the CPU."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ pytest.importorskip("vllm")
 from vllm_models import MODELS, SWITCHED, UNEVEN, prompts
 
 NEW = 24
-OURS, DENSE = "SparseFeatureImpl", "CPUAttentionBackendImpl"
+OURS, DENSE = "ours", "vLLM's own"
 MIXED = [name for name in SWITCHED if "layers" in MODELS[name][2]]
 # vLLM wants the layers of a draft in one group, and its GPT-NeoX changes transformers' class, of which then no second model is made.
 DRAFTED = [name for name in SWITCHED if "Gemma" not in name and name != "GPT-NeoX"]
@@ -19,10 +19,11 @@ def counted(engine, name):
 
 
 def attentions(engine):
-    """Names of the classes that run attention."""
+    """Whose classes run attention."""
     runner = engine.llm_engine.model_executor.driver_worker.worker.model_runner
     layers = runner.compilation_config.static_forward_context.values()
-    return {type(layer.impl).__name__ for layer in layers if hasattr(layer, "impl")}
+    kinds = {type(layer.impl) for layer in layers if hasattr(layer, "impl")}
+    return {OURS if kind.__name__ == "SparseFeatureImpl" else DENSE for kind in kinds}
 
 
 @pytest.mark.parametrize("name", SWITCHED)

@@ -9,7 +9,6 @@ import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
@@ -26,7 +25,7 @@ def address(folder, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        Path(sys.executable).with_name("vllm"), "serve", folder("basis"), "--port", str(port), "--dtype", "float32", "--max-model-len",
+        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", folder("basis"), "--port", str(port), "--dtype", "float32", "--max-model-len",
         "512", "--enforce-eager", "--kv-cache-memory-bytes", str(2**25), "--tensor-parallel-size", "2",
     ]  # fmt: skip
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
