@@ -148,7 +148,7 @@ def test_a_dense_cache_is_said_once(monkeypatch, caplog):
     assert "SparseCache" not in flashsfa.explain()
     for _ in range(2):
         model(ids[:, 8:], past_key_values=out.past_key_values)
-    assert "past_key_values=flashsfa.SparseCache(model)" in flashsfa.explain()
+    assert "past_key_values=flashsfa.huggingface.SparseCache(model)" in flashsfa.explain()
     assert caplog.text.count("dense cache") == 1
 
 

@@ -87,6 +87,22 @@ def test_generate(sliding, options, cache_dtype):
     assert 2 + 1 <= len(held) - held.codes.shape[2] <= 2 + 3  # fewer after tokens that were guessed wrong
 
 
+@pytest.mark.parametrize("prefill", ["coded", "dense"])
+def test_a_cache_outlives_its_guesses(prefill):
+    """What comes after speculative decoding are tokens, together, as in a cache that saw none."""
+    ids, more = tokens(24, 1), tokens(12, 1)
+    settings = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    model, caches = make(prefill=prefill), []
+    for guesses in ({}, {"prompt_lookup_num_tokens": 3}):
+        given = SparseCache(model)
+        made = model.generate(ids, past_key_values=given, return_dict_in_generate=True, **settings, **guesses)
+        caches += [given, model.generate(ids, return_dict_in_generate=True, **settings, **guesses).past_key_values]
+    last = torch.cat((made.sequences[:, -1:], more), dim=1)
+    expected, *others = (run(model, last, cache) for cache in caches)
+    for found in others:
+        torch.testing.assert_close(found, expected, **CLOSE)
+
+
 def test_sliding_layers_forget_the_first_tokens():
     model = make(sliding=True)
     cache = SparseCache(model)

@@ -58,6 +58,12 @@ def test_a_whole_checkpoint_is_loaded(saved):
     assert read_config(saved)["vocab_size"] == 61
 
 
+@pytest.mark.parametrize("name", ["output_loading_info", "ignore_mismatched_sizes"])
+def test_what_loading_decides_by_itself_is_refused(saved, name):
+    with pytest.raises(ValueError, match=f"leave out {name}: every tensor is checked"):
+        load_weights(saved, **{name: True})
+
+
 @pytest.mark.parametrize(
     ("edit", "words"),
     [

@@ -1,6 +1,8 @@
 """positions="channel": RoPE on the dense channel alone, in GPT-2 and Qwen3."""
 
 import copy
+import sys
+import threading
 
 import pytest
 import torch
@@ -22,7 +24,9 @@ CLOSE = {"rtol": 1e-8, "atol": 1e-8}
 def make(family):
     common = {"vocab_size": 61, "pad_token_id": 0, "eos_token_id": None, "bos_token_id": 1, "initializer_range": 0.3}
     if family == "gpt2":
-        config = transformers.GPT2Config(n_embd=48, n_layer=2, n_head=3, n_positions=64, attn_pdrop=0.0, **common)
+        config = transformers.GPT2Config(
+            n_embd=48, n_layer=2, n_head=3, n_positions=64, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, **common
+        )
     else:
         sizes = {"hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 6}
         sizes |= {"num_key_value_heads": 2, "head_dim": HEAD_DIM, "max_position_embeddings": 64}
@@ -110,6 +114,42 @@ def test_gpt2_drops_its_learned_positions(ids):
     assert torch.equal(logits(model, ids), before)
     model(ids, labels=ids, use_cache=False).loss.backward()
     assert (model.transformer.wpe.weight.grad == 0).all()
+
+
+def test_two_calls_of_a_gpt2_know_their_own_positions():
+    """Checkpointing repeats the first one's layers after the second one ran; a thread's call may be within another's."""
+    ids, losses, model = torch.randint(1, 61, (2, 12)), {}, enable(make("gpt2")).train()
+    for repeats in (False, True):
+        if repeats:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.zero_grad()
+        for length, step in ((12, 1), (9, 1), (12, 3)):
+            positions = torch.arange(length)[None] * step
+            out = model(ids[:, :length], position_ids=positions, use_cache=False).logits.log_softmax(-1)[..., 5].sum()
+            losses[repeats] = losses.get(repeats, 0) + length * step * out
+        losses[repeats].backward()
+        losses[repeats] = [x.grad.clone() for x in model.parameters()]
+    torch.testing.assert_close(losses[True], losses[False], **CLOSE)
+
+
+def test_threads_of_a_gpt2_know_their_own_positions():
+    model, found, before = enable(make("gpt2")), {}, sys.getswitchinterval()
+    prompts = [torch.randint(1, 61, (1, length)) for length in (7, 12)]
+    expected = [logits(model, prompt) for prompt in prompts]
+
+    def ask(i):
+        found[i] = [torch.equal(logits(model, prompts[i]), expected[i]) for _ in range(50)]
+
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert found == {0: [True] * 50, 1: [True] * 50}
 
 
 def test_switch_and_back(family, ids):

@@ -65,6 +65,16 @@ class Newest(ScorerPress):
         return torch.arange(keys.shape[2]).expand(keys.shape[:3])
 
 
+def test_a_pruned_prompt_cannot_be_taken_back(ids):
+    model, cache = flashsfa.enable(small_llama(), 3), None
+    with pruning(model, ScorerPress()):
+        cache = greedy(model, ids).past_key_values
+    cache.crop(1 - NEW)
+    with pytest.raises(ValueError, match="1 tokens cannot be taken back: some are of a prompt that was pruned"):
+        cache.crop(-1)
+    assert cache.get_seq_length() == PROMPT
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"cache_dtype": "int8"}, {"recent": 4, "first": 2}, {"prefill": "dense"}], ids=str
 )

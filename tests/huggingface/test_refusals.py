@@ -63,6 +63,7 @@ def run(model, ids, **options):
             "chunked attention",
         ),
         ("Gemma4Text", GROUPED | {"head_dim": 8}, "no single head size"),
+        ("Phimoe", GROUPED | {"num_local_experts": 2, "sliding_window": 7}, "a sliding window that it does not hand"),
     ],
 )
 def test_models_that_are_not_exactly_known(kind, options, words):
@@ -74,6 +75,12 @@ def test_models_that_are_not_exactly_known(kind, options, words):
     if kind not in ("Bloom", "Llama4Text"):  # whose other layers can be switched
         with pytest.raises(ValueError, match=words):
             flashsfa.calibrate(model, torch.randint(1, 61, (1, 20)), 3)
+
+
+def test_a_window_that_hides_nothing_needs_no_hand(ids):
+    model = make("Phimoe", **GROUPED, num_local_experts=2, sliding_window=64)
+    dense = run(model, ids)
+    torch.testing.assert_close(run(flashsfa.enable(model, 8), ids), dense, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("indices", [(0, 0), (0, -1), (0, None), (0, 2)])
@@ -184,6 +191,7 @@ def test_a_model_that_works_on_cached_keys_is_told():
         lambda: keys.transpose(1, 2),
         lambda: torch.cat((keys, values), 2),
         lambda: torch.nn.functional.pad(keys, (0, 1)),
+        lambda: keys[:, :, None],
     ):
         with pytest.raises(ValueError, match=r"works on the keys in its cache.*use_cache=False"):
             work()

@@ -77,6 +77,37 @@ def test_a_pickled_model_runs_in_a_process_that_has_not_switched_one(ids, tmp_pa
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
+def test_models_of_one_config_are_switched_alone(ids, tmp_path):
+    first = make()
+    config = first.config
+    second = transformers.LlamaForCausalLM(config).eval()
+    flashsfa.enable(first, 3)
+    assert second.config is config
+    assert config._attn_implementation != "sfa"
+    assert not hasattr(config, "sfa")
+    flashsfa.disable(flashsfa.enable(second, 3))
+    assert second.config._attn_implementation == config._attn_implementation
+    first.save_pretrained(tmp_path)
+    assert torch.equal(greedy(flashsfa.from_pretrained(tmp_path), ids), greedy(first, ids))
+
+
+def test_what_wraps_a_model_sees_its_config():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(make(), peft.LoraConfig(target_modules=["q_proj"]))
+    flashsfa.enable(model, 3)
+    assert model.config is model.base_model.model.config is model.base_model.model.model.layers[1].self_attn.config
+    assert model.config.sfa["topk"] == 3
+
+
+def test_a_converted_model_that_was_loaded_dense_loses_its_settings(ids, tmp_path):
+    flashsfa.enable(make(), 3).save_pretrained(tmp_path)
+    dense = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    assert dense.config.sfa["topk"] == 3
+    flashsfa.disable(dense).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds a dense model"):
+        flashsfa.from_pretrained(tmp_path)
+
+
 def test_gpt2_with_a_channel_is_copied_with_its_hooks(ids):
     config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, vocab_size=61, eos_token_id=None)
     model = flashsfa.enable(transformers.GPT2LMHeadModel(config).eval(), 3, dense_dims=4, positions="channel")

@@ -168,6 +168,16 @@ def test_changes_of_the_batch(sliding, change):
 
 
 @pytest.mark.parametrize("sliding", [False, True], ids=["full", "sliding"])
+def test_other_batches_are_refused(sliding):
+    model = make(sliding, recent=3, first=2)
+    cache = StaticSparseCache(model, CAPACITY)
+    run(model, tokens(9, 2), cache)
+    cache.reset()
+    with pytest.raises(ValueError, match=r"holds keys \[2, .*make a new one for another batch size"):
+        run(model, tokens(9, 1), cache)
+
+
+@pytest.mark.parametrize("sliding", [False, True], ids=["full", "sliding"])
 def test_what_unfilled_slots_hold_is_not_looked_at(sliding):
     model, ids = make(sliding, recent=9, first=4), tokens(26)
     cache = StaticSparseCache(model, CAPACITY)

@@ -195,6 +195,9 @@ class CachedKeys:
             done += view.queries
         return parts
 
+    def __getitem__(self, index: Any) -> Any:
+        raise ValueError(_WORKS_ON_KEYS.format("indexing"))
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # what pickle and copy ask for
             raise AttributeError(name)
@@ -206,8 +209,8 @@ class CachedKeys:
 
 
 _WORKS_ON_KEYS = (
-    "this model works on the keys in its cache ({}) before it attends to them, and a cache of codes holds none: call it with "
-    "use_cache=False, or disable it"
+    "a cache of codes holds no keys, and this model asks for them ({}): if it is dense, pass a dense cache or none; if it is switched, it "
+    "works on the keys in its cache before it attends to them: call it with use_cache=False, or disable it"
 )
 
 

@@ -217,7 +217,7 @@ class SparseCacheLayer(_CodedLayer):
         before = self.get_seq_length()
         self.reset()
         self.update(k, v)
-        self._pruned = before - len(self.store)
+        self._pruned, self._kept_prompt = before - len(self.store), len(self.store)
 
     def _first_seen(self) -> int:
         """The first token held that the next query sees."""
@@ -235,7 +235,7 @@ class SparseCacheLayer(_CodedLayer):
     def reset(self) -> None:
         coder, settings = self._coding.coder, self._coding.settings
         self.guesses_after: int | None = None
-        self._pruned = 0
+        self._pruned = self._kept_prompt = 0  # tokens of a prompt that are gone, and those left of it
         self.store = SparseKVCache(
             **coder.arguments(), recent=settings.recent,
             first=settings.first,
@@ -246,6 +246,11 @@ class SparseCacheLayer(_CodedLayer):
         """Remove -`tokens_to_remove` tokens from the end, as transformers counts."""
         _require_removal(tokens_to_remove)
         removed = int(tokens_to_remove)  # some versions of transformers pass a tensor
+        require(
+            not self._pruned or len(self.store) + removed >= self._kept_prompt,
+            f"{-removed} tokens cannot be taken back: some are of a prompt that was pruned, which keeps too few to tell. Take back no more than came "
+            "after it, or make a new cache",
+        )
         if self.get_seq_length():
             self.store.crop(removed or len(self.store))  # of 0 it would forget all
 
@@ -329,7 +334,7 @@ class StaticSparseLayer(_CodedLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         if self._coding is None:
             self._coding = LayerCoding.lossless(key_states.shape[-1])
-        self.device, self.dtype = value_states.device, value_states.dtype
+        self.device, self.dtype, self._kv_heads = value_states.device, value_states.dtype, key_states.shape[1]
         coder = self._coding.coder
         recent, first = (
             min(x, self.max_cache_len) for x in (self._coding.settings.recent, self._coding.settings.first)
@@ -360,6 +365,14 @@ class StaticSparseLayer(_CodedLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self._coding is not None
+        batch, heads = self._kv_lens.shape[0], self._kv_heads
+        require(
+            key_states.shape[:2] == (batch, heads),
+            lambda: (
+                f"a cache of fixed size holds keys [{batch}, {heads}, ...], got {tuple(key_states.shape)}: make a new one for another batch size or "
+                "model"
+            ),
+        )
         coordinates = self._coding.keys(key_states.to(self.dtype))  # autocast leaves keys in float32
         seen, positions = self._store(coordinates, value_states.to(self.dtype), was_empty)
         self._kv_lens.add_(count)  # in place: `seen` may hold this tensor
@@ -458,7 +471,7 @@ class StaticSparseSlidingLayer(StaticSparseLayer):
         order = earlier % slots
         seen = self.store.kv.map(lambda held, new: torch.cat((held[:, :, order], new), dim=2), fresh)
         self.store.write_at(*last)
-        exact = None if exact is None else _placed_at(exact, earlier[0], start + count)
+        exact = None if exact is None else _placed_at(exact, start - slots + 1, start + count)
         return replace(seen, recent=exact), torch.cat((earlier, position))
 
 

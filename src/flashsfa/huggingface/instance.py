@@ -123,14 +123,19 @@ def _prompt_length(model_kwargs: dict[str, Any], generation_config: Any) -> int:
 
 
 def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """`generate` of transformers, which leaves the number of layers of an early exit in the config where that fails."""
+    """`generate` of transformers, which leaves the number of layers of an early exit in the config where that fails; and a cache that
+    outlives it expects no more guesses."""
     config = text_config(model)
-    layers = config.num_hidden_layers
+    layers, found = config.num_hidden_layers, None
     try:
-        return type(model).generate(model, *args, **kwargs)
+        found = type(model).generate(model, *args, **kwargs)
+        return found
     finally:
         if config.num_hidden_layers != layers:
             config.num_hidden_layers = layers
+        for cache in (kwargs.get("past_key_values"), getattr(found, "past_key_values", None)):
+            if isinstance(cache, SparseCache):
+                cache.expect_guesses(None)
 
 
 def _save_with_basis(
@@ -143,7 +148,7 @@ def _save_with_basis(
 ) -> None:
     """`save_pretrained` of transformers, and the basis beside it."""
     file = Path(save_directory) / BASIS_FILE
-    if is_main_process:
+    if is_main_process and not Path(save_directory).is_file():  # of a file transformers says what is wrong
         if basis is None:
             file.unlink(missing_ok=True)  # an earlier model's
         else:
@@ -200,7 +205,7 @@ def _say_cache(cache: Any) -> None:
 
 
 _DENSE_CACHE = (
-    "the call brought keys of a dense cache, which takes as much memory as the dense model's: pass past_key_values=flashsfa.SparseCache(model), "
+    "the call brought keys of a dense cache, which takes as much memory as the dense model's: pass past_key_values=flashsfa.huggingface.SparseCache(model), "
     "or use model.generate, which makes it"
 )
 

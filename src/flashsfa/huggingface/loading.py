@@ -53,6 +53,13 @@ def load_weights(source: str | Path, model_class: Any = None, **kwargs: Any) -> 
     of another shape, or that the model has no place for. Tied weights may be missing, and a class may ignore tensors.
     """
     what = "a causal language model" if model_class is None else f"a {model_class.__name__}"
+    checked = {"output_loading_info", "ignore_mismatched_sizes"} & kwargs.keys()
+    require(
+        not checked,
+        lambda: (
+            f"leave out {' and '.join(sorted(checked))}: every tensor is checked here, and one that does not fit is refused"
+        ),
+    )
     with refusing(f"{source} cannot be loaded as {what}"), _quiet():
         config = {} if {"config", "gguf_file"} & kwargs.keys() else _read_config(source, **kwargs)
         if model_class is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 from typing import Any
 
 import torch
@@ -51,10 +52,9 @@ def move_to_channel(model: Any, dims: int) -> int:
         The features that `channel_first` must bring to the front: `dims` for Qwen3, 0 where they are there.
     """
     if model.config.model_type == "gpt2":
-        turn = _LeadingRotation(dims, model.config.hidden_size // model.config.num_attention_heads)
         model._sfa_positions = [
-            model.base_model.wpe.register_forward_hook(turn.take_positions),
-            *(_ProjectionHook(block.attn, turn.turn_queries_and_keys) for block in model.base_model.h),
+            model.base_model.wpe.register_forward_hook(_no_embedding),
+            *(_LeadingRotation(block.attn, dims) for block in model.base_model.h),
         ]
         return 0
     config, base = model.config, model.base_model
@@ -104,42 +104,50 @@ def _channel_rope(theta: float, dims: int, head_dim: int) -> dict[str, Any]:
     }
 
 
+def _no_embedding(wpe: Any, arguments: tuple[Tensor], embedded: Tensor) -> Tensor:
+    """Learned positions that count as 0: a parameter without any gradient would stop distributed training."""
+    return 0 * embedded
+
+
+class _Call(threading.local):
+    """What a call of a layer was given, by thread."""
+
+    positions: Tensor  # [B or 1, N]
+
+    def __reduce__(self) -> tuple[type[_Call], tuple[()]]:
+        return _Call, ()
+
+
 class _LeadingRotation:
-    """Hooks of a GPT-2 model: RoPE on the first `dims` features of a head in place of learned positions."""
+    """Hooks of a GPT-2 attention layer: RoPE on the first `dims` features of a head.
 
-    def __init__(self, dims: int, head_dim: int) -> None:
-        self._dims, self._head_dim = dims, head_dim
+    They follow `c_attn`, whichever module that is at a call: LoRA puts one of its own in its place and takes it away again, and what it adds
+    is turned, too. Positions are those of the layer's call, which checkpointing repeats.
+    """
 
-    def take_positions(self, wpe: Any, arguments: tuple[Tensor], embedded: Tensor) -> Tensor:
-        """Angles of the positions [B or 1, N] that are looked up; the embeddings count as 0."""
-        cos, sin = rotation(arguments[0], self._dims, _THETA)  # [B or 1, N, dims / 2]
-        self._cos, self._sin = cos[:, :, None], sin[:, :, None]
-        return 0 * embedded  # a parameter without any gradient would stop distributed training
-
-    def turn_queries_and_keys(self, c_attn: Any, arguments: tuple, out: Tensor) -> Tensor:
-        """Queries, keys and values [B, N, 3·H·D], the first two turned."""
-        q, k, v = out.chunk(3, dim=-1)
-        q, k = (rotate(x.unflatten(-1, (-1, self._head_dim)), self._cos, self._sin).flatten(-2) for x in (q, k))
-        return torch.cat((q, k, v), dim=-1)
-
-
-class _ProjectionHook:
-    """A forward hook on the `c_attn` of an attention layer, whichever module that is at a call: LoRA puts one of its own in
-    the place of c_attn and takes it away again, and what it adds is turned, too."""
-
-    def __init__(self, attention: Any, hook: Any) -> None:
-        self._hook = hook
+    def __init__(self, attention: Any, dims: int) -> None:
+        self._dims, self._head_dim, self._call = dims, attention.head_dim, _Call()
         self._hook_on(attention.c_attn)
-        self._before_calls = attention.register_forward_pre_hook(self._follow)
+        self._before_calls = attention.register_forward_pre_hook(self._begin, with_kwargs=True)
 
     def remove(self) -> None:
         self._before_calls.remove()
         self._handle.remove()
 
-    def _follow(self, attention: Any, _: tuple) -> None:
+    def _begin(self, attention: Any, _: tuple, kwargs: dict[str, Any]) -> None:
+        self._call.positions = kwargs["position_ids"]
         if attention.c_attn is not self._hooked:
             self._handle.remove()
             self._hook_on(attention.c_attn)
 
     def _hook_on(self, module: Any) -> None:
-        self._hooked, self._handle = module, module.register_forward_hook(self._hook)
+        self._hooked, self._handle = module, module.register_forward_hook(self._turn)
+
+    def _turn(self, c_attn: Any, arguments: tuple, out: Tensor) -> Tensor:
+        """Queries, keys and values [B, N, 3·H·D], the first two turned."""
+        cos, sin = (
+            x[:, :, None] for x in rotation(self._call.positions, self._dims, _THETA)
+        )  # [B or 1, N, 1, dims / 2]
+        q, k, v = out.chunk(3, dim=-1)
+        q, k = (rotate(x.unflatten(-1, (-1, self._head_dim)), cos, sin).flatten(-2) for x in (q, k))
+        return torch.cat((q, k, v), dim=-1)

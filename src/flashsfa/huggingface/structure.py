@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import AttentionMaskInterface, create_chunked_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -46,6 +47,17 @@ def text_part(model: Any) -> Any:
 def attention_of(model: Any) -> str:
     """The name of the attention implementation of the part that generates."""
     return str(text_config(model)._attn_implementation)
+
+
+def own_config(model: Any) -> None:
+    """Give a model a config of its own, it and its parts and whatever wraps it: models that were made of one config would be switched
+    together."""
+    copies: dict[int, Any] = {}
+    copy.deepcopy(unwrap(model).config, copies)
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, PreTrainedConfig) and id(value) in copies:
+                setattr(module, name, copies[id(value)])
 
 
 def set_attention(model: Any, name: str) -> None:
@@ -211,8 +223,14 @@ def require_switchable(model: Any, modules: list[nn.Module]) -> None:
         raise ValueError(f"{name} has no single head size for all layers: not yet supported") from error
     require(head_dim <= 256, f"{name} has head_dim {head_dim}; indices are uint8, so at most 256")
     _require_plain_cache(name, model, modules)
+    caching, longest = dense_cache_layers(model), getattr(config, "max_position_embeddings", None)
     for module in modules:
         _require_plain_attention(name, module, heads // kv_heads)
+        window = getattr(caching[cast(int, module.layer_idx)], "sliding_window", None)
+        require(
+            window is None or (longest is not None and window >= longest) or _hands_over(module, "sliding_window"),
+            f"{name} masks keys by a sliding window that it does not hand to an attention function",
+        )
 
 
 def require_whole_context(model: Any, layers: Iterable[int]) -> None:

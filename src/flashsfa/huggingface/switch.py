@@ -24,6 +24,7 @@ from .structure import (
     attention_of,
     attention_shape,
     default_dense_dims,
+    own_config,
     require_switchable,
     require_whole_context,
     set_attention,
@@ -110,6 +111,7 @@ def enable(
     budget = _check_settings(model, [module.layer_idx for module in modules], settings, basis)
     _warn_of_untested_version()
     disable(model)
+    own_config(whole)
     try:
         model._sfa_dense_attention = attention_of(model)
         channel = 0 if positions is None else move_to_channel(model, dense_dims)
@@ -128,13 +130,15 @@ def enable(
 
 
 def disable(model: Any) -> Any:
-    """Undo `enable`: the model computes again exactly what it did before. A model that is not switched stays as is.
+    """Undo `enable`: the model computes again exactly what it did before. A model that is not switched stays as is, but for settings in
+    its config, of a converted model that transformers loaded dense.
 
     Returns:
         model.
     """
     inner = unwrap(model)
     if not is_enabled(inner):
+        vars(getattr(inner, "config", inner)).pop("sfa", None)
         return model
     for module in inner.modules():
         if isinstance(getattr(module, "sfa", None), LayerCoding):

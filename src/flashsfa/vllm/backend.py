@@ -1,4 +1,4 @@
-"""Experimental: vLLM's attention over pages of feature codes. It is tested inside vLLM 0.32 and 0.33 on the CPU; on a GPU it has run.
+"""Experimental: vLLM's attention over pages of feature codes. It is tested inside vLLM 0.32 and 0.33 on the CPU, and measured on a GPU.
 
 vLLM sees the cache as `[blocks, kv heads, tokens, C]` cells; `PageLayout` says what is in the C bytes. Decode reads the
 codes where they lie. A prompt attends to its own keys, and from its second chunk on to the codes of all keys, spread out.
@@ -400,6 +400,6 @@ def _by_head(x: Tensor) -> Tensor:
 @functools.cache
 def _warn_experimental() -> None:
     _log.warning(
-        "flashsfa's vLLM backend is experimental: its tests run on the CPU, in vLLM 0.32 and 0.33; on a GPU it was right and not faster than "
-        "dense"
+        "flashsfa's vLLM backend is experimental: its tests run on the CPU, in vLLM 0.32 and 0.33; on a GPU models of Qwen3's shapes alone "
+        "were measured"
     )
