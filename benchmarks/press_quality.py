@@ -2,7 +2,7 @@
 
     python benchmarks/press_quality.py TRAIN.txt TEXT.txt
 
-Needs kvpress (`pip install --no-deps kvpress`, with cachetools, datasets and fire). Calibrates on 8 windows of 1024 tokens evenly over TRAIN.txt.
+Needs kvpress, which the environment of `make test` holds. Calibrates on 8 windows of 1024 tokens evenly over TRAIN.txt.
 The dense model reads each prompt of TEXT.txt once, as with `prefill="dense"`, while every press scores its tokens; then each cache keeps as many of
 the best as its bytes allow, and the model goes on. What follows attends to itself as it comes, so all that is lost is lost by the cache of the
 prompt. Measured are the loss of 256 tokens after 1024, and needles whose question comes after pruning. Bytes are those of a 16-bit model, tokens
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kvpress import ExpectedAttentionPress, ScorerPress, SnapKVPress
+from kvpress import ExpectedAttentionPress, KnormPress, ScorerPress, SnapKVPress
 from torch import Tensor
 
 from flashsfa.basis import FeatureBasis
@@ -38,7 +38,7 @@ from flashsfa.models import BUNDLED_NAME, load_model
 PROMPT, CONTINUATION, WINDOWS = 1024, 256, 12
 NEEDLES: dict[str, Any] = {"lengths": (1024,), "depths": (0.1, 0.3, 0.5, 0.7, 0.9), "trials": 4, "seed": 0}
 BUDGETS = (0.5, 0.25, 0.125)  # of a dense cache in 16 bits
-PRESSES = {"SnapKV": SnapKVPress(), "ExpectedAttention": ExpectedAttentionPress()}
+PRESSES = {"SnapKV": SnapKVPress(), "ExpectedAttention": ExpectedAttentionPress(), "Knorm": KnormPress()}
 
 EXACT = {"recent": 32, "first": 4}
 WHOLE = {"topk": 64, "dense_dims": 0, "topk_query": "dense"}
@@ -159,6 +159,11 @@ def asked(haystack: Haystack, sample: Sample) -> tuple[Tensor, Tensor, int]:
 def main() -> None:
     train, text = (Path(name) for name in sys.argv[1:])
     model, tokenizer = load_model(None, torch.float32)
+    settings = {
+        "model": BUNDLED_NAME, "dtype": "float32", "kvpress": version("kvpress"), "calibration": train.name, "text": text.name, "prompt": PROMPT,
+        "continuation": CONTINUATION, "needles": NEEDLES, "prefill": "dense", "caches": {name: options for name, (options, _) in CACHES.items()},
+    }  # fmt: skip
+    content = document("presses", settings, model.device)
     calibration = token_windows(tokenizer, read_text(train), length=1024, count=8, purpose="calibration")
     moments = gather_moments(model, calibration)
     bases = {name: FeatureBasis.from_layers(moments, **fit) for name, (_, fit) in CACHES.items() if fit is not None}
@@ -182,11 +187,6 @@ def main() -> None:
             f"{name:40} {fmean(row['bytes']):6.1f} bytes {100 * (ratio - 1):+7.2f} ± {100 * (error or math.nan):.2f} %  "
             f"{sum(row['found'])} of {len(row['found'])} needles"
         )
-    settings = {
-        "model": BUNDLED_NAME, "dtype": "float32", "kvpress": version("kvpress"), "calibration": train.name, "text": text.name, "prompt": PROMPT,
-        "continuation": CONTINUATION, "needles": NEEDLES, "prefill": "dense", "caches": {name: options for name, (options, _) in CACHES.items()},
-    }  # fmt: skip
-    content = document("presses", settings, model.device)
     content["results"] = rows
     print(*save(content, Path("benchmarks/results")))
 

@@ -8,8 +8,9 @@ from flashsfa.axes import AxisCodes
 
 transformers = pytest.importorskip("transformers")
 from flashsfa.huggingface import calibration  # noqa: E402
-from flashsfa.huggingface.attention import dense_forward  # noqa: E402
+from flashsfa.huggingface.attention import attention_mask, dense_forward  # noqa: E402
 from flashsfa.huggingface.calibration import gather_moments  # noqa: E402
+from flashsfa.huggingface.structure import attending_by  # noqa: E402
 from small_llama import small_llama  # noqa: E402
 
 
@@ -99,7 +100,7 @@ def test_turned_keys_are_those_of_the_model_further_on(kind):
         held.setdefault(module.layer_idx, []).append(key)
         return dense_forward(module, query, key, *args, **kwargs)
 
-    with torch.no_grad(), calibration._attention(model, record):
+    with torch.no_grad(), attending_by(model, "look", record, attention_mask):
         for start in (0, 1):
             calibration._run(model, ids, positions + start)
     for layer, (near, far) in held.items():

@@ -1,5 +1,6 @@
 """kvpress' presses on a switched model: a scorer drops tokens of the prompt, others are refused by name."""
 
+import functools
 import sys
 import types
 
@@ -9,7 +10,10 @@ import torch
 import flashsfa
 
 transformers = pytest.importorskip("transformers")
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
+
 from flashsfa.huggingface import SparseCache, StaticSparseCache, cache_nbytes, pruning  # noqa: E402
+from flashsfa.huggingface.calibration import gather_moments  # noqa: E402
 from small_llama import small_llama  # noqa: E402
 
 transformers.utils.logging.set_verbosity_error()
@@ -195,11 +199,29 @@ def test_dropout_may_come_by_place():
     assert torch.equal(attend(module, q, k, k, None, 0.0)[0], attend(module, q, k, k, None)[0])
 
 
+def test_a_model_is_calibrated_again_after_attention_functions_were_wrapped(ids, functions):
+    """As kvpress does to all that there are when it is imported."""
+    model = small_llama()
+    before = gather_moments(model, ids)
+    for name, function in list(functions.items()):
+        functions[name] = functools.partial(function)
+    for x, y in zip(gather_moments(model, ids), before, strict=True):
+        assert torch.equal(x.key_outer, y.key_outer)
+
+
+@pytest.fixture(scope="module")
+def functions():
+    """Attention functions as models look them up. What is put there for all models of the process goes after the tests of this file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ALL_ATTENTION_FUNCTIONS, "_local_mapping", {})
+        yield ALL_ATTENTION_FUNCTIONS
+
+
 # The library itself, where it is installed
 
 
-@pytest.fixture
-def kvpress():
+@pytest.fixture(scope="module")
+def kvpress(functions):
     return pytest.importorskip("kvpress", exc_type=ImportError)
 
 

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 from ..checks import require
 from ..codes import code_queries, topk_codes
 from ..huggingface.settings import SFASettings
+from ..huggingface.structure import attending_by
 from ..huggingface.switch import is_enabled
 from ..ops.decode.plain import needed_rows
 from ..scores import ScoreRules
@@ -66,14 +65,8 @@ def tolerance_losses(
         shares.append(share)
         return out[None].to(query.dtype).contiguous(), None  # some models look at it by .view
 
-    AttentionInterface.register(_NAME, attend)
-    AttentionMaskInterface.register(_NAME, lambda *args, **kwargs: None)
-    before = model.config._attn_implementation
-    model.set_attn_implementation(_NAME)
-    try:
+    with attending_by(model, _NAME, attend, lambda *args, **kwargs: None):
         losses = window_losses(model, windows, progress)
-    finally:
-        model.set_attn_implementation(before)
     return losses, statistics.fmean(shares)
 
 

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 from ..basis import SHARED, FeatureBasis, Moments
 from ..checks import require, require_int, require_tensor
 from .attention import attention_mask, dense_forward
 from .structure import (
+    attending_by,
     attention_layers,
-    attention_of,
     attention_shape,
     default_dense_dims,
     evaluating,
     require_switchable,
-    set_attention,
     tensor_device,
     text_config,
     text_part,
@@ -149,7 +145,7 @@ def gather_moments(
         seen.update(*((query, key) if turn is None else turn(query, key, shifts)))
         return dense_forward(module, query, key, value, *args, **kwargs)
 
-    with evaluating(model), _attention(model, record):
+    with evaluating(model), attending_by(model, _NAME, record, attention_mask):
         # a bar on a terminal alone, unless the caller shows progress
         for index, window in enumerate(
             tqdm(windows, "calibrating", disable=None if progress is None else True, leave=False)
@@ -171,19 +167,6 @@ def gather_moments(
 
 Turn = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 _CHECKED_TOKENS = 8
-
-
-@contextmanager
-def _attention(model: Any, function: Callable[..., Any]) -> Iterator[None]:
-    """The model's attention is `function`."""
-    AttentionInterface.register(_NAME, function)
-    AttentionMaskInterface.register(_NAME, attention_mask)
-    before = attention_of(model)
-    set_attention(model, _NAME)
-    try:
-        yield
-    finally:
-        set_attention(model, before)
 
 
 def _run(model: Any, ids: Tensor, positions: Tensor) -> None:
@@ -220,7 +203,7 @@ def _rotary_turn(model: Any, modules: list[Any], ids: Tensor, furthest: int) -> 
             held[module.layer_idx] = (query, key)
             return dense_forward(module, query, key, *args, **kwargs)
 
-        with _attention(model, record):
+        with attending_by(model, _NAME, record, attention_mask):
             _run(model, ids, positions + start)
     try:
         for layer, near in keys[0].items():

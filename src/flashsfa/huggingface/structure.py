@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
-from transformers.masking_utils import create_chunked_causal_mask
+from transformers.masking_utils import AttentionMaskInterface, create_chunked_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..checks import require
 
@@ -62,6 +63,22 @@ def own_config(model: Any) -> None:
 def set_attention(model: Any, name: str) -> None:
     """Change the attention implementation of the part that generates; a vision tower keeps its own."""
     text_part(model).set_attn_implementation(name)
+
+
+@contextmanager
+def attending_by(model: Any, name: str, function: Callable[..., Any], mask: Callable[..., Any]) -> Iterator[None]:
+    """Within this context `function` is the attention of the part that generates, and `mask` makes its masks; `name` is theirs alone."""
+    # Where models look first, and only for now: kvpress puts wrappers there of all functions that it finds when it is imported,
+    # and a function registered for good would be hidden behind the wrapper of an earlier one.
+    ALL_ATTENTION_FUNCTIONS[name] = function
+    AttentionMaskInterface.register(name, mask)
+    before = attention_of(model)
+    try:
+        set_attention(model, name)
+        yield
+    finally:
+        set_attention(model, before)
+        del ALL_ATTENTION_FUNCTIONS[name]
 
 
 def attention_layers(model: Any) -> list[nn.Module]:

@@ -10,14 +10,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 from ..checks import checked, require
 from ..codes import code_queries, topk_codes
 from ..huggingface.attention import attention_forward, attention_mask
-from ..huggingface.structure import set_attention, text_config
-from ..huggingface.switch import NAME, is_enabled
+from ..huggingface.structure import attending_by, text_config
+from ..huggingface.switch import is_enabled
 
 _NAME = "sfa_support"
 
@@ -119,16 +117,10 @@ def support_statistics(model: Any, windows: Tensor, progress: Callable[[], None]
             sums.add(coding, coding.queries(query), coding.keys(key))
         return attention_forward(module, query, key, *args, **kwargs)
 
-    AttentionInterface.register(_NAME, record)
-    AttentionMaskInterface.register(_NAME, attention_mask)
-    set_attention(model, _NAME)
-    try:
-        with checked():
-            for window in windows:
-                model(input_ids=window[None].to(model.device), use_cache=False)
-                progress()
-    finally:
-        set_attention(model, NAME)
+    with attending_by(model, _NAME, record, attention_mask), checked():
+        for window in windows:
+            model(input_ids=window[None].to(model.device), use_cache=False)
+            progress()
     heads = next(iter(found.values())).counts.shape[0]
     missing = torch.full((heads,), math.nan, device="cpu")
     means = [found[i].means() if i in found else (missing,) * 3 for i in range(layers)]
