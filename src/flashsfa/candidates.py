@@ -54,11 +54,9 @@ class Exact:
 def rivals(head_dim: int, exact: Exact = Exact(), *, may_win: bool = False) -> Candidates:
     """The dense model, and its keys and values in 8 and in 4 bits."""
     found = {"dense": Candidate("dense")}
-    for bits, form in ((8, CodeFormat(8, 8, v_bits=8)), (4, CodeFormat())):
-        if bits == 8 or head_dim % ROTATION_WIDTH == 0:
-            options = {"topk": head_dim, "dense_dims": 0, "topk_query": DENSE, "cache_dtype": _name(form)}
-            nbytes = form.key_bytes(head_dim, 0, head_dim) + form.v_bytes(head_dim)
-            found[f"dense_int{bits}"] = Candidate(f"dense, int{bits}", options | exact.options(), None, may_win, nbytes)
+    for form in (CodeFormat(8, 8, v_bits=8), CodeFormat()):
+        if form.v_bits == 8 or head_dim % ROTATION_WIDTH == 0:
+            found[f"dense_int{form.v_bits}"] = _whole(head_dim, form, exact, may_win=may_win)
     return found
 
 
@@ -98,6 +96,9 @@ def by_preset(head_dim: int, preset: Preset) -> Candidates:
         }
     assert preset.topk is not None
     topk, dense_dims = preset.of(head_dim, preset.topk), preset.of(head_dim, preset.dense_dims)
+    if topk == head_dim:
+        form = _form(preset.cache_dtype)
+        return {"dense": Candidate("dense"), f"dense_int{form.v_bits}": _whole(head_dim, form, exact, may_win=True)}
     options = {**exact.options(), "cache_dtype": preset.cache_dtype}
     return {
         "dense": Candidate("dense"),
@@ -152,6 +153,13 @@ def _largest_code(head_dim: int, key_bytes: int, cache_dtype: str | None, exact:
     options = {**exact.options(), "cache_dtype": cache_dtype}
     nbytes = None if cache_dtype is None else form.key_bytes(head_dim, *fitting) + form.v_bytes(head_dim)
     return _features(*fitting, head_dim, "dictionary", f"values {form.v_bits} bits", options, token_bytes=nbytes)
+
+
+def _whole(head_dim: int, form: CodeFormat, exact: Exact, *, may_win: bool) -> Candidate:
+    """Keys and values of the dense model in fewer bits."""
+    options = {"topk": head_dim, "dense_dims": 0, "topk_query": DENSE, "cache_dtype": _name(form), **exact.options()}
+    nbytes = form.key_bytes(head_dim, 0, head_dim) + form.v_bytes(head_dim)
+    return Candidate(f"dense, int{form.v_bits}", options, None, may_win, nbytes)
 
 
 def _axes(head_dim: int, key_bytes: int, cache_dtype: str | None, exact: Exact) -> Candidate:

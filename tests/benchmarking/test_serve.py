@@ -99,7 +99,7 @@ def test_a_run_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(serve, "_measured", measured)
     names = []
     _, (path, picture) = benchmarking.run(
-        "serve", device=CPU, quick=True, directory=tmp_path, only=["int8"], on_start=names.append,
+        "serve", device=CPU, quick=True, directory=tmp_path, only=["8+k8-int8"], on_start=names.append,
         on_row=lambda row: names.append(row.case),
     )  # fmt: skip
     assert names == [2, "tiny, eager, 8+k8-int8, 2 requests, n=512", "tiny, eager, 8+k8-int8, all that fit, n=512"]
@@ -113,13 +113,15 @@ def test_a_run_is_written(tmp_path, monkeypatch):
 
 
 def test_the_cases_of_a_gpu():
-    """Two shapes, eager and with graphs, two lengths, two codes, three numbers of requests; servers are asked in a row."""
+    """Two shapes, eager and with graphs, two lengths, three caches, three numbers of requests; servers are asked in a row."""
     cases = serve.cases(CUDA, quick=False)
-    assert len({case.name for case in cases}) == len(cases) == 48
+    assert len({case.name for case in cases}) == len(cases) == 72
     assert {case.n for case in cases} == {8192, 32768}
     case = next(case for case in cases if case.name == "qwen3-8b, CUDA graphs, 16+k16-int8, all that fit, n=32k")
     settings = {"topk": 16, "topk_query": "dense", "dense_dims": 16, "cache_dtype": "int8", "has_basis": True}
     assert case._settings() == settings
+    whole = next(case for case in cases if case.code == "dense-int8")
+    assert whole._settings() == settings | {"topk": 128, "dense_dims": 0, "cache_dtype": "d8s8v8"}
     ours = case._side(f"--hf-overrides={json.dumps({'sfa': settings})}").command("model", 8000)
     bf16, fp8 = (side.command("model", 8000) for side in case._dense().values())
     assert [*bf16[:-1], ours[-1]] == ours

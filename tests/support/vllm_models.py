@@ -28,6 +28,7 @@ MODELS = {
     "channel": ("Qwen3", {}, _CODE | {"positions": "channel"}),
     "pattern": ("Llama", {}, _CODE | {"query_pattern": "2:4"}),
     "8 bits": ("Qwen3", {}, _CODE | {"cache_dtype": "int8"}),
+    "whole keys in 8 bits": ("Qwen3", {}, {"topk": HEAD, "cache_dtype": "d8s8v8"}),
     "4 bits": ("Llama", {}, _CODE | {"cache_dtype": "int4"}),
     "windows": ("Mistral", {"sliding_window": 48}, _CODE),
     "Gemma 3": ("Gemma3", _HALF_WINDOWED | {"query_pre_attn_scalar": HEAD}, _CODE),

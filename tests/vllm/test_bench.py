@@ -17,12 +17,12 @@ def servers(vllm, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
-@pytest.mark.parametrize("bits", ["", "-int8"])
-def test_a_row_of_real_servers(servers, bits):
+@pytest.mark.parametrize("code", ["8+k8", "8+k8-int8", "dense-int8"])
+def test_a_row_of_real_servers(servers, code):
     rows = [
         benchmarking.run_case(case, 1e9, quick=True)
         for case in serve.cases(CPU, quick=True)
-        if f"8+k8{bits}," in case.name
+        if f" {code}," in case.name
     ]
     assert [row.status for row in rows] == ["ok", "ok"], [row.note for row in rows]
     few, all_that_fit = rows

@@ -49,8 +49,8 @@ def cases(device: torch.device, quick: bool) -> list[ServeCase]:
     """The published shapes on a GPU, eager and with CUDA graphs; a small one elsewhere. Cases of the same servers follow one another."""
     if device.type != "cuda":
         return [
-            ServeCase("tiny", f"8+k8{bits}", False, 512, many, (2, _ALL), device)
-            for bits in ("", "-int8")
+            ServeCase("tiny", code, False, 512, many, (2, _ALL), device)
+            for code in ("8+k8", "8+k8-int8", "dense-int8")
             for many in (2, _ALL)
         ]
     at_a_time = (1, _ALL) if quick else (1, 16, _ALL)
@@ -59,7 +59,7 @@ def cases(device: torch.device, quick: bool) -> list[ServeCase]:
         for shape in (("qwen3-0.6b",) if quick else ("qwen3-0.6b", "qwen3-8b"))
         for graphs in ((True,) if quick else (False, True))
         for n in (8192, 32768)
-        for code in ("16+k16", "16+k16-int8")
+        for code in ("16+k16", "16+k16-int8", "dense-int8")
         for many in at_a_time
     ]
 
@@ -126,10 +126,13 @@ class ServeCase:
 
     def _settings(self) -> dict[str, Any]:
         """What `enable` would store: a converted model's queries are dense, and it has a basis."""
-        code = Configuration.named(self.code, published_config(self.shape, self.dtype).head_dim)
+        head_dim = published_config(self.shape, self.dtype).head_dim
+        code = Configuration.named(self.code, head_dim)
         bits = None if code.bits == 16 else f"int{code.bits}"
+        if code.topk is None and code.bits == 8:  # whole keys, without indices
+            bits = "d8s8v8"
         return {
-            "topk": code.topk,
+            "topk": code.topk or head_dim,
             "topk_query": "dense",
             "dense_dims": code.dense_dims,
             "cache_dtype": bits,

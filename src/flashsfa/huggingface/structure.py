@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -223,14 +224,9 @@ def require_switchable(model: Any, modules: list[nn.Module]) -> None:
         raise ValueError(f"{name} has no single head size for all layers: not yet supported") from error
     require(head_dim <= 256, f"{name} has head_dim {head_dim}; indices are uint8, so at most 256")
     _require_plain_cache(name, model, modules)
-    caching, longest = dense_cache_layers(model), getattr(config, "max_position_embeddings", None)
     for module in modules:
         _require_plain_attention(name, module, heads // kv_heads)
-        window = getattr(caching[cast(int, module.layer_idx)], "sliding_window", None)
-        require(
-            window is None or (longest is not None and window >= longest) or _hands_over(module, "sliding_window"),
-            f"{name} masks keys by a sliding window that it does not hand to an attention function",
-        )
+    _require_windows(name, model, modules)
 
 
 def require_whole_context(model: Any, layers: Iterable[int]) -> None:
@@ -275,6 +271,20 @@ def _require_plain_attention(name: str, module: Any, group: int) -> None:
     )
     if module.training:
         require_no_dropout(module, attention_dropout(module)[1])
+
+
+def _require_windows(name: str, model: Any, modules: list[Any]) -> None:
+    """Windows that hide keys are handed to the attention function, which gets no mask for them. Chunks are another matter."""
+    config, caching = text_config(model), dense_cache_layers(model)
+    kinds = getattr(config, "layer_types", None) or []
+    for module in modules:
+        window = getattr(caching[module.layer_idx], "sliding_window", None)
+        hides = window is not None and window < (getattr(config, "max_position_embeddings", None) or math.inf)
+        is_chunked = kinds[module.layer_idx : module.layer_idx + 1] == ["chunked_attention"]
+        require(
+            not hides or is_chunked or _hands_over(module, "sliding_window"),
+            f"{name} masks keys by a sliding window that it does not hand to an attention function",
+        )
 
 
 def _hands_over(module: nn.Module, argument: str) -> bool:
