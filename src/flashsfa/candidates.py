@@ -88,22 +88,12 @@ def by_bytes(head_dim: int, key_bytes: int | None, cache_dtype: str | None, exac
 
 def by_preset(head_dim: int, preset: Preset) -> Candidates:
     """The preset beside the dense model alone."""
-    exact = Exact(preset.recent, preset.first, preset.prefill)
-    if preset.key_bytes is not None:
-        return {
-            "dense": Candidate("dense"),
-            "axes": _axes(head_dim, preset.of(head_dim, preset.key_bytes), preset.cache_dtype, exact),
-        }
-    assert preset.topk is not None
-    topk, dense_dims = preset.of(head_dim, preset.topk), preset.of(head_dim, preset.dense_dims)
-    if topk == head_dim:
+    exact, key_bytes = Exact(preset.recent, preset.first, preset.prefill), preset.key_bytes_of(head_dim)
+    dense = {"dense": Candidate("dense")}
+    if key_bytes is None:
         form = _form(preset.cache_dtype)
-        return {"dense": Candidate("dense"), f"dense_int{form.v_bits}": _whole(head_dim, form, exact, may_win=True)}
-    options = {**exact.options(), "cache_dtype": preset.cache_dtype}
-    return {
-        "dense": Candidate("dense"),
-        "topk": _features(dense_dims, topk, head_dim, "dictionary", preset.cache_dtype, options),
-    }
+        return dense | {f"dense_int{form.v_bits}": _whole(head_dim, form, exact, may_win=True)}
+    return dense | {"axes": _axes(head_dim, key_bytes, preset.cache_dtype, exact)}
 
 
 def ladder(head_dim: int, most_bytes: float | None, exact: Exact) -> Candidates:

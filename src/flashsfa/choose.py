@@ -155,7 +155,7 @@ def choose(
 ) -> Choice:  # fmt: skip
     """Measure ways to keep the cache of a dense model, and switch it in place to the one that `limits` pick.
 
-    It is calibrated once. Each candidate is measured on `evaluation`, each token as decode sees it.
+    It is calibrated once, if a candidate has a basis. Each candidate is measured on `evaluation`, each token as decode sees it.
 
     Args:
         model: a causal language model of transformers that `enable` can switch.
@@ -194,11 +194,13 @@ def choose(
         disable(model)
     if kept is not None:
         kept.open(_fingerprint(model, calibration, evaluation, max_position))
-    bar = progress("calibrating", len(calibration))
-    with _wide_on_a_cpu(model):
-        moments = gather_moments(model, calibration, max_position=max_position, progress=bar)
-    for layer in moments:
-        layer.require_finite()
+    moments = []
+    if any(candidate.fit is not None for candidate in candidates.values()):
+        bar = progress("calibrating", len(calibration))
+        with _wide_on_a_cpu(model):
+            moments = gather_moments(model, calibration, max_position=max_position, progress=bar)
+        for layer in moments:
+            layer.require_finite()
 
     bases: dict[str, FeatureBasis] = {}  # small beside the model
 

@@ -1,8 +1,8 @@
 """Feature codes: what a query or key row leaves behind when only its largest features are kept.
 
 A row of width `head_dim` becomes a dense channel of its first `dense_dims` entries and, of the rest (the
-sparse part), the `topk` entries of largest magnitude with their positions. This is the one format that the
-operator, the kernels and the cache speak (paper section 3.1; the dense channel is ours).
+sparse part), the `topk` entries of largest magnitude with their positions (paper section 3.1; the dense channel is ours). The operator and
+16-bit caches speak this format; `narrow` and `axes` have those of caches of few bits, and `stored.KeyCodes` names them all.
 """
 
 from __future__ import annotations

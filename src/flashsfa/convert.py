@@ -1,4 +1,4 @@
-"""`flashsfa convert`: a dense language model becomes a sparse one, and a report says what it saved and cost."""
+"""A dense language model becomes a sparse one, and a report says what it saved and cost: what `flashsfa convert` runs."""
 
 from __future__ import annotations
 

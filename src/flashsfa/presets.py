@@ -24,8 +24,7 @@ class Preset:
         token_bytes: of a coded key and its value, per token and kv head, where a dense one has 256 in 16 bits.
         loss: what it cost SmolLM2-135M, in words: perplexity against dense.
         cache_dtype, recent, first, prefill: as `enable`'s.
-        key_bytes: of a key in bits per axis; None for codes of
-        dense_dims, topk: features, of which all 64 are whole keys.
+        key_bytes: of a key in bits per axis; None for whole keys, in the bits of features.
     """
 
     purpose: str
@@ -36,27 +35,21 @@ class Preset:
     first: int = 4
     prefill: str = "dense"
     key_bytes: int | None = None
-    dense_dims: int = 0
-    topk: int | None = None
 
-    def of(self, head_dim: int, size: int) -> int:
-        """A size of the preset for another head."""
-        return max(min(1, size), round(size * head_dim / MEASURED_HEAD_DIM))
+    def key_bytes_of(self, head_dim: int) -> int | None:
+        """`key_bytes` for another head."""
+        return None if self.key_bytes is None else max(1, round(self.key_bytes * head_dim / MEASURED_HEAD_DIM))
 
 
 PRESETS = {
     "near-lossless": Preset("where nothing may be lost", 120, "under 0.1 %", "d8s8v8", key_bytes=52),
     "half": Preset(
-        "the same without calibration, and served by vLLM", 136, "some 0.1 %", "d8s8v8", recent=0, first=0, prefill="coded", topk=64
+        "half of the bytes without calibration, and what vLLM serves", 136, "some 0.1 %", "d8s8v8", recent=0, first=0, prefill="coded"
     ),
     "balanced": Preset(
         "what is taken where nothing is said", 72, "+0.3 to +0.4 %", "int4", key_bytes=36
     ),
     "small": Preset("where memory counts most", 62, "+0.9 %", "int4", key_bytes=26),
-    "fast": Preset(
-        "where decode must be fast: the fused kernels read it", 124, "+2.3 %", "int8", recent=0, first=0, prefill="coded",
-        dense_dims=28, topk=12,
-    ),
 }  # fmt: skip
 
 

@@ -225,7 +225,7 @@ def report_of(loss, *, topk_query=64):
     ]
     return {
         "variants": {"dense": row | {"perplexity": 10.0, "loss": 0.0}, "topk": row | {"perplexity": 10 * (1 + loss), "loss": loss}},
-        "chosen": "topk", "switched": switched, "settings": {"head_dim": 64, "max_loss": None, "max_bytes": None}, "texts": {"sfa": "so", "dense": "on"},
+        "chosen": "topk", "switched": switched, "settings": {"head_dim": 64, "max_loss": None, "max_bytes": None, "preset": None}, "texts": {"sfa": "so", "dense": "on"},
         "perplexity_increase": loss, "attention_ms": times,
     }  # fmt: skip
 

@@ -93,9 +93,9 @@ def test_what_nothing_meets_is_refused_with_the_nearest(tiny, text, tmp_path, ca
         (["--bytes", "25%", "--cache-dtype", "int4"], "leave out --cache-dtype"),  # the default, but said
         (["--bytes", "25%", "--cache-dtype", "auto"], "leave out --cache-dtype"),
         (["--preset", "small", "--recent", "1"], "a preset says it: leave out --recent"),
-        (["--preset", "fast", "--cache-dtype", "int4"], "leave out --cache-dtype"),
+        (["--preset", "half", "--cache-dtype", "int4"], "leave out --cache-dtype"),
         (
-            ["--preset", "fast", "--recent", "32", "--first", "4", "--prefill", "dense"],
+            ["--preset", "half", "--recent", "32", "--first", "4", "--prefill", "dense"],
             "leave out --recent, --first, --prefill",
         ),
         (["--preset", "small", "--max-loss", "1%"], "give one of them"),
@@ -118,7 +118,7 @@ def test_shares_are_percents(share, capsys):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_is_written_and_timed_without_a_comparison(name, text, tmp_path, monkeypatch):
+def test_a_preset_is_written_and_timed_without_a_comparison(name, text, tmp_path, monkeypatch, capfd):
     from words_model import save_tiny
 
     timed = []  # caches, and prompts over codes
@@ -137,13 +137,14 @@ def test_a_preset_is_written_and_timed_without_a_comparison(name, text, tmp_path
     assert main(arguments(model, text, tmp_path / "out", "--preset", name)) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert len(report["variants"]) == 2
+    assert ("calibrating" in "".join(capfd.readouterr())) == (preset.key_bytes is not None)
     assert set(timed) == {(preset.recent, preset.first), *(["coded"] if preset.prefill == "coded" else [])}
     settings = flashsfa.from_pretrained(tmp_path / "out").config.sfa
     for option in ("cache_dtype", "recent", "first", "prefill"):
         assert settings[option] == report["switched"][option] == getattr(preset, option)
         assert report["settings"][option] is None  # nothing was said
     if preset.key_bytes is None:
-        assert (settings["dense_dims"], settings["topk"]) == ((0, 16) if name == "half" else (7, 3))
+        assert (settings["dense_dims"], settings["topk"]) == (0, 16)
     else:
         row = report["variants"][report["chosen"]]
         assert f"{round(preset.key_bytes / 4)} bytes a key" in row["label"]
@@ -173,8 +174,7 @@ def test_presets_say_their_bytes():
     for preset in PRESETS.values():
         bits = cache_bits(preset.cache_dtype)
         values = bits.v_bytes(64) if isinstance(bits, CodeFormat) else 64 + 4
-        keys = preset.key_bytes or (64 + 4 if preset.topk == 64 else preset.dense_dims + 2 * preset.topk + 4)
-        assert preset.token_bytes == keys + values
+        assert preset.token_bytes == (preset.key_bytes or 64 + 4) + values
 
 
 def test_presets_and_the_dtype_of_shares_stand_in_the_help(capsys):

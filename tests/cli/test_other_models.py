@@ -76,7 +76,7 @@ def test_a_model_that_cannot_be_switched_is_refused_with_the_reason(kind, option
     source = save(tmp_path / "model", transformers.AutoModelForCausalLM.from_config(config))
     before = set(tmp_path.iterdir())
     capsys.readouterr()
-    for more in (["--topk", "3"], ["--max-loss", "1%"], ["--preset", "fast"]):
+    for more in (["--topk", "3"], ["--max-loss", "1%"], ["--preset", "half"]):
         assert_refused(capsys, arguments(source, text, tmp_path / "out", *more), message)
     assert set(tmp_path.iterdir()) == before
 

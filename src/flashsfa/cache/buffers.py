@@ -1,4 +1,4 @@
-"""What a cache holds, as the kernel that appends a step to it sees it."""
+"""A cache's buffers for the kernels that write to it: those that append a step, and those of pages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`flashsfa convert`: a dense language model becomes a sparse one, and a report says what it saved and cost."""
+"""`flashsfa convert`: its options, and what it prints of the report."""
 
 from __future__ import annotations
 
@@ -192,13 +192,18 @@ def _print_advice(report: dict[str, Any]) -> None:
 
     screen, settings, head_dim = console(), report["switched"], report["settings"]["head_dim"]
     screen.print(f"That is much (over {100 * _LARGE_LOSS:.0f} %).", end=" ")
-    if settings["topk"] is None:
-        screen.print("Give a key more bytes (--key-bytes).")
-    elif settings["topk_query"] not in (DENSE, head_dim):
-        screen.print("Queries are not cached: keep them dense first, with --topk-query dense.")
-    if not (settings["recent"] and settings["first"]):
-        screen.print("Keep the newest and the first tokens as they come: --recent 32 --first 4.")
-    larger = [] if settings["topk"] is None else larger_budgets(settings["dense_dims"], settings["topk"], head_dim)
+    if report["settings"]["preset"] is None:  # which says these itself
+        if settings["topk"] is None:
+            screen.print("Give a key more bytes (--key-bytes).")
+        elif settings["topk_query"] not in (DENSE, head_dim):
+            screen.print("Queries are not cached: keep them dense first, with --topk-query dense.")
+        if not (settings["recent"] and settings["first"]):
+            screen.print("Keep the newest and the first tokens as they come: --recent 32 --first 4.")
+    larger = (
+        []
+        if settings["topk"] in (None, head_dim)
+        else larger_budgets(settings["dense_dims"], settings["topk"], head_dim)
+    )
     if larger:
         table = Table("options", "key bytes in 16 bits, per token and head", "loss of SmolLM2-135M")
         for preset in larger:

