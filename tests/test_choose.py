@@ -240,3 +240,18 @@ def test_folders_that_measurements_needed_go_with_them(tmp_path):
     kept.add("a", {})
     kept.remove()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "message"),
+    [
+        (torch.full((3, 40), 61), "evaluation must hold token ids below 61"),
+        (torch.ones(40, dtype=torch.int64), r"evaluation must be \[S, W\]"),
+        (torch.ones(3, 1, dtype=torch.int64), "windows of two tokens or more"),
+    ],
+    ids=["ids", "one", "short"],
+)
+def test_evaluation_is_checked_before_the_model_runs(model, windows, evaluation, message, monkeypatch):
+    monkeypatch.setattr(module, "gather_moments", None)
+    with pytest.raises(ValueError, match=message):
+        choose(model, windows[0], evaluation, Limits(0.01))

@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 
+import flashsfa
 from flashsfa import sparse_feature_attention, sparse_feature_attention_varlen, topk_codes
 from flashsfa.budget import FeatureBudget
 from flashsfa.codes import all_dense_codes
@@ -136,3 +137,11 @@ def test_what_is_said_breaks_no_graph(monkeypatch):
         return x + 1
 
     assert torch.compile(run, fullgraph=True, backend="eager")(torch.zeros(2)).tolist() == [1, 1]
+
+
+def test_exact_tokens_compile_in_one_graph():
+    q, k, v = heads_of(1, 4), heads_of(40), heads_of(40)
+    kv = flashsfa.SparseKVCache(4, recent=4, first=2).append(k, v)
+    with torch.no_grad():
+        step = torch.compile(flashsfa.sparse_feature_decode, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(step(q, kv), flashsfa.sparse_feature_decode(q, kv))

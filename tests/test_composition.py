@@ -381,3 +381,29 @@ def test_another_default_device():
         again = decode(q, held, values)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     torch.testing.assert_close(again, expected[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "options", [{"recent": 4}, {"dtype": torch.int8}, {"recent": 3, "first": 2, "dtype": torch.int8}], ids=str
+)
+def test_caches_of_one_16_bit_dtype_under_autocast_to_another(options, device):
+    k, v = (torch.randn(1, 2, 12, 16, dtype=torch.float16) for _ in range(2))
+    plain, cast = (flashsfa.SparseKVCache(4, **options) for _ in range(2))
+    pages = flashsfa.PagedSparseKVCache(4, pages=2, page_size=16, **options)
+    sequence = pages.add()
+    for part in range(0, 12, 3):
+        rows = k[:, :, part : part + 3], v[:, :, part : part + 3]
+        plain.append(*rows)
+        with torch.autocast(device.type, torch.bfloat16):
+            cast.append(*rows)
+            pages.append([sequence], *rows)
+            pages.view([sequence])
+    for x, y in zip(plain.kv.tensors(), cast.kv.tensors(), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_sinks_that_ask_for_a_gradient_are_refused_by_decode():
+    q, (k, v) = torch.randn(1, 2, 1, 8), (torch.randn(1, 2, 5, 8) for _ in range(2))
+    sinks = torch.zeros(2, requires_grad=True)
+    with pytest.raises(ValueError, match="carry no gradient"):
+        decode(q, topk_codes(k, 3), v, sinks=sinks)

@@ -111,3 +111,13 @@ def test_bad_arguments(options, message):
 def test_wrong_inputs(x, cache, error, message):
     with pytest.raises(error, match=message):
         SparseFeatureAttention(32, 4, topk=2, dense_dims=2)(x, cache)
+
+
+def test_positions_go_on_where_a_cache_has_forgotten():
+    layer = SparseFeatureAttention(32, 2, topk=4, positions="full", window=8).double()
+    x, cache = torch.randn(1, 40, 32, dtype=torch.float64), layer.make_cache()
+    with torch.no_grad():
+        layer(x[:, :30], cache)
+        cache.keep_last(8, 64)
+        assert (len(cache), cache.length) == (8, 30)
+        torch.testing.assert_close(layer(x[:, 30:], cache), layer(x)[:, 30:], rtol=1e-10, atol=1e-10)

@@ -196,3 +196,24 @@ def test_sdpas_harmless_arguments_pass():
     q, k, v = inputs(4, 4, heads=(4, 2))
     found = sparse_feature_attention(q, k, v, topk=4, enable_gqa=True, dropout_p=0.0, attn_mask=None)
     assert torch.equal(found, sparse_feature_attention(q, k, v, topk=4))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_sink_of_minus_infinity_takes_nothing(backend):
+    """Nor does it spoil queries that see no key."""
+    q, k, v = (torch.randn(1, 2, 5, 8, dtype=torch.float64) for _ in range(3))
+    padding, sinks = (
+        (torch.arange(5) < 2)[None],
+        torch.tensor([-torch.inf, 0.5], dtype=torch.float64, requires_grad=True),
+    )
+    options = {"topk": 3, "is_causal": True, "key_padding_mask": padding, "backend": backend}
+    out, lse = sparse_feature_attention(q, k, v, sinks=sinks, return_lse=True, **options)
+    plain, plain_lse = sparse_feature_attention(q, k, v, return_lse=True, **options)
+    torch.testing.assert_close(out[:, 0], plain[:, 0], rtol=0, atol=0)
+    torch.testing.assert_close(lse[:, 0], plain_lse[:, 0], rtol=0, atol=0)
+    assert (out[:, :, :2] == 0).all()
+    out.sum().backward()
+    assert sinks.grad[0] == 0
+    assert sinks.grad[1].isfinite()
+    nothing = sparse_feature_decode(q[:, :, :1], topk_codes(k, 3), v, kv_lens=torch.tensor([0]), sinks=sinks.detach())
+    assert (nothing == 0).all()

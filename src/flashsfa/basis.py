@@ -38,7 +38,7 @@ def default_kind(topk_query: int, head_dim: int) -> str:
     return "dictionary" if topk_query == head_dim else "balanced"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FeatureBasis:
     """Coordinates of H kv heads, for one layer or stacked for many (leading `...`).
 

@@ -23,7 +23,7 @@ from .evaluation.subject import Progress
 from .files import write_whole
 from .huggingface import disable, enable
 from .huggingface.cache import cache_nbytes
-from .huggingface.calibration import gather_moments
+from .huggingface.calibration import gather_moments, require_windows
 from .huggingface.structure import attention_layers, attention_shape
 
 Rows = dict[str, dict[str, Any]]  # figures of each candidate, by its name
@@ -170,6 +170,11 @@ def choose(
     Raises `NothingFitsError` if no candidate is within the limits, `ValueError` if the model cannot be switched; it is dense then.
     """
     limits = limits or Limits()
+    for name, windows in (("calibration", calibration), ("evaluation", evaluation)):
+        require_windows(name, windows, model)
+    require(
+        evaluation.shape[1] > 1, "evaluation must hold windows of two tokens or more: each but the first is guessed"
+    )
     *_, head_dim = attention_shape(model)
     dense_bytes = 2 * head_dim * model.dtype.itemsize
     is_asked = candidates is not None

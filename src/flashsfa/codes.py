@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .budget import FeatureBudget, require_budget
 from .checks import may_look, refuse_transforms, require, require_float
+from .contexts import without_autocast
 from .ops.select.narrow import MOST_8_BIT, step_of
 from .ops.select.operators import coded, pruned, scattered
 
@@ -174,7 +175,8 @@ class FeatureCodes:
         """int8 codes, with one scale for the dense channel and values of a row; codes in int8 stay as they are."""
         if self.scale is not None:
             return self
-        kept, scale = quantize_rows(torch.cat((self.dense, self.values), dim=-1))
+        with without_autocast(self.device):
+            kept, scale = quantize_rows(torch.cat((self.dense, self.values), dim=-1))
         dense, values = (x.contiguous() for x in kept.split((self.dense_dims, self.topk), dim=-1))
         return FeatureCodes(dense, values, self.indices, self.head_dim, scale)
 

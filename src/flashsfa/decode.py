@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import replace
 from functools import partial
@@ -162,14 +161,16 @@ def sparse_feature_decode(
         place = None if out is None else _place(out, q, kv, mask, sinks)
         return _Call(q, kv, budget, mask, scores, value_tolerance, place)
 
+    own = () if sinks is None else (sinks,)
+    require_no_gradient(*own)
     if kv.prepared is not None and not return_lse and has_values(q):
-        refuse_transforms("sparse_feature_decode", _DIFFERENTIABLE, q)
+        refuse_transforms("sparse_feature_decode", _DIFFERENTIABLE, q, *own)
         again = _again(call())
         if again is not None:
             return _put(again, out)
     _check(q, kv, mask, value_tolerance)
     require_no_gradient(q, *kv.tensors(), *_exact_tensors(kv))
-    refuse_transforms("sparse_feature_decode", _DIFFERENTIABLE, q, *kv.tensors())
+    refuse_transforms("sparse_feature_decode", _DIFFERENTIABLE, q, *kv.tensors(), *own)
     found, lse = _decode(call())
     found = _put(found, out)
     return (found, lse) if return_lse else found
@@ -337,9 +338,10 @@ def _decode_between(call: _Call, plan: DecodePlan) -> tuple[Tensor, Tensor]:
     """As `_decode_coded`, over the coded tokens after the first and before the newest exact ones."""
     q, kv, mask = call.q, call.kv, call.mask
     parts = []
-    for (start, end), group in itertools.groupby(range(q.shape[2]), lambda i: _coded_range(i, q.shape[2], kv, mask)):
-        queries = list(group)
-        part = q[:, :, queries[0] : queries[-1] + 1]
+    ranges = [_coded_range(i, q.shape[2], kv, mask) for i in range(q.shape[2])]
+    firsts = [i for i, here in enumerate(ranges) if i == 0 or here != ranges[i - 1]]  # of the queries that see the same
+    for first, behind in zip(firsts, [*firsts[1:], len(ranges)], strict=True):
+        part, (start, end) = q[:, :, first:behind], ranges[first]
         coded, padding = kv.coded(start, end), mask.key_padding_mask
         if start == end:
             parts.append(_nothing_seen(part, coded))

@@ -118,7 +118,7 @@ class SparseFeatureAttention(nn.Module):
         )
         if cache is not None and not isinstance(cache, SparseKVCache):
             raise TypeError(f"cache must be a SparseKVCache, such as one of make_cache(), got {type(cache).__name__}")
-        seen = 0 if cache is None else len(cache)
+        seen = 0 if cache is None else cache.length
         q = self.q_norm(self.q_proj(x).unflatten(-1, (self.num_heads, -1))).transpose(1, 2)  # [B, Hq, N, D]
         k = self.k_norm(self.k_proj(x).unflatten(-1, (self.num_kv_heads, -1))).transpose(1, 2)  # [B, Hkv, N, D]
         v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)

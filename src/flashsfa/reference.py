@@ -20,9 +20,16 @@ def topk_rows(x: Tensor, topk: int, *, dense_dims: int = 0, pattern: str | None 
     of the rest, ties to the lowest index (paper, Eq. 3); with `pattern` "2:4" of those that are among the two largest
     of their aligned group of four."""
     rest = x[..., dense_dims:]
-    if pattern == "2:4":
-        rest = topk_rows(rest.unflatten(-1, (-1, 4)), 2).flatten(-2)
     magnitude = rest.detach().abs().masked_fill(rest.isnan(), math.nan)  # CUDA's abs and sort keep a NaN's sign
+    if pattern == "2:4":
+        of_four = magnitude.unflatten(-1, (-1, 4)).sort(dim=-1, descending=True, stable=True).indices[..., 2:]
+        left_out = (
+            torch.zeros_like(magnitude, dtype=torch.bool).unflatten(-1, (-1, 4)).scatter(-1, of_four, True).flatten(-2)
+        )
+        magnitude, rest = (
+            magnitude.masked_fill(left_out, -1),
+            rest.masked_fill(left_out, 0),
+        )  # behind zeros that may be kept
     order = magnitude.sort(dim=-1, descending=True, stable=True).indices[..., :topk]
     kept = torch.zeros_like(rest).scatter(-1, order, rest.gather(-1, order))
     return torch.cat((x[..., :dense_dims], kept), dim=-1)
@@ -84,7 +91,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, scores: ScoreRule
         s = scores.cap(scores.scale * (q @ k.mT)).masked_fill(~visible, -math.inf)
     lse = s.logsumexp(-1)  # [B, Hq, N_q]
     if scores.sinks is not None:
-        lse = torch.logaddexp(lse, scores.sinks.to(lse.dtype)[:, None])
+        sinks = scores.sinks.to(lse.dtype)[:, None]
+        nothing = (lse == -math.inf) & (sinks == -math.inf)  # logaddexp of both has no gradient
+        lse = torch.logaddexp(lse.masked_fill(nothing, 0), sinks).masked_fill(nothing, -math.inf)
     finite = lse.clamp(min=torch.finfo(lse.dtype).min)  # a row that sees no key gets weights exp(-inf) = 0
     return (s - finite[..., None]).exp() @ v, lse
 

@@ -74,13 +74,18 @@ class ScoreRules:
         if self.sinks is None:
             return out, lse
         sinks = self.sinks.to(lse.dtype)[:, None]  # [Hq, 1]
-        return out * torch.sigmoid(lse - sinks)[..., None].to(out.dtype), torch.logaddexp(lse, sinks)
+        return out * torch.sigmoid(_finite(lse) - sinks)[..., None].to(out.dtype), torch.logaddexp(lse, sinks)
 
     def sink_gradient(self, grad_out: Tensor, out: Tensor, lse: Tensor) -> Tensor:
         """[Hq] gradient of the sinks, for out [B, Hq, N, Dv] and lse [B, Hq, N] with sinks."""
         assert self.sinks is not None
-        share = (self.sinks.to(lse.dtype)[:, None] - lse).exp()  # [B, Hq, N]
+        share = (self.sinks.to(lse.dtype)[:, None] - _finite(lse)).exp()  # [B, Hq, N]
         return -(share * (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)).sum((0, 2)).to(self.sinks.dtype)
+
+
+def _finite(lse: Tensor) -> Tensor:
+    """-infinity, where a query sees no key, as the lowest number: a sink of -infinity takes nothing from it."""
+    return lse.clamp(min=torch.finfo(lse.dtype).min)
 
 
 def checked_scale(scale: float | None, head_dim: int) -> float:

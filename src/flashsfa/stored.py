@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .axes import AxisCodes
 from .codes import FeatureCodes, all_dense_codes
+from .contexts import without_autocast
 from .narrow import NarrowCodes, NarrowRows
 
 # How the keys of a cache may be held.
@@ -44,7 +45,8 @@ class ExactKV:
         positions = None
         if self.positions is not None and further.positions is not None:
             positions = torch.cat((self.positions, further.positions), dim=1)
-        return replace(self.map(lambda held, new: torch.cat((held, new), dim=2), further), positions=positions)
+        with without_autocast(self.k.device):
+            return replace(self.map(lambda held, new: torch.cat((held, new), dim=2), further), positions=positions)
 
     def tokens(self, start: int, end: int | None = None) -> ExactKV | None:
         """The tokens `start` to `end`; None for none."""

@@ -250,3 +250,36 @@ def test_checked_mode_looks_at_what_is_visible():
         codes.dense[0, 0, 0, 0] = torch.nan
         with pytest.raises(ValueError, match="dense holds NaN"):
             sparse_feature_decode(q, codes, k)
+
+
+def test_an_allocated_cache_takes_no_append():
+    _, k, v = draw(1)
+    cache = SparseKVCache(4, capacity=8)
+    cache.allocate(k, v)
+    with pytest.raises(ValueError, match="a cache of fixed size is filled by append_at"):
+        cache.append(k[:, :, :1], v[:, :, :1])
+
+
+def test_a_mark_holds_no_tensors_of_the_caller():
+    _, k, v = draw(1)
+    cache, expected = (SparseKVCache(4, recent=4) for _ in range(2))
+    for each in (cache, expected):
+        each.append(k[:, :, :10], v[:, :, :10])
+    expected.append(k[:, :, 10:12], v[:, :, 10:12])
+    own = k[:, :, 10:15].clone(), v[:, :, 10:15].clone()
+    cache.mark()
+    cache.append(*own)
+    for x in own:
+        x.zero_()
+    cache.crop(12)
+    assert torch.equal(cache.codes.to_dense(), expected.codes.to_dense())
+    assert torch.equal(cache.kv.recent.k, expected.kv.recent.k)
+
+
+@pytest.mark.parametrize("index", [[0], torch.tensor([[0]]), torch.tensor([0.0])], ids=["list", "two", "float"])
+def test_batches_are_selected_by_row_numbers(index):
+    _, k, v = draw(1)
+    cache = SparseKVCache(4)
+    cache.append(k, v)
+    with pytest.raises((TypeError, ValueError), match="index must be"):
+        cache.select_batch(index)

@@ -67,6 +67,9 @@ def test_a_budget_makes_a_dictionary_without_bits(model, windows):
             ValueError,
             "key_bytes go with the kinds scaled and whitened, got 'dictionary'",
         ),
+        ({"topk": 3, "kind": "whiten"}, ValueError, "kind must be one of dictionary"),
+        ({"topk": 100}, ValueError, "topk"),
+        ({"topk": 3, "dense_dims": 99}, ValueError, "dense_dims"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_the_model_runs(model, windows, options, error, words, monkeypatch):

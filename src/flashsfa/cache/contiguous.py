@@ -24,11 +24,12 @@ from ..checks import (
     require_int,
     require_keys_and_values,
     require_no_gradient,
+    require_tensor,
     runs_plainly,
 )
 from ..coder import Coded, Coder
 from ..codes import FeatureCodes
-from ..contexts import lasting_tensors
+from ..contexts import lasting_tensors, without_autocast
 from ..formats import CodeFormat
 from ..narrow import NarrowRows
 from ..ops import nvrtc
@@ -79,10 +80,16 @@ class SparseKVCache(Coded):
         self._tokens = _Tokens()
         self._held: _Held | None = None
         self._mark: _Mark | None = None
+        self._is_fixed = False
 
     def __len__(self) -> int:
         """Tokens held."""
         return self._tokens.held
+
+    @property
+    def length(self) -> int:
+        """Tokens of the sequence so far: those held, and those before them that `keep_last` forgot."""
+        return self._tokens.forgotten + self._tokens.held
 
     @property
     def capacity(self) -> int:
@@ -143,7 +150,7 @@ class SparseKVCache(Coded):
         if again is not None:
             return again
         require(
-            self._held is None or not self._held.kv.is_placed,
+            not self._is_fixed,
             "a cache of fixed size is filled by append_at, not append",
         )
         require_keys_and_values(k, v)
@@ -163,9 +170,11 @@ class SparseKVCache(Coded):
             if coded > self.capacity:
                 more = max(_GROWTH_TOKENS, self.capacity // 4)
                 held = held.with_coded(0, self._tokens.coded, max(coded, self.capacity + more))
-        held, tokens = self._write(held, k, v, step)
-        seen = held.view(tokens)
-        mark = None if self._mark is None else self._mark.followed_by(ExactKV(k.detach(), v.detach()))
+        with without_autocast(k.device):
+            held, tokens = self._write(held, k, v, step)
+        seen, mark = held.view(tokens), self._mark
+        if mark is not None:  # copies: the caller may use its own again
+            mark = mark.followed_by(ExactKV(k.detach().clone(), v.detach().clone()))
         self._held, self._tokens, self._mark = held, tokens, mark
         return seen
 
@@ -181,7 +190,7 @@ class SparseKVCache(Coded):
         with lasting_tensors():
             exact = ExactSlots(self.first, self.recent).empty(k, v)
         held = replace(held, kv=replace(held.kv, first=None, recent=exact))
-        self._held, self._tokens = held, _Tokens(coded=held.kv.v.shape[2])
+        self._held, self._tokens, self._is_fixed = held, _Tokens(coded=held.kv.v.shape[2]), True
 
     def append_at(self, k: Tensor, v: Tensor, start: Tensor, slot: Tensor | None = None) -> KVView:
         """Code the keys k [B, Hkv, N, D] and store them with v [B, Hkv, N, Dv] from token `start` ([] int64, on the
@@ -199,7 +208,9 @@ class SparseKVCache(Coded):
         else:
             _require_like(self._buffers(), k)
             require_alike(k=k, v=v)
-            self.write_at(self.coder.encode(k, v), at + torch.arange(k.shape[2], device=at.device))
+            with without_autocast(k.device):
+                coded = self.coder.encode(k, v)
+            self.write_at(coded, at + torch.arange(k.shape[2], device=at.device))
         self.keep_exact(k, v, start)
         return self.kv
 
@@ -272,6 +283,11 @@ class SparseKVCache(Coded):
 
     def select_batch(self, index: Tensor) -> None:
         """Keep the batch rows `index` [B'] (int64), in that order, repeats allowed: beam search, batch filters."""
+        require_tensor("index", index)
+        require(
+            index.ndim == 1 and not index.is_floating_point(),
+            lambda: f"index must be row numbers [B'], got {tuple(index.shape)} {index.dtype}",
+        )
         if self._held is not None:
             index = index.to(self._held.kv.v.device)
             self._change(lambda x: x[index])

@@ -25,7 +25,7 @@ from ..checks import (
     require_page_size,
 )
 from ..coder import Coded, Coder
-from ..contexts import lasting_tensors
+from ..contexts import lasting_tensors, without_autocast
 from ..formats import CodeFormat
 from ..narrow import NarrowRows
 from ..stored import ExactKV, KeyCodes, KVView
@@ -174,7 +174,8 @@ class PagedSparseKVCache(Coded):
         table = [pages + [0] * (width - len(pages)) for pages in held]
         kv_lens = torch.tensor([self._lengths[s] for s in sequences], dtype=torch.int32, device=device)
         page_table = torch.tensor(table, dtype=torch.int32, device=device).reshape(len(held), width)
-        recent = self._exact_of(sequences, pools) if width else None
+        with without_autocast(device):
+            recent = self._exact_of(sequences, pools) if width else None
         return replace(pools, kv_lens=kv_lens, page_table=page_table, recent=recent)
 
     def _exact_of(self, sequences: Sequence[int], pools: KVView) -> ExactKV | None:

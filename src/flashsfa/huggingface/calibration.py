@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..basis import SHARED, FeatureBasis, Moments
-from ..checks import require, require_int, require_tensor
+from ..basis import KINDS, SHARED, FeatureBasis, Moments
+from ..budget import require_budget
+from ..checks import require, require_choice, require_int, require_tensor
 from .attention import attention_mask, dense_forward
 from .structure import (
     attending_by,
@@ -75,8 +76,11 @@ def calibrate(
         require_int("key_bytes", key_bytes, 1, attention_shape(model)[2])
         require(kind in SHARED, f"key_bytes go with the kinds {' and '.join(SHARED)}, got {kind!r}")
         dense_dims = 0
-    elif dense_dims is None:
-        dense_dims = default_dense_dims(model)
+    else:
+        assert topk is not None
+        dense_dims = default_dense_dims(model) if dense_dims is None else dense_dims
+        require_budget(topk, attention_shape(model)[2], dense_dims)
+    require_choice("kind", kind, KINDS)
     moments = gather_moments(model, windows, max_position=max_position, progress=progress)
     return FeatureBasis.from_layers(moments, kind, topk=topk, dense_dims=dense_dims, key_bytes=key_bytes)
 
@@ -98,6 +102,20 @@ def _windows(model: Any, text: str, tokenizer: Any) -> Tensor:
     return ids[: available * length].view(available, length)[chosen]
 
 
+def require_windows(name: str, windows: Tensor, model: Any) -> None:
+    """Raise `TypeError` or `ValueError` unless `windows` are token ids [S, W] of a model."""
+    require_tensor(name, windows)
+    require(
+        windows.ndim == 2 and windows.numel() > 0 and windows.dtype in (torch.int64, torch.int32),
+        f"{name} must be [S, W] int64 token ids, got {windows.dtype} {tuple(windows.shape)}",
+    )
+    vocabulary = text_config(model).vocab_size
+    require(
+        int(windows.min()) >= 0 and int(windows.max()) < vocabulary,
+        f"{name} must hold token ids below {vocabulary}, the model's vocabulary; got {windows.min()} to {windows.max()}",
+    )
+
+
 @torch.no_grad()
 def gather_moments(
     model: Any, windows: Tensor, *, max_position: int | None = None, progress: Callable[[], None] | None = None
@@ -111,22 +129,13 @@ def gather_moments(
             offsets spread evenly, a single one at the end. None: as far as the model has positions.
         progress: called after each window. None for a bar of its own on a terminal.
     """
-    require_tensor("windows", windows)
-    require(
-        windows.ndim == 2 and windows.numel() > 0 and windows.dtype in (torch.int64, torch.int32),
-        f"windows must be [S, W] int64 token ids, got {windows.dtype} {tuple(windows.shape)}",
-    )
+    require_windows("windows", windows, model)
     if max_position is not None:
         require_int("max_position", max_position, 1)
     count, length = windows.shape
     model = unwrap(model)
     modules: list[Any] = attention_layers(model)
     require_switchable(model, modules)
-    vocabulary = text_config(model).vocab_size
-    require(
-        int(windows.min()) >= 0 and int(windows.max()) < vocabulary,
-        f"windows must hold token ids below {vocabulary}, the model's vocabulary; got {windows.min()} to {windows.max()}",
-    )
     limit = getattr(text_config(model), "max_position_embeddings", None)
     furthest = max_position if max_position is not None else max(length, limit or length)
     require(

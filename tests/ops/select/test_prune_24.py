@@ -71,3 +71,10 @@ def test_kernel_reads_any_view(dtype):
     for view in (x.transpose(1, 2), x[..., 1:, :], x.flatten(0, 2), x[:0], *strided):
         for found, expected in zip(prune_24(view, 4), plain_prune_24(view, 4), strict=True):
             torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_zeros_within_the_pattern_are_kept_before_pruned_entries():
+    x = torch.tensor([0.0, 0, 0, 0, 0, 2, 0, 0], requires_grad=True)
+    codes = topk_codes(x.detach(), 4, pattern="2:4")
+    reference.topk_rows(x, 4, pattern="2:4").sum().backward()
+    assert x.grad.nonzero().flatten().tolist() == codes.indices.tolist() == [0, 1, 4, 5]
