@@ -204,12 +204,14 @@ def _print_converted(source: str, stored: dict[str, Any]) -> tuple[Way, ModelDes
         if model.shape is None or not model.has_bytes:
             raise ValueError(f"{model.name} has no single head size for all layers")
         own = converted(settings, model, None if axes is None else axes[0])
-        cache = _cache(own, model)
+        cache = f"{_cache(own, model)}, in {str(model.dtype).removeprefix('torch.')}"
     report = _report(source, stored["sfa"])
     print(f"{', '.join(names)} with Sparse Feature Attention")
     for name, value in vars(settings).items():
         if name not in ("has_basis", "positions"):
             print(f"  {name}: {value}")
+    if axes is not None:
+        print(f"  key_bytes: {axes.key_bytes}")
     kind = report.get("basis", "of a kind that no report.json names")
     print(f"  basis: {kind if settings.has_basis else 'none'}")
     print(f"  positions: {'on the dense features alone (channel)' if settings.positions else 'as in the dense model'}")
@@ -286,7 +288,7 @@ def _print_kernels(shape: tuple[int, int, int], way: Way) -> None:
 
     heads, kv_heads, head_dim = shape
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(f"on this machine, for bfloat16 on {device} ({way.label}):")
+    print(f"on this machine, where it runs in bfloat16 on {device} ({way.label}):")
     assert way.coder is not None
     case = _Case(heads, kv_heads, head_dim, 4096 if device.type == "cuda" else 64, way.coder, way.queries)
     for name, line in _kernels(device, case).items():

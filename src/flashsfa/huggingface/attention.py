@@ -6,7 +6,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -303,58 +303,80 @@ def _attend(
         padding, visible = None, attention_mask.of(key)
     else:
         padding, visible = _padding(attention_mask, key), None
-    window = checked_window(sliding_window)
-    if isinstance(key, Tensor):
-        query = _cast(query, value.dtype)  # under autocast, norms and RoPE leave queries and keys in float32
-        key = _cast(key, value.dtype)
-        if coding is None:
-            budget = FeatureBudget.of(key.shape[-1], key.shape[-1])
-        else:
-            query, key, budget = coding.queries(query), coding.keys(key), coding.budget
-        scores = ScoreRules.of(query, scaling, softcap, s_aux)
-        scores = scores if coding is None else coding.rules(scores)
-        shows_exact = coding is not None and coding.settings.shows_exact
-        if coding is not None and coding.settings.rounds and not shows_exact:
-            rounded = coding.coder.rounded(key, value)
-            key, value = rounded.k.to(key.dtype), rounded.v.to(value.dtype)
-            # a kept feature that was rounded to zero is one still, for its gradient
-            budget = replace(budget, topk=budget.sparse_dims)
-        if visible is not None:
-            require(
-                not shows_exact,
-                "recent, first and prefill='dense' go without a cache with causal masks alone, and this call asks for another: call the "
-                "model with a cache, or without packed sequences and images",
-            )
-            out = masked.attend(query, KVView(_codes(key, budget), value), budget, visible, scores)
-        elif shows_exact:
-            assert coding is not None
-            exact, coded = ExactKV(key, value), coding.coder.rounded(key, value)
-            mask, recent, first = Mask(True, window, padding), coding.settings.recent, coding.settings.first
-            out = exact_band.attend(query, exact, coded, budget, mask, scores, recent=recent, first=first)
-        else:
-            out = sparse_feature_attention(
-                query, key, value, topk=budget.topk, topk_query=budget.topk_query, dense_dims=budget.dense_dims,
-                query_pattern=budget.query_pattern, is_causal=True, scale=scaling, softcap=softcap, sinks=s_aux,
-                window=sliding_window, key_padding_mask=padding,
-            )  # fmt: skip
-    else:
-        _require_own_cache(coding, key, value)
-        query = _cast(query, value.dtype if value.is_floating_point() else key.dtype)
-        query = query if coding is None else coding.queries(query)
-        budget = FeatureBudget.lossless(query.shape[-1]) if coding is None else coding.budget
-        scores = ScoreRules.of(query, scaling, softcap, s_aux)
-        scores = scores if coding is None else coding.rules(scores)
-        tolerance = 0.0 if coding is None else coding.value_tolerance
-        outs = []
-        for rows, keys, kv in key.per_view():
-            kv = kv if value is key.values else replace(kv, v=value)  # a model may have worked on the values
-            if visible is not None:
-                outs.append(masked.attend(query[:, :, rows], kv, budget, visible[..., rows, keys], scores))
-                continue
-            mask = Mask(True, window, None if padding is None else padding[:, keys], kv_lens=kv.kv_lens)
-            outs.append(attend_cached(query[:, :, rows], kv, budget, mask, scores, tolerance))
-        out = (outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)).to(key.dtype)
+    rules = _Rules(coding, padding, visible, checked_window(sliding_window), scaling, softcap, s_aux)
+    out = (
+        _attend_at_once(query, key, value, rules) if isinstance(key, Tensor) else _attend_held(query, key, value, rules)
+    )
     return out.transpose(1, 2).contiguous(), None  # some models look at it by .view
+
+
+class _Rules(NamedTuple):
+    """What a layer's call asks for beside queries, keys and values: as `_attend`'s arguments, with `padding` [B, N], or `visible`
+    [B, 1, N_q, N] where the mask is another one."""
+
+    coding: LayerCoding | None
+    padding: Tensor | None
+    visible: Tensor | None
+    window: int | None
+    scaling: float | None
+    softcap: float | None
+    sinks: Tensor | None
+
+    def scores(self, query: Tensor) -> ScoreRules:
+        rules = ScoreRules.of(query, self.scaling, self.softcap, self.sinks)
+        return rules if self.coding is None else self.coding.rules(rules)
+
+
+def _attend_at_once(query: Tensor, key: Tensor, value: Tensor, rules: _Rules) -> Tensor:
+    """[B, Hq, N_q, Dv] over keys as they come, of a call without a cache or with a dense one: pruned and rounded as a cache would."""
+    coding = rules.coding
+    query = _cast(query, value.dtype)  # under autocast, norms and RoPE leave queries and keys in float32
+    key = _cast(key, value.dtype)
+    if coding is None:
+        budget = FeatureBudget.of(key.shape[-1], key.shape[-1])
+    else:
+        query, key, budget = coding.queries(query), coding.keys(key), coding.budget
+    shows_exact = coding is not None and coding.settings.shows_exact
+    if coding is not None and coding.settings.rounds and not shows_exact:
+        rounded = coding.coder.rounded(key, value)
+        key, value = rounded.k.to(key.dtype), rounded.v.to(value.dtype)
+        # a kept feature that was rounded to zero is one still, for its gradient
+        budget = replace(budget, topk=budget.sparse_dims)
+    if rules.visible is not None:
+        require(
+            not shows_exact,
+            "recent, first and prefill='dense' go without a cache with causal masks alone, and this call asks for another: call the "
+            "model with a cache, or without packed sequences and images",
+        )
+        return masked.attend(query, KVView(_codes(key, budget), value), budget, rules.visible, rules.scores(query))
+    if shows_exact:
+        assert coding is not None
+        exact, coded = ExactKV(key, value), coding.coder.rounded(key, value)
+        mask, recent, first = Mask(True, rules.window, rules.padding), coding.settings.recent, coding.settings.first
+        return exact_band.attend(query, exact, coded, budget, mask, rules.scores(query), recent=recent, first=first)
+    return sparse_feature_attention(
+        query, key, value, topk=budget.topk, topk_query=budget.topk_query, dense_dims=budget.dense_dims,
+        query_pattern=budget.query_pattern, is_causal=True, scale=rules.scaling, softcap=rules.softcap, sinks=rules.sinks,
+        window=rules.window, key_padding_mask=rules.padding,
+    )  # fmt: skip
+
+
+def _attend_held(query: Tensor, key: CachedKeys, value: Tensor, rules: _Rules) -> Tensor:
+    """[B, Hq, N_q, Dv] over what a cache of codes holds."""
+    coding = rules.coding
+    _require_own_cache(coding, key, value)
+    query = _cast(query, value.dtype if value.is_floating_point() else key.dtype)
+    query = query if coding is None else coding.queries(query)
+    budget = FeatureBudget.lossless(query.shape[-1]) if coding is None else coding.budget
+    scores, tolerance, outs = rules.scores(query), 0.0 if coding is None else coding.value_tolerance, []
+    for rows, keys, kv in key.per_view():
+        kv = kv if value is key.values else replace(kv, v=value)  # a model may have worked on the values
+        if rules.visible is not None:
+            outs.append(masked.attend(query[:, :, rows], kv, budget, rules.visible[..., rows, keys], scores))
+            continue
+        mask = Mask(True, rules.window, None if rules.padding is None else rules.padding[:, keys], kv_lens=kv.kv_lens)
+        outs.append(attend_cached(query[:, :, rows], kv, budget, mask, scores, tolerance))
+    return (outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)).to(key.dtype)
 
 
 def attention_mask(
