@@ -43,7 +43,13 @@ def test_info_of_a_converted_model(cache_dtype, cache, tiny, tmp_path, capsys):
     flashsfa.enable(model, topk=2, dense_dims=2, cache_dtype=cache_dtype).save_pretrained(tmp_path)
     assert main(["info", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    for line in ("topk: 2", "dense_dims: 2", "basis: none", "positions: as in the dense model", f"KV cache: {cache}, in float32"):
+    for line in (
+        "topk: 2",
+        "dense_dims: 2",
+        "basis: none",
+        "positions: as in the dense model",
+        f"KV cache: {cache}, in float32",
+    ):
         assert f"  {line}\n" in out
     assert f"loss: not recorded; flashsfa eval perplexity {tmp_path}" in out
     report = {"switched": {"basis": "balanced"}, "perplexity_increase": 0.0432}
