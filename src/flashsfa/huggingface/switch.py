@@ -138,7 +138,8 @@ def disable(model: Any) -> Any:
     """
     inner = unwrap(model)
     if not is_enabled(inner):
-        vars(getattr(inner, "config", inner)).pop("sfa", None)
+        if isinstance(config := getattr(inner, "config", None), transformers.PreTrainedConfig):
+            vars(config).pop("sfa", None)
         return model
     for module in inner.modules():
         if isinstance(getattr(module, "sfa", None), LayerCoding):
