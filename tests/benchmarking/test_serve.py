@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -62,6 +63,15 @@ def test_a_side_that_fails_is_a_note(row):
     assert found.status == "ok"
     assert found.baselines == {}
     assert found.note == "cpu_fp8: the server ended: ValueError: no; cpu_float32: fewer than 4 requests fit its cache"
+
+
+def test_a_busy_host_is_a_note(row, monkeypatch):
+    monkeypatch.setattr(serve.os, "cpu_count", lambda: 32)
+    for load, note in ((5.0, ""), (60.2, "the host was busy, with a load of 60 on 32 cores")):
+        monkeypatch.setattr(serve.os, "getloadavg", lambda load=load: (load, 1.0, 1.0))
+        assert serve._busy() == note
+    found = row(replace(served(2.0, 3000), host=note), cpu_float32=served(3.0, 1000))
+    assert (found.status, found.note) == ("ok", f"ours: {note}")
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ from .timing import Timing, release, summary
 _NEW = 512  # tokens that a request makes at the end of its context, or a quarter of it if that is less
 _MOST_REQUESTS = 1024
 _START = 1800  # seconds that a server may take to start: it reads weights, compiles and captures graphs
+_OWN_LOAD = 8  # more than a server and who asks it make
 _CPU_CACHE = 2**25  # bytes; on a GPU vLLM takes what is left
 _ALL = 0  # as many requests as fit the cache of a side
 
@@ -106,6 +107,7 @@ class ServeCase:
             raise WrongOutputError(f"made tokens are {ours.error:.1e} from read ones, allowed {allowed:.1e}")
         timing, serving = ours.load(self.requests)
         notes = [f"{name}: {found}" for name, found in dense.items() if name not in there]
+        notes += [f"{name}: {found.host}" for name, found in {"ours": ours, **there}.items() if found.host]
         baselines = {}
         for name, found in there.items():
             try:
@@ -179,10 +181,11 @@ class _Side:
 @dataclass(frozen=True)
 class _Served:
     """What a server gave. `loads` has the timing of a token, milliseconds, and the rest by requests at a time; None for more requests
-    than fit."""
+    than fit. `host` says what else was at work, if it was much."""
 
     error: float
     loads: Mapping[int, tuple[Timing, Serving] | None]
+    host: str = ""
 
     def load(self, requests: int) -> tuple[Timing, Serving]:
         found = self.loads[requests]
@@ -213,7 +216,14 @@ def _measured(side: _Side, quick: bool) -> _Served | Exception:
             first = ask(new=1, prompts=3 if quick else 8, at_a_time=1, seed=1)["median_ttft_ms"]
     except Exception as reason:  # whatever it is: the other sides still have their figures
         return reason
-    return _Served(error, {asked: _load(runs, asked or fit, first, capacity) for asked, runs in found.items()})
+    loads = {asked: _load(runs, asked or fit, first, capacity) for asked, runs in found.items()}
+    return _Served(error, loads, _busy() if side.device.type == "cuda" else "")
+
+
+def _busy() -> str:
+    """That the host has more to do than a server and who asks it: a server of small steps then waits for it."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    return f"the host was busy, with a load of {load:.0f} on {cores} cores" if load > max(_OWN_LOAD, cores / 4) else ""
 
 
 def _load(runs: list[dict[str, Any]], requests: int, first: float, capacity: int) -> tuple[Timing, Serving] | None:
