@@ -277,8 +277,8 @@ def _served() -> str:
             rows.append(
                 [
                     shape, many if many != "all that fit" else f"all that fit: {found['requests']}", f"`{name}`", f"{found['capacity']:,}",
-                    *_of_dense(found, usual, "capacity", "{:.2f}x"), *_of_dense(found, usual, "tokens_per_s", "{:.2f}x", "{:.0f}"),
-                    f"{found['token_ms']:.1f} ms", *_of_dense(found, usual, "first_token_ms", "{:.2f}x", "{:.0f} ms"),
+                    _times(found, usual, "capacity"), f"{found['tokens_per_s']:.0f}", _times(found, usual, "tokens_per_s"), f"{found['token_ms']:.1f} ms",
+                    f"{found['first_token_ms']:.0f} ms", _times(found, usual, "first_token_ms"),
                 ]
             )  # fmt: skip
     head = (
@@ -317,9 +317,9 @@ def _served_sides() -> dict[tuple[str, str], dict[str, dict[str, Any]]]:
     return sides
 
 
-def _of_dense(found: dict[str, Any], usual: dict[str, Any], name: str, ratio: str, own: str = "") -> list[str]:
-    """A figure, where it has a format of its own, and how many times the dense server's it is."""
-    return [x.format(y) for x, y in ((own, found[name]), (ratio, found[name] / usual[name])) if x]
+def _times(found: dict[str, Any], usual: dict[str, Any], name: str) -> str:
+    """How many times that of the usual server a figure is."""
+    return f"{found[name] / usual[name]:.2f}x"
 
 
 def _selection() -> str:
@@ -559,13 +559,8 @@ price of the sparse cache is what it loses against the dense model *trained on t
 
 def _trained() -> str:
     again = [
-        f"`{run}` gave {first:.1f} and {x['perplexity']:.1f}"
-        for x in _read(TRIALS)["eight_bit"]
-        for run, found, rest in [x["run"].partition(", the same seed again")]
-        if found and not rest
-        for first in [
-            next(row["perplexity"][0] for name in QWEN3 for row in _read(name)["results"] if row["runs"][0] == run)
-        ]
+        f"`{run}` gave {_trained_row(QWEN3, run)['perplexity'][0]:.1f} and {perplexity:.1f}"
+        for run, perplexity in _repeated().items()
     ]
     small = [_trained_table(*table, 64) for table in (("GPT-2, learned positions", GPT2), ("Qwen3", QWEN3))]
     return f"""## Trained from scratch
@@ -843,13 +838,23 @@ def _trained_loss(configuration: Configuration) -> str:
 
 def _perplexities(files: Sequence[str], run: str) -> list[float]:
     """By seed."""
+    first, *others = _trained_row(files, run)["perplexity"]
+    again = _repeated()
+    return [fmean([first, again[run]]) if run in again else first, *others]
+
+
+def _repeated() -> dict[str, float]:
+    """Perplexity of the first seed of runs, where it was run again."""
+    mark = ", the same seed again"
+    rows = (row for row in _read(TRIALS)["eight_bit"] if row["run"].endswith(mark))
+    return {row["run"].removesuffix(mark): row["perplexity"] for row in rows}
+
+
+def _trained_row(files: Sequence[str], run: str) -> dict[str, Any]:
     for name in files:
         for row in _read(name)["results"]:
             if row["runs"][0] == run:
-                again = [
-                    x["perplexity"] for x in _read(TRIALS)["eight_bit"] if x["run"] == f"{run}, the same seed again"
-                ]
-                return [fmean([row["perplexity"][0], *again]), *row["perplexity"][1:]]
+                return dict(row)
     raise KeyError(run)
 
 

@@ -106,3 +106,8 @@ def test_budgets_that_do_not_fit():
         CodeFormat().key_bytes(64, 22, 43)
     with pytest.raises(ValueError, match="width must be at least 1"):
         CodeFormat(v_bits=16).v_bytes(0)
+
+
+@pytest.mark.parametrize("name", ["d8s4v4", "d16s8v16", "d8s4v4-packed", "d8s8v8-bitmap"])
+def test_a_format_says_the_name_that_it_is_read_from(name):
+    assert CodeFormat.named(name).name == name

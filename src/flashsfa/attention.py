@@ -288,10 +288,8 @@ def _attend(
     budget = FeatureBudget.of(head_dim, topk, topk_query=topk_query, dense_dims=dense_dims, query_pattern=query_pattern)
     if backend == "reference":
         return _attend_plainly(q, k, v, budget, mask, scores, gradient)
-    own = () if scores.sinks is None else (scores.sinks,)
-    refuse_transforms(
-        "sparse_feature_attention", operator.WAY_OUT, q, v, k.values if isinstance(k, FeatureCodes) else k, *own
-    )
+    keys = k.values if isinstance(k, FeatureCodes) else k
+    refuse_transforms("sparse_feature_attention", operator.WAY_OUT, q, keys, v, scores.sinks)
     if isinstance(k, FeatureCodes):
         k, budget = k.to_dense(), budget.with_keys_kept()
     return operator.attend(q, k, v, budget, mask, scores, gradient_of_all=gradient == "all", backend=backend)

@@ -118,11 +118,11 @@ def ladder(head_dim: int, most_bytes: float | None, exact: Exact) -> Candidates:
                 most_key = keys  # that of the narrowest values
     found = rivals(head_dim, exact, may_win=True)
     form = CodeFormat(v_bits=4 if head_dim % ROTATION_WIDTH == 0 else 8)
-    if (code := _largest_code(head_dim, most_key, _name(form), exact)) is not None:
+    if (code := _largest_code(head_dim, most_key, form.name, exact)) is not None:
         found["topk"] = code
     for keys, v_bits in sorted(set(widths)):
         found[f"axes_{keys}_v{v_bits}"] = _axes(
-            head_dim, keys, _name(CodeFormat(8, 8 if v_bits == 8 else 4, v_bits=v_bits)), exact
+            head_dim, keys, CodeFormat(8, 8 if v_bits == 8 else 4, v_bits=v_bits).name, exact
         )
     if most_bytes is None:
         return found
@@ -147,7 +147,7 @@ def _largest_code(head_dim: int, key_bytes: int, cache_dtype: str | None, exact:
 
 def _whole(head_dim: int, form: CodeFormat, exact: Exact, *, may_win: bool) -> Candidate:
     """Keys and values of the dense model in fewer bits."""
-    options = {"topk": head_dim, "dense_dims": 0, "topk_query": DENSE, "cache_dtype": _name(form), **exact.options()}
+    options = {"topk": head_dim, "dense_dims": 0, "topk_query": DENSE, "cache_dtype": form.name, **exact.options()}
     nbytes = form.key_bytes(head_dim, 0, head_dim) + form.v_bytes(head_dim)
     return Candidate(f"dense, int{form.v_bits}", options, None, may_win, nbytes)
 
@@ -186,7 +186,3 @@ def _form(cache_dtype: str | None) -> CodeFormat:
 
 def _v_bytes(head_dim: int, v_bits: int) -> int:
     return CodeFormat(v_bits=v_bits).v_bytes(head_dim)
-
-
-def _name(form: CodeFormat) -> str:
-    return f"d{form.dense_bits}s{form.value_bits}v{form.v_bits}"

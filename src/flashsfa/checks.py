@@ -65,22 +65,24 @@ def may_look(x: Tensor) -> bool:
     return has_values(x) and (x.device.type == "cpu" or is_checked())
 
 
-def refuse_transforms(operation: str, way_out: str, *tensors: Tensor) -> None:
+def refuse_transforms(operation: str, way_out: str, *tensors: Tensor | None) -> None:
     """Raise `NotImplementedError` inside a transform that would get wrong derivatives of an operator, or an error from deep
     inside it: forward-mode differentiation of `tensors`, torch.func, torch.jit.trace. torch.compile and torch.export pass."""
     if torch.compiler.is_compiling():
         return
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise NotImplementedError(f"{operation} runs under no torch.func transform (grad, vmap, jvp ...): {way_out}")
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+    if forward_ad._current_level >= 0 and any(
+        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors
+    ):
         raise NotImplementedError(f"{operation} has no forward-mode derivative: {way_out}")
     if torch.jit.is_tracing():
         raise NotImplementedError(f"{operation} cannot be traced by torch.jit: use torch.export or torch.compile")
 
 
-def require_no_gradient(*tensors: Tensor) -> None:
+def require_no_gradient(*tensors: Tensor | None) -> None:
     """No tensor asks for a gradient, which caches of codes do not carry."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         raise ValueError(
             "caches of codes carry no gradient: call under torch.no_grad(), or without a cache (sparse_feature_attention)"
         )

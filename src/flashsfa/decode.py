@@ -161,16 +161,15 @@ def sparse_feature_decode(
         place = None if out is None else _place(out, q, kv, mask, sinks)
         return _Call(q, kv, budget, mask, scores, value_tolerance, place)
 
-    own = () if sinks is None else (sinks,)
-    require_no_gradient(*own)
+    require_no_gradient(sinks)
     if kv.prepared is not None and not return_lse and has_values(q):
-        refuse_transforms("sparse_feature_decode", _DIFFERENTIABLE, q, *own)
+        refuse_transforms("sparse_feature_decode", _DIFFERENTIABLE, q, sinks)
         again = _again(call())
         if again is not None:
             return _put(again, out)
     _check(q, kv, mask, value_tolerance)
     require_no_gradient(q, *kv.tensors(), *_exact_tensors(kv))
-    refuse_transforms("sparse_feature_decode", _DIFFERENTIABLE, q, *kv.tensors(), *own)
+    refuse_transforms("sparse_feature_decode", _DIFFERENTIABLE, q, sinks, *kv.tensors())
     found, lse = _decode(call())
     found = _put(found, out)
     return (found, lse) if return_lse else found

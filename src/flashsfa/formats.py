@@ -55,6 +55,12 @@ class CodeFormat:
         dense_bits, value_bits, v_bits, index = found.groups()
         return cls(int(dense_bits), int(value_bits), index or AUTO, int(v_bits))
 
+    @property
+    def name(self) -> str:
+        """What `named` reads."""
+        index = "" if self.index == AUTO else f"-{self.index}"
+        return f"d{self.dense_bits}s{self.value_bits}v{self.v_bits}{index}"
+
     def index_form(self, topk: int, sparse_dims: int) -> str:
         """The form that the indices take, with "auto" decided."""
         if self.index != AUTO:

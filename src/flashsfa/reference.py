@@ -26,10 +26,8 @@ def topk_rows(x: Tensor, topk: int, *, dense_dims: int = 0, pattern: str | None 
         left_out = (
             torch.zeros_like(magnitude, dtype=torch.bool).unflatten(-1, (-1, 4)).scatter(-1, of_four, True).flatten(-2)
         )
-        magnitude, rest = (
-            magnitude.masked_fill(left_out, -1),
-            rest.masked_fill(left_out, 0),
-        )  # behind zeros that may be kept
+        magnitude = magnitude.masked_fill(left_out, -1)  # behind zeros that may be kept
+        rest = rest.masked_fill(left_out, 0)
     order = magnitude.sort(dim=-1, descending=True, stable=True).indices[..., :topk]
     kept = torch.zeros_like(rest).scatter(-1, order, rest.gather(-1, order))
     return torch.cat((x[..., :dense_dims], kept), dim=-1)

@@ -31,6 +31,7 @@ import torch
 import transformers
 
 from ..basis import FeatureBasis
+from ..formats import CodeFormat
 from ..huggingface.settings import BASIS_FILE
 from .cases import UnavailableError, WrongOutputError, tokens_label
 from .configuration import Configuration
@@ -130,14 +131,13 @@ class ServeCase:
         """What `enable` would store: a converted model's queries are dense, and it has a basis."""
         head_dim = published_config(self.shape, self.dtype).head_dim
         code = Configuration.named(self.code, head_dim)
-        bits = None if code.bits == 16 else f"int{code.bits}"
-        if code.topk is None and code.bits == 8:  # whole keys, without indices
-            bits = "d8s8v8"
+        (topk, dense_dims), bits = code.code, code.cache_dtype
+        narrow = bits.name if isinstance(bits, CodeFormat) else "int8"
         return {
-            "topk": code.topk or head_dim,
+            "topk": topk,
             "topk_query": "dense",
-            "dense_dims": code.dense_dims,
-            "cache_dtype": bits,
+            "dense_dims": dense_dims,
+            "cache_dtype": None if bits is None else narrow,
             "has_basis": True,
         }
 

@@ -29,7 +29,7 @@ from ..checks import (
 )
 from ..coder import Coded, Coder
 from ..codes import FeatureCodes
-from ..contexts import lasting_tensors, without_autocast
+from ..contexts import lasting_tensors
 from ..formats import CodeFormat
 from ..narrow import NarrowRows
 from ..ops import nvrtc
@@ -149,10 +149,7 @@ class SparseKVCache(Coded):
         again = self._append_again(k, v)
         if again is not None:
             return again
-        require(
-            not self._is_fixed,
-            "a cache of fixed size is filled by append_at, not append",
-        )
+        require(not self._is_fixed, "a cache of fixed size is filled by append_at, not append")
         require_keys_and_values(k, v)
         require_no_gradient(k, v)
         self.coder.require_fit(k, v)
@@ -170,8 +167,7 @@ class SparseKVCache(Coded):
             if coded > self.capacity:
                 more = max(_GROWTH_TOKENS, self.capacity // 4)
                 held = held.with_coded(0, self._tokens.coded, max(coded, self.capacity + more))
-        with without_autocast(k.device):
-            held, tokens = self._write(held, k, v, step)
+        held, tokens = self._write(held, k, v, step)
         seen, mark = held.view(tokens), self._mark
         if mark is not None:  # copies: the caller may use its own again
             mark = mark.followed_by(ExactKV(k.detach().clone(), v.detach().clone()))
@@ -208,9 +204,7 @@ class SparseKVCache(Coded):
         else:
             _require_like(self._buffers(), k)
             require_alike(k=k, v=v)
-            with without_autocast(k.device):
-                coded = self.coder.encode(k, v)
-            self.write_at(coded, at + torch.arange(k.shape[2], device=at.device))
+            self.write_at(self.coder.encode(k, v), at + torch.arange(k.shape[2], device=at.device))
         self.keep_exact(k, v, start)
         return self.kv
 
@@ -336,7 +330,7 @@ class SparseKVCache(Coded):
         new = fresh.tokens(step.first, step.first + step.new)
         if kv.recent is not None and step.old:
             old = kv.recent.map(lambda x: x[:, :, tokens.slot : tokens.slot + step.old])
-            new = old if new is None else old.map(lambda *x: torch.cat(x, dim=2), new)
+            new = old if new is None else old.followed_by(new)
         if new is not None:
             self._code(held, new.k, new.v, tokens.coded)
         if kv.recent is not None and step.recent:

@@ -174,8 +174,7 @@ class PagedSparseKVCache(Coded):
         table = [pages + [0] * (width - len(pages)) for pages in held]
         kv_lens = torch.tensor([self._lengths[s] for s in sequences], dtype=torch.int32, device=device)
         page_table = torch.tensor(table, dtype=torch.int32, device=device).reshape(len(held), width)
-        with without_autocast(device):
-            recent = self._exact_of(sequences, pools) if width else None
+        recent = self._exact_of(sequences, pools) if width else None
         return replace(pools, kv_lens=kv_lens, page_table=page_table, recent=recent)
 
     def _exact_of(self, sequences: Sequence[int], pools: KVView) -> ExactKV | None:
@@ -189,7 +188,8 @@ class PagedSparseKVCache(Coded):
             return None
         held = [self._exact.get(s, none) for s in sequences]
         positions = torch.cat([x.positions for x in held if x.positions is not None])
-        return replace(held[0].map(lambda *x: torch.cat(x), *held[1:]), positions=positions)
+        with without_autocast(k.device):
+            return replace(held[0].map(lambda *x: torch.cat(x), *held[1:]), positions=positions)
 
     def _write(self, pools: KVView, k: Tensor, v: Tensor, slots: Tensor) -> None:
         """Code k and store it with v at `slots` [B, N]."""

@@ -199,11 +199,7 @@ def _print_advice(report: dict[str, Any]) -> None:
             screen.print("Queries are not cached: keep them dense first, with --topk-query dense.")
         if not (settings["recent"] and settings["first"]):
             screen.print("Keep the newest and the first tokens as they come: --recent 32 --first 4.")
-    larger = (
-        []
-        if settings["topk"] in (None, head_dim)
-        else larger_budgets(settings["dense_dims"], settings["topk"], head_dim)
-    )
+    larger = [] if settings["topk"] is None else larger_budgets(settings["dense_dims"], settings["topk"], head_dim)
     if larger:
         table = Table("options", "key bytes in 16 bits, per token and head", "loss of SmolLM2-135M")
         for preset in larger:

@@ -271,38 +271,33 @@ class SparseSlidingLayer(SparseCacheLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[CachedKeys, Tensor]:
         keys, values = super().update(key_states, value_states)
-        self._seen += key_states.shape[2]
         if not self.record_past:
             self._forget()
         return keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        offset = max(0, self._seen - self.sliding_window + 1)
-        return self._seen - offset + query_length, offset
+        seen = self.get_seq_length()
+        offset = max(0, seen - self.sliding_window + 1)
+        return seen - offset + query_length, offset
 
     def get_seq_length(self) -> int:
-        return self._seen
+        return self.store.length
 
     def get_max_length(self) -> int:
         return self.sliding_window
 
-    def reset(self) -> None:
-        super().reset()
-        self._seen = 0
-
     def crop(self, tokens_to_remove: int) -> None:
         _require_removal(tokens_to_remove)
-        if not self._seen:
+        if not self.get_seq_length():
             return
         tokens_to_remove = int(tokens_to_remove)
-        remaining = self._seen + tokens_to_remove
+        remaining = self.get_seq_length() + tokens_to_remove
         if len(self.store) + tokens_to_remove < min(remaining, self.sliding_window - 1):
             raise RuntimeError(
                 f"{-tokens_to_remove} tokens cannot be taken back: the window has moved on. Call "
                 "activate_past_recording() before the first of them"
             )
         super().crop(tokens_to_remove)
-        self._seen = remaining
         self._forget()
 
     def _first_seen(self) -> int:

@@ -145,9 +145,8 @@ class _LeadingRotation:
 
     def _turn(self, c_attn: Any, arguments: tuple, out: Tensor) -> Tensor:
         """Queries, keys and values [B, N, 3·H·D], the first two turned."""
-        cos, sin = (
-            x[:, :, None] for x in rotation(self._call.positions, self._dims, _THETA)
-        )  # [B or 1, N, 1, dims / 2]
+        angles = rotation(self._call.positions, self._dims, _THETA)  # [B or 1, N, dims / 2] each
+        cos, sin = (x[:, :, None] for x in angles)
         q, k, v = out.chunk(3, dim=-1)
         q, k = (rotate(x.unflatten(-1, (-1, self._head_dim)), cos, sin).flatten(-2) for x in (q, k))
         return torch.cat((q, k, v), dim=-1)

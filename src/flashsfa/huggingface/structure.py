@@ -231,8 +231,7 @@ def require_switchable(model: Any, modules: list[nn.Module]) -> None:
 
 def require_whole_context(model: Any, layers: Iterable[int]) -> None:
     """Raise `ValueError` if `layers` of a model see chunks of the context: other layers can be switched beside them."""
-    kinds = getattr(text_config(model), "layer_types", None) or []
-    chunked = [index for index in layers if index < len(kinds) and kinds[index] == "chunked_attention"]
+    kinds, chunked = getattr(text_config(model), "layer_types", None) or [], _chunked(model, layers)
     others = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
     require(
         not chunked,
@@ -241,6 +240,12 @@ def require_whole_context(model: Any, layers: Iterable[int]) -> None:
             + (f": leave them dense with enable(layers={shortened(others)})" if others else "")
         ),
     )
+
+
+def _chunked(model: Any, layers: Iterable[int]) -> list[int]:
+    """Those of `layers` that attend in chunks."""
+    kinds = getattr(text_config(model), "layer_types", None) or []
+    return [index for index in layers if index < len(kinds) and kinds[index] == "chunked_attention"]
 
 
 def shortened(numbers: Sequence[int]) -> str:
@@ -275,14 +280,13 @@ def _require_plain_attention(name: str, module: Any, group: int) -> None:
 
 def _require_windows(name: str, model: Any, modules: list[Any]) -> None:
     """Windows that hide keys are handed to the attention function, which gets no mask for them. Chunks are another matter."""
-    config, caching = text_config(model), dense_cache_layers(model)
-    kinds = getattr(config, "layer_types", None) or []
+    caching, chunked = dense_cache_layers(model), _chunked(model, (module.layer_idx for module in modules))
+    longest = getattr(text_config(model), "max_position_embeddings", None) or math.inf
     for module in modules:
         window = getattr(caching[module.layer_idx], "sliding_window", None)
-        hides = window is not None and window < (getattr(config, "max_position_embeddings", None) or math.inf)
-        is_chunked = kinds[module.layer_idx : module.layer_idx + 1] == ["chunked_attention"]
+        hides = window is not None and window < longest and module.layer_idx not in chunked
         require(
-            not hides or is_chunked or _hands_over(module, "sliding_window"),
+            not hides or _hands_over(module, "sliding_window"),
             f"{name} masks keys by a sliding window that it does not hand to an attention function",
         )
 
