@@ -261,7 +261,7 @@ def _again(call: _Call) -> Tensor | None:
     factor = None if scores.exact_factor is None else scores.exact_factor.data_ptr()  # kept with what reads it
     form = (
         q.device, q.dtype, q.shape, q.stride(), budget, mask.window, scores.scale, scores.softcap, value_tolerance,
-        kv.first is None, kv.recent is None, q.data_ptr() % 16 if kv.exact else 0, factor,
+        kv.first is None, kv.recent is None, padding is None, q.data_ptr() % 16 if kv.exact else 0, factor,
     )  # fmt: skip
     if form not in kept:
         _check(q, kv, mask, value_tolerance, is_of_cache=True)

@@ -125,6 +125,7 @@ DEVICE unsigned bytes_of(unsigned low, unsigned high) {
   return x;
 }
 DEVICE float exp2_fast(float x) { return exp2f(x); }
+DEVICE float reciprocal(float x) { return 1 / x; }
 DEVICE float log2_exact(float x) { return log2f(x); }
 
 static void require_aligned(const void* at, int bytes) {
@@ -144,6 +145,10 @@ DEVICE unsigned load_2_bytes(const unsigned char* at) {
   unsigned short x;
   memcpy(&x, at, 2);
   return x;
+}
+template <class T>
+DEVICE unsigned load_if(bool is_there, const T* at) {
+  return is_there ? unsigned(*at) : 0;
 }
 DEVICE unsigned load_byte(const unsigned char* at) { return *at; }
 

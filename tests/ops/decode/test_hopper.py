@@ -93,10 +93,14 @@ def test_values_of_little_weight_are_left_out(n, group, bits):
     """Within the tolerance, and not read: they may hold NaN. What all values have in common stays."""
     q, k, v = draw(b=1, hkv=1, group=group, n=n, dtype=torch.bfloat16)
     q[:] = q[:, :1]  # all queries need the same
+
+    def scores(codes):
+        return (q.float() @ codes.to_codes(torch.float32).to_dense().mT)[0, 0, 0]
+
+    k[:, :, ::32] = k[:, :, scores(coded("0 d16s16-bitmap", k)).argmax()]  # of any 32 keys one has much weight
     kv, tolerance = KVView(coded("0 d16s16-bitmap", k), NarrowRows.encode(v, bits)), 0.05
     exact, lse = run("hopper", q, kv, DecodeRules(), scale=1.0)
-    codes = kv.codes.to_codes(torch.float32).to_dense()
-    shares = (q.float() @ codes.mT).softmax(-1)[0, 0, 0]
+    shares = scores(kv.codes).softmax(-1)
     light = shares < shares.max() * tolerance / n / 2  # far below any cut
     assert n < 100 or light.sum() > n / 10
     spoilt = v.masked_fill(light[None, None, :, None], float("nan"))
@@ -108,6 +112,17 @@ def test_values_of_little_weight_are_left_out(n, group, bits):
     out = run("hopper", q, alike, DecodeRules(), scale=1.0, tolerance=tolerance)[0]
     row = alike.rows(torch.float32).v[0, 0, 0]
     torch.testing.assert_close(out[0, 0, 0].float(), row, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize(("group", "bits"), [(1, 16), (4, 8), (8, 4)])
+def test_keys_that_are_light_one_by_one_are_heavy_together(group, bits):
+    """All weights are equal, each far below the tolerance. The output counts the tokens of each 64 that are read."""
+    q, k, v = draw(b=1, hkv=1, group=group, n=4000, dtype=torch.bfloat16)
+    k[:], tolerance = k[:, :, :1], 0.3
+    v[:] = torch.nn.functional.one_hot(torch.arange(4000, device=DEVICE) // 64, v.shape[-1])
+    kv = KVView(coded("0 d16s16-bitmap", k), NarrowRows.encode(v, bits))
+    exact, out = (run("hopper", q, kv, DecodeRules(), tolerance=x)[0].float() for x in (0.0, tolerance))
+    assert 0.01 < (out - exact).abs().sum(-1).max() / 2 <= tolerance
 
 
 @pytest.mark.parametrize("kind", ["rows 4", "9 d8s4-bitmap", "9 d8s8-packed", "axes"])
@@ -199,7 +214,8 @@ def test_what_is_prepared_follows_a_growing_cache(has_padding):
     def held(n):
         return buffers.map(lambda x: x[:, :, :n])
 
-    prepared = gpu.prepared(q, held(40), Mask(True), ScoreRules(0.125), 0.0, None)
+    none_hidden = torch.zeros(2, 40, dtype=torch.bool, device=DEVICE) if has_padding else None
+    prepared = gpu.prepared(q, held(40), Mask(True, None, none_hidden), ScoreRules(0.125), 0.0, None)
     for n in (40, 33, 200):
         other = torch.randn_like(q)
         padding = torch.rand(2, n, device=DEVICE) < 0.3 if has_padding else None

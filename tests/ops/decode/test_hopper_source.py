@@ -12,12 +12,21 @@ BASE = compiler.Variant(
     is_bf16=True, head_dim=128, value_dim=128, rows=1, query_dims=128, channel=0, channel_bits=16, kept=16, kept_bits=16, index_bits=8,
     value_bits=16, channel_scale_bytes=0, kept_scale_bytes=0, value_scale_bytes=0, channel_centred=False, value_centred=False,
     channel_alignment=16, kept_alignment=16, index_alignment=16, channel_stride=0, kept_stride=32, index_stride=16, value_stride=256,
-    page_size=0, has_several_queries=False, is_capped=False, is_tolerant=False, warps=4, blocks=3, keys_ahead=1,
+    page_size=0, has_padding=False, has_several_queries=False, is_capped=False, is_tolerant=False, warps=4, blocks=2, keys_ahead=1,
 )  # fmt: skip
-FOUR_BITS = {"value_bits": 4, "value_scale_bytes": 2, "value_centred": True, "value_stride": 64}
+FOUR_BITS = {
+    "warps": 12,
+    "blocks": 1,
+    "value_bits": 4,
+    "value_scale_bytes": 2,
+    "value_centred": True,
+    "value_stride": 64,
+}
 VARIANTS = {
     "16 bits": {},
     "8 bits": {
+        "warps": 12,
+        "blocks": 1,
         "kept_bits": 8,
         "value_bits": 8,
         "kept_scale_bytes": 4,

@@ -42,6 +42,7 @@ class Variant:
         channel_alignment, kept_alignment, index_alignment: powers of two up to 16 that divide all addresses.
         channel_stride, kept_stride, index_stride, value_stride: bytes from a key's row to the next.
         page_size: keys per page, 0 for no pages.
+        has_padding: whether some keys of a sequence are none.
         has_several_queries: whether query rows see different keys.
         is_capped: whether scores have a softcap.
         is_tolerant: whether values of little weight are left out.
@@ -73,6 +74,7 @@ class Variant:
     index_stride: int
     value_stride: int
     page_size: int
+    has_padding: bool
     has_several_queries: bool
     is_capped: bool
     is_tolerant: bool
@@ -83,11 +85,6 @@ class Variant:
     @property
     def threads(self) -> int:
         return 32 * self.warps
-
-    @property
-    def segment(self) -> int:
-        """Keys of which a warp has all scores before it reads values, with a tolerance."""
-        return 512 if self.rows <= 4 else 256
 
     @property
     def shared_bytes(self) -> int:
@@ -101,8 +98,17 @@ class Variant:
         pairs = aligned(words, 4 * double) // 4 * {16: 1, 8: 2, 4: 4, 2: 8}[self.channel_bits]
         query = 128 * (pairs or 1) + 16 * (pairs if self.channel_bits == 2 else 1)
         query += 128 * (sparse_dims if self.kept else 1) + 12 * self.rows
-        warp = 4 * (self.rows + 1) * (32 if self.channel else 2) + 96 * self.rows
-        warp += (4 * self.rows + 2) * self.segment if self.is_tolerant else 16
+        queue = 128 if self.is_tolerant else 1
+        entries = queue if self.page_size else 1
+        entries += sum(
+            queue + 32 * self.keys_ahead if is_there else 2 for is_there in (self.value_bits < 16, self.value_centred)
+        )
+        warp = (
+            96 * self.rows
+            + aligned(4 * (queue * (self.rows + 1) + entries), 16)
+            + 4 * (self.rows + 1) * (32 if self.channel else 2)
+        )
+        warp = aligned(warp, 16)
         sums = aligned(4 * self.warps * self.rows * (2 + self.value_dim) + 4, 8)
         return aligned(aligned(query, 16) + self.warps * warp + sums, 16)
 
@@ -123,7 +129,7 @@ def source(variant: Variant) -> str:
 def constants(variant: Variant) -> str:
     """What the files know of the specialisation."""
     values = {_NAMES.get(name, name): int(value) for name, value in asdict(variant).items()}
-    values |= {"segment": variant.segment, "params_bytes": ctypes.sizeof(Params), "shared_bytes": variant.shared_bytes}
+    values |= {"params_bytes": ctypes.sizeof(Params), "shared_bytes": variant.shared_bytes}
     return nvrtc.defines(values)
 
 

@@ -5,11 +5,21 @@
 // The codes of the next keys are asked for as soon as those of the present ones are scored, and their values when the present ones are summed:
 // so a warp has most of its registers full of bytes under way.
 
+constexpr int JUDGED = KEYS_AHEAD * WARP_KEYS;       // with a tolerance, keys that are scored before it is decided whose values are read
+constexpr int QUEUE = TOLERANT ? 4 * WARP_KEYS : 1;  // a power of two: 32 that are asked for, 31 that wait, and JUDGED
+
+// Keys whose values are yet to be added, in a ring, and what of the keys that are scored is not to be kept in registers.
+struct Queue {
+  alignas(16) float scores[QUEUE][ROWS];
+  int keys[QUEUE], pages[IS_PAGED ? QUEUE : 1];
+  u32 steps[ARE_VALUES_LEVELS ? QUEUE : 1], centres[VALUE_CENTRED ? QUEUE : 1];
+  u32 scored_steps[ARE_VALUES_LEVELS ? JUDGED : 1], scored_centres[VALUE_CENTRED ? JUDGED : 1];
+};
+
 struct SharedWarp {
-  alignas(8) u16 weights[ROWS * WEIGHT_STRIDE];
+  alignas(16) u16 weights[ROWS * WEIGHT_STRIDE];
+  Queue queue;
   float products[HAS_CHANNEL ? WARP_KEYS : 2][ROWS + 1];
-  float scores[TOLERANT ? ROWS : 1][TOLERANT ? SEGMENT : 2];  // of a segment
-  u16 needed[TOLERANT ? SEGMENT : 4];                         // its keys whose values are read
 };
 
 struct SharedSums {
@@ -19,7 +29,7 @@ struct SharedSums {
 
 struct Shared {
   SharedQuery query;
-  alignas(8) SharedWarp warps[WARPS];
+  alignas(16) SharedWarp warps[WARPS];
   alignas(8) SharedSums sums;
 };
 
@@ -33,13 +43,13 @@ struct Sequence {
   int blocks;                     // of the tile have keys, one at least
   int last_start;                 // 32 keys lie in the cache from here on, and no later
 
-  // The keys from `start` on: where fewer than 32 are there, some before them too, which count as not seen.
+  // The keys from `start` on: where fewer than 32 are there, some before them too, which count as not seen. Padding is left to `hide_padding`, as what
+  // is loaded here is under way for some time.
   DEVICE Keys keys(int start) const {
     const int from = IS_PAGED || start <= last_start ? start : last_start, key = from + lane_id();
     const bool is_there = key < end;
-    int page = 0;
-    if constexpr (IS_PAGED) page = is_there ? pages[key / PAGE] : 0;
-    return {ballot(is_there && key >= start && key >= first && !(padding && padding[key])), key, page};
+    const int page = IS_PAGED ? int(load_if(is_there, pages + key / PAGE)) : 0;
+    return {ballot(is_there && key >= start && key >= first), key, page, HAS_PADDING ? load_if(is_there, padding + key) : 0};
   }
 };
 
@@ -54,7 +64,7 @@ DEVICE Sequence sequence_of(const Params& p, int batch, int warp) {
   const int from = first / WARP_KEYS * WARP_KEYS, warps = int(gridDim.y) * WARPS, each = (length - from + warps - 1) / warps;
   const int share = (each + WARP_KEYS - 1) / WARP_KEYS * WARP_KEYS, begin = from + (int(blockIdx.y) * WARPS + warp) * share;
   const int blocks = share ? (length - from + share * WARPS - 1) / (share * WARPS) : 1;
-  return {p.padding ? p.padding + batch * p.padding_batch : nullptr, p.pages ? p.pages + batch * p.pages_batch : nullptr,
+  return {HAS_PADDING ? p.padding + batch * p.padding_batch : nullptr, p.pages ? p.pages + batch * p.pages_batch : nullptr,
           length, begin, begin + share < length ? begin + share : length, first, blocks, p.n - WARP_KEYS};
 }
 
@@ -131,8 +141,9 @@ struct Sums {
   }
 };
 
-// Makes room for the lane's scores and, of its value, the scale `step`; `kept` is relative to the peaks as `total` is.
-DEVICE void raise(Sums& sums, float (&kept)[ROWS], const float (&score)[ROWS], float step) {
+// Makes room for the lane's scores and, of its value, the scale `step`; the sums that `follow` are relative to the peaks as `total` is.
+template <int N>
+DEVICE void raise(Sums& sums, float (*follow)[ROWS], const float (&score)[ROWS], float step) {
   bool grows = ARE_VALUES_LEVELS && step > sums.unit && step < 0x1p100f;
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) grows |= score[r] > sums.peak[r];
@@ -147,11 +158,15 @@ DEVICE void raise(Sums& sums, float (&kept)[ROWS], const float (&score)[ROWS], f
     sums.peak[r] = largest[r];
     sums.total[r] *= shrink[r];
     sums.centre[r] *= shrink[r];
-    kept[r] *= shrink[r];
-    shrink[r] *= sums.unit / unit;
+#pragma unroll
+    for (int i = 0; i < N; ++i) follow[i][r] *= shrink[r];
   }
-  sums.unit = unit;
-  sums.inverse = 1 / unit;
+  if constexpr (ARE_VALUES_LEVELS) {
+    sums.inverse = reciprocal(unit);
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) shrink[r] *= sums.unit * sums.inverse;
+    sums.unit = unit;
+  }
   sums.scale_out(shrink);
 }
 
@@ -170,20 +185,26 @@ DEVICE void apply_rules(float (&score)[ROWS], const Params& p, const Sequence& s
   }
 }
 
+// The scale and centre of the lane's value: as they are stored, and what they are, 0 of a value that is not seen.
+struct StoredScale {
+  u32 step, centre;
+};
+
 struct ValueScale {
   float step, centre;
 };
 
-DEVICE ValueScale load_value_scale(const Params& p, const Keys& keys) {
-  ValueScale x = {1.0f, 0.0f};
-  if constexpr (ARE_VALUES_LEVELS) {
-    x.step = 0;
-    if (keys.is_mine_seen()) {
-      x.step = from_bits(load_number<VALUE_SCALE_BYTES>(my_row(p.v_scale, keys, p.v_scale.key)));
-      if constexpr (VALUE_CENTRED) x.centre = from_bits(load_number<2>(my_row(p.v_centre, keys, p.v_centre.key)));
-    }
-  }
+DEVICE StoredScale load_value_scale(const Params& p, const Keys& keys) {
+  StoredScale x;
+  if constexpr (ARE_VALUES_LEVELS) x.step = load_number<VALUE_SCALE_BYTES>(my_row(p.v_scale, keys, p.v_scale.key));
+  if constexpr (VALUE_CENTRED) x.centre = load_number<2>(my_row(p.v_centre, keys, p.v_centre.key));
   return x;
+}
+
+DEVICE ValueScale value_scale(const StoredScale& stored, bool is_seen) {
+  if constexpr (!ARE_VALUES_LEVELS) return {1, 0};
+  if (!is_seen) return {0, 0};
+  return {number<VALUE_SCALE_BYTES>(stored.step), VALUE_CENTRED ? number<2>(stored.centre) : 0};
 }
 
 // Merges what the warps of a block found, and what the blocks of a tile did: the last one to end writes the output.
@@ -302,20 +323,22 @@ DEVICE void attend(Sums& sums, const Params& p, const Sequence& s, const SharedQ
   StoredValues values;
   Keys keys = s.keys(s.begin), next = s.keys(s.begin + WARP_KEYS);
   load_keys(stored, p, keys);
-  ValueScale scale = load_value_scale(p, keys);
+  StoredScale stored_scale = load_value_scale(p, keys);
   load_values<true>(values, 0, p, keys);
   load_values<true>(values, 1, p, keys);
   wait();
   for (int start = s.begin; start < s.end; start += WARP_KEYS) {
-    float score[ROWS], none[ROWS] = {};
+    float score[ROWS];
+    hide_padding(keys);
     key_products(score, stored, query, own.products);
     apply_rules(score, p, s, first_row, keys);
     load_keys(stored, p, next);
-    raise(sums, none, score, scale.step);
+    const ValueScale scale = value_scale(stored_scale, keys.is_mine_seen());
+    raise<0>(sums, nullptr, score, scale.step);
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) score[r] = exp2_fast(score[r] - sums.base(r));  // weights
     weigh(sums, sums.total, own, score, scale);
-    scale = load_value_scale(p, next);
+    stored_scale = load_value_scale(p, next);
     sync_warp();
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile) {
@@ -330,164 +353,122 @@ DEVICE void attend(Sums& sums, const Params& p, const Sequence& s, const SharedQ
   }
 }
 
-constexpr int CHUNKS = SEGMENT / WARP_KEYS;
-
-// Makes weights of a segment's scores. The share of its row's mass so far that the lane's key of each chunk has, the largest of all query
-// rows; and that mass.
-DEVICE void find_shares(float (&share)[CHUNKS], float (&mass)[ROWS], Sums& sums, SharedWarp& own) {
-  const int lane = lane_id();
-  float inverse[ROWS];
-#pragma unroll
-  for (int r = 0; r < ROWS; ++r) {
-    const float base = sums.base(r);
-#pragma unroll
-    for (int i = 0; i < CHUNKS; ++i) {
-      float& score = own.scores[r][WARP_KEYS * i + lane];
-      score = exp2_fast(score - base);
-      sums.total[r] += score;
-      if (ROWS == 1) share[i] = score;
-    }
-    mass[r] = warp_sum(sums.total[r]);
-    inverse[r] = mass[r] > 0 ? 1 / mass[r] : 0.0f;
-  }
-#pragma unroll
-  for (int i = 0; i < CHUNKS; ++i) {
-    if (ROWS == 1) {
-      share[i] *= inverse[0];
-      continue;
-    }
-    share[i] = 0;
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-      const float x = own.scores[r][WARP_KEYS * i + lane] * inverse[r];
-      share[i] = x > share[i] || x != x ? x : share[i];  // NaN is not to be lost
-    }
-  }
-}
-
-// The largest share found below which all together have at most `budget`, and an upper bound of what they have.
-DEVICE float find_cut(const float (&share)[CHUNKS], float budget, float& below) {
-  constexpr float STEPS = 0x1p24f;  // sums are of whole numbers, each lane's rounded up
-  float low = -40, high = 0, cut = 0;  // exponents
-  below = 0;
-  for (int step = 0; step < 9; ++step) {
-    const float middle = (low + high) / 2, edge = exp2_fast(middle);
-    float sum = 0;
-#pragma unroll
-    for (int i = 0; i < CHUNKS; ++i) sum += share[i] < edge ? share[i] : 0.0f;
-    sum = sum_of_lanes(u32(sum * STEPS) + 1) / STEPS;
-    if (sum <= budget) {
-      low = middle;
-      cut = edge;
-      below = sum;
-    } else {
-      high = middle;
-    }
-  }
-  return cut;
-}
-
 // Attends to the keys of a warp, but leaves out values that together carry at most `tolerance` of the mass of each query row, and lets the
-// others stand for them. What was left out before counts: segments after a heavy one may leave out more.
+// others stand for them.
+//
+// A key is left out if every row can spare it: if all keys that are judged together could have as much of it without exceeding what the row
+// may yet leave out. The others queue up, and their values are read 32 at a time, while further keys are scored.
 template <class Wait>
 DEVICE void attend_within(Sums& sums, const Params& p, const Sequence& s, const SharedQuery& query, SharedWarp& own, int first_row, Wait wait) {
+  constexpr float LEAST = 1e-30f, STEPS = 0x1p20f, MASS_STEPS = 0x1p24f;  // lanes sum whole numbers
   const int lane = lane_id();
+  Queue& queue = own.queue;
   StoredKeys stored[KEYS_AHEAD];
-  Keys keys[KEYS_AHEAD], next = s.keys(s.begin + KEYS_AHEAD * WARP_KEYS);
+  StoredScale scales[KEYS_AHEAD];
+  Keys keys[KEYS_AHEAD], next = s.keys(s.begin + JUDGED);
 #pragma unroll
   for (int i = 0; i < KEYS_AHEAD; ++i) {
     keys[i] = s.keys(s.begin + WARP_KEYS * i);
     load_keys(stored[i], p, keys[i]);
+    scales[i] = load_value_scale(p, keys[i]);
   }
   wait();
-  float kept[ROWS] = {}, mass[ROWS] = {}, left_out = 0;  // left_out: a share of the mass so far
-  for (int segment = s.begin; segment < s.end; segment += SEGMENT) {
-    float largest[ROWS];
+  // Relative to the peaks: what the lane's keys have whose values were added, the warp's mass so far, no less, and what was left out of it, no more.
+  float parts[3][ROWS] = {};
+  float(&added)[ROWS] = parts[0], (&mass)[ROWS] = parts[1], (&left_out)[ROWS] = parts[2];
+  int front = 0, asked = 0, behind = 0, turns = 0;  // of the queue: `values` are those before `asked`
+  StoredValues values;
+  const auto add_queued = [&] {
+    const bool is_one = front + lane < asked;
+    const int place = (front + lane) % QUEUE;
+    const ValueScale scale = value_scale({queue.steps[ARE_VALUES_LEVELS ? place : 0], queue.centres[VALUE_CENTRED ? place : 0]}, is_one);
+    float weight[ROWS], none[ROWS];
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) largest[r] = -INFINITE;
-    for (int first = 0; first < SEGMENT; first += KEYS_AHEAD * WARP_KEYS) {
+    for (int r = 0; r < ROWS; ++r) none[r] = -INFINITE;
+    raise<3>(sums, parts, none, scale.step);
 #pragma unroll
-      for (int i = 0; i < KEYS_AHEAD; ++i) {
-        const int start = first + WARP_KEYS * i;
-        const int slot = start + ((keys[i].key - segment - start) & (WARP_KEYS - 1));  // of a score: keys may begin before `start`
-        float score[ROWS];
-        key_products(score, stored[i], query, own.products);
-        apply_rules(score, p, s, first_row, keys[i]);
-        load_keys(stored[i], p, next);
-        keys[i] = next;
-        next = s.keys(segment + start + (KEYS_AHEAD + 1) * WARP_KEYS);
-#pragma unroll
-        for (int r = 0; r < ROWS; ++r) {
-          own.scores[r][slot] = score[r];
-          largest[r] = fmaxf(largest[r], score[r]);
-        }
-      }
-    }
+    for (int r = 0; r < ROWS; ++r) weight[r] = is_one ? exp2_fast(queue.scores[place][r] - sums.base(r)) : 0.0f;
+    weigh(sums, added, own, weight, scale);
     sync_warp();
-    float before[ROWS], none[ROWS];
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-      before[r] = sums.peak[r];
-      none[r] = -INFINITE;
-    }
-    raise(sums, kept, largest, 0);
-    float share[CHUNKS], shrink = 0, below;
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) before[r] = mass[r] * relative(before[r], sums.peak[r]);
-    find_shares(share, mass, sums, own);
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r)
-      if (mass[r] > 0) shrink = fmaxf(shrink, before[r] / mass[r]);
-    left_out *= fminf(shrink, 1.0f);
-    const float cut = find_cut(share, p.tolerance - left_out, below);
-    left_out += below;
-
-    int count = 0;
-#pragma unroll
-    for (int i = 0; i < CHUNKS; ++i) {
-      const bool is_needed = !(share[i] < cut) && share[i] != 0;
-      const u32 all = ballot(is_needed);
-      if (is_needed) own.needed[count + count_bits(all & ((1u << lane) - 1))] = u16(WARP_KEYS * i + lane);
-      count += count_bits(all);
-    }
-    sync_warp();
-    const auto needed = [&](int first) {
-      const bool is_one = first + lane < count;
-      const int key = segment + (is_one ? own.needed[first + lane] : 0);
-      return Keys{ballot(is_one), key, IS_PAGED ? s.pages[key / PAGE] : 0};
-    };
-    StoredValues values;
-    Keys there = needed(0);
-    ValueScale scale = load_value_scale(p, there);
+    for (int tile = 0; tile < 2; ++tile) add_values(sums.out, sums.mass, values, tile, own.weights);
+    if (++turns % SETTLE == 0) sums.settle();
+    front = asked;
+  };
+  const auto ask = [&] {
+    asked = front + WARP_KEYS < behind ? front + WARP_KEYS : behind;
+    const int place = (front + lane < asked ? front + lane : front) % QUEUE;  // what lies where no key is asked for may be no number
+    const Keys there = {~0u, queue.keys[place], IS_PAGED ? queue.pages[place] : 0, 0};
     load_values<false>(values, 0, p, there);
     load_values<false>(values, 1, p, there);
-    for (int first = 0; first < count; first += WARP_KEYS) {
-      const Keys behind = needed(first + WARP_KEYS);
-      float weight[ROWS];
+    sync_warp();  // before places and weights are written again
+  };
+  for (int first = s.begin;; first += JUDGED) {
+    const bool is_end = first + JUDGED >= s.end;
+    float score[KEYS_AHEAD][ROWS], weight[KEYS_AHEAD][ROWS], largest[ROWS], spare[ROWS], spared[ROWS] = {};
+    Keys here[KEYS_AHEAD];
 #pragma unroll
-      for (int r = 0; r < ROWS; ++r) weight[r] = there.is_mine_seen() ? own.scores[r][there.key - segment] : 0.0f;
-      raise(sums, kept, none, scale.step);
-      weigh(sums, kept, own, weight, scale);
-      scale = load_value_scale(p, behind);
-      sync_warp();
+    for (int i = 0; i < KEYS_AHEAD; ++i) {
+      hide_padding(keys[i]);
+      key_products(score[i], stored[i], query, own.products);
+      apply_rules(score[i], p, s, first_row, keys[i]);
+      here[i] = keys[i];
+      if constexpr (ARE_VALUES_LEVELS) queue.scored_steps[WARP_KEYS * i + lane] = scales[i].step;
+      if constexpr (VALUE_CENTRED) queue.scored_centres[WARP_KEYS * i + lane] = scales[i].centre;
+      sync_warp();  // else the compiler loads earlier, into other registers, and waits to move them
+      load_keys(stored[i], p, next);
+      scales[i] = load_value_scale(p, next);
+      keys[i] = next;
+      next = s.keys(first + (i + 1) * WARP_KEYS + JUDGED);
 #pragma unroll
-      for (int tile = 0; tile < 2; ++tile) {
-        clear_unseen(values, tile, there);
-        add_values(sums.out, sums.mass, values, tile, own.weights);
-        load_values<false>(values, tile, p, behind);
-      }
-      sync_warp();  // before the next weights
-      there = behind;
+      for (int r = 0; r < ROWS; ++r) largest[r] = i ? fmaxf(largest[r], score[i][r]) : score[i][r];
     }
-    sums.settle();
+    raise<3>(sums, parts, largest, 0);
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      float judged = 0;
+#pragma unroll
+      for (int i = 0; i < KEYS_AHEAD; ++i) judged += weight[i][r] = exp2_fast(score[i][r] - sums.base(r));
+      sums.total[r] += judged;
+      mass[r] += sum_of_lanes(u32(judged * MASS_STEPS)) / MASS_STEPS;
+      spare[r] = fmaxf((p.tolerance * mass[r] - left_out[r]) / JUDGED, LEAST);
+    }
+#pragma unroll
+    for (int i = 0; i < KEYS_AHEAD; ++i) {
+      bool is_spared = true;
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) is_spared = is_spared && weight[i][r] < spare[r];  // NaN is not
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) spared[r] += is_spared ? weight[i][r] : 0.0f;
+      const u32 others = ballot(!is_spared);
+      if (!is_spared) {
+        const int place = (behind + count_bits(others & ((1u << lane) - 1))) % QUEUE;
+        queue.keys[place] = here[i].key;
+        if constexpr (IS_PAGED) queue.pages[place] = here[i].page;
+        if constexpr (ARE_VALUES_LEVELS) queue.steps[place] = queue.scored_steps[WARP_KEYS * i + lane];
+        if constexpr (VALUE_CENTRED) queue.centres[place] = queue.scored_centres[WARP_KEYS * i + lane];
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) queue.scores[place][r] = score[i][r];
+      }
+      behind += count_bits(others);
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r)
+      left_out[r] += sum_of_lanes(u32(spared[r] * (STEPS * reciprocal(spare[r]))) + 1) * (spare[r] / STEPS);
+    sync_warp();
+    while (behind - asked >= WARP_KEYS || (is_end && behind > front)) {
+      if (asked > front) add_queued();
+      if (behind > front) ask();
+    }
+    if (is_end) break;
   }
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
-    const float all = warp_sum(sums.total[r]), some = warp_sum(kept[r]);
-    kept[r] = some > 0 ? all / some : 1.0f;
-    sums.centre[r] *= kept[r];
+    const float all = warp_sum(sums.total[r]), some = warp_sum(added[r]);
+    added[r] = some > 0 ? all / some : 1.0f;
+    sums.centre[r] *= added[r];
   }
-  sums.scale_out(kept);
+  sums.scale_out(added);
 }
 
 static_assert(sizeof(Shared) == SHARED_BYTES, "compiler.py asks for shared memory of another size");

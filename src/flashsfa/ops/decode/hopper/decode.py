@@ -1,7 +1,7 @@
 """Decode by a CUDA kernel for Hopper, which keeps most of its registers full of the cache's bytes under way.
 
-Each warp takes some of the keys, a block merges what its warps found, and the last block what all did. With a tolerance, a warp scores a segment of keys first and reads the
-values of those alone that carry weight.
+Each warp takes some of the keys, a block merges what its warps found, and the last block what all did. With a tolerance, a warp reads the values of those keys
+alone that carry weight.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from .params import Params, Rows
 
 _WARP_KEYS = 32
 _MOST_ROWS = 8  # query rows of a warp: the columns of its matrix products
-_WARPS = 4
 _MOST_WAVES = 4
 _WIDTHS = (64, 128)
 _MOST_KEPT = 64  # the loop over kept entries is unrolled
@@ -93,15 +92,18 @@ class Prepared:
         heads, query_rows = batch * kv_heads, q_heads // kv_heads * m
         padded_rows = next_power_of_2(query_rows)
         rows = min(padded_rows, _MOST_ROWS)
+        tiles = heads * (padded_rows // rows)
         softcap = call.scores.softcap
         form = _Form(
             q.dtype,
             head_dim,
             rows,
             0 if table is None else v.shape[2],
+            padding is not None,
             m > 1,
             softcap is not None,
             call.value_tolerance > 0,
+            tiles <= processors(q.device) // 4,
         )
         places = tuple((name, _Place.of(x)) for name, x in held.tensors.items() if name in _FIELDS)
         specialised = _specialised(form, places, *held.sizes)
@@ -128,7 +130,7 @@ class Prepared:
         params.scale = call.scores.scale * LOG2_E if softcap is None else call.scores.scale / softcap
         params.cap = (softcap or 0.0) * LOG2_E
         params.tolerance = call.value_tolerance * _CERTAIN
-        return cls(variant, params, keys, heads * (padded_rows // rows), heads * padded_rows, (table, lengths, padding))
+        return cls(variant, params, keys, tiles, heads * padded_rows, (table, lengths, padding))
 
     @property
     def width(self) -> int:
@@ -139,7 +141,7 @@ class Prepared:
         self, q: Tensor, out: Tensor, lse: Tensor | None, keys: int | None = None, padding: Tensor | None = None
     ) -> str | None:
         """As `attend`, for queries such as those that this was prepared for; over the first `keys`, if any are named, without those
-        of `padding` [B, keys] bool."""
+        of `padding` [B, keys] bool, which is there if it was then."""
         variant, params, device = self.variant, self.params, q.device
         if keys is None:
             params.n = self.keys
@@ -175,9 +177,11 @@ class _Form(NamedTuple):
     head_dim: int
     rows: int
     page_size: int
+    has_padding: bool
     has_several_queries: bool
     is_capped: bool
     is_tolerant: bool
+    is_little: bool  # work: many thread blocks share the keys of each tile of query rows
 
 
 class _Place(NamedTuple):
@@ -233,6 +237,7 @@ def _specialised(
     nothing = _Place(torch.uint8, 0, (0, 0, 0))
     kept, indices = (places[name] if topk else nothing for name in ("VALUES", "INDICES"))
     dense = places["CHANNEL"] if channel else nothing
+    warps, blocks = _warps_and_blocks(value_bits, form)
     variant = Variant(
         is_bf16=form.dtype == torch.bfloat16,
         head_dim=form.head_dim,
@@ -258,12 +263,13 @@ def _specialised(
         index_stride=indices.strides[2],
         value_stride=v.strides[2],
         page_size=form.page_size,
+        has_padding=form.has_padding,
         has_several_queries=form.has_several_queries,
         is_capped=form.is_capped,
         is_tolerant=form.is_tolerant,
-        warps=_WARPS,
-        blocks=_blocks(value_bits, form.rows, topk > 0 and not channel, form.is_tolerant),
-        keys_ahead=2 if value_bits == 8 else 1,
+        warps=warps,
+        blocks=blocks,
+        keys_ahead=1 if value_bits == 16 or not form.is_tolerant else 2,
     )
     params = Params()
     for name, place in held:
@@ -272,16 +278,12 @@ def _specialised(
     return variant, bytes(params)
 
 
-def _blocks(value_bits: int, rows: int, is_kept_alone: bool, is_tolerant: bool) -> int:
-    """Thread blocks of a multiprocessor, and so registers of a thread: measured on an H200 (docs/notes/2026-11-29-decode-on-hopper.md).
-    More have more bytes under way, until registers are too few for what is read."""
-    if value_bits == 16 or (rows > 1 and is_tolerant):
-        return 3
-    if is_tolerant:
-        return 4
-    if value_bits == 8:
-        return 3
-    return 5 if rows == 1 and is_kept_alone else 4
+def _warps_and_blocks(value_bits: int, form: _Form) -> tuple[int, int]:
+    """Warps of a thread block, and thread blocks of a multiprocessor: measured on an H200 (docs/notes/2026-11-30-decode-again.md). More
+    warps have more bytes under way, until registers are too few for what is read; fewer blocks leave less to merge."""
+    if form.is_tolerant:
+        return 4, 3 if value_bits == 16 or form.rows > 1 else 4
+    return (4, 2) if form.is_little or value_bits == 16 else (12, 1)
 
 
 @functools.cache

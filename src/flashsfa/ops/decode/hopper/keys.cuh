@@ -11,9 +11,11 @@ constexpr int PAIRS_PER_WORD = CHANNEL_BITS == 16 ? 1 : CHANNEL_BITS == 8 ? 2 : 
 constexpr int STEP_WORDS = CHANNEL_BITS == 16 ? 2 : 1;  // of a lane, that fill a matrix product's depth at least
 constexpr int LANE_WORDS = (words(CHANNEL_BYTES) + 4 * STEP_WORDS - 1) / (4 * STEP_WORDS) * STEP_WORDS;
 constexpr int PAIRS = LANE_WORDS * PAIRS_PER_WORD;
+constexpr int CHANNEL_PIECE = piece_of(CHANNEL_BYTES, CHANNEL_ALIGNMENT);
 constexpr int KEPT_BYTES = (KEPT * KEPT_BITS + 7) / 8;
 constexpr int SPARSE_DIMS = HEAD_DIM - CHANNEL;
 constexpr int INDEX_BYTES = INDEX_BITS == 0 ? (SPARSE_DIMS + 7) / 8 : (KEPT * INDEX_BITS + 7) / 8;
+constexpr int KEPT_PIECE = piece_of(KEPT_BYTES, KEPT_ALIGNMENT), INDEX_PIECE = piece_of(INDEX_BYTES, INDEX_ALIGNMENT);
 constexpr bool HAS_CHANNEL = CHANNEL > 0, HAS_KEPT = KEPT > 0;
 constexpr bool IS_CHANNEL_LEVELS = HAS_CHANNEL && CHANNEL_BITS < 16;
 
@@ -91,8 +93,8 @@ DEVICE void lay_out(SharedQuery& shared, const u16 (*q)[QUERY_DIMS], const Param
 
 // 32 keys as they are stored: a lane's part.
 struct StoredKeys {
-  u32 channel[4][HAS_CHANNEL ? LANE_WORDS : 1];  // of the keys group, group + 8, group + 16, group + 24
-  u32 kept[HAS_KEPT ? words(KEPT_BYTES) : 1], indices[HAS_KEPT ? words(INDEX_BYTES) : 1];  // of the lane's key, as are the others
+  u32 channel[4][HAS_CHANNEL ? LANE_WORDS : 1][4 / CHANNEL_PIECE];  // of the keys group, group + 8, group + 16, group + 24
+  u32 kept[HAS_KEPT ? KEPT_BYTES / KEPT_PIECE : 1], indices[HAS_KEPT ? INDEX_BYTES / INDEX_PIECE : 1];  // of the lane's key, as are the others
   u32 channel_scale, channel_centre, kept_scale;
 };
 
@@ -109,15 +111,18 @@ DEVICE void load_keys(StoredKeys& stored, const Params& p, const Keys& keys) {
 #pragma unroll
         for (int j = 0; j < LANE_WORDS; j += CHANNEL_VECTOR) {
           const int first = 4 * channel_word(j, quad);
-          u32* to = &stored.channel[2 * tile + i][j];
-          const bool may_lack = 4 * channel_word(j + CHANNEL_VECTOR - 1, 3) + 4 > CHANNEL_BYTES;
-          if (may_lack && first >= CHANNEL_BYTES) {
+          u32(*to)[4 / CHANNEL_PIECE] = &stored.channel[2 * tile + i][j];
+          if constexpr (CHANNEL_PIECE < 4) {
 #pragma unroll
-            for (int k = 0; k < CHANNEL_VECTOR; ++k) to[k] = 0;
-          } else if (!may_lack || first + 4 <= CHANNEL_BYTES) {
-            load_row<4 * CHANNEL_VECTOR, CHANNEL_ALIGNMENT>(to, row + first);
+            for (int k = 0; k < 4; k += CHANNEL_PIECE) {
+              (*to)[k / CHANNEL_PIECE] = 0;
+              if (first + k < CHANNEL_BYTES) (*to)[k / CHANNEL_PIECE] = load_piece<CHANNEL_PIECE>(row + first + k);
+            }
+          } else if (4 * channel_word(j + CHANNEL_VECTOR - 1, 3) + 4 > CHANNEL_BYTES && first >= CHANNEL_BYTES) {
+#pragma unroll
+            for (int k = 0; k < CHANNEL_VECTOR; ++k) to[k][0] = 0;
           } else {
-            load_row<CHANNEL_BYTES % 4, CHANNEL_ALIGNMENT>(to, row + first);
+            load_row<4 * CHANNEL_VECTOR, CHANNEL_ALIGNMENT>(*to, row + first);
           }
         }
       }
@@ -126,8 +131,8 @@ DEVICE void load_keys(StoredKeys& stored, const Params& p, const Keys& keys) {
     if constexpr (CHANNEL_CENTRED) stored.channel_centre = load_number<2>(my_row(p.channel_centre, keys, p.channel_centre.key));
   }
   if constexpr (HAS_KEPT) {
-    load_row<KEPT_BYTES, KEPT_ALIGNMENT>(stored.kept, my_row(p.kept, keys, KEPT_STRIDE));
-    load_row<INDEX_BYTES, INDEX_ALIGNMENT>(stored.indices, my_row(p.indices, keys, INDEX_STRIDE));
+    load_pieces<KEPT_BYTES, KEPT_ALIGNMENT>(stored.kept, my_row(p.kept, keys, KEPT_STRIDE));
+    load_pieces<INDEX_BYTES, INDEX_ALIGNMENT>(stored.indices, my_row(p.indices, keys, INDEX_STRIDE));
     if constexpr (KEPT_SCALE_BYTES > 0) stored.kept_scale = load_number<KEPT_SCALE_BYTES>(my_row(p.kept_scale, keys, p.kept_scale.key));
   }
 }
@@ -153,8 +158,8 @@ DEVICE void channel_products(const StoredKeys& stored, const SharedQuery& shared
       for (int i = 0; i < 2; ++i) {
         const int word = (pair + i) / PAIRS_PER_WORD, j = (pair + i) % PAIRS_PER_WORD;
         const u32 field = CHANNEL_BITS == 2 ? shared.fields[pair + i][quad] : 0;
-        a[2 * i] = channel_pair(stored.channel[2 * tile][word], j, field);
-        a[2 * i + 1] = channel_pair(stored.channel[2 * tile + 1][word], j, field);
+        a[2 * i] = channel_pair(word_of<CHANNEL_PIECE>(stored.channel[2 * tile][word]), j, field);
+        a[2 * i + 1] = channel_pair(word_of<CHANNEL_PIECE>(stored.channel[2 * tile + 1][word]), j, field);
       }
       multiply<!IS_CHANNEL_LEVELS && IS_BF16>(c, a[0], a[1], a[2], a[3], shared.pairs[pair][lane], shared.pairs[pair + 1][lane]);
     }
@@ -189,13 +194,16 @@ DEVICE float kept_entry(const u32* kept, int i) {
 
 // Adds the products of the lane's kept entries with the query rows.
 DEVICE void add_kept(float (&score)[ROWS], const StoredKeys& stored, const SharedQuery& shared) {
+  u32 kept[HAS_KEPT ? words(KEPT_BYTES) : 1], indices[HAS_KEPT ? words(INDEX_BYTES) : 1];
+  join<KEPT_PIECE>(kept, stored.kept);
+  join<INDEX_PIECE>(indices, stored.indices);
   unsigned long long left = 0, behind = 0;  // a bitmap's bits
   int base = 0;
   if constexpr (INDEX_BITS == 0) {
-    left = stored.indices[0];
-    if constexpr (INDEX_BYTES > 4) left |= (unsigned long long)stored.indices[1] << 32;
-    if constexpr (INDEX_BYTES > 8) behind = stored.indices[2];
-    if constexpr (INDEX_BYTES > 12) behind |= (unsigned long long)stored.indices[3] << 32;
+    left = indices[0];
+    if constexpr (INDEX_BYTES > 4) left |= (unsigned long long)indices[1] << 32;
+    if constexpr (INDEX_BYTES > 8) behind = indices[2];
+    if constexpr (INDEX_BYTES > 12) behind |= (unsigned long long)indices[3] << 32;
   }
 #pragma unroll
   for (int i = 0; i < KEPT; ++i) {
@@ -209,14 +217,14 @@ DEVICE void add_kept(float (&score)[ROWS], const StoredKeys& stored, const Share
       offset = 128 * (base + (left ? lowest_bit(left) : 0));
       left &= left - 1;
     } else {
-      offset = bits_of_row<7>(stored.indices, i * INDEX_BITS, INDEX_BITS, words(INDEX_BYTES));
+      offset = bits_of_row<7>(indices, i * INDEX_BITS, INDEX_BITS, words(INDEX_BYTES));
     }
     // a corrupt index must not read outside of the query
     if constexpr ((SPARSE_DIMS & (SPARSE_DIMS - 1)) == 0)
       offset &= 128 * (SPARSE_DIMS - 1);
     else
       offset = offset < 128 * (SPARSE_DIMS - 1) ? offset : 128 * (SPARSE_DIMS - 1);
-    const float entry = kept_entry(stored.kept, i);
+    const float entry = kept_entry(kept, i);
     u32 of_rows[words(ENTRY_BYTES)];
     load_shared(of_rows, shared.features[0] + lane_id() % COPIES * ENTRY_BYTES + offset);
 #pragma unroll
@@ -232,7 +240,7 @@ DEVICE void key_products(float (&score)[ROWS], const StoredKeys& stored, const S
     add_kept(score, stored, shared);
     if constexpr (KEPT_SCALE_BYTES > 0) {
 #pragma unroll
-      for (int r = 0; r < ROWS; ++r) score[r] *= from_bits(stored.kept_scale);
+      for (int r = 0; r < ROWS; ++r) score[r] *= number<KEPT_SCALE_BYTES>(stored.kept_scale);
     }
   }
   if constexpr (HAS_CHANNEL) {
@@ -242,8 +250,8 @@ DEVICE void key_products(float (&score)[ROWS], const StoredKeys& stored, const S
     for (int r = 0; r < ROWS; ++r) {
       float x = products[lane_id()][r];
       if constexpr (IS_CHANNEL_LEVELS) x = x * LEVEL_UNIT - shared.terms[1][r];
-      if constexpr (CHANNEL_SCALE_BYTES > 0) x *= from_bits(stored.channel_scale);
-      if constexpr (CHANNEL_CENTRED) x += from_bits(stored.channel_centre) * shared.terms[2][r];
+      if constexpr (CHANNEL_SCALE_BYTES > 0) x *= number<CHANNEL_SCALE_BYTES>(stored.channel_scale);
+      if constexpr (CHANNEL_CENTRED) x += number<2>(stored.channel_centre) * shared.terms[2][r];
       score[r] += x;
     }
     sync_warp();  // before the next products

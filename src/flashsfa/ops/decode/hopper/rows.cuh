@@ -12,42 +12,66 @@ constexpr int smaller(int a, int b) { return a < b ? a : b; }
 // A level alone in the low bits of 16 is, as float16, that level times 2^-24: a subnormal number, which matrix units multiply exactly.
 constexpr float LEVEL_UNIT = 0x1p24f;
 
-// BYTES from `at`, which is a multiple of ALIGNMENT. No byte behind them is touched; those of the last word are 0.
+// BYTES from `at`, both multiples of 4, in as few loads as ALIGNMENT allows.
 template <int BYTES, int ALIGNMENT>
 DEVICE void load_row(u32* x, const u8* at) {
-  constexpr int STEP = BYTES % 16 == 0 && ALIGNMENT >= 16 ? 16 : BYTES % 8 == 0 && ALIGNMENT >= 8 ? 8 : BYTES % 4 == 0 && ALIGNMENT >= 4 ? 4 : 1;
-  if constexpr (STEP > 1) {
+  constexpr int STEP = BYTES % 16 == 0 && ALIGNMENT >= 16 ? 16 : BYTES % 8 == 0 && ALIGNMENT >= 8 ? 8 : 4;
 #pragma unroll
-    for (int i = 0; i < BYTES / STEP; ++i) load(reinterpret_cast<u32(&)[STEP / 4]>(x[i * STEP / 4]), at + i * STEP);
+  for (int i = 0; i < BYTES / STEP; ++i) load(reinterpret_cast<u32(&)[STEP / 4]>(x[i * STEP / 4]), at + i * STEP);
+}
+
+// Rows of any number of bytes are read in pieces of 4, 2 or 1, a register each, which are joined when they are needed.
+constexpr int piece_of(int bytes, int alignment) {
+  return bytes % 4 == 0 && alignment >= 4 ? 4 : bytes % 2 == 0 && alignment >= 2 ? 2 : 1;
+}
+
+template <int PIECE>
+DEVICE u32 load_piece(const u8* at) {
+  static_assert(PIECE < 4);
+  return PIECE == 2 ? load_2_bytes(at) : load_byte(at);
+}
+
+template <int BYTES, int ALIGNMENT>
+DEVICE void load_pieces(u32* x, const u8* at) {
+  constexpr int PIECE = piece_of(BYTES, ALIGNMENT);
+  if constexpr (PIECE == 4) {
+    load_row<BYTES, ALIGNMENT>(x, at);
   } else {
 #pragma unroll
-    for (int i = 0; i < words(BYTES); ++i) {
-      x[i] = 0;
-      if constexpr (ALIGNMENT >= 2) {
-#pragma unroll
-        for (int j = 0; j < 4; j += 2)
-          if (4 * i + j + 1 < BYTES) x[i] |= load_2_bytes(at + 4 * i + j) << (8 * j);
-        if (BYTES % 2 == 1 && i == BYTES / 4) x[i] |= load_byte(at + BYTES - 1) << (8 * ((BYTES - 1) % 4));
-      } else {
-#pragma unroll
-        for (int j = 0; j < 4; ++j)
-          if (4 * i + j < BYTES) x[i] |= load_byte(at + 4 * i + j) << (8 * j);
-      }
-    }
+    for (int i = 0; i < BYTES / PIECE; ++i) x[i] = load_piece<PIECE>(at + i * PIECE);
   }
 }
 
-// One number of a row, of 4 bytes (float32) or 2 (bfloat16).
-template <int BYTES>
-DEVICE u32 load_number(const u8* at) {
-  if constexpr (BYTES == 4) {
-    u32 x[1];
-    load(x, at);
-    return x[0];
-  } else {
-    return load_2_bytes(at) << 16;
+// The word that pieces of it make.
+template <int PIECE>
+DEVICE u32 word_of(const u32* pieces) {
+  return PIECE == 4 ? pieces[0] : PIECE == 2 ? pieces[0] | pieces[1] << 16 : pieces[0] | pieces[1] << 8 | pieces[2] << 16 | pieces[3] << 24;
+}
+
+// The words of a row; what the last one lacks is 0.
+template <int PIECE, int WORDS, int PIECES>
+DEVICE void join(u32 (&row)[WORDS], const u32 (&pieces)[PIECES]) {
+#pragma unroll
+  for (int i = 0; i < WORDS; ++i) {
+    u32 here[4 / PIECE] = {};
+#pragma unroll
+    for (int j = 0; j < 4 / PIECE; ++j)
+      if (i * (4 / PIECE) + j < PIECES) here[j] = pieces[i * (4 / PIECE) + j];
+    row[i] = word_of<PIECE>(here);
   }
 }
+
+// A number of a row of 4 bytes (float32) or 2 (bfloat16), as it is stored; and what it is.
+template <int BYTES>
+DEVICE u32 load_number(const u8* at) {
+  if constexpr (BYTES == 2) return load_2_bytes(at);
+  u32 x[1];
+  load(x, at);
+  return x[0];
+}
+
+template <int BYTES>
+DEVICE float number(u32 stored) { return from_bits(BYTES == 4 ? stored : stored << 16); }
 
 DEVICE float stored_float(u16 x) { return IS_BF16 ? from_bf16(x) : from_half(x); }
 
@@ -70,10 +94,15 @@ constexpr int PAGE = IS_PAGED ? PAGE_SIZE : 1;
 struct Keys {
   u32 seen;  // a bit per key
   int key, page;
+  u32 is_padding;  // not yet taken off `seen`
 
   DEVICE bool is_seen(int i) const { return seen >> i & 1; }
   DEVICE bool is_mine_seen() const { return is_seen(lane_id()); }
 };
+
+DEVICE void hide_padding(Keys& keys) {
+  if constexpr (HAS_PADDING) keys.seen &= ~ballot(keys.is_padding);
+}
 
 // The row of a key of a sequence, rows being `stride` bytes apart.
 DEVICE const u8* row_of(const Rows& x, int key, int page, int stride) {
