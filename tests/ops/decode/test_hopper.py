@@ -115,8 +115,9 @@ def test_values_of_little_weight_are_left_out(n, group, bits):
 
 
 @pytest.mark.parametrize(("group", "bits"), [(1, 16), (4, 8), (8, 4)])
-def test_keys_that_are_light_one_by_one_are_heavy_together(group, bits):
+def test_keys_that_are_light_one_by_one_are_heavy_together(group, bits, monkeypatch):
     """All weights are equal, each far below the tolerance. The output counts the tokens of each 64 that are read."""
+    monkeypatch.setattr(hopper, "processors", lambda device: 1)  # few warps, of many keys each
     q, k, v = draw(b=1, hkv=1, group=group, n=4000, dtype=torch.bfloat16)
     k[:], tolerance = k[:, :, :1], 0.3
     v[:] = torch.nn.functional.one_hot(torch.arange(4000, device=DEVICE) // 64, v.shape[-1])

@@ -237,7 +237,7 @@ def _specialised(
     nothing = _Place(torch.uint8, 0, (0, 0, 0))
     kept, indices = (places[name] if topk else nothing for name in ("VALUES", "INDICES"))
     dense = places["CHANNEL"] if channel else nothing
-    warps, blocks = _warps_and_blocks(value_bits, form)
+    warps, blocks = _warps_and_blocks(width * value_bits // 8, form)
     variant = Variant(
         is_bf16=form.dtype == torch.bfloat16,
         head_dim=form.head_dim,
@@ -278,12 +278,12 @@ def _specialised(
     return variant, bytes(params)
 
 
-def _warps_and_blocks(value_bits: int, form: _Form) -> tuple[int, int]:
+def _warps_and_blocks(value_bytes: int, form: _Form) -> tuple[int, int]:
     """Warps of a thread block, and thread blocks of a multiprocessor: measured on an H200 (docs/notes/2026-11-30-decode-again.md). More
     warps have more bytes under way, until registers are too few for what is read; fewer blocks leave less to merge."""
     if form.is_tolerant:
-        return 4, 3 if value_bits == 16 or form.rows > 1 else 4
-    return (4, 2) if form.is_little or value_bits == 16 else (12, 1)
+        return 4, 3 if value_bytes == 256 or form.rows > 1 else 4
+    return (4, 2) if form.is_little or value_bytes == 256 else (12, 1)
 
 
 @functools.cache
