@@ -48,14 +48,16 @@ static void run_block(int threads, Run run) {
     makecontext(&fiber.context, +[] { (*kernel)(); fibers[threadIdx.x].done = true; }, 0);
   }
   memset(dynamic, 0xff, sizeof dynamic);  // NaN
-  for (bool runs = true; runs;) {
+  for (bool runs = true, backwards = false; runs; backwards = !backwards) {  // so that no order of the lanes hides that they must wait
     runs = false;
-    for (int i = 0; i < threads; ++i)
+    for (int j = 0; j < threads; ++j) {
+      const int i = backwards ? threads - 1 - j : j;
       if (!fibers[i].done && !fibers[i].waits) {
         threadIdx.x = i;
         swapcontext(&scheduler, &fibers[i].context);
         runs = true;
       }
+    }
     const auto release = [&](int first, int count, int whom) {  // once all of them wait
       for (int i = first; i < first + count; ++i)
         if (fibers[i].waits != whom) return;

@@ -87,7 +87,7 @@ def test_pages(kind, tolerance):
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
-@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("group", [1, 3, 4])
 @pytest.mark.parametrize("n", [40, 700, 1500])
 def test_values_of_little_weight_are_left_out(n, group, bits):
     """Within the tolerance, and not read: they may hold NaN. What all values have in common stays."""
@@ -137,15 +137,22 @@ def test_a_tolerance_over_every_kind_of_keys(kind):
     assert (out.float() - exact.float()).norm(dim=-1).max() <= 0.06 * v.float().norm(dim=-1).max()
 
 
-@pytest.mark.parametrize("dv", [64, 128])
+@pytest.mark.parametrize(("dv", "bits"), [(64, 16), (128, 8), (128, 4)])
 @pytest.mark.parametrize("lengths", [[2900, 2900], [700, 2900], [0, 33]])
-def test_many_blocks_share_the_keys(lengths, dv, monkeypatch):
+def test_many_blocks_share_the_keys(lengths, dv, bits, monkeypatch):
     """As many as the longest sequence asks for; those without keys of a shorter one leave, and the others are merged."""
     monkeypatch.setattr(hopper, "processors", lambda device: 132)
     q, k, v = draw(hkv=1, group=2, n=2900, dv=dv, dtype=torch.bfloat16)
-    assert_decodes(
-        "hopper", q, KVView(coded("9 d16s16-uint8", k), v), DecodeRules(torch.tensor(lengths, device=DEVICE))
-    )
+    kv = KVView(coded("9 d16s16-uint8", k), NarrowRows.encode(v, bits))
+    assert_decodes("hopper", q, kv, DecodeRules(torch.tensor(lengths, device=DEVICE)))
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 1e-6])
+def test_an_infinite_value_stays_one(tolerance):
+    q, k, v = draw(group=2, n=40, dtype=torch.bfloat16)
+    v[..., 3] = float("inf")
+    out, _ = run("hopper", q, KVView(coded("9 d16s16-uint8", k), v), DecodeRules(), tolerance=tolerance)
+    assert (out.isinf() == (torch.arange(64, device=DEVICE) == 3)).all()
 
 
 @pytest.mark.parametrize("tolerance", [0.0, 0.1])
@@ -222,7 +229,7 @@ def test_what_is_prepared_follows_a_growing_cache(has_padding):
         padding = torch.rand(2, n, device=DEVICE) < 0.3 if has_padding else None
         expected, _ = run("hopper", other, held(n), DecodeRules(key_padding_mask=padding))
         assert torch.equal(gpu.attend_again(other, prepared, "why", held(n), padding), expected)
-    assert gpu.attend_again(q, prepared, "why", held(31), None) is None
+    assert gpu.attend_again(q, prepared, "why", held(31), None if none_hidden is None else none_hidden[:, :31]) is None
     few = gpu.prepared(q, held(1), Mask(True), ScoreRules(0.125), 0.0, None)
     assert few is None  # a single key has any stride
 

@@ -59,6 +59,8 @@ VARIANTS = {
         "channel_scale_bytes": 2,
         "channel_centred": True,
     },
+    "pages": {"page_size": 16, "is_capped": True, "is_bf16": False},
+    "padding": {"has_padding": True, "has_several_queries": True},
     "axes": {**FOUR_BITS, "channel": 192, "channel_bits": 2, "query_dims": 192, "kept": 0, "channel_stride": 48},
 }
 
@@ -68,7 +70,7 @@ VARIANTS = {
 def test_compiles(name, rows):
     """The sizes of its structures are asserted while it compiles."""
     variant = dataclasses.replace(BASE, rows=rows, is_tolerant=rows == 8, **VARIANTS[name])
-    assert variant.shared_bytes * variant.blocks <= 227 * 1024
+    assert (variant.shared_bytes + 1024) * variant.blocks <= 228 * 1024
     assert compiler.compile_cubin(variant).startswith(b"\x7fELF")
 
 

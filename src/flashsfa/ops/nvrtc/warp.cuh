@@ -31,8 +31,8 @@ DEVICE float reciprocal(float x) {
 
 DEVICE float log2_exact(float x) { return log2f(x); }
 
-// Loads are volatile: they are issued where they stand, ahead of the work that hides them. Whatever reads a register waits for it, if only to move it:
-// what is loaded stays as it is until it is needed.
+// Loads are volatile: they are issued where they stand, ahead of the work that hides them. Whatever reads a register waits for it, if only to
+// move it: what is loaded stays as it is until it is needed.
 DEVICE void load(u32 (&x)[4], const u8* at) {
   asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "l"(at));
 }
@@ -73,6 +73,7 @@ DEVICE u32 load_if(bool is_there, const u8* at) {
   asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; mov.u32 %0, 0; @p ld.global.nc.u8 %0, [%1];}" : "=&r"(x) : "l"(at), "r"(u32(is_there)));
   return x;
 }
+
 DEVICE float from_half(u16 x) {
   float y;
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));

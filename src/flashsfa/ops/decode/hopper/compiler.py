@@ -42,12 +42,12 @@ class Variant:
         channel_alignment, kept_alignment, index_alignment: powers of two up to 16 that divide all addresses.
         channel_stride, kept_stride, index_stride, value_stride: bytes from a key's row to the next.
         page_size: keys per page, 0 for no pages.
-        has_padding: whether some keys of a sequence are none.
+        has_padding: whether there is a padding mask.
         has_several_queries: whether query rows see different keys.
         is_capped: whether scores have a softcap.
         is_tolerant: whether values of little weight are left out.
         warps: of a block; blocks: of a multiprocessor, at least.
-        keys_ahead: with a tolerance, how many times 32 keys a warp asks for ahead.
+        keys_ahead: with a tolerance, how many times 32 keys a warp asks for ahead, and judges together.
     """
 
     is_bf16: bool

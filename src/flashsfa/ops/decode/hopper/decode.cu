@@ -8,7 +8,7 @@
 constexpr int JUDGED = KEYS_AHEAD * WARP_KEYS;       // with a tolerance, keys that are scored before it is decided whose values are read
 constexpr int QUEUE = TOLERANT ? 4 * WARP_KEYS : 1;  // a power of two: 32 that are asked for, 31 that wait, and JUDGED
 
-// Keys whose values are yet to be added, in a ring, and what of the keys that are scored is not to be kept in registers.
+// Keys whose values are yet to be added, in a ring; and the scales of the keys that are judged, which would cost registers.
 struct Queue {
   alignas(16) float scores[QUEUE][ROWS];
   int keys[QUEUE], pages[IS_PAGED ? QUEUE : 1];
@@ -176,7 +176,7 @@ DEVICE void apply_rules(float (&score)[ROWS], const Params& p, const Sequence& s
   for (int r = 0; r < ROWS; ++r) {
     score[r] *= p.scale;
     if constexpr (CAPPED) score[r] = p.cap * (2.0f / (1.0f + exp2_fast(-2.8853900817779268f * score[r])) - 1.0f);  // tanh
-    bool is_seen = keys.is_mine_seen();
+    bool is_seen = keys.is_mine_seen() && !(TOLERANT && first_row + r >= p.rows);  // no row that only fills the tile asks for values
     if constexpr (SEVERAL_QUERIES) {
       const int last = s.length - p.m + (first_row + r) % p.m;
       is_seen = is_seen && keys.key <= last && !(p.window && keys.key <= last - p.window);
@@ -356,8 +356,8 @@ DEVICE void attend(Sums& sums, const Params& p, const Sequence& s, const SharedQ
 // Attends to the keys of a warp, but leaves out values that together carry at most `tolerance` of the mass of each query row, and lets the
 // others stand for them.
 //
-// A key is left out if every row can spare it: if all keys that are judged together could have as much of it without exceeding what the row
-// may yet leave out. The others queue up, and their values are read 32 at a time, while further keys are scored.
+// A key is left out if every row can spare it: if all keys that are judged together could weigh as much as this one, and the row would still leave
+// out no more than it may. The others queue up, and their values are read 32 at a time, while further keys are scored.
 template <class Wait>
 DEVICE void attend_within(Sums& sums, const Params& p, const Sequence& s, const SharedQuery& query, SharedWarp& own, int first_row, Wait wait) {
   constexpr float LEAST = 1e-30f, STEPS = 0x1p20f, MASS_STEPS = 0x1p24f;  // lanes sum whole numbers
@@ -373,21 +373,23 @@ DEVICE void attend_within(Sums& sums, const Params& p, const Sequence& s, const 
     scales[i] = load_value_scale(p, keys[i]);
   }
   wait();
-  // Relative to the peaks: what the lane's keys have whose values were added, the warp's mass so far, no less, and what was left out of it, no more.
+  // Relative to the peaks: the mass of the lane's keys whose values were added, a lower bound of the warp's so far, and an upper one of what was left out of it.
   float parts[3][ROWS] = {};
   float(&added)[ROWS] = parts[0], (&mass)[ROWS] = parts[1], (&left_out)[ROWS] = parts[2];
   int front = 0, asked = 0, behind = 0, turns = 0;  // of the queue: `values` are those before `asked`
   StoredValues values;
+  // Lanes for which no key is left take the first one's value and a part of its weight: 0 times a value that is infinite would be no number.
+  const auto place_of_mine = [&] { return (front + lane < asked ? front + lane : front) % QUEUE; };
   const auto add_queued = [&] {
-    const bool is_one = front + lane < asked;
-    const int place = (front + lane) % QUEUE;
-    const ValueScale scale = value_scale({queue.steps[ARE_VALUES_LEVELS ? place : 0], queue.centres[VALUE_CENTRED ? place : 0]}, is_one);
+    const int place = place_of_mine();
+    const float part = lane == 0 || front + lane >= asked ? reciprocal(float(WARP_KEYS + 1 - (asked - front))) : 1.0f;
+    const ValueScale scale = value_scale({queue.steps[ARE_VALUES_LEVELS ? place : 0], queue.centres[VALUE_CENTRED ? place : 0]}, true);
     float weight[ROWS], none[ROWS];
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) none[r] = -INFINITE;
     raise<3>(sums, parts, none, scale.step);
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) weight[r] = is_one ? exp2_fast(queue.scores[place][r] - sums.base(r)) : 0.0f;
+    for (int r = 0; r < ROWS; ++r) weight[r] = part * exp2_fast(queue.scores[place][r] - sums.base(r));
     weigh(sums, added, own, weight, scale);
     sync_warp();
 #pragma unroll
@@ -397,7 +399,7 @@ DEVICE void attend_within(Sums& sums, const Params& p, const Sequence& s, const 
   };
   const auto ask = [&] {
     asked = front + WARP_KEYS < behind ? front + WARP_KEYS : behind;
-    const int place = (front + lane < asked ? front + lane : front) % QUEUE;  // what lies where no key is asked for may be no number
+    const int place = place_of_mine();
     const Keys there = {~0u, queue.keys[place], IS_PAGED ? queue.pages[place] : 0, 0};
     load_values<false>(values, 0, p, there);
     load_values<false>(values, 1, p, there);

@@ -1,7 +1,7 @@
 """Decode by a CUDA kernel for Hopper, which keeps most of its registers full of the cache's bytes under way.
 
-Each warp takes some of the keys, a block merges what its warps found, and the last block what all did. With a tolerance, a warp reads the values of those keys
-alone that carry weight.
+Each warp takes some of the keys, a block merges what its warps found, and the last block what all did. With a tolerance, a warp reads the
+values of those keys alone that carry weight.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from .params import Params, Rows
 
 _WARP_KEYS = 32
 _MOST_ROWS = 8  # query rows of a warp: the columns of its matrix products
-_MOST_WAVES = 4
+_MOST_WAVES = 4  # of blocks of four warps
+_LITTLE = 2048  # keys for each multiprocessor
 _WIDTHS = (64, 128)
+_SHARED_BYTES, _RESERVED_BYTES = 228 << 10, 1 << 10  # of a multiprocessor, and of these for each thread block
 _MOST_KEPT = 64  # the loop over kept entries is unrolled
 _CERTAIN = 1 - 2**-7  # of the tolerance: room for the rounding of weights and sums
 _FIELDS = {
@@ -103,7 +105,7 @@ class Prepared:
             m > 1,
             softcap is not None,
             call.value_tolerance > 0,
-            tiles <= processors(q.device) // 4,
+            tiles <= processors(q.device) // 4 or tiles * keys <= processors(q.device) * _LITTLE,
         )
         places = tuple((name, _Place.of(x)) for name, x in held.tensors.items() if name in _FIELDS)
         specialised = _specialised(form, places, *held.sizes)
@@ -141,18 +143,22 @@ class Prepared:
         self, q: Tensor, out: Tensor, lse: Tensor | None, keys: int | None = None, padding: Tensor | None = None
     ) -> str | None:
         """As `attend`, for queries such as those that this was prepared for; over the first `keys`, if any are named, without those
-        of `padding` [B, keys] bool, which is there if it was then."""
+        of `padding` [B, keys] bool, given if, and only if, the prepared call had some."""
         variant, params, device = self.variant, self.params, q.device
         if keys is None:
             params.n = self.keys
         else:
+            assert (padding is not None) == variant.has_padding
             padding = None if padding is None else padding.contiguous()
             params.n, params.padding_batch = keys, keys
             params.padding = None if padding is None else padding.data_ptr()
         if params.n < _WARP_KEYS and not params.pages:
             return f"the CUDA kernel takes at least {_WARP_KEYS} keys, not {params.n}"
         blocks = _blocks_per_tile(
-            self.tiles, params.n // (2 * _WARP_KEYS * variant.warps), processors(device) * variant.blocks
+            self.tiles,
+            params.n // (2 * _WARP_KEYS * variant.warps),
+            processors(device) * variant.blocks,
+            _MOST_WAVES * variant.warps // 4,
         )
         sums = self.rows * blocks  # as many weighted sums of values, and of maxima and sums of weights
         scratch = torch.empty(sums * (variant.value_dim + 2), dtype=torch.float32, device=device)
@@ -238,6 +244,9 @@ def _specialised(
     kept, indices = (places[name] if topk else nothing for name in ("VALUES", "INDICES"))
     dense = places["CHANNEL"] if channel else nothing
     warps, blocks = _warps_and_blocks(width * value_bits // 8, form)
+    is_light = (
+        form.rows <= 4 and compiler.channel_bytes(channel, channel_bits) < 32
+    )  # else 64 keys are too much for the registers
     variant = Variant(
         is_bf16=form.dtype == torch.bfloat16,
         head_dim=form.head_dim,
@@ -269,8 +278,10 @@ def _specialised(
         is_tolerant=form.is_tolerant,
         warps=warps,
         blocks=blocks,
-        keys_ahead=1 if value_bits == 16 or not form.is_tolerant else 2,
+        keys_ahead=2 if is_light and value_bits < 16 and form.is_tolerant else 1,
     )
+    fitting = _SHARED_BYTES // (variant.shared_bytes + _RESERVED_BYTES)
+    variant = replace(variant, blocks=min(blocks, fitting))
     params = Params()
     for name, place in held:
         outer, head, key = place.strides
@@ -287,10 +298,10 @@ def _warps_and_blocks(value_bytes: int, form: _Form) -> tuple[int, int]:
 
 
 @functools.cache
-def _blocks_per_tile(tiles: int, most: int, resident: int) -> int:
-    """Thread blocks that share the keys of one tile of query rows, so that all end at about the same time, and no more than
-    `most`, from where each would have little to do. More are merged longer: they must gain a tenth."""
-    counts = range(1, max(1, min(most, _MOST_WAVES * resident // tiles)) + 1)
+def _blocks_per_tile(tiles: int, most: int, resident: int, waves: int) -> int:
+    """Thread blocks that share the keys of one tile of query rows, so that all end at about the same time, no more than `most`, from
+    where each would have little to do, and no more than so many `waves` of what is resident. More are merged longer: they must gain a tenth."""
+    counts = range(1, max(1, min(most, waves * resident // tiles)) + 1)
     best = 1
     for count in counts:
         if math.ceil(tiles * count / resident) / count < 0.9 * math.ceil(tiles * best / resident) / best:

@@ -16,7 +16,7 @@ struct Params {
   const float* step;      // [kv_heads, HEAD_DIM] from a level of an axis to the next
   const float* centre;    // [kv_heads, HEAD_DIM] of the range of an axis
   const void* lengths;    // [batch] int32 or int64, or none
-  const u8* padding;      // [batch, n], or none
+  const u8* padding;      // [batch, n], if HAS_PADDING
   const int* pages;       // [batch, ...] page ids, or none
   float* partial;         // [heads, splits, padded_rows, VALUE_DIM] unnormalised output
   float* peak;            // [heads, splits, padded_rows] largest score
