@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
@@ -162,7 +163,7 @@ def sparse_feature_decode(
         return _Call(q, kv, budget, mask, scores, value_tolerance, place)
 
     require_no_gradient(sinks)
-    if kv.prepared is not None and not return_lse and has_values(q):
+    if kv.prepared is not None and not return_lse and has_values(q) and q.shape[-1:] == kv.codes.shape[-1:]:
         refuse_transforms("sparse_feature_decode", _DIFFERENTIABLE, q, sinks)
         again = _again(call())
         if again is not None:
@@ -227,7 +228,7 @@ def attend_cached(
     `value_tolerance` is a saving of decode; prefill is exact. No gradients: refused where one is asked for.
     """
     call = _Call(q, kv, budget, mask, scores, value_tolerance)
-    again = _again(call)
+    again = _again(call) if has_values(q) else None
     if again is not None:
         return again
     _check(q, kv, mask, value_tolerance, is_of_cache=True)
@@ -245,19 +246,20 @@ def attend_cached(
 
 
 def _again(call: _Call) -> Tensor | None:
-    """The output, by what was prepared when queries of this form met these buffers first: nothing is checked or planned twice. None
-    where that is not possible."""
+    """The output for queries that hold numbers, by what was prepared when such ones met these buffers first: nothing is checked or planned
+    twice. None where that is not possible."""
     q, kv, budget, mask, scores, value_tolerance, out = call
     kept, padding, keys = kv.prepared, mask.key_padding_mask, kv.v.shape[2]
     if (
         kept is None or q.ndim != 4 or q.shape[2] > FEW_QUERIES or keys < gpu.FEWEST_KEYS
         or scores.sinks is not None or mask.kv_lens is not None or budget.query_pattern is not None
-        or torch.compiler.is_compiling() or is_checked() or (q.requires_grad and torch.is_grad_enabled())
+        or is_checked() or (q.requires_grad and torch.is_grad_enabled())
         or (kv.exact and (q.shape[2] > 1 or mask.window is not None))
     ):  # fmt: skip
         return None
     if padding is not None:
         require_padding(padding, q.shape[0], kv.n, q.device)
+    require_tolerance(value_tolerance)
     factor = None if scores.exact_factor is None else scores.exact_factor.data_ptr()  # kept with what reads it
     form = (
         q.device, q.dtype, q.shape, q.stride(), budget, mask.window, scores.scale, scores.softcap, value_tolerance,
@@ -265,12 +267,28 @@ def _again(call: _Call) -> Tensor | None:
     )  # fmt: skip
     if form not in kept:
         _check(q, kv, mask, value_tolerance, is_of_cache=True)
-        plan, topk_query = plan_decode(q, kv), None if budget.keeps_queries else budget.topk_query
-        is_hopper = plan.backend == "hopper"
-        found = gpu.prepared(q, kv, mask, scores, value_tolerance, topk_query) if is_hopper else None
-        kept[form] = found, told_with_exact(plan.reason, None) if kv.exact else plan.reason
-    prepared, reason = kept[form]
-    return None if prepared is None else gpu.attend_again(q, prepared, reason, kv, padding, out)
+        kept[form] = _prepared(call)
+    attend = kept[form]
+    return None if attend is None else attend(q, kv, padding, out)
+
+
+def _prepared(call: _Call) -> Callable[[Tensor, KVView, Tensor | None, Tensor | None], Tensor | None] | None:
+    """What attends for queries of the form of checked ones over views of the same buffers, by q, the view, the padding and the place for the
+    output; None where nothing is kept."""
+    q, kv, budget, mask, scores, value_tolerance = call[:6]
+    plan, topk_query = plan_decode(q, kv), None if budget.keeps_queries else budget.topk_query
+    if plan.backend == "hopper":
+        kernels = gpu.prepared(q, kv, mask, scores, value_tolerance, topk_query)
+        reason = told_with_exact(plan.reason, None) if kv.exact else plan.reason
+        if kernels is not None:
+            return lambda q, kv, padding, out: gpu.attend_again(q, kernels, reason, kv, padding, out)
+    elif plan.backend == "numba":
+        from .ops.decode import cpu
+
+        made = cpu.prepared(q, kv, mask, scores, value_tolerance, topk_query)
+        if made is not None:
+            return lambda q, kv, padding, out: made.attend_again(q, kv, padding)
+    return None
 
 
 def _prefill(q: Tensor, kv: KVView, budget: FeatureBudget, mask: Mask, scores: ScoreRules) -> Tensor:

@@ -74,7 +74,8 @@ class KVView:
         first, recent: tokens before and after the coded ones that are held as they came; None for none. Those with positions are
             `recent`, whatever they are, and have lengths and pages beside them.
         prepared: what attention has prepared for views of the same buffers of coded tokens, which differ in their numbers of tokens and
-            where exact ones lie, and which the cache keeps on a Hopper GPU; None for other views, and for whatever is made of a view.
+            where exact ones lie, and which the cache keeps on the CPU and on a Hopper GPU; None for other views, and for whatever is
+            made of a view.
     """
 
     codes: KeyCodes

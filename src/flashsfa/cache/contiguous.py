@@ -517,7 +517,8 @@ class _Held:
             first = None if kv.first is None else kv.first.tokens(0, tokens.first)
             recent = None if kv.recent is None else kv.recent.tokens(tokens.slot, tokens.slot + tokens.recent)
             kv = replace(kv, first=first, recent=recent)
-        return kv.over(self.readers) if nvrtc.is_hopper(kv.v.device) else kv
+        is_kept = kv.v.device.type == "cpu" or nvrtc.is_hopper(kv.v.device)  # where attention prepares something
+        return kv.over(self.readers) if is_kept else kv
 
     def map(self, change: Callable[[Tensor], Tensor]) -> _Held:
         """Every buffer changed alike."""

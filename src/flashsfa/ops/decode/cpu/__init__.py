@@ -12,7 +12,7 @@ a cache over by its addresses (`parts`); what the loops keep in registers is in 
 (`pip install flashsfa[cpu]`). The first call with a dtype compiles for some seconds, once a machine (`threads`).
 """
 
-from .host import decode, obstacle
+from .host import decode, obstacle, prepared
 from .threads import is_available, manner
 
-__all__ = ["decode", "is_available", "manner", "obstacle"]
+__all__ = ["decode", "is_available", "manner", "obstacle", "prepared"]

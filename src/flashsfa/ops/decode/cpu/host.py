@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from ....narrow import NarrowCodes, NarrowRows
 from ....rotation import rotate
 from ....scores import ScoreRules
 from ....stored import KVView
+from ... import record
 from . import keys, threads
 from .parts import like, where
 from .queries import lay_out
@@ -48,56 +50,123 @@ def decode(
 
     Parts have any strides of B, Hkv and N; they are copied first if the entries of a key are not adjacent.
     """
-    batch, kv_heads, n, value_dim = kv.v.shape
-    m, rows, heads = q.shape[2], q.shape[1] // kv_heads * q.shape[2], batch * kv_heads
-    # scores come in log2 units; under a cap, which stands before them, as what its tanh takes
-    cap = 0.0 if scores.softcap is None else scores.softcap * LOG2_E
-    factor = scores.scale * LOG2_E if scores.softcap is None else scores.scale / scores.softcap
-    held: list[Tensor] = []
-    seen, exact = _seen(batch, m, kv, mask), _exact(kv, q, held)
-    weights = np.empty((heads, rows, n), np.float32)
-    lse, cuts, masses = (np.empty((heads, rows), np.float32) for _ in range(3))
-    sums, out = (np.empty((heads, rows, value_dim), np.float32) for _ in range(2))
-    whole = coded = np.empty((heads, rows, q.shape[-1]), np.float32)
-    if topk_query is not None:
-        coded = np.empty_like(whole)
-    with threads.ready():
-        kept = topk_query or 0, kv.key_budget[1]
-        lay_out((q.dtype,), like(q.dtype), _book(held, q)[0], kv_heads, m, factor, *kept, whole, coded)
-        if isinstance(kv.codes, FeatureCodes):
-            keys.score_features((kv.codes.values.dtype,), coded, *_features(kv.codes, held), *seen, cap, weights)
+    made = Prepared.of(q, kv, mask, scores, value_tolerance, topk_query)
+    return made.attend(q, kv, mask.key_padding_mask, mask.kv_lens)
+
+
+def prepared(
+    q: Tensor, kv: KVView, mask: Mask, scores: ScoreRules, value_tolerance: float, topk_query: int | None
+) -> Prepared | None:
+    """What attends for queries of this form over whatever tokens the buffers of `kv` hold; None where a part of them is copied first,
+    and for no queries."""
+    made = Prepared.of(q, kv, mask, scores, value_tolerance, topk_query)
+    return made if q.numel() and not made.copies else None
+
+
+class Prepared(NamedTuple):
+    """Decode for queries of one form over the buffers of a view, of which others show other numbers of tokens and other exact ones.
+
+    Attributes:
+        rows: queries of a kv head.
+        kept: how many features a code keeps of a query, 0 for queries as they are, and its dense ones.
+        factor, cap: of scores, which come in log2 units; under a cap, which stands before them, as what its tanh takes.
+        score, key_dtypes, keys: pass one, and what it takes of the buffers.
+        is_rotated: whether queries are rotated before they meet keys.
+        add, value_dtypes, values: pass three, likewise.
+        copies: parts of the buffers that had to be copied, which are read by their addresses.
+    """
+
+    rows: int
+    kept: tuple[int, int]
+    window: int | None
+    factor: float
+    cap: float
+    exact_factor: Tensor | None
+    value_tolerance: float
+    score: threads.Kernel
+    key_dtypes: tuple
+    keys: tuple
+    is_rotated: bool
+    add: threads.Kernel
+    value_dtypes: tuple
+    values: tuple
+    copies: list[Tensor]
+
+    @classmethod
+    def of(
+        cls, q: Tensor, kv: KVView, mask: Mask, scores: ScoreRules, value_tolerance: float, topk_query: int | None
+    ) -> Prepared:
+        """For `decode` with these arguments."""
+        codes, copies = kv.codes, list[Tensor]()
+        cap = 0.0 if scores.softcap is None else scores.softcap * LOG2_E
+        factor = scores.scale * LOG2_E if scores.softcap is None else scores.scale / scores.softcap
+        if isinstance(codes, FeatureCodes):
+            score, key_dtypes, parts = keys.score_features, (codes.values.dtype,), _features(codes, copies)
         else:
-            if isinstance(kv.codes, NarrowRows) and kv.codes.is_rotated:
+            score, parts = keys.score_levels, _levels(codes, copies)
+            key_dtypes = (parts[0].dtype,)
+        is_rotated = isinstance(codes, NarrowRows) and codes.is_rotated
+        return cls(
+            q.shape[1] // kv.v.shape[1] * q.shape[2], (topk_query or 0, kv.key_budget[1]), mask.window, factor, cap, scores.exact_factor,
+            float(value_tolerance), score, key_dtypes, parts, is_rotated, *_values(kv, copies), copies,
+        )  # fmt: skip
+
+    def attend(
+        self, q: Tensor, kv: KVView, padding: Tensor | None, kv_lens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `decode`, for such queries and a view of these buffers."""
+        batch, kv_heads, n, value_dim = kv.v.shape
+        rows, cap, heads, m = self.rows, self.cap, batch * kv_heads, q.shape[2]
+        held: list[Tensor] = []
+        exact = _exact(kv, q, held)
+        seen = _seen(batch, m, kv_heads, n, exact[2:], padding, kv_lens, self.window)
+        weights = np.empty((heads, rows, n), np.float32)
+        lse, cuts, masses = np.empty((3, heads, rows), np.float32)
+        sums, out = np.empty((2, heads, rows, value_dim), np.float32)
+        whole = coded = np.empty((heads, rows, q.shape[3]), np.float32)
+        if self.kept[0]:
+            coded = np.empty_like(whole)
+        with threads.ready():
+            lay_out((q.dtype,), like(q.dtype), _book(held, q)[0], kv_heads, m, self.factor, *self.kept, whole, coded)
+            if self.is_rotated:
                 coded = rotate(torch.from_numpy(coded)).numpy()
-            scale_like, *levels = _levels(kv.codes, held)
-            keys.score_levels((scale_like.dtype,), coded, scale_like, *levels, *seen, cap, weights)
-        exact_q = whole if scores.exact_factor is None else _times(whole, scores.exact_factor)
-        weigh((q.dtype,), exact_q, *exact, *seen, cap, float(value_tolerance), weights, lse, cuts, sums, masses)
-        if isinstance(kv.v, NarrowRows) and kv.v.is_rotated:
-            at, block = _book(held, kv.v.kept, kv.v.scale, kv.v.centre), kv.v.width & -kv.v.width
-            sum_levels((), weights, cuts, *seen, at, block, sums, masses, out)
-        else:
-            v, v_scale = (kv.v, kv.v_scale) if isinstance(kv.v, Tensor) else (kv.v.kept, kv.v.scale)
-            sum_rows((v.dtype,), weights, cuts, *seen, like(v.dtype), _book(held, v, v_scale), sums, masses, out)
-    del held  # what kernels read by its address was kept until here
-    shape = (batch, q.shape[1], m)
-    return torch.from_numpy(out).view(*shape, value_dim).to(q.dtype), torch.from_numpy(lse).view(shape)
+            self.score(self.key_dtypes, coded, *self.keys, *seen, cap, weights)
+            exact_q = whole if self.exact_factor is None else _times(whole, self.exact_factor)
+            weigh((q.dtype,), exact_q, *exact, *seen, cap, self.value_tolerance, weights, lse, cuts, sums, masses)
+            self.add(self.value_dtypes, weights, cuts, *seen, *self.values, sums, masses, out)
+        del held  # what kernels read by its address was kept until here
+        shape = (batch, q.shape[1], m)
+        return torch.from_numpy(out).view(*shape, value_dim).to(q.dtype), torch.from_numpy(lse).view(shape)
+
+    def attend_again(self, q: Tensor, kv: KVView, padding: Tensor | None) -> Tensor:
+        """The output alone, recorded for `explain()`."""
+        out, _ = self.attend(q, kv, padding)
+        record.record("decode", "numba", threads.manner())
+        return out
 
 
-def _seen(batch: int, m: int, kv: KVView, mask: Mask) -> tuple:
-    """Which of all tokens the queries see: the fields of `parts.Seen`."""
-    n, n_first, coded = kv.n, kv.n_first, kv.v.shape[2]
-    padding = np.zeros((batch, 0), np.bool_)
-    if mask.key_padding_mask is not None:
-        padding = mask.key_padding_mask.contiguous().numpy()
-    if mask.kv_lens is None and mask.window is None and m == 1:  # the usual step, at less than the general rule costs
-        first, last = np.zeros((batch, 1), np.int64), np.full((batch, 1), n)
+def _seen(
+    batch: int,
+    m: int,
+    kv_heads: int,
+    coded: int,
+    exact: tuple[int, int],
+    padding: Tensor | None,
+    kv_lens: Tensor | None,
+    window: int | None,
+) -> tuple:
+    """Which of all tokens, `exact` ones before and after the coded ones, the queries see: the fields of `parts.Seen`."""
+    n = exact[0] + coded + exact[1]
+    hidden = np.zeros((batch, 0), np.bool_) if padding is None else padding.contiguous().numpy()
+    if kv_lens is None and window is None and m == 1:  # the usual step, at less than the general rule costs
+        first = np.zeros((batch, 1), np.int64)
+        last = first + n
     else:
-        lengths = np.full(batch, n) if mask.kv_lens is None else mask.kv_lens.numpy().astype(np.int64)
+        lengths = np.full(batch, n) if kv_lens is None else kv_lens.numpy().astype(np.int64)
         last = lengths[:, None] - m + np.arange(1, m + 1)  # [B, M]
-        first = np.zeros_like(last) if mask.window is None else last - mask.window
+        first = np.zeros_like(last) if window is None else last - window
         first, last = first.clip(0, n), last.clip(0, n)
-    return first, last, padding, kv.v.shape[1], n_first, coded
+    return first, last, hidden, kv_heads, exact[0], coded
 
 
 def _features(codes: FeatureCodes, held: list[Tensor]) -> tuple:
@@ -135,6 +204,15 @@ def _levels(codes: NarrowCodes | NarrowRows | AxisCodes, held: list[Tensor]) -> 
         *sparse,
         codes.dense_dims,
     )
+
+
+def _values(kv: KVView, copies: list[Tensor]) -> tuple[threads.Kernel, tuple, tuple]:
+    """Pass three over these values, the dtypes that it is compiled for, and what it takes of them."""
+    if isinstance(kv.v, NarrowRows) and kv.v.is_rotated:
+        at, block = _book(copies, kv.v.kept, kv.v.scale, kv.v.centre), kv.v.width & -kv.v.width
+        return sum_levels, (), (at, block)
+    v, scale = (kv.v, kv.v_scale) if isinstance(kv.v, Tensor) else (kv.v.kept, kv.v.scale)
+    return sum_rows, (v.dtype,), (like(v.dtype), _book(copies, v, scale))
 
 
 @functools.cache
