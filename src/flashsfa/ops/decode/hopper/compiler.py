@@ -103,12 +103,8 @@ class Variant:
         entries += sum(
             queue + 32 * self.keys_ahead if is_there else 2 for is_there in (self.value_bits < 16, self.value_centred)
         )
-        warp = (
-            96 * self.rows
-            + aligned(4 * (queue * (self.rows + 1) + entries), 16)
-            + 4 * (self.rows + 1) * (32 if self.channel else 2)
-        )
-        warp = aligned(warp, 16)
+        warp = 96 * self.rows + aligned(4 * (queue * (self.rows + 1) + entries), 16)
+        warp = aligned(warp + 4 * (self.rows + 1) * (32 if self.channel else 2), 16)
         sums = aligned(4 * self.warps * self.rows * (2 + self.value_dim) + 4, 8)
         return aligned(aligned(query, 16) + self.warps * warp + sums, 16)
 

@@ -95,6 +95,9 @@ class Prepared:
         padded_rows = next_power_of_2(query_rows)
         rows = min(padded_rows, _MOST_ROWS)
         tiles = heads * (padded_rows // rows)
+        room = (
+            keys if table is not None else max(keys, v.stride(1) // max(1, v.stride(2)))
+        )  # what a cache may grow to where it lies
         softcap = call.scores.softcap
         form = _Form(
             q.dtype,
@@ -105,7 +108,7 @@ class Prepared:
             m > 1,
             softcap is not None,
             call.value_tolerance > 0,
-            tiles <= processors(q.device) // 4 or tiles * keys <= processors(q.device) * _LITTLE,
+            tiles <= processors(q.device) // 4 or tiles * room <= processors(q.device) * _LITTLE,
         )
         places = tuple((name, _Place.of(x)) for name, x in held.tensors.items() if name in _FIELDS)
         specialised = _specialised(form, places, *held.sizes)
@@ -244,9 +247,8 @@ def _specialised(
     kept, indices = (places[name] if topk else nothing for name in ("VALUES", "INDICES"))
     dense = places["CHANNEL"] if channel else nothing
     warps, blocks = _warps_and_blocks(width * value_bits // 8, form)
-    is_light = (
-        form.rows <= 4 and compiler.channel_bytes(channel, channel_bits) < 32
-    )  # else 64 keys are too much for the registers
+    # 64 keys at once are too much for the registers where a key or the query rows take many
+    is_light = form.rows <= 4 and compiler.channel_bytes(channel, channel_bits) < 32
     variant = Variant(
         is_bf16=form.dtype == torch.bfloat16,
         head_dim=form.head_dim,
