@@ -25,6 +25,7 @@ FLOORS = (
     (
         "ops.record",
         "ops.compiled",
+        "ops.cpu",
         "ops.nvrtc",
         "ops.triton",
         "ops.select",

@@ -24,6 +24,11 @@ def has_kernel(k: Tensor, v: Tensor) -> bool:
     return nvrtc.is_hopper(k.device) and runs_plainly(k, v) and not is_checked()
 
 
+def has_writer(k: Tensor, v: Tensor) -> bool:
+    """As `has_kernel`, for a cache's steps, for which the CPU has one too."""
+    return has_kernel(k, v) or (k.device.type == "cpu" and runs_plainly(k, v) and not is_checked())
+
+
 class PagedKernels:
     """What writes to pools of pages, or reads them, as it was prepared: by where the pools lie and the form of keys and values. A copy has
     pools of its own, and starts anew."""

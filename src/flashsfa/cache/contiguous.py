@@ -33,11 +33,11 @@ from ..contexts import lasting_tensors
 from ..formats import CodeFormat
 from ..narrow import NarrowRows
 from ..ops import nvrtc
-from ..ops.select.hopper.append import Append, Buffers, Ring
+from ..ops.select.hopper.append import Buffers, Ring
 from ..ops.select.hopper.compiler import Form
 from ..ops.select.operators import append, append_8_bit, append_op, has_fused, prepared_append
 from ..stored import ExactKV, KeyCodes, KVView
-from .buffers import buffers_of, has_kernel
+from .buffers import buffers_of, has_kernel, has_writer
 from .exact import ExactSlots
 
 _GROWTH_TOKENS = 256
@@ -415,7 +415,7 @@ class _Tokens(NamedTuple):
         first, coded = self.first + step.first, self.coded + step.old + step.new
         return _Tokens(self.forgotten, first, coded, self.recent - step.old + step.recent, self.slot + step.old)
 
-    def write(self, write: Append, k: Tensor, v: Tensor, step: _Step) -> None:
+    def write(self, write: _Writer, k: Tensor, v: Tensor, step: _Step) -> None:
         """Have `write` do a step that is a usual one."""
         write(k, v, self.coded, Ring(step.old, self.slot, self.slot + self.recent) if step.recent else None)
 
@@ -461,7 +461,7 @@ class _Held:
 
     kv: KVView
     input_dtype: torch.dtype
-    writers: dict[_Form, Append | None] = field(init=False, default_factory=dict)
+    writers: dict[_Form, _Writer | None] = field(init=False, default_factory=dict)
     readers: dict[Any, Any] = field(init=False, default_factory=dict)
 
     def __reduce__(self) -> tuple[type[_Held], tuple[KVView, torch.dtype]]:
@@ -474,9 +474,9 @@ class _Held:
             recent is None or tokens.slot + tokens.recent <= recent.k.shape[2]
         )
 
-    def writer(self, k: Tensor, v: Tensor) -> Append | None:
+    def writer(self, k: Tensor, v: Tensor) -> _Writer | None:
         """What does a usual step of tokens such as k and v for less of the host's time, where something does."""
-        if not has_kernel(k, v):
+        if not has_writer(k, v):
             return None
         form = _form(k, v)
         if form not in self.writers:
@@ -586,6 +586,7 @@ class _Mark:
 
 
 _Form: TypeAlias = tuple[object, ...]
+_Writer: TypeAlias = Callable[..., None]  # an `Append`, for Hopper or the CPU
 
 
 def _form(k: Tensor, v: Tensor) -> _Form:

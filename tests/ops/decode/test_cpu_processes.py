@@ -11,8 +11,9 @@ import torch
 
 from decode_cases import DecodeRules, decode
 from flashsfa import sparse_feature_decode, topk_codes
+from flashsfa.ops.cpu import threads
 from flashsfa.ops.decode import cpu as decode_numba
-from flashsfa.ops.decode.cpu import threads, values
+from flashsfa.ops.decode.cpu import values
 
 pytestmark = [
     pytest.mark.cpu,

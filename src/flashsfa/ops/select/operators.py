@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ...checks import runs_plainly
 from ...contexts import constant_in_traces
-from .. import record
+from .. import nvrtc, record
 from .plain import at_support, empty_code, empty_rows, plain_prune_24, plain_scatter, plain_topk
 
 if TYPE_CHECKING:
+    from .cpu.append import Append as CpuAppend
     from .hopper.append import Append, Buffers, Paged
     from .hopper.compiler import Form
 
@@ -209,9 +210,11 @@ def append_8_bit(
         quantize.write_8_bit(code, v, buffers, start)
 
 
-def prepared_append(k: Tensor, v: Tensor, form: Form, buffers: Buffers) -> Append | None:
-    """What codes tokens such as k and v and writes them, on a Hopper GPU, in one launch and for little of the host's time; None where it
-    is left to other ways. Recorded for `explain()`."""
+def prepared_append(k: Tensor, v: Tensor, form: Form, buffers: Buffers) -> Append | CpuAppend | None:
+    """What codes tokens such as k and v and writes them for little of the host's time, on a Hopper GPU in one launch and on the CPU in one
+    call; None where it is left to other ways. Recorded for `explain()`."""
+    if not nvrtc.is_hopper(k.device):
+        return _prepared_on_cpu(k, v, form, buffers)
     from .hopper import append as kernels
 
     found = kernels.prepare(k, v, form, buffers)
@@ -225,6 +228,18 @@ def prepared_append(k: Tensor, v: Tensor, form: Form, buffers: Buffers) -> Appen
         found,
         "the kernel for Hopper takes keys and values in 16 bits, and few at a time where Triton takes them too",
     )
+    return None
+
+
+def _prepared_on_cpu(k: Tensor, v: Tensor, form: Form, buffers: Buffers) -> CpuAppend | None:
+    from .cpu import append as kernels
+
+    found = kernels.prepare(k, v, form, buffers)
+    if isinstance(found, kernels.Append):
+        record.record("append", "numba", "compiled for this CPU: one call for all tokens that come")
+        return found
+    usual = "the fused CPU code takes few tokens at a time, in float32 or 16 bits, kept as features as they come or in 8 bits"
+    _record_other("append", "torch", found, usual)
     return None
 
 
@@ -242,7 +257,7 @@ def prepared_paged(k: Tensor, v: Tensor, form: Form, pools: Buffers, *, reads: b
 
 
 def _record_other(operation: str, backend: str, obstacle: str | None, usual: str) -> None:
-    """What runs in place of the kernel for Hopper, and why."""
+    """What runs in place of a kernel that was prepared, and why."""
     record.record(operation, backend, obstacle or usual, fallback=obstacle is not None)
 
 

@@ -8,11 +8,11 @@ Three passes over a scratch array [rows, N] of float32, small beside the cache (
 3. `values`: the weighted sum over the V rows that any query row of the kv head needs.
 
 Before them `queries` lays the queries out. Passes one and three are parallel over chunks of keys (`tasks`), so that one head uses all cores. The host hands
-a cache over by its addresses (`parts`); what the loops keep in registers is in `vectors`. numba is optional
-(`pip install flashsfa[cpu]`). The first call with a dtype compiles for some seconds, once a machine (`threads`).
+a cache over by its addresses (`ops/cpu/parts`); what the loops keep in registers is in `vectors`. numba is optional
+(`pip install flashsfa[cpu]`). The first call with a dtype compiles for some seconds, once a machine (`ops/cpu/threads`).
 """
 
+from ...cpu.threads import is_available, manner
 from .host import decode, obstacle, prepared
-from .threads import is_available, manner
 
 __all__ = ["decode", "is_available", "manner", "obstacle", "prepared"]

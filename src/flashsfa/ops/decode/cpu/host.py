@@ -18,8 +18,9 @@ from ....rotation import rotate
 from ....scores import ScoreRules
 from ....stored import KVView
 from ... import record
-from . import keys, threads
-from .parts import like, where
+from ...cpu import threads
+from ...cpu.parts import book, like
+from . import keys
 from .queries import lay_out
 from .softmax import LOG2_E, weigh
 from .values import sum_levels, sum_rows
@@ -127,7 +128,7 @@ class Prepared(NamedTuple):
         if self.kept[0]:
             coded = np.empty_like(whole)
         with threads.ready():
-            lay_out((q.dtype,), like(q.dtype), _book(held, q)[0], kv_heads, m, self.factor, *self.kept, whole, coded)
+            lay_out((q.dtype,), like(q.dtype), book(held, q)[0], kv_heads, m, self.factor, *self.kept, whole, coded)
             if self.is_rotated:
                 coded = rotate(torch.from_numpy(coded)).numpy()
             self.score(self.key_dtypes, coded, *self.keys, *seen, cap, weights)
@@ -170,7 +171,7 @@ def _seen(
 
 
 def _features(codes: FeatureCodes, held: list[Tensor]) -> tuple:
-    at = _book(held, codes.values, codes.indices, codes.dense, codes.scale)
+    at = book(held, codes.values, codes.indices, codes.dense, codes.scale)
     return like(codes.values.dtype), at, codes.topk, codes.dense_dims
 
 
@@ -179,10 +180,10 @@ def _levels(codes: NarrowCodes | NarrowRows | AxisCodes, held: list[Tensor]) -> 
     if isinstance(codes, AxisCodes):
         layout, axes = codes.axes.layout, codes.axes
         tables = (layout.byte, layout.shift, axes.bits, axes.step, axes.centre)
-        at = _book(held, codes.packed, *[None] * 5)
+        at = book(held, codes.packed, *[None] * 5)
         return _scale_like(None), at, axes.key_bytes, *(x.numpy() for x in tables), False, *no_entries
     if isinstance(codes, NarrowRows):
-        at = _book(held, codes.kept.view(torch.uint8), codes.scale, codes.centre, *[None] * 3)
+        at = book(held, codes.kept.view(torch.uint8), codes.scale, codes.centre, *[None] * 3)
         return (
             _scale_like(codes.scale),
             at,
@@ -192,7 +193,7 @@ def _levels(codes: NarrowCodes | NarrowRows | AxisCodes, held: list[Tensor]) -> 
             *no_entries,
         )
     dense, values = codes.dense.view(torch.uint8), codes.values.view(torch.uint8)
-    at = _book(held, dense, codes.dense_scale, None, values, codes.indices, codes.value_scale)
+    at = book(held, dense, codes.dense_scale, None, values, codes.indices, codes.value_scale)
     form = _INDEX_FORMS[codes.format.index_form(codes.topk, codes.sparse_dims)]
     sparse = codes.format.value_bits, codes.indices.shape[3], form, index_bits(codes.sparse_dims), codes.topk
     return (
@@ -209,10 +210,10 @@ def _levels(codes: NarrowCodes | NarrowRows | AxisCodes, held: list[Tensor]) -> 
 def _values(kv: KVView, copies: list[Tensor]) -> tuple[threads.Kernel, tuple, tuple]:
     """Pass three over these values, the dtypes that it is compiled for, and what it takes of them."""
     if isinstance(kv.v, NarrowRows) and kv.v.is_rotated:
-        at, block = _book(copies, kv.v.kept, kv.v.scale, kv.v.centre), kv.v.width & -kv.v.width
+        at, block = book(copies, kv.v.kept, kv.v.scale, kv.v.centre), kv.v.width & -kv.v.width
         return sum_levels, (), (at, block)
     v, scale = (kv.v, kv.v_scale) if isinstance(kv.v, Tensor) else (kv.v.kept, kv.v.scale)
-    return sum_rows, (v.dtype,), (like(v.dtype), _book(copies, v, scale))
+    return sum_rows, (v.dtype,), (like(v.dtype), book(copies, v, scale))
 
 
 @functools.cache
@@ -230,7 +231,7 @@ def _exact(kv: KVView, q: Tensor, held: list[Tensor]) -> tuple:
     """Of tokens that are held as they came, before and after the coded ones, what `weigh` takes."""
     oldest, newest = ((None, None) if part is None else (part.k, part.v) for part in (kv.first, kv.recent))
     counts = (0 if k is None else k.shape[2] for k, _ in (oldest, newest))
-    return like(q.dtype), _book(held, *oldest, *newest), *counts
+    return like(q.dtype), book(held, *oldest, *newest), *counts
 
 
 def _times(q: np.ndarray, factor: Tensor) -> np.ndarray:
@@ -241,8 +242,3 @@ def _times(q: np.ndarray, factor: Tensor) -> np.ndarray:
 
 def _scale_like(scale: Tensor | None) -> np.ndarray:
     return like(torch.bfloat16 if scale is None else scale.dtype)
-
-
-def _book(held: list[Tensor], *parts: Tensor | None) -> np.ndarray:
-    """Where parts lie, [parts, 4]."""
-    return np.array([where(x, held) for x in parts])

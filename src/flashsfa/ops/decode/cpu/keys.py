@@ -12,11 +12,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from .machine import jit, lowest_bit, prange, widen
-from .parts import Features, Levels, Part, Seen, entries, is_there, like, place
+from ...cpu.machine import jit, lowest_bit, prange, widen
+from ...cpu.parts import Part, entries, is_there, like, place
+from ...cpu.threads import Kernel
+from .parts import Features, Levels, Seen
 from .softmax import capped
 from .tasks import chunk_of, tasks_per_head
-from .threads import Kernel
 from .vectors import add, add_scaled, filled4, load4, write_lanes
 
 _SCORE_KEYS = 128  # keys scored for all rows before the next: their codes stay in the first-level cache

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from .machine import jit, prange, widen
-from .parts import Part, entries, place
-from .threads import Kernel
+from ...cpu.largest import largest
+from ...cpu.machine import jit, prange, widen
+from ...cpu.parts import Part, entries, place
+from ...cpu.threads import Kernel
 
 
 def _lay_out(like, at, kv_heads, m, factor, topk, dense_dims, whole, coded):
@@ -30,13 +31,10 @@ def _lay_out_row(line, like, at, kv_heads, m, factor, topk, dense_dims, whole, c
     for u in range(dims):
         whole[head, row, u] = widen(bits[start + np.uint64(u)])
     if topk > 0:
-        # magnitudes as integers, NaN above infinity; the lowest index is the largest of equal ones
-        order = whole[head, row].view(np.int32)[dense_dims:].astype(np.int64)
-        for u in range(len(order)):
-            order[u] = (order[u] & 0x7FFFFFFF) << 8 | (255 - u)
-        least = np.sort(order)[len(order) - topk]
-        for u in range(dims):
-            is_kept = u < dense_dims or order[u - dense_dims] >= least
-            coded[head, row, u] = whole[head, row, u] * factor if is_kept else np.float32(0)
+        coded[head, row] = 0
+        for u in range(dense_dims):
+            coded[head, row, u] = whole[head, row, u] * factor
+        for u in largest(whole[head, row].view(np.uint32)[dense_dims:], topk) + dense_dims:
+            coded[head, row, u] = whole[head, row, u] * factor
     for u in range(dims):
         whole[head, row, u] *= factor

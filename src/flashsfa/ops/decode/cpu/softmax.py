@@ -9,9 +9,10 @@ import math
 
 import numpy as np
 
-from .machine import jit, prange, widen
-from .parts import Exact, Part, Seen, entries, place
-from .threads import Kernel
+from ...cpu.machine import jit, prange, widen
+from ...cpu.parts import Part, entries, place
+from ...cpu.threads import Kernel
+from .parts import Exact, Seen
 
 LOG2_E = 1 / math.log(2)
 _SUM_KEYS = 1024  # weights summed in float32 before float64 takes over

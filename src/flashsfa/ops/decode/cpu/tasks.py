@@ -3,7 +3,7 @@ result."""
 
 from __future__ import annotations
 
-from .machine import jit
+from ...cpu.machine import jit
 
 CHUNK_KEYS = 1024  # long enough to stream, short enough to share out evenly
 

@@ -10,10 +10,11 @@ import math
 import numpy as np
 import torch
 
-from .machine import jit, prange, prefetch, widen
-from .parts import Part, Seen, entries, is_there, like, place
+from ...cpu.machine import jit, prange, prefetch, widen
+from ...cpu.parts import Part, entries, is_there, like, place
+from ...cpu.threads import Kernel
+from .parts import Seen
 from .tasks import chunk_of, tasks_per_head
-from .threads import Kernel
 from .vectors import SIXTEEN, add, add_scaled, filled16, load16, load16_lower, load16_upper, store
 
 _GROUP_KEYS = (

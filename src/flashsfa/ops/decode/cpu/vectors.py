@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .machine import float_bits, jit, numba
+from ...cpu.machine import float_bits, jit, numba
 
 FOUR, SIXTEEN = 4, 16
 

@@ -85,17 +85,9 @@ class Append:
         """Code k and write it with v at token `start`; what leaves the `ring` in their place, for buffers with newest tokens. That both
         have the form is the caller's to know."""
         params = self._params
-        n = coded = params.tokens
-        if self._recent_capacity:
-            assert ring is not None
-            coded, oldest, newest = ring
-            require(
-                0 <= oldest <= oldest + coded <= newest <= self._recent_capacity - n and coded <= n,
-                lambda: f"{n} of the newest tokens do not fit {self._recent_capacity} slots as {ring}",
-            )
-            params.leaving, params.oldest, params.newest = ring
-        last = self._capacity - coded
-        require(0 <= start <= last, lambda: f"{coded} tokens at {start} do not fit: {last} is the last place")
+        params.leaving, params.oldest, params.newest = require_room(
+            params.tokens, start, ring, self._capacity, self._recent_capacity
+        )
         params.k, params.v, params.start = k.data_ptr(), v.data_ptr(), start
         launch(self._kernel, self._batch, params)
 
@@ -129,6 +121,23 @@ class Paged:
         launch(self._few if n <= _FEW_TOKENS else self._many, batch, params)
 
 
+def require_room(n: int, start: int, ring: Ring | None, capacity: int, recent_capacity: int) -> Ring:
+    """The ring; for buffers without newest tokens one that all `n` tokens leave at once. Raises `ValueError` for tokens that do not fit where
+    they go."""
+    if recent_capacity:
+        assert ring is not None
+        leaving, oldest, newest = ring
+        require(
+            0 <= oldest <= oldest + leaving <= newest <= recent_capacity - n and leaving <= n,
+            lambda: f"{n} of the newest tokens do not fit {recent_capacity} slots as {ring}",
+        )
+    else:
+        leaving, ring = n, Ring(n, 0, 0)
+    last = capacity - leaving
+    require(0 <= start <= last, lambda: f"{leaving} tokens at {start} do not fit: {last} is the last place")
+    return ring
+
+
 def prepare(k: Tensor, v: Tensor, form: Form, buffers: Buffers) -> Append | str | None:
     """What appends tokens such as k [B, H, N, D] and v [B, H, N, Dv] to buffers of a cache on a Hopper GPU; None for those that the kernel
     is not for, and in words why it cannot be had.
@@ -139,7 +148,7 @@ def prepare(k: Tensor, v: Tensor, form: Form, buffers: Buffers) -> Append | str 
     rows = batch * heads * n
     if not _takes(k, v) or not rows or (form.is_of_features and rows > _MOST_ROWS):
         return None
-    _require_fit(k, v, form, buffers, is_paged=False)
+    require_fit(k, v, form, buffers, is_paged=False)
     kernel = _kernel(k, v, form, "append_kernel", n, has_recent=recent is not None)
     if isinstance(kernel, str):
         return kernel
@@ -158,7 +167,7 @@ def prepare_paged(k: Tensor, v: Tensor, form: Form, pools: Buffers, *, reads: bo
     number of tokens; with `reads` what reads them."""
     if not _takes(k, v):
         return None
-    _require_fit(k, v, form, pools, is_paged=True)
+    require_fit(k, v, form, pools, is_paged=True)
     name = "read_kernel" if reads else "append_kernel"
     few, many = (_kernel(k, v, form, name, n, is_paged=True) for n in (1, _FEW_TOKENS + 1))
     if isinstance(few, str) or isinstance(many, str):
@@ -230,7 +239,7 @@ def _takes(k: Tensor, v: Tensor) -> bool:
     )
 
 
-def _require_fit(k: Tensor, v: Tensor, form: Form, buffers: Buffers, *, is_paged: bool) -> None:
+def require_fit(k: Tensor, v: Tensor, form: Form, buffers: Buffers, *, is_paged: bool) -> None:
     """The buffers are those of a cache of such keys and values."""
     batch, heads, _, head_dim = k.shape
     rows = (buffers.v.shape[0] if is_paged else batch, heads, buffers.v.shape[2])

@@ -1,4 +1,4 @@
-"""Runs kernels on torch's number of threads, compiled by numba once a machine.
+"""Runs kernels, compiled by numba once a machine, on torch's number of threads or on the one that calls.
 
 The machine code is kept in NUMBA_CACHE_DIR, else in the folder `numba` of the cache folder (`files.cache_folder`).
 
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ... import compiled
+from .. import compiled
 from .machine import OPTIONS, numba
 
 _log = logging.getLogger("flashsfa")
@@ -65,16 +65,16 @@ def ready() -> Iterator[None]:
 
 
 class Kernel:
-    """A function with loops over `prange`, compiled for all cores or for one. Called within `ready()`, with the dtypes that it is
-    compiled for before its arguments."""
+    """A function, called with the dtypes that it is compiled for before its arguments. One with loops over `prange` is compiled for all
+    cores, or for one where threads are lost, and called within `ready()`; one that is not `parallel` runs on the thread that calls."""
 
-    def __init__(self, function: Callable) -> None:
-        self._function = function
+    def __init__(self, function: Callable, *, parallel: bool = True) -> None:
+        self._function, self._parallel = function, parallel
         self._compiled: dict[bool, Callable] = {}
         self._called: set[tuple] = set()  # what is compiled
 
     def __call__(self, dtypes: tuple, *arguments: Any) -> None:
-        parallel = not _threads_are_lost
+        parallel = self._parallel and not _threads_are_lost
         if (parallel, dtypes) in self._called:
             self._compiled[parallel](*arguments)
             return
@@ -83,19 +83,19 @@ class Kernel:
 
     def _call_first(self, parallel: bool, arguments: tuple) -> None:
         """As a call, the first time with these dtypes: compiled, or read from where that is kept."""
-        if not parallel:
+        if self._parallel and not parallel:
             _say_one_thread()
         folder = _folder(parallel)
-        with compiled.said_if_slow("decode for the CPU"):
+        with _one_at_a_time, compiled.said_if_slow("kernels for the CPU"):
             try:
                 if parallel not in self._compiled:
                     self._compiled[parallel] = self._compile(parallel, folder)
                 self._compiled[parallel](*arguments)
             except OSError as error:  # a full disk
-                _log.warning("decode is compiled, but cannot be kept in %s: %s", folder, error)
+                _log.warning("kernels are compiled, but cannot be kept in %s: %s", folder, error)
                 self._compiled[parallel](*arguments)
             except (EOFError, pickle.UnpicklingError) as error:
-                _log.warning("decode is compiled again, as what was kept in %s is damaged: %s", folder, error)
+                _log.warning("kernels are compiled again, as what was kept in %s is damaged: %s", folder, error)
                 assert folder is not None
                 shutil.rmtree(folder, ignore_errors=True)
                 self._compiled[parallel] = self._compile(parallel, folder)
@@ -124,8 +124,8 @@ def _folder(parallel: bool) -> Path | None:
 
 @functools.cache
 def _sources() -> str:
-    """A digest of the kernels."""
-    texts = (path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    """A digest of the kernels, which lie in folders of the name `cpu`."""
+    texts = (path.read_bytes() for path in sorted(Path(__file__).parents[1].rglob("cpu/*.py")))
     return hashlib.sha256(b"".join(texts)).hexdigest()[:8]
 
 

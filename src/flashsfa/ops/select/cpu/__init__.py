@@ -1,0 +1,1 @@
+"""Appending a few tokens to a cache on the CPU, compiled by numba."""
