@@ -17,11 +17,9 @@ from flashsfa.ops.cpu import threads
 from flashsfa.ops.select.hopper.append import Ring
 from flashsfa.ops.select.operators import prepared_append
 from flashsfa.stored import ExactKV
+from numba_marks import NUMBA
 
-pytestmark = [
-    pytest.mark.cpu,
-    pytest.mark.skipif(not threads.is_available(), reason="needs numba: pip install 'flashsfa[cpu]'"),
-]
+pytestmark = NUMBA
 # (head_dim, topk, dense_dims, v_dim)
 SHAPES = [(64, 22, 12, 64), (80, 26, 22, 72), (37, 36, 1, 7), (33, 1, 5, 64), (256, 32, 0, 300), (255, 255, 0, 3), (1, 1, 0, 1)]  # fmt: skip
 # how tokens come, and in how many bits they are kept

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..axes import AxisCodes
@@ -24,9 +25,14 @@ def has_kernel(k: Tensor, v: Tensor) -> bool:
     return nvrtc.is_hopper(k.device) and runs_plainly(k, v) and not is_checked()
 
 
+def prepares_steps(device: torch.device) -> bool:
+    """Whether there may be kernels for a step of a cache there, which are prepared once: on the CPU, and on a Hopper GPU."""
+    return device.type == "cpu" or nvrtc.is_hopper(device)
+
+
 def has_writer(k: Tensor, v: Tensor) -> bool:
-    """As `has_kernel`, for a cache's steps, for which the CPU has one too."""
-    return has_kernel(k, v) or (k.device.type == "cpu" and runs_plainly(k, v) and not is_checked())
+    """As `has_kernel`, for a cache's steps."""
+    return prepares_steps(k.device) and runs_plainly(k, v) and not is_checked()
 
 
 class PagedKernels:

@@ -32,12 +32,11 @@ from ..codes import FeatureCodes
 from ..contexts import lasting_tensors
 from ..formats import CodeFormat
 from ..narrow import NarrowRows
-from ..ops import nvrtc
 from ..ops.select.hopper.append import Buffers, Ring
 from ..ops.select.hopper.compiler import Form
 from ..ops.select.operators import append, append_8_bit, append_op, has_fused, prepared_append
 from ..stored import ExactKV, KeyCodes, KVView
-from .buffers import buffers_of, has_kernel, has_writer
+from .buffers import buffers_of, has_kernel, has_writer, prepares_steps
 from .exact import ExactSlots
 
 _GROWTH_TOKENS = 256
@@ -517,8 +516,7 @@ class _Held:
             first = None if kv.first is None else kv.first.tokens(0, tokens.first)
             recent = None if kv.recent is None else kv.recent.tokens(tokens.slot, tokens.slot + tokens.recent)
             kv = replace(kv, first=first, recent=recent)
-        is_kept = kv.v.device.type == "cpu" or nvrtc.is_hopper(kv.v.device)  # where attention prepares something
-        return kv.over(self.readers) if is_kept else kv
+        return kv.over(self.readers) if prepares_steps(kv.v.device) else kv
 
     def map(self, change: Callable[[Tensor], Tensor]) -> _Held:
         """Every buffer changed alike."""

@@ -15,11 +15,9 @@ from flashsfa.ops.decode import cpu as decode_numba
 from flashsfa.ops.decode import plain as decode_torch
 from flashsfa.ops.decode.cpu import softmax
 from flashsfa.stored import KVView
+from numba_marks import NUMBA
 
-pytestmark = [
-    pytest.mark.cpu,
-    pytest.mark.skipif(not decode_numba.is_available(), reason="needs numba: pip install 'flashsfa[cpu]'"),
-]
+pytestmark = NUMBA
 DTYPES = [torch.float32, torch.bfloat16]
 
 

@@ -11,11 +11,9 @@ from flashsfa.mask import Mask
 from flashsfa.ops.decode import cpu, plain
 from flashsfa.ops.prefill import pieces
 from flashsfa.scores import ScoreRules
+from numba_marks import NUMBA
 
-pytestmark = [
-    pytest.mark.cpu,
-    pytest.mark.skipif(not cpu.is_available(), reason="needs numba: pip install 'flashsfa[cpu]'"),
-]
+pytestmark = NUMBA
 D, DV, HEADS = 40, 32, 2
 FORMATS = {
     "features": {"topk": 5, "dense_dims": 7},

@@ -14,11 +14,9 @@ from flashsfa import sparse_feature_decode, topk_codes
 from flashsfa.ops.cpu import threads
 from flashsfa.ops.decode import cpu as decode_numba
 from flashsfa.ops.decode.cpu import values
+from numba_marks import NUMBA
 
-pytestmark = [
-    pytest.mark.cpu,
-    pytest.mark.skipif(not decode_numba.is_available(), reason="needs numba: pip install 'flashsfa[cpu]'"),
-]
+pytestmark = NUMBA
 
 PROGRAM = """
 import multiprocessing, os, threading

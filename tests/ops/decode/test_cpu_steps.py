@@ -7,12 +7,9 @@ import pytest
 import torch
 
 from flashsfa import CodeFormat, SparseKVCache, explain, sparse_feature_decode
-from flashsfa.ops.decode import cpu
+from numba_marks import NUMBA
 
-pytestmark = [
-    pytest.mark.cpu,
-    pytest.mark.skipif(not cpu.is_available(), reason="needs numba: pip install 'flashsfa[cpu]'"),
-]
+pytestmark = NUMBA
 BATCH, HEADS, DIM = 2, 2, 32
 FORMATS = {
     "features": {"topk": 5, "dense_dims": 7},

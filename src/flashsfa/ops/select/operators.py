@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .cpu.append import Append as CpuAppend
     from .hopper.append import Append, Buffers, Paged
     from .hopper.compiler import Form
+
+_Kernel = TypeVar("_Kernel")
 
 # ---- what callers take, which carries gradients
 
@@ -213,52 +215,40 @@ def append_8_bit(
 def prepared_append(k: Tensor, v: Tensor, form: Form, buffers: Buffers) -> Append | CpuAppend | None:
     """What codes tokens such as k and v and writes them for little of the host's time, on a Hopper GPU in one launch and on the CPU in one
     call; None where it is left to other ways. Recorded for `explain()`."""
-    if not nvrtc.is_hopper(k.device):
-        return _prepared_on_cpu(k, v, form, buffers)
-    from .hopper import append as kernels
+    if nvrtc.is_hopper(k.device):
+        from .hopper import append as hopper
 
-    found = kernels.prepare(k, v, form, buffers)
-    if isinstance(found, kernels.Append):
-        record.record("append", "hopper", "one launch for all tokens that come")
-        return found
-    other = "triton" if form.is_of_features and has_fused(k) else "torch"
-    _record_other(
-        "append",
-        other,
-        found,
-        "the kernel for Hopper takes keys and values in 16 bits, and few at a time where Triton takes them too",
-    )
-    return None
+        other = "triton" if form.is_of_features and has_fused(k) else "torch"
+        usual = "the kernel for Hopper takes keys and values in 16 bits, and few at a time where Triton takes them too"
+        found = hopper.prepare(k, v, form, buffers)
+        return _recorded(found, "append", "hopper", "one launch for all tokens that come", other, usual)
+    from .cpu import append as cpu
 
-
-def _prepared_on_cpu(k: Tensor, v: Tensor, form: Form, buffers: Buffers) -> CpuAppend | None:
-    from .cpu import append as kernels
-
-    found = kernels.prepare(k, v, form, buffers)
-    if isinstance(found, kernels.Append):
-        record.record("append", "numba", "compiled for this CPU: one call for all tokens that come")
-        return found
     usual = "the fused CPU code takes few tokens at a time, in float32 or 16 bits, kept as features as they come or in 8 bits"
-    _record_other("append", "torch", found, usual)
-    return None
+    how = "compiled for this CPU: one call for all tokens that come"
+    return _recorded(cpu.prepare(k, v, form, buffers), "append", "numba", how, "torch", usual)
 
 
 def prepared_paged(k: Tensor, v: Tensor, form: Form, pools: Buffers, *, reads: bool = False) -> Paged | None:
     """As `prepared_append`, for pools of pages and any number of tokens; with `reads` what spreads them out again."""
     from .hopper import append as kernels
 
-    found = kernels.prepare_paged(k, v, form, pools, reads=reads)
     operation = "read" if reads else "append"
-    if isinstance(found, kernels.Paged):
-        record.record(operation, "hopper", f"one launch for all tokens that {'leave' if reads else 'come to'} pages")
-        return found
-    _record_other(operation, "torch", found, "the kernel for Hopper takes tokens in 16 bits")
-    return None
+    how = f"one launch for all tokens that {'leave' if reads else 'come to'} pages"
+    found = kernels.prepare_paged(k, v, form, pools, reads=reads)
+    return _recorded(found, operation, "hopper", how, "torch", "the kernel for Hopper takes tokens in 16 bits")
 
 
-def _record_other(operation: str, backend: str, obstacle: str | None, usual: str) -> None:
-    """What runs in place of a kernel that was prepared, and why."""
-    record.record(operation, backend, obstacle or usual, fallback=obstacle is not None)
+def _recorded(
+    found: _Kernel | str | None, operation: str, backend: str, how: str, other: str, usual: str
+) -> _Kernel | None:
+    """A kernel that was `found`, recorded on its `backend` with `how` it runs; else None, and the backend that runs in its place with what
+    stands in the way, or the `usual` reason."""
+    if found is None or isinstance(found, str):
+        record.record(operation, other, found or usual, fallback=found is not None)
+        return None
+    record.record(operation, backend, how)
+    return found
 
 
 def _append_plain(
