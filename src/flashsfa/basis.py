@@ -8,8 +8,11 @@ number of bits (`AxisBits`); such a basis has no gain.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +23,7 @@ from .codes import topk_codes
 from .files import whole_file
 from .ops.transform import transform
 
+_Item, _Result = TypeVar("_Item"), TypeVar("_Result")
 _log = logging.getLogger("flashsfa")
 
 KINDS = ("dictionary", "balanced", "whitened", "scaled", "pca", "identity")
@@ -160,11 +164,16 @@ class FeatureBasis:
         topk: int | None = None,
         dense_dims: int = 0,
         key_bytes: int | None = None,
+        fitted: Callable[[], object] = lambda: None,
     ) -> FeatureBasis:
-        """One basis of many layers, with the layer as leading dimension; arguments as in `from_moments`."""
-        layers = [
-            cls.from_moments(layer, kind, topk=topk, dense_dims=dense_dims, key_bytes=key_bytes) for layer in moments
-        ]
+        """One basis of many layers, with the layer as leading dimension; arguments as in `from_moments`. `fitted` is called after each layer."""
+
+        def fit(layer: Moments) -> FeatureBasis:
+            basis = cls.from_moments(layer, kind, topk=topk, dense_dims=dense_dims, key_bytes=key_bytes)
+            fitted()
+            return basis
+
+        layers = _in_threads(fit, moments)
         query, key = (torch.stack([getattr(x, name) for x in layers]) for name in ("query", "key"))
         axes = [x.axes for x in layers if x.axes is not None]
         return cls(query, key, AxisBits.stack(axes) if axes else None, layers[0].topk)
@@ -305,6 +314,17 @@ class Moments:
         lots = torch.cat((self._lots, torch.rand(keys.shape[1], generator=self._generator, device="cpu")))
         self._lots, kept = lots.topk(min(_SAMPLE_KEYS, len(lots)))
         self.sample = torch.cat((self.sample, keys.float().cpu()), dim=1)[:, kept]
+
+
+def _in_threads(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
+    """`function` of each, several at a time, of which each computes in one thread: many threads gain little on matrices of a head, and where
+    other programs want the cores they wait for one another most of the time."""
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(min(threads, len(items)) or 1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            return list(pool.map(function, items))
+        finally:
+            torch.set_num_threads(threads)  # what threads to come begin with
 
 
 def _dictionary(keys: Tensor, topk: int, dense_dims: int) -> Tensor:

@@ -214,9 +214,8 @@ def choose(
             return None
         what = json.dumps(candidate.fit, sort_keys=True)
         if what not in bases:
-            fitted = progress(f"fitting the basis: {candidate.label}", 1)
-            bases[what] = FeatureBasis.from_layers(moments, **candidate.fit)
-            fitted()
+            fitted = progress(f"fitting the basis: {candidate.label}", len(moments))
+            bases[what] = FeatureBasis.from_layers(moments, **candidate.fit, fitted=fitted)
         return bases[what]
 
     rows: Rows = {}

@@ -163,7 +163,7 @@ def sparse_feature_decode(
         return _Call(q, kv, budget, mask, scores, value_tolerance, place)
 
     require_no_gradient(sinks)
-    if kv.prepared is not None and not return_lse and has_values(q) and q.shape[-1:] == kv.codes.shape[-1:]:
+    if kv.prepared is not None and not return_lse and has_values(q) and q.shape[-1:] == kv.key_shape[-1:]:
         refuse_transforms("sparse_feature_decode", _DIFFERENTIABLE, q, sinks)
         again = _again(call())
         if again is not None:
@@ -249,7 +249,7 @@ def _again(call: _Call) -> Tensor | None:
     """The output for queries that hold numbers, by what was prepared when such ones met these buffers first: nothing is checked or planned
     twice. None where that is not possible."""
     q, kv, budget, mask, scores, value_tolerance, out = call
-    kept, padding, keys = kv.prepared, mask.key_padding_mask, kv.v.shape[2]
+    kept, padding, keys = kv.prepared, mask.key_padding_mask, kv.n_coded
     if (
         kept is None or q.ndim != 4 or q.shape[2] > FEW_QUERIES or keys < gpu.FEWEST_KEYS
         or scores.sinks is not None or mask.kv_lens is not None or budget.query_pattern is not None
@@ -301,7 +301,7 @@ def _prefill(q: Tensor, kv: KVView, budget: FeatureBudget, mask: Mask, scores: S
             return reference.attend(code_queries(q, budget).to_dense(), rows.k, rows.v, mask, scores)
         return operator.attend(q, rows.k, rows.v, budget, mask, scores, gradient_of_all=False, backend="auto")
 
-    if budget == exact or not kv.exact or not kv.v.shape[2]:
+    if budget == exact or not kv.exact or not kv.n_coded:
         return attend(exact if kv.exact else budget, mask, scores)[0]
     is_exact, without_sinks = kv.is_exact().expand(q.shape[0], -1), replace(scores, sinks=None)
     out, lse = attend(budget, mask.hiding(is_exact), without_sinks)
@@ -375,7 +375,7 @@ def _decode_between(call: _Call, plan: DecodePlan) -> tuple[Tensor, Tensor]:
 
 def _coded_range(query: int, queries: int, kv: KVView, mask: Mask) -> tuple[int, int]:
     """The coded tokens, counted from the first of them, that one of the newest `queries` tokens sees, padding apart."""
-    coded, behind = kv.v.shape[2], kv.n - queries + query + 1 - kv.n_first  # where the tokens that it sees end
+    coded, behind = kv.n_coded, kv.n - queries + query + 1 - kv.n_first  # where the tokens that it sees end
     end = min(max(behind, 0), coded)
     start = 0 if mask.window is None else min(max(behind - mask.window, 0), end)
     return start, end

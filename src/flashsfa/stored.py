@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +56,15 @@ class ExactKV:
         return part if part.k.shape[2] else None
 
 
+class _Deferred(NamedTuple):
+    """Of a view whose tensors are made when they are asked for: arguments of `KVView.deferred`."""
+
+    buffers: KVView
+    n_coded: int
+    make_codes: Callable[[], KeyCodes]
+    make_values: Callable[[], tuple[Tensor | NarrowRows, Tensor | None]]
+
+
 @dataclass(frozen=True, eq=False)
 class KVView:
     """Stored keys and values: what a cache's `append` returns and `sparse_feature_decode` takes. Unpacks as `codes, v`.
@@ -80,36 +89,86 @@ class KVView:
 
     codes: KeyCodes
     v: Tensor | NarrowRows
-    v_scale: Tensor | None = None
+    v_scale: Tensor | None = field(default_factory=lambda: None)  # no attribute of the class: see `deferred`
     kv_lens: Tensor | None = None
     page_table: Tensor | None = None
     first: ExactKV | None = None
     recent: ExactKV | None = None
     prepared: dict[Any, Any] | None = field(default=None, init=False, repr=False)
+    _deferred: _Deferred | None = field(default=None, init=False, repr=False)
+
+    @classmethod
+    def deferred(
+        cls,
+        buffers: KVView,
+        n_coded: int,
+        make_codes: Callable[[], KeyCodes],
+        make_values: Callable[[], tuple[Tensor | NarrowRows, Tensor | None]],
+    ) -> KVView:
+        """A view of `n_coded` tokens of `buffers`, whose codes, and v and v_scale, are made when they are asked for: what was prepared for the
+        buffers asks for none, and to make them takes the host as long as to launch it."""
+        view = object.__new__(cls)
+        view.__dict__["_deferred"] = _Deferred(buffers, n_coded, make_codes, make_values)
+        return view
+
+    def __getattr__(self, name: str) -> Any:
+        deferred = self._deferred
+        if deferred is not None and name == "codes":
+            self.__dict__["codes"] = deferred.make_codes()
+        elif deferred is not None and name in ("v", "v_scale"):
+            v, v_scale = deferred.make_values()
+            self.__dict__.update(v=v, v_scale=v_scale)
+        else:
+            raise AttributeError(f"a {type(self).__name__} has no {name}")
+        return self.__dict__[name]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"prepared": None}  # a copy has tensors of its own
+        # a copy has tensors of its own
+        return {x.name: getattr(self, x.name) for x in fields(self)} | {"prepared": None, "_deferred": None}
 
     def __iter__(self) -> Iterator[KeyCodes | Tensor | NarrowRows]:
         return iter((self.codes, self.v))
 
     @property
+    def _form(self) -> KVView:
+        """A view whose tensors are there, of any number of tokens, which are held as those of this one."""
+        return self if self._deferred is None else self._deferred.buffers
+
+    @property
     def is_narrow(self) -> bool:
         """Whether codes or values are packed in the widths of a format, which `widened` turns into floats."""
-        return not isinstance(self.codes, FeatureCodes) or isinstance(self.v, NarrowRows)
+        form = self._form
+        return not isinstance(form.codes, FeatureCodes) or isinstance(form.v, NarrowRows)
+
+    @property
+    def has_plain_values(self) -> bool:
+        """Whether `v` holds the values of all tokens as they came."""
+        form = self._form
+        return isinstance(form.v, Tensor) and form.v_scale is None and not self.exact
 
     @property
     def key_budget(self) -> tuple[int, int]:
         """topk and dense_dims of the key code."""
-        codes = self.codes
+        codes = self._form.codes
         return (codes.shape[-1], 0) if isinstance(codes, (NarrowRows, AxisCodes)) else (codes.topk, codes.dense_dims)
+
+    @property
+    def key_shape(self) -> tuple[int, int, int, int]:
+        """[B, Hkv, N, D] of the coded keys, or that of pools of pages."""
+        batch, heads, _, head_dim = self._form.codes.shape
+        return batch, heads, self.n_coded, head_dim
+
+    @property
+    def n_coded(self) -> int:
+        """Keys with a code per sequence, or per page."""
+        return self.v.shape[2] if self._deferred is None else self._deferred.n_coded
 
     @property
     def n(self) -> int:
         """Keys that there is room for per sequence, coded or not."""
         if self.page_table is not None:
-            return self.page_table.shape[1] * self.v.shape[2]
-        return self.v.shape[2] + (0 if self.is_placed else sum(part.k.shape[2] for part in self.exact))
+            return self.page_table.shape[1] * self.n_coded
+        return self.n_coded + (0 if self.is_placed else sum(part.k.shape[2] for part in self.exact))
 
     @property
     def nbytes(self) -> int:
@@ -146,20 +205,9 @@ class KVView:
             v = change(self.v, *(x.v for x in others))
         return KVView(codes, v, v_scale, self.kv_lens, self.page_table, self.first, self.recent)
 
-    def of_views(
-        self, codes: list[Tensor], values: list[Tensor], first: ExactKV | None, recent: ExactKV | None
-    ) -> KVView:
-        """The view with views of its `tensors()`, alike of each, and other exact tokens: what fits is not checked again, which would take
-        the host as long as to make them."""
-        made = self.codes.of_views(*codes)
-        if isinstance(self.v, NarrowRows):
-            return KVView(made, self.v.of_views(*values), first=first, recent=recent)
-        v, v_scale = values if len(values) == 2 else (values[0], None)
-        return KVView(made, v, v_scale, first=first, recent=recent)
-
-    def over(self, prepared: dict[Any, Any]) -> KVView:
-        """Itself, a view of the buffers that `prepared` belongs to."""
-        object.__setattr__(self, "prepared", prepared)  # no argument: what is made of this view is another
+    def over(self, prepared: dict[Any, Any], **exact: ExactKV | None) -> KVView:
+        """Itself, a view of the buffers that `prepared` belongs to, with `exact` tokens if any are named."""
+        self.__dict__.update(exact, prepared=prepared)  # no argument: what is made of this view is another
         return self
 
     def coded(self, start: int, end: int) -> KVView:
@@ -169,7 +217,7 @@ class KVView:
     def since(self, start: int) -> KVView:
         """The view without the first `start` tokens."""
         after_first = max(0, start - self.n_first)
-        after_coded = max(0, after_first - self.v.shape[2])
+        after_coded = max(0, after_first - self.n_coded)
         first = None if self.first is None else self.first.tokens(start)
         recent = None if self.recent is None else self.recent.tokens(after_coded)
         return replace(self.map(lambda x: x[:, :, after_first:]), first=first, recent=recent)
@@ -186,7 +234,7 @@ class KVView:
             assert self.recent is not None
             return self.recent
         here = torch.arange(self.n, device=self.v.device)[None]
-        positions = torch.cat((here[:, : self.n_first], here[:, self.n_first + self.v.shape[2] :]), dim=1)
+        positions = torch.cat((here[:, : self.n_first], here[:, self.n_first + self.n_coded :]), dim=1)
         parts = self.exact
         return replace(parts[0].map(lambda *x: torch.cat(x, dim=2), *parts[1:]), positions=positions)
 

@@ -7,12 +7,12 @@ from random import Random
 import pytest
 import torch
 
+import emulated
 import flashsfa
 from append_cases import BATCH, BITS, DEVICE, HEADS, assert_same_view, draw, same_bits, use_kernel
 from flashsfa import SparseKVCache, explain
 from flashsfa.formats import CodeFormat
 from flashsfa.ops import nvrtc
-from flashsfa.ops.select.hopper import append as hopper
 from held_cases import axis_bits
 
 
@@ -55,9 +55,7 @@ def plainly(monkeypatch):
 @pytest.fixture
 def launches(monkeypatch):
     """A list that gets an entry per launch."""
-    made, launch = [], hopper.launch
-    monkeypatch.setattr(hopper, "launch", lambda *arguments: made.append(None) or launch(*arguments))
-    return made
+    return emulated.note_launches(monkeypatch)
 
 
 @pytest.mark.parametrize("exact", EXACT.values(), ids=EXACT)

@@ -6,7 +6,6 @@ import torch
 
 import emulated
 from flashsfa.ops import nvrtc, record
-from flashsfa.ops.select.hopper import append as hopper
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 DTYPES = [torch.float16, torch.bfloat16]
@@ -20,8 +19,7 @@ def use_kernel(monkeypatch):
     if emulated.is_needed(DEVICE):
         monkeypatch.setattr(nvrtc, "is_hopper", lambda device: True)
         monkeypatch.setattr(nvrtc, "obstacle", lambda: None)
-        monkeypatch.setattr(hopper, "load", emulated.load_append)
-        monkeypatch.setattr(hopper, "launch", emulated.launch_append)
+        monkeypatch.setattr(nvrtc, "load_kernel", emulated.load_kernel)
 
 
 def hostile(dtype, head_dim, v_dim):

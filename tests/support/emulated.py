@@ -4,6 +4,7 @@ import ctypes
 import functools
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -11,9 +12,6 @@ import pytest
 import torch
 
 from flashsfa.ops import nvrtc
-from flashsfa.ops.decode.hopper import compiler as decode_compiler
-from flashsfa.ops.decode.hopper.exact import compiler as exact_compiler
-from flashsfa.ops.select.hopper import compiler as append_compiler
 
 COMPILER = shutil.which("g++")
 _HEADER = Path(__file__).with_name("emulator.h")
@@ -39,24 +37,35 @@ def is_needed(device):
     return True
 
 
-def launch(variant, grid, params):
-    """Stands for `launch` of decode."""
-    _library(decode_compiler, "decode_kernel", variant).run(ctypes.byref(params), *grid)
+class Kernel:
+    """Stands for `nvrtc.Kernel`."""
+
+    def __init__(self, library):
+        self._library = library
+
+    def launch(self, grid, params):
+        self._library.run(ctypes.byref(params), *grid)
 
 
-def launch_exact(variant, grid, params):
-    """Stands for `launch` of decode's exact tokens."""
-    _library(exact_compiler, "exact_kernel", variant).run(ctypes.byref(params), *grid)
+def load_kernel(compile_cubin, variant, name, device):
+    """Stands for `nvrtc.load_kernel`, for decode and append."""
+    return Kernel(_library(sys.modules[compile_cubin.__module__], name, variant))
 
 
-def load_append(variant, name, device):
-    """Stands for `load` of append; `launch_append` runs what it returns."""
-    return _library(append_compiler, name, variant)
+def note_launches(monkeypatch):
+    """A list that gets an entry per launch of a kernel that is loaded from now on."""
+    load, made = nvrtc.load_kernel, []
 
+    class Noted:
+        def __init__(self, kernel):
+            self._kernel = kernel
 
-def launch_append(kernel, batch, params):
-    """Stands for `launch` of append."""
-    kernel.loaded.run(ctypes.byref(params), -(-params.tokens // kernel.variant.tokens), batch * params.heads, 1)
+        def launch(self, *given):
+            made.append(given)
+            self._kernel.launch(*given)
+
+    monkeypatch.setattr(nvrtc, "load_kernel", lambda *given: Noted(load(*given)))
+    return made
 
 
 @functools.cache

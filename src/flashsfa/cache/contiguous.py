@@ -462,6 +462,7 @@ class _Held:
     input_dtype: torch.dtype
     writers: dict[_Form, _Writer | None] = field(init=False, default_factory=dict)
     readers: dict[Any, Any] = field(init=False, default_factory=dict)
+    _firsts: dict[int, ExactKV | None] = field(init=False, default_factory=dict)  # views of so many first tokens
 
     def __reduce__(self) -> tuple[type[_Held], tuple[KVView, torch.dtype]]:
         return _Held, (self.kv, self.input_dtype)  # a copy has buffers of its own, and what writes to them
@@ -483,17 +484,30 @@ class _Held:
         return self.writers[form]
 
     def again(self, tokens: _Tokens) -> KVView:
-        """As `view`, for buffers with a writer: for a third of the host's time, as their strides are known and parts that fit one another
-        still do."""
-        codes, values, first, recent = self._layouts
-        coded = tokens.coded
-        kv = self.kv.of_views(
-            [x.tokens(0, coded) for x in codes],
-            [x.tokens(0, coded) for x in values],
-            _exact_tokens(first, 0, tokens.first),
-            _exact_tokens(recent, tokens.slot, tokens.recent),
+        """As `view`, for buffers with a writer: what attention prepared for them needs no views of the coded tokens."""
+        count, (*_, first, recent) = tokens.coded, self._layouts
+        kv = KVView.deferred(
+            self.kv, count, functools.partial(self._codes, count), functools.partial(self._values, count)
         )
-        return kv.over(self.readers)
+        if not first and not recent:
+            return kv.over(self.readers)
+        if tokens.first not in self._firsts:
+            self._firsts[tokens.first] = _exact_tokens(first, 0, tokens.first)
+        newest = _exact_tokens(recent, tokens.slot, tokens.recent)
+        return kv.over(self.readers, first=self._firsts[tokens.first], recent=newest)
+
+    # For a third of the host's time of other views, as their strides are known and parts that fit one another still do.
+
+    def _codes(self, count: int) -> KeyCodes:
+        """Of so many tokens."""
+        return self.kv.codes.of_views(*(x.tokens(0, count) for x in self._layouts[0]))
+
+    def _values(self, count: int) -> tuple[Tensor | NarrowRows, Tensor | None]:
+        """v and v_scale of so many tokens."""
+        v, *scale = views = [x.tokens(0, count) for x in self._layouts[1]]
+        if isinstance(self.kv.v, NarrowRows):
+            return self.kv.v.of_views(*views), None
+        return v, scale[0] if scale else None
 
     @functools.cached_property
     def _buffers(self) -> tuple[Form, Buffers]:

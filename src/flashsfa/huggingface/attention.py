@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,6 @@ from ..codes import FeatureCodes, all_dense_codes, topk_codes
 from ..decode import attend_cached
 from ..formats import cache_bits
 from ..mask import Mask, checked_window
-from ..narrow import NarrowRows
 from ..ops.prefill import exact_band, masked
 from ..scores import ScoreRules
 from ..stored import ExactKV, KVView
@@ -79,7 +78,7 @@ class LayerCoding(nn.Module):
         """The code that keeps every feature: all but the last in the dense channel, which leaves top-1 of one."""
         return cls(FeatureBudget.lossless(head_dim))
 
-    @property
+    @functools.cached_property
     def key_code(self) -> tuple[Any, ...]:
         """What a cached key and value depend on: two layers of one key code can go on with each other's caches."""
         in_axes = None if self.coder.axes is None else self.coder.axes.key_bytes
@@ -119,8 +118,7 @@ class LayerCoding(nn.Module):
         return super()._apply(moved, recurse)
 
 
-@dataclass(frozen=True)
-class SeenKV:
+class SeenKV(NamedTuple):
     """Keys and values that some queries of a call see.
 
     Attributes:
@@ -143,7 +141,8 @@ class CachedKeys:
         views: codes and values, and exact tokens, that the queries of the call see one after another: one view for all, or several.
             The lengths of a cache of fixed size are the slots filled so far.
         key_code: of the layer that coded them; None for lossless codes.
-        dtype: of the values as they came, and so of the attention's output.
+        values: what is handed out beside these keys: all values, or where the cache holds some otherwise those that `came`.
+        dtype: of the values as the call brought them, and so of the attention's output.
         positions: [N] int64 position in the sequence of each slot's token, negative for an empty slot; None where
             slot j holds token j. One query sees all tokens held, in any order; several need them in order, up to the
             last query's own.
@@ -154,6 +153,7 @@ class CachedKeys:
         self,
         views: Sequence[SeenKV],
         key_code: tuple[Any, ...] | None,
+        came: Tensor,
         dtype: torch.dtype,
         *,
         positions: Tensor | None = None,
@@ -166,23 +166,17 @@ class CachedKeys:
             positions,
             is_static,
         )
+        self.kv = kv = views[-1].kv  # what the last query sees
+        values = kv.v if kv.has_plain_values else came
+        assert isinstance(values, Tensor)
+        self.values = values
 
     @property
     def shape(self) -> torch.Size:
         """[B, Hkv, N, D] of the keys that the call sees, coded or not."""
-        batch, heads, _, head_dim = self.kv.codes.shape
+        batch, heads, _, head_dim = self.kv.key_shape
         n = self.views[-1].start - self.views[0].start + self.kv.n
         return torch.Size((batch, heads, n, head_dim))
-
-    @property
-    def kv(self) -> KVView:
-        """What the last query sees."""
-        return self.views[-1].kv
-
-    @property
-    def values(self) -> Tensor:
-        """What is handed out beside these keys."""
-        return self.kv.v.kept if isinstance(self.kv.v, NarrowRows) else self.kv.v
 
     def per_view(self) -> list[tuple[slice, slice, KVView]]:
         """Each view, with its queries among those of the call and its keys among those that the call sees."""
@@ -365,7 +359,7 @@ def _attend_held(query: Tensor, key: CachedKeys, value: Tensor, rules: _Rules) -
     """[B, Hq, N_q, Dv] over what a cache of codes holds."""
     coding = rules.coding
     _require_own_cache(coding, key, value)
-    query = _cast(query, value.dtype if value.is_floating_point() else key.dtype)
+    query = _cast(query, value.dtype)
     query = query if coding is None else coding.queries(query)
     budget = FeatureBudget.lossless(query.shape[-1]) if coding is None else coding.budget
     scores, tolerance, outs = rules.scores(query), 0.0 if coding is None else coding.value_tolerance, []
@@ -376,7 +370,7 @@ def _attend_held(query: Tensor, key: CachedKeys, value: Tensor, rules: _Rules) -
             continue
         mask = Mask(True, rules.window, None if rules.padding is None else rules.padding[:, keys], kv_lens=kv.kv_lens)
         outs.append(attend_cached(query[:, :, rows], kv, budget, mask, scores, tolerance))
-    return (outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)).to(key.dtype)
+    return _cast(outs[0] if len(outs) == 1 else torch.cat(outs, dim=2), key.dtype)
 
 
 def attention_mask(
@@ -474,9 +468,9 @@ def _may_look(mask: Tensor) -> bool:
 def _padding(mask: Tensor | None, key: Tensor | CachedKeys) -> Tensor | None:
     """[B, N] bool, True where a slot of `key` holds padding or nothing."""
     positions = None if isinstance(key, Tensor) else key.positions
-    n = key.shape[2]
     if mask is None:
         return None if positions is None else (positions < 0).expand(key.shape[0], -1)
+    n = key.shape[2]
     require(
         mask.ndim == 4 and mask.shape[1:3] == (1, 1) and mask.dtype == torch.bool
         and (mask.shape[3] == n or (isinstance(key, CachedKeys) and key.is_static)),

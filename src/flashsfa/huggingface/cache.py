@@ -183,7 +183,7 @@ class SparseCacheLayer(_CodedLayer):
         views = [self._append(part) for part in self._apart(own)]
         if not self.is_initialized:  # after all that may fail
             self.lazy_initialization(key_states, value_states)
-        keys = CachedKeys(views, self._coding.key_code, value_states.dtype)
+        keys = CachedKeys(views, self._coding.key_code, own.v, value_states.dtype)
         return keys, keys.values
 
     def _apart(self, own: ExactKV) -> Iterator[ExactKV]:
@@ -369,11 +369,12 @@ class StaticSparseLayer(_CodedLayer):
             ),
         )
         coordinates = self._coding.keys(key_states.to(self.dtype))  # autocast leaves keys in float32
-        seen, positions = self._store(coordinates, value_states.to(self.dtype), was_empty)
+        values = value_states.to(self.dtype)
+        seen, positions = self._store(coordinates, values, was_empty)
         self._kv_lens.add_(count)  # in place: `seen` may hold this tensor
         self._is_empty = False
         keys = CachedKeys(
-            [SeenKV(seen, count)], self._key_code, value_states.dtype, positions=positions, is_static=True
+            [SeenKV(seen, count)], self._key_code, values, value_states.dtype, positions=positions, is_static=True
         )
         return keys, keys.values
 
@@ -495,7 +496,10 @@ def _codings(model: Any) -> dict[int, LayerCoding]:
     model = unwrap(model)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be one of transformers that enable switched, got {type(model).__name__}")
-    found = {m.layer_idx: m.sfa for m in model.modules() if isinstance(getattr(m, "sfa", None), LayerCoding)}
+    codings = (
+        (module, module._modules.get("sfa")) for module in model.modules()
+    )  # an attribute that is not there takes long
+    found = {module.layer_idx: coding for module, coding in codings if isinstance(coding, LayerCoding)}
     require(bool(found), f"{type(model).__name__} is not switched: call enable first")
     return found
 

@@ -176,7 +176,7 @@ def plan_decode(q: Tensor, kv: KVView) -> DecodePlan:
         obstacle = _obstacle_to_exact(q, kv, plan.backend)
         plan = replace(plan, fuses_exact=obstacle is None)
         reason = told_with_exact(reason, obstacle)
-    if kv.exact and not kv.v.shape[2]:
+    if kv.exact and not kv.n_coded:
         record.record("decode", "hopper" if plan.fuses_exact else "torch", "every token is held as it came")
         return plan
     record.record("decode", plan.backend, reason, fallback=plan.backend == "torch")

@@ -12,6 +12,7 @@ from decode_cases import DecodeRules, assert_graph_follows
 from flashsfa import SparseKVCache, explain, sparse_feature_decode, topk_codes
 from flashsfa.mask import Mask
 from flashsfa.narrow import NarrowRows
+from flashsfa.ops import nvrtc
 from flashsfa.ops.decode import gpu
 from flashsfa.ops.decode.hopper import decode as hopper
 from flashsfa.scores import ScoreRules
@@ -24,7 +25,7 @@ DTYPES = [torch.float16, torch.bfloat16]
 @pytest.fixture(autouse=True)
 def kernel(monkeypatch):
     if emulated.is_needed(DEVICE):
-        monkeypatch.setattr(hopper, "launch", emulated.launch)
+        monkeypatch.setattr(nvrtc, "load_kernel", emulated.load_kernel)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -27,12 +27,10 @@ B, HKV = 2, 2
 @pytest.fixture(autouse=True)
 def launches(monkeypatch):
     """The launches of the kernel so far."""
-    launch, made = kernels.launch, []
     if emulated.is_needed(DEVICE):
-        launch = emulated.launch_exact
+        monkeypatch.setattr(nvrtc, "load_kernel", emulated.load_kernel)
         monkeypatch.setattr(nvrtc, "obstacle", lambda: None)
-    monkeypatch.setattr(kernels, "launch", lambda *given: made.append(given) or launch(*given))
-    return made
+    return emulated.note_launches(monkeypatch)
 
 
 def normal(*shape, dtype=torch.float64):
@@ -309,7 +307,7 @@ def test_a_kernel_that_cannot_be_built_is_told(monkeypatch, caplog):
     kv = growing(3, 12, 17)
     q = queries(kv)
     expected = run(q, kv, is_fused=False)
-    monkeypatch.setattr(kernels, "launch", lambda *_: "the driver is too old")
+    monkeypatch.setattr(nvrtc, "load_kernel", lambda *_: "the driver is too old")
     for one, other in zip(run(q, kv), expected, strict=True):
         assert torch.equal(one, other)
     assert "tokens held as they came in plain PyTorch beside: the driver is too old" in explain()

@@ -16,9 +16,8 @@ from flashsfa import FeatureBasis, SparseKVCache, explain, reference, sparse_fea
 from flashsfa import decode as module
 from flashsfa.budget import FeatureBudget
 from flashsfa.mask import Mask
+from flashsfa.ops import nvrtc
 from flashsfa.ops.decode import gpu
-from flashsfa.ops.decode.hopper import decode as hopper
-from flashsfa.ops.decode.hopper.exact import exact as hopper_exact
 from flashsfa.ops.plan import DecodePlan
 from flashsfa.scores import ScoreRules
 from flashsfa.stored import ExactKV, KVView
@@ -32,8 +31,7 @@ def again(monkeypatch):
     """What was computed by what had been prepared, one entry a call: None where it could not be."""
     use_kernel(monkeypatch)
     if emulated.is_needed(DEVICE):
-        monkeypatch.setattr(hopper, "launch", emulated.launch)
-        monkeypatch.setattr(hopper_exact, "launch", emulated.launch_exact)
+        monkeypatch.setattr(nvrtc, "load_kernel", emulated.load_kernel)
         monkeypatch.setattr(module, "plan_decode", lambda q, kv: DecodePlan("hopper", "asked for", fuses_exact=True))
     outs, attend_again = [], gpu.attend_again
     monkeypatch.setattr(gpu, "attend_again", lambda *given: outs.append(attend_again(*given)) or outs[-1])

@@ -10,8 +10,7 @@ import emulated
 from flashsfa import decode as module
 from flashsfa import sparse_feature_decode, topk_codes
 from flashsfa.narrow import NarrowRows
-from flashsfa.ops.decode.hopper import decode as hopper
-from flashsfa.ops.decode.hopper.exact import exact as hopper_exact
+from flashsfa.ops import nvrtc
 from flashsfa.ops.plan import DecodePlan
 from flashsfa.stored import ExactKV, KVView
 from held_cases import DEVICE, coded, draw
@@ -33,8 +32,7 @@ def on(monkeypatch):
 
     def choose(backend):
         if backend == "hopper" and emulated.is_needed(DEVICE):
-            monkeypatch.setattr(hopper, "launch", emulated.launch)
-            monkeypatch.setattr(hopper_exact, "launch", emulated.launch_exact)
+            monkeypatch.setattr(nvrtc, "load_kernel", emulated.load_kernel)
         if backend == "numba":
             pytest.importorskip("numba")
             if DEVICE.type == "cuda":

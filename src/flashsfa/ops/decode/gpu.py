@@ -72,12 +72,15 @@ def prepared(
     from .hopper.exact import exact as hopper_exact
 
     held, exact = Held.of(kv), None
-    if q.stride(-1) != 1 or kv.v.shape[2] < FEWEST_KEYS or hopper.obstacle(q, held) is not None:
+    if q.stride(-1) != 1 or kv.n_coded < FEWEST_KEYS or hopper.obstacle(q, held) is not None:
         return None
     if kv.exact:
         if not hopper_exact.is_aligned(q) or hopper_exact.obstacle(q, kv) is not None:
             return None
-        exact = hopper_exact.Prepared.of(q, kv, mask, scores)
+        made = hopper_exact.Prepared.of(q, kv, mask, scores)
+        if isinstance(made, str):
+            return None
+        exact = made
     found = hopper.Prepared.of(Call(q, held, None, mask, scores, value_tolerance, topk_query))
     return None if isinstance(found, str) else Kernels(found, exact)
 
@@ -87,15 +90,17 @@ def attend_again(
 ) -> Tensor | None:
     """The output [B, Hq, M, Dv] of what was `prepared`, over a view of the same buffers, of which `padding` [B, N] are not seen, in `out`
     if there is one, contiguous; None where a kernel cannot run."""
-    (coded, exact), keys = prepared, kv.v.shape[2]
+    if q.is_cuda and torch.cuda.current_device() != q.device.index:
+        with torch.cuda.device(q.device):
+            return attend_again(q, prepared, reason, kv, padding, out)
+    (coded, exact), keys = prepared, kv.n_coded
     out = q.new_empty((*q.shape[:3], coded.width)) if out is None else out
-    with torch.cuda.device_of(q):
-        if exact is None:
-            obstacle = coded.attend(q, out, None, keys, padding)
-        else:
-            lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-            hidden = None if padding is None else padding[:, kv.n_first : kv.n_first + keys]
-            obstacle = coded.attend(q, out, lse, keys, hidden) or exact.attend(q, kv, padding, out, lse)
+    if exact is None:
+        obstacle = coded.attend(q, out, None, keys, padding)
+    else:
+        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+        hidden = None if padding is None else padding[:, kv.n_first : kv.n_first + keys]
+        obstacle = coded.attend(q, out, lse, keys, hidden) or exact.attend(q, kv, padding, out, lse)
     if obstacle is not None:
         return None
     record.record("decode", "hopper", reason)

@@ -14,7 +14,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -84,10 +84,26 @@ class Variant(Protocol):
     def shared_bytes(self) -> int: ...
 
 
+class Kernel(NamedTuple):
+    """One specialisation, ready to launch on a device."""
+
+    loaded: ctypes.c_void_p
+    threads: int
+    shared_bytes: int
+    device: int
+
+    def launch(self, grid: tuple[int, int, int], *params: ctypes.Structure | ctypes.Array) -> None:
+        """Run it on torch's current stream of its device."""
+        if torch.cuda.current_device() == self.device:
+            cuda.launch(self.loaded, grid, self.threads, self.shared_bytes, params)
+            return
+        with torch.cuda.device(self.device):
+            cuda.launch(self.loaded, grid, self.threads, self.shared_bytes, params)
+
+
 @functools.cache
-def load_kernel(compile_cubin: Callable[..., bytes], variant: Variant, name: str, device: int) -> ctypes.c_void_p | str:
-    """The kernel `name` of what `compile_cubin(variant, afresh=)` returns, ready to launch on `device`; or why there is none: what failed once
-    is not tried again."""
+def load_kernel(compile_cubin: Callable[..., bytes], variant: Variant, name: str, device: int) -> Kernel | str:
+    """The kernel `name` of what `compile_cubin(variant, afresh=)` returns; or why there is none: what failed once is not tried again."""
 
     def load(afresh: bool) -> ctypes.c_void_p:
         cubin = compile_cubin(variant, afresh=afresh)
@@ -99,24 +115,9 @@ def load_kernel(compile_cubin: Callable[..., bytes], variant: Variant, name: str
         return load(afresh=True)  # what the disk had may not be what the compiler makes
 
     try:
-        return load(afresh=False)
+        return Kernel(load(afresh=False), variant.threads, variant.shared_bytes, device)
     except cuda.CompilationError as error:
         return str(error)
-
-
-def launch(
-    compile_cubin: Callable[..., bytes],
-    variant: Variant,
-    name: str,
-    grid: tuple[int, int, int],
-    params: ctypes.Structure,
-) -> str | None:
-    """Run a kernel, as of `load_kernel`, on torch's current device and stream, or say why it cannot be built."""
-    kernel = load_kernel(compile_cubin, variant, name, torch.cuda.current_device())
-    if isinstance(kernel, str):
-        return kernel
-    cuda.launch(kernel, grid, variant.threads, variant.shared_bytes, (params,))
-    return None
 
 
 def _read_kept(path: Path) -> bytes | None:

@@ -209,7 +209,7 @@ def test_an_image_that_the_driver_refuses_is_compiled_once_more(refused, compile
     tile = compiler.Tile(torch.float16, 64, 64, stages=3 + refused)
     compiler.compile_cubin(tile)
     if refused == 1:
-        assert prefill._load(tile, 0) == b"code 2"
+        assert prefill._load(tile, 0).loaded == b"code 2"
     else:
         for _ in range(2):
             with pytest.raises(cuda.CompilationError, match="refused"):

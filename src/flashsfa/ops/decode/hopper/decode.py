@@ -73,6 +73,7 @@ class Prepared:
         lasting: what the kernel reads beside the cache and the queries.
     """
 
+    kernel: nvrtc.Kernel
     variant: Variant
     params: Params
     keys: int
@@ -115,6 +116,9 @@ class Prepared:
         if isinstance(specialised, str):
             return specialised
         variant, template = specialised
+        kernel = nvrtc.load_kernel(compiler.compile_cubin, variant, "decode_kernel", q.device.index)
+        if isinstance(kernel, str):
+            return kernel
         params = Params.from_buffer_copy(template)
         for name, x in held.tensors.items():
             if name in _FIELDS:
@@ -135,7 +139,7 @@ class Prepared:
         params.scale = call.scores.scale * LOG2_E if softcap is None else call.scores.scale / softcap
         params.cap = (softcap or 0.0) * LOG2_E
         params.tolerance = call.value_tolerance * _CERTAIN
-        return cls(variant, params, keys, tiles, heads * padded_rows, (table, lengths, padding))
+        return cls(kernel, variant, params, keys, tiles, heads * padded_rows, (table, lengths, padding))
 
     @property
     def width(self) -> int:
@@ -171,12 +175,8 @@ class Prepared:
         params.peak = params.partial + 4 * sums * variant.value_dim
         params.total = params.peak + 4 * sums
         params.ended = counters.address(self.tiles, device)
-        return launch(variant, (self.tiles, blocks, 1), params)
-
-
-def launch(variant: Variant, grid: tuple[int, int, int], params: Params) -> str | None:
-    """Run the kernel on torch's current device and stream, or say why it cannot be built."""
-    return nvrtc.launch(compiler.compile_cubin, variant, "decode_kernel", grid, params)
+        self.kernel.launch((self.tiles, blocks, 1), params)
+        return None
 
 
 class _Form(NamedTuple):

@@ -143,7 +143,7 @@ def forward(
             scale=scale,
         )
         maps = [cuda.tensor_map(x, tile.block_n) for x in (k, v)]
-        cuda.launch(kernel, (thread_blocks, 1, 1), tile.threads, tile.shared_bytes, (params, *maps))
+        kernel.launch((thread_blocks, 1, 1), params, *maps)
     return out, lse
 
 
@@ -184,7 +184,7 @@ def heads_per_l2_group(heads: int, kv_heads: int, head_bytes: int) -> int:
     return math.ceil(heads / math.ceil(heads / fitting))
 
 
-def _load(tile: Tile, device: int) -> ctypes.c_void_p:
+def _load(tile: Tile, device: int) -> nvrtc.Kernel:
     """The kernel of one specialisation, ready to launch on `device`. What failed once is not tried again."""
     kernel = nvrtc.load_kernel(compiler.compile_cubin, tile, "prefill_kernel", device)
     if isinstance(kernel, str):

@@ -6,7 +6,6 @@ newest tokens. What a launch passes is ready but for the addresses of keys and v
 
 from __future__ import annotations
 
-import ctypes
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -15,7 +14,6 @@ from torch import Tensor
 from ....checks import require
 from ....formats import packed_bytes
 from ... import nvrtc
-from ...nvrtc import cuda
 from . import compiler
 from .compiler import Form, Variant
 from .params import Params
@@ -66,19 +64,11 @@ class Ring(NamedTuple):
     newest: int
 
 
-class Kernel(NamedTuple):
-    """One specialisation, ready to launch on a device."""
-
-    loaded: ctypes.c_void_p
-    variant: Variant
-    device: int
-
-
 class Append:
     """Writes tokens of one form (shape, strides, dtype and device of keys and values) to buffers that lie where they lay."""
 
-    def __init__(self, kernel: Kernel, batch: int, params: Params) -> None:
-        self._kernel, self._batch, self._params = kernel, batch, params
+    def __init__(self, kernel: nvrtc.Kernel, grid: tuple[int, int, int], params: Params) -> None:
+        self._kernel, self._grid, self._params = kernel, grid, params
         self._capacity, self._recent_capacity = params.capacity, params.recent_capacity
 
     def __call__(self, k: Tensor, v: Tensor, start: int, ring: Ring | None = None) -> None:
@@ -89,14 +79,14 @@ class Append:
             params.tokens, start, ring, self._capacity, self._recent_capacity
         )
         params.k, params.v, params.start = k.data_ptr(), v.data_ptr(), start
-        launch(self._kernel, self._batch, params)
+        self._kernel.launch(self._grid, params)
 
 
 class Paged:
     """Writes tokens of one form (heads, widths, dtype and device of keys and values) to pools of pages that lie where they lay, or reads them
     there."""
 
-    def __init__(self, few: Kernel, many: Kernel, params: Params, tables: list[Tensor]) -> None:
+    def __init__(self, few: nvrtc.Kernel, many: nvrtc.Kernel, params: Params, tables: list[Tensor]) -> None:
         self._few, self._many, self._params = few, many, params
         self._tables = tables  # which `params` knows by their addresses; the pools are whoever's they are
 
@@ -118,7 +108,8 @@ class Paged:
             return
         params.k, params.v, params.slots, params.tokens = k.data_ptr(), v.data_ptr(), slots.data_ptr(), n
         _set_strides(params, k, v)
-        launch(self._few if n <= _FEW_TOKENS else self._many, batch, params)
+        kernel = self._few if n <= _FEW_TOKENS else self._many
+        kernel.launch(_grid(n, batch * params.heads), params)
 
 
 def require_room(n: int, start: int, ring: Ring | None, capacity: int, recent_capacity: int) -> Ring:
@@ -159,7 +150,7 @@ def prepare(k: Tensor, v: Tensor, form: Form, buffers: Buffers) -> Append | str 
     require(n <= room, f"{n} tokens do not fit buffers of {room}")
     params.tokens = n
     _set_strides(params, k, v)
-    return Append(kernel, batch, params)
+    return Append(kernel, _grid(n, batch * heads), params)
 
 
 def prepare_paged(k: Tensor, v: Tensor, form: Form, pools: Buffers, *, reads: bool = False) -> Paged | str | None:
@@ -191,14 +182,23 @@ def prepare_paged(k: Tensor, v: Tensor, form: Form, pools: Buffers, *, reads: bo
 
 def _kernel(
     k: Tensor, v: Tensor, form: Form, name: str, n: int, *, has_recent: bool = False, is_paged: bool = False
-) -> Kernel | str:
+) -> nvrtc.Kernel | str:
     """For n tokens a head, or in words why it cannot be had."""
     if nvrtc.obstacle() is not None:
         return f"the CUDA kernel that appends is compiled at run time: {nvrtc.obstacle()}"
-    tokens = 1 if n <= _FEW_TOKENS else _BLOCK_TOKENS
-    variant = Variant(k.dtype == torch.bfloat16, k.shape[-1], v.shape[-1], has_recent, is_paged, form, tokens)
-    loaded = load(variant, name, k.device.index)
-    return loaded if isinstance(loaded, str) else Kernel(loaded, variant, k.device.index)
+    variant = Variant(
+        k.dtype == torch.bfloat16, k.shape[-1], v.shape[-1], has_recent, is_paged, form, _tokens_per_block(n)
+    )
+    return nvrtc.load_kernel(compiler.compile_cubin, variant, name, k.device.index)
+
+
+def _tokens_per_block(n: int) -> int:
+    return 1 if n <= _FEW_TOKENS else _BLOCK_TOKENS
+
+
+def _grid(n: int, heads: int) -> tuple[int, int, int]:
+    """Of thread blocks for n tokens a head of so many heads."""
+    return -(-n // _tokens_per_block(n)), heads, 1
 
 
 def _params(k: Tensor, buffers: Buffers) -> Params:
@@ -210,22 +210,6 @@ def _params(k: Tensor, buffers: Buffers) -> Params:
 def _set_strides(params: Params, k: Tensor, v: Tensor) -> None:
     params.k_batch, params.k_head, params.k_token = k.stride()[:3]
     params.v_batch, params.v_head, params.v_token = v.stride()[:3]
-
-
-def load(variant: Variant, name: str, device: int) -> ctypes.c_void_p | str:
-    """A kernel of one specialisation, ready to launch on `device`, or why there is none: what failed once is not tried again."""
-    return nvrtc.load_kernel(compiler.compile_cubin, variant, name, device)
-
-
-def launch(kernel: Kernel, batch: int, params: Params) -> None:
-    """Run the kernel on torch's current stream of its device."""
-    variant = kernel.variant
-    grid = -(-params.tokens // variant.tokens), batch * params.heads, 1
-    if torch.cuda.current_device() == kernel.device:
-        cuda.launch(kernel.loaded, grid, variant.threads, variant.shared_bytes, (params,))
-        return
-    with torch.cuda.device(kernel.device):
-        cuda.launch(kernel.loaded, grid, variant.threads, variant.shared_bytes, (params,))
 
 
 def _takes(k: Tensor, v: Tensor) -> bool:

@@ -49,19 +49,22 @@ class Prepared:
         lasting: what the kernel reads beside the view and the queries.
     """
 
-    variant: Variant
+    kernel: nvrtc.Kernel
     params: Params
     grid: tuple[int, int, int]
     lasting: tuple[Tensor | None, ...]
 
     @classmethod
-    def of(cls, q: Tensor, kv: KVView, mask: Mask, scores: ScoreRules) -> Prepared:
+    def of(cls, q: Tensor, kv: KVView, mask: Mask, scores: ScoreRules) -> Prepared | str:
         """For q [B, Hq, M, D] with rows as those of exact tokens, a view and a mask of all its tokens, without the padding of the mask, which
-        each call brings."""
+        each call brings; or why it cannot be built."""
         (batch, q_heads, m, head_dim), kv_heads, value_dim = q.shape, kv.v.shape[1], kv.v.shape[-1]
         group = q_heads // kv_heads
         most = 8 if max(head_dim, value_dim) <= 128 else 4  # what is summed lies in registers
         variant = Variant(q.dtype == torch.bfloat16, head_dim, value_dim, min(next_power_of_2(group * m), most))
+        kernel = nvrtc.load_kernel(compiler.compile_cubin, variant, "exact_kernel", q.device.index)
+        if isinstance(kernel, str):
+            return kernel
         params = Params(rows=group * m, m=m, group=group, window=mask.window or 0)
         params.q_batch, params.q_head, params.q_token, _ = q.stride()
         for name, part in (("first", kv.first), ("recent", kv.recent)):
@@ -83,7 +86,7 @@ class Prepared:
         params.scale = scores.scale if softcap is None else scores.scale / softcap
         params.cap = softcap or 0.0
         grid = (-(-group * m // variant.rows), kv_heads, batch)
-        return cls(variant, params, grid, (positions, lengths, factor, scores.exact_factor))
+        return cls(kernel, params, grid, (positions, lengths, factor, scores.exact_factor))
 
     def attend(self, q: Tensor, kv: KVView, padding: Tensor | None, out: Tensor, lse: Tensor) -> str | None:
         """Fold the exact tokens into out [B, Hq, M, Dv] and lse [B, Hq, M] float32 of the coded ones, both contiguous, in place; or say why
@@ -97,23 +100,20 @@ class Prepared:
             params.recent_k.data, params.recent_v.data = recent.k.data_ptr(), recent.v.data_ptr()
         params.n_first = 0 if first is None else first.k.shape[2]
         params.n_exact = params.n_first + (0 if recent is None else recent.k.shape[2])
-        params.n, params.n_coded = kv.n, kv.v.shape[2]
+        params.n, params.n_coded = kv.n, kv.n_coded
         padding = None if padding is None else padding.contiguous()
         params.padding, params.padding_batch = None if padding is None else padding.data_ptr(), params.n
         params.q, params.out, params.lse = q.data_ptr(), out.data_ptr(), lse.data_ptr()
-        return launch(self.variant, self.grid, params)
+        self.kernel.launch(self.grid, params)
+        return None
 
 
 def attend(q: Tensor, kv: KVView, mask: Mask, scores: ScoreRules, out: Tensor, lse: Tensor) -> str | None:
     """`Prepared.attend` for one call, whatever the strides of q."""
     q = q if is_aligned(q) else q.clone(memory_format=torch.contiguous_format)
     with torch.cuda.device_of(q):
-        return Prepared.of(q, kv, mask, scores).attend(q, kv, mask.key_padding_mask, out, lse)
-
-
-def launch(variant: Variant, grid: tuple[int, int, int], params: Params) -> str | None:
-    """Run the kernel on torch's current device and stream, or say why it cannot be built."""
-    return nvrtc.launch(compiler.compile_cubin, variant, "exact_kernel", grid, params)
+        prepared = Prepared.of(q, kv, mask, scores)
+        return prepared if isinstance(prepared, str) else prepared.attend(q, kv, mask.key_padding_mask, out, lse)
 
 
 def is_aligned(x: Tensor) -> bool:
