@@ -153,6 +153,33 @@ def test_save_and_load(tmp_path):
         assert torch.equal(loaded[i].key, layer.key)
 
 
+@pytest.mark.parametrize(
+    ("kind", "budget"), [("dictionary", {"topk": 2, "dense_dims": 1}), ("whitened", {"key_bytes": 3})]
+)
+def test_layers_are_fitted_in_order_and_each_is_told(kind, budget):
+    """Whatever the number of threads, which is left as it was."""
+    moments, told = [moments_of(draw()) for _ in range(5)], []
+    found, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            found.append(FeatureBasis.from_layers(moments, kind, **budget, fitted=lambda: told.append(1)))
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    assert len(told) == 10
+    for i, layer in enumerate(moments):
+        expected = FeatureBasis.from_moments(layer, kind, **budget)
+        assert torch.equal(found[0][i].key, found[1][i].key)
+        torch.testing.assert_close(found[0][i].key, expected.key)
+
+
+def test_a_layer_that_cannot_be_fitted_is_an_error():
+    moments = [moments_of(draw()), Moments(H, D)]
+    with pytest.raises(ValueError, match="no token was seen"):
+        FeatureBasis.from_layers(moments, "whitened")
+
+
 def test_save_and_load_bits_per_axis(tmp_path):
     moments = [moments_of(draw()), moments_of(draw())]
     layers = [FeatureBasis.from_moments(x, "whitened", key_bytes=3) for x in moments]

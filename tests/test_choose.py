@@ -75,12 +75,12 @@ def test_limits_that_are_none(options):
 
 def test_a_basis_is_fitted_once(model, windows, monkeypatch):
     """Not again for the one that is chosen, nor for the same keys beside other values."""
-    fitted, fit = [], module.FeatureBasis.from_layers
-    monkeypatch.setattr(module.FeatureBasis, "from_layers", lambda *a, **k: fitted.append(str(k)) or fit(*a, **k))
+    fits, fit = [], module.FeatureBasis.from_layers
+    monkeypatch.setattr(module.FeatureBasis, "from_layers", lambda *a, fitted, **k: fits.append(str(k)) or fit(*a, **k))
     choice = chosen(model, windows, Limits(max_loss=0.9))
     assert choice.basis is not None
-    assert len(fitted) == len({*fitted})
-    assert str(choice.candidate.fit) in fitted
+    assert len(fits) == len({*fits})
+    assert str(choice.candidate.fit) in fits
 
 
 @pytest.mark.parametrize("head_dim", [1, 4, 8, 16, 40, 64, 80, 128, 256])

@@ -23,7 +23,8 @@ from .codes import topk_codes
 from .files import whole_file
 from .ops.transform import transform
 
-_Item, _Result = TypeVar("_Item"), TypeVar("_Result")
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 _log = logging.getLogger("flashsfa")
 
 KINDS = ("dictionary", "balanced", "whitened", "scaled", "pca", "identity")

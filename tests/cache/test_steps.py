@@ -74,6 +74,30 @@ def test_a_step_is_one_launch(options, exact, launches, monkeypatch):
     assert len(launches) == left
 
 
+@pytest.mark.parametrize("exact", EXACT.values(), ids=EXACT)
+def test_a_step_makes_no_views_of_what_nobody_asks_for(options, exact, plainly):
+    """A view is that of its step when it is asked for, whatever came since, and copies hold its tensors."""
+    k, v = draw(30)
+    cache, plain = (SparseKVCache(**options, **exact, capacity=64) for _ in range(2))
+    for start, end in ((0, 10), (10, 11), (11, 12)):
+        view, expected = (
+            cache.append(k[:, :, start:end], v[:, :, start:end]),
+            plainly(plain.append, k[:, :, start:end], v[:, :, start:end]),
+        )
+    assert not {"codes", "v", "v_scale"} & vars(view).keys()
+    assert (view.n, view.n_coded, view.key_budget, view.key_shape) == (
+        expected.n, expected.v.shape[2], expected.key_budget, (*expected.codes.shape[:2], expected.v.shape[2], 64)
+    )  # fmt: skip
+    assert (view.is_narrow, view.has_plain_values) == (expected.is_narrow, expected.has_plain_values)
+    assert not {"codes", "v", "v_scale"} & vars(view).keys()
+    later = copy.copy(view)
+    cache.append(k[:, :, 12:13], v[:, :, 12:13])
+    with pytest.raises(AttributeError, match="has no values"):
+        view.values  # noqa: B018 (what is asked for is the error)
+    for found in (view, later, copy.deepcopy(view)):
+        assert_same_view(found, expected)
+
+
 @pytest.mark.parametrize("exact", [{}, EXACT["both"]], ids=str)
 def test_a_prompt_of_few_bits_is_one_launch(options, exact, plainly, launches):
     """Codes that Triton takes are left to it."""
