@@ -169,7 +169,7 @@ def sparse_feature_decode(
         if again is not None:
             return _put(again, out)
     _check(q, kv, mask, value_tolerance)
-    require_no_gradient(q, *kv.tensors(), *_exact_tensors(kv))
+    require_no_gradient(q, *kv.form.tensors(), *_exact_tensors(kv))
     refuse_transforms("sparse_feature_decode", _DIFFERENTIABLE, q, sinks, *kv.tensors())
     found, lse = _decode(call())
     found = _put(found, out)
@@ -232,7 +232,7 @@ def attend_cached(
     if again is not None:
         return again
     _check(q, kv, mask, value_tolerance, is_of_cache=True)
-    require_no_gradient(q, *kv.tensors(), *_exact_tensors(kv))
+    require_no_gradient(q, *kv.form.tensors(), *_exact_tensors(kv))
     if q.shape[2] <= FEW_QUERIES:
         return _decode(call)[0]
     if mask.kv_lens is None or kv.exact:
@@ -415,7 +415,8 @@ def _exact_tensors(kv: KVView) -> list[Tensor]:
 
 def _check(q: Tensor, kv: KVView, mask: Mask, value_tolerance: float, *, is_of_cache: bool = False) -> None:
     """Raise unless all fit. What a cache of ours made is not looked at token by token: its indices are in range."""
-    codes, v, device = kv.codes, kv.v, q.device if isinstance(q, Tensor) else None
+    form, device = kv.form, q.device if isinstance(q, Tensor) else None
+    codes, v, v_scale = form.codes, form.v, form.v_scale
     # past a sequence's length a buffer may hold anything, NaN too
     may_hold_nan = kv.kv_lens is not None
     require_float("q", q)
@@ -423,7 +424,7 @@ def _check(q: Tensor, kv: KVView, mask: Mask, value_tolerance: float, *, is_of_c
         _check_stored(q, "codes", codes.values, codes.scale, may_hold_nan)
         _check_stored(q, "dense", codes.dense, codes.scale, may_hold_nan)
     if isinstance(v, Tensor):
-        _check_stored(q, "v", v, kv.v_scale, may_hold_nan)
+        _check_stored(q, "v", v, v_scale, may_hold_nan)
     for name, rows in (("codes", codes), ("v", v)):
         if rows.device != device:
             raise ValueError(f"{name} is on {rows.device} but q is on {device}; move them together")
@@ -431,7 +432,6 @@ def _check(q: Tensor, kv: KVView, mask: Mask, value_tolerance: float, *, is_of_c
             raise ValueError(f"{name} must be [B, H, N, D], got shape {tuple(rows.shape)}")
     if q.ndim != 4:
         raise ValueError(f"q must be [B, H, N, D], got shape {tuple(q.shape)}")
-    v_scale = kv.v_scale
     if v_scale is not None:
         require_tensor("v_scale", v_scale)
         require(
@@ -474,10 +474,10 @@ def _check(q: Tensor, kv: KVView, mask: Mask, value_tolerance: float, *, is_of_c
         return
     if kv_lens is not None and kv.page_table is not None:
         _check_page_ids(kv.page_table, kv_lens.to(device), v)
-    elif isinstance(codes, FeatureCodes):
-        lengths = [codes.shape[2]] * batch if kv_lens is None else kv_lens.tolist()
+    elif isinstance(kv.codes, FeatureCodes):
+        lengths = [kv.n_coded] * batch if kv_lens is None else kv_lens.tolist()
         for b, length in enumerate(lengths):  # past it a buffer may hold anything
-            codes[b, :, :length].check_indices()
+            kv.codes[b, :, :length].check_indices()
 
 
 def _check_stored(q: Tensor, name: str, x: Tensor, scale: Tensor | None, may_hold_nan: bool) -> None:
@@ -495,12 +495,13 @@ def _check_exact(q: Tensor, kv: KVView, part: ExactKV) -> None:
     require_float("exact k", part.k, may_hold_nan=kv.is_placed)
     require_float("exact v", part.v, may_hold_nan=kv.is_placed)
     require_alike(q=q, k=part.k, v=part.v)
-    rows = (q.shape[0], kv.v.shape[1], part.k.shape[2])
+    codes, v = kv.form.codes, kv.form.v
+    rows = (q.shape[0], v.shape[1], part.k.shape[2])
     require(
-        part.k.shape == (*rows, kv.codes.shape[-1]) and part.v.shape == (*rows, kv.v.shape[-1]),
+        part.k.shape == (*rows, codes.shape[-1]) and part.v.shape == (*rows, v.shape[-1]),
         lambda: (
-            f"exact tokens {tuple(part.k.shape)} and {tuple(part.v.shape)} do not fit codes {tuple(kv.codes.shape)} and v "
-            f"{tuple(kv.v.shape)}"
+            f"exact tokens {tuple(part.k.shape)} and {tuple(part.v.shape)} do not fit codes {tuple(codes.shape)} and v "
+            f"{tuple(v.shape)}"
         ),
     )
     positions = part.positions

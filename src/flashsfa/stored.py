@@ -38,7 +38,7 @@ class ExactKV:
 
     def map(self, change: Callable[..., Tensor], *others: ExactKV) -> ExactKV:
         """Keys and values changed alike, together with their like of `others`; positions stay."""
-        return replace(self, k=change(self.k, *(x.k for x in others)), v=change(self.v, *(x.v for x in others)))
+        return ExactKV(change(self.k, *(x.k for x in others)), change(self.v, *(x.v for x in others)), self.positions)
 
     def followed_by(self, further: ExactKV) -> ExactKV:
         """These tokens and `further` ones, both with positions or both without."""
@@ -50,9 +50,8 @@ class ExactKV:
 
     def tokens(self, start: int, end: int | None = None) -> ExactKV | None:
         """The tokens `start` to `end`; None for none."""
-        part = self.map(lambda x: x[:, :, start:end])
-        if self.positions is not None:
-            part = replace(part, positions=self.positions[:, start:end])
+        positions = None if self.positions is None else self.positions[:, start:end]
+        part = ExactKV(self.k[:, :, start:end], self.v[:, :, start:end], positions)
         return part if part.k.shape[2] else None
 
 
@@ -130,32 +129,32 @@ class KVView:
         return iter((self.codes, self.v))
 
     @property
-    def _form(self) -> KVView:
-        """A view whose tensors are there, of any number of tokens, which are held as those of this one."""
+    def form(self) -> KVView:
+        """A view whose tensors are there, of any number of tokens, coded as those of this one."""
         return self if self._deferred is None else self._deferred.buffers
 
     @property
     def is_narrow(self) -> bool:
         """Whether codes or values are packed in the widths of a format, which `widened` turns into floats."""
-        form = self._form
+        form = self.form
         return not isinstance(form.codes, FeatureCodes) or isinstance(form.v, NarrowRows)
 
     @property
     def has_plain_values(self) -> bool:
         """Whether `v` holds the values of all tokens as they came."""
-        form = self._form
+        form = self.form
         return isinstance(form.v, Tensor) and form.v_scale is None and not self.exact
 
     @property
     def key_budget(self) -> tuple[int, int]:
         """topk and dense_dims of the key code."""
-        codes = self._form.codes
+        codes = self.form.codes
         return (codes.shape[-1], 0) if isinstance(codes, (NarrowRows, AxisCodes)) else (codes.topk, codes.dense_dims)
 
     @property
     def key_shape(self) -> tuple[int, int, int, int]:
         """[B, Hkv, N, D] of the coded keys, or that of pools of pages."""
-        batch, heads, _, head_dim = self._form.codes.shape
+        batch, heads, _, head_dim = self.form.codes.shape
         return batch, heads, self.n_coded, head_dim
 
     @property
@@ -205,14 +204,28 @@ class KVView:
             v = change(self.v, *(x.v for x in others))
         return KVView(codes, v, v_scale, self.kv_lens, self.page_table, self.first, self.recent)
 
-    def over(self, prepared: dict[Any, Any], **exact: ExactKV | None) -> KVView:
-        """Itself, a view of the buffers that `prepared` belongs to, with `exact` tokens if any are named."""
-        self.__dict__.update(exact, prepared=prepared)  # no argument: what is made of this view is another
+    def over(self, prepared: dict[Any, Any]) -> KVView:
+        """Itself, a view of the buffers that `prepared` belongs to."""
+        self.__dict__["prepared"] = prepared  # no argument: what is made of this view is another
         return self
+
+    def between(self, first: ExactKV | None, recent: ExactKV | None) -> KVView:
+        """Its coded tokens between exact ones."""
+        view = object.__new__(KVView)
+        view.__dict__.update(self.__dict__ | {"first": first, "recent": recent, "prepared": None})
+        return view
 
     def coded(self, start: int, end: int) -> KVView:
         """The coded tokens `start` to `end`, counted from the first coded one, alone."""
         return replace(self.map(lambda x: x[:, :, start:end]), first=None, recent=None)
+
+    def exact_alone(self, exact: ExactKV) -> KVView:
+        """A view of `exact` tokens and no coded one."""
+        form = self.form
+        view = KVView.deferred(
+            form, 0, lambda: form.coded(0, 0).codes, lambda: (form.coded(0, 0).v, form.coded(0, 0).v_scale)
+        )
+        return view.between(None, exact)
 
     def since(self, start: int) -> KVView:
         """The view without the first `start` tokens."""
@@ -252,6 +265,8 @@ class KVView:
 
     def rows(self, dtype: torch.dtype) -> ExactKV:
         """All tokens in order in `dtype`, the coded keys as sparse rows."""
+        if not self.n_coded and len(self.exact) == 1:
+            return self.exact[0]
         coded = self.widened(dtype)
         assert isinstance(coded.codes, FeatureCodes)
         assert isinstance(coded.v, Tensor)

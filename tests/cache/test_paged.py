@@ -152,7 +152,7 @@ def test_pools_of_a_failed_append_are_forgotten(monkeypatch):
     cache = PagedSparseKVCache(4, pages=3, page_size=PAGE)
     sequence, (k, v) = cache.add(), tokens(5, dtype=torch.bfloat16, device=DEVICE)
     with monkeypatch.context() as patch:
-        patch.setattr(hopper, "launch", lambda *_: (_ for _ in ()).throw(RuntimeError("no launch")))
+        patch.setattr(hopper.Paged, "__call__", lambda *_: (_ for _ in ()).throw(RuntimeError("no launch")))
         with pytest.raises(RuntimeError, match="no launch"):
             cache.append([sequence], k, v)
     assert cache.length(sequence) == 0

@@ -311,7 +311,7 @@ class SparseKVCache(Coded):
             return None
         before.write(write, k, v, step)
         self._tokens = tokens
-        return held.again(tokens)
+        return held.view(tokens)
 
     def _write(self, held: _Held, k: Tensor, v: Tensor, step: _Step) -> tuple[_Held, _Tokens]:
         """Store k and v where nothing is held yet: the first tokens of the sequence and the newest as they are, and codes of those
@@ -338,21 +338,21 @@ class SparseKVCache(Coded):
 
     def _code(self, held: _Held, k: Tensor, v: Tensor, start: int) -> None:
         """Code k and write it with v at coded token `start`, where nothing is held yet."""
-        kv, codes = held.kv, held.kv.codes
-        if isinstance(codes, FeatureCodes) and isinstance(kv.v, Tensor) and has_fused(k):
-            parts = codes.dense, codes.values, codes.indices
-            if codes.scale is None:
-                append(k, v, *parts, kv.v, start)
-            else:
-                assert kv.v_scale is not None
-                append_8_bit(k, v, (*parts, codes.scale, kv.v, kv.v_scale), start)
-            return
-        coded = replace(kv, first=None, recent=None)
+        coded = replace(held.kv, first=None, recent=None)
         write = prepared_append(k, v, *buffers_of(coded)) if has_kernel(k, v) else None
         if write is not None:
             write(k, v, start)
             return
-        for buffer, new in zip(kv.tensors(), self.coder.encode(k, v).tensors(), strict=True):
+        codes = coded.codes
+        if isinstance(codes, FeatureCodes) and isinstance(coded.v, Tensor) and has_fused(k):
+            parts = codes.dense, codes.values, codes.indices
+            if codes.scale is None:
+                append(k, v, *parts, coded.v, start)
+            else:
+                assert coded.v_scale is not None
+                append_8_bit(k, v, (*parts, codes.scale, coded.v, coded.v_scale), start)
+            return
+        for buffer, new in zip(coded.tensors(), self.coder.encode(k, v).tensors(), strict=True):
             buffer[:, :, start : start + new.shape[2]] = new
 
     def _check_width(self, head_dim: int, v: Tensor) -> None:
@@ -483,18 +483,28 @@ class _Held:
             self.writers[form] = prepared_append(k, v, *self._buffers)
         return self.writers[form]
 
-    def again(self, tokens: _Tokens) -> KVView:
-        """As `view`, for buffers with a writer: what attention prepared for them needs no views of the coded tokens."""
-        count, (*_, first, recent) = tokens.coded, self._layouts
-        kv = KVView.deferred(
-            self.kv, count, functools.partial(self._codes, count), functools.partial(self._values, count)
-        )
-        if not first and not recent:
-            return kv.over(self.readers)
-        if tokens.first not in self._firsts:
-            self._firsts[tokens.first] = _exact_tokens(first, 0, tokens.first)
-        newest = _exact_tokens(recent, tokens.slot, tokens.recent)
-        return kv.over(self.readers, first=self._firsts[tokens.first], recent=newest)
+    def view(self, tokens: _Tokens) -> KVView:
+        """The tokens held."""
+        count, device = tokens.coded, self.kv.codes.device
+        if self.kv.is_placed or torch.compiler.is_compiling():
+            return self._sliced(tokens)
+        codes, values = functools.partial(self._codes, count), functools.partial(self._values, count)
+        kv = KVView.deferred(self.kv, count, codes, values)
+        if self.kv.exact:
+            *_, first, recent = self._layouts
+            if tokens.first not in self._firsts:
+                self._firsts[tokens.first] = _exact_tokens(first, 0, tokens.first)
+            kv = kv.between(self._firsts[tokens.first], _exact_tokens(recent, tokens.slot, tokens.recent))
+        return kv.over(self.readers) if prepares_steps(device) else kv
+
+    def _sliced(self, tokens: _Tokens) -> KVView:
+        """As `view`, of tensors that are placed or traced."""
+        kv = self.kv.map(lambda x: x[:, :, : tokens.coded])
+        if self.kv.is_placed or not self.kv.exact:
+            return kv
+        first = None if self.kv.first is None else self.kv.first.tokens(0, tokens.first)
+        recent = None if self.kv.recent is None else self.kv.recent.tokens(tokens.slot, tokens.slot + tokens.recent)
+        return replace(kv, first=first, recent=recent)
 
     # For a third of the host's time of other views, as their strides are known and parts that fit one another still do.
 
@@ -520,17 +530,6 @@ class _Held:
         exact = ([] if x is None else [x.k, x.v] for x in (self.kv.first, self.kv.recent))
         codes, values, first, recent = ([_Layout.of(x) for x in y] for y in (keys, parts[len(keys) :], *exact))
         return codes, values, first, recent
-
-    def view(self, tokens: _Tokens) -> KVView:
-        """The tokens held."""
-        kv = self.kv.map(lambda x: x[:, :, : tokens.coded])
-        if self.kv.is_placed:
-            return kv
-        if self.kv.exact:
-            first = None if kv.first is None else kv.first.tokens(0, tokens.first)
-            recent = None if kv.recent is None else kv.recent.tokens(tokens.slot, tokens.slot + tokens.recent)
-            kv = replace(kv, first=first, recent=recent)
-        return kv.over(self.readers) if prepares_steps(kv.v.device) else kv
 
     def map(self, change: Callable[[Tensor], Tensor]) -> _Held:
         """Every buffer changed alike."""

@@ -209,7 +209,7 @@ class SparseCacheLayer(_CodedLayer):
         earlier = self.store.kv if sees_dense and len(self.store) else None
         kv = self.store.append(own.k, own.v)
         if sees_dense:
-            kv = (kv.coded(0, 0) if earlier is None else earlier).followed_by(own)
+            kv = kv.exact_alone(own) if earlier is None else earlier.followed_by(own)
         return SeenKV(kv.since(start) if start else kv, count, start)
 
     def replace_prompt(self, k: Tensor, v: Tensor) -> None:
@@ -412,7 +412,7 @@ class StaticSparseLayer(_CodedLayer):
         kv = self.store.append_at(k, v, start)
         if shown is not None:
             if was_empty and not torch.compiler.is_compiling():
-                return kv.coded(0, 0).followed_by(ExactKV(k, v)), None
+                return kv.exact_alone(ExactKV(k, v)), None
             kv = replace(kv, recent=shown)
         if count <= FEW_QUERIES or torch.compiler.is_compiling():
             return replace(kv, kv_lens=self._kv_lens), None

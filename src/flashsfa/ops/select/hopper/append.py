@@ -18,7 +18,9 @@ from . import compiler
 from .compiler import Form, Variant
 from .params import Params
 
-_MOST_ROWS = 512  # of all heads, of codes that Triton appends too: of more, the bytes are what takes time
+_MOST_ROWS = (
+    1 << 16
+)  # of all heads, of codes that Triton appends too, faster on the GPU and slower on the host: of more, the GPU binds
 _MOST_HEAD_DIM = 256
 _MOST_VALUE_DIM = 1024  # the warp of a value holds it in registers
 _FEW_TOKENS, _BLOCK_TOKENS = 16, 4  # of more than so many, a block has so many: blocks take time to start
