@@ -95,7 +95,9 @@ class PlainCase:
             cache = caches[name]
             held = cache.get_seq_length()
             _generate(sides[name], ids[:, : held + 1], tokens, past_key_values=cache)
-            if not self.is_static:  # the next call sees the same lengths: for each that is new to it, torch's SDPA makes a plan
+            if (
+                not self.is_static
+            ):  # the next call sees the same lengths: for each that is new to it, torch's SDPA makes a plan
                 for layer in cache.layers:
                     layer.crop(held - cache.get_seq_length())
 

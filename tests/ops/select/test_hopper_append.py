@@ -232,7 +232,7 @@ def test_other_forms_are_left_to_other_ways(monkeypatch):
     assert prepare(k.float(), k.float(), held(coder, k.float(), k.float())[0]) is None
     assert prepare(k, k.mT.contiguous().mT, fit) is None
     assert prepare(k[:, :, :0], k[:, :, :0], fit) is None
-    many = k[:, :, :1].expand(BATCH, HEADS, 129, 64)
+    many = k[:, :, :1].expand(BATCH, HEADS, (1 << 16) // (BATCH * HEADS) + 1, 64)
     assert prepare(many, many, fit) is None
     wide = k.repeat(1, 1, 1, 5)
     assert prepare(wide, k, held(Coder(None, axes=axis_bits(HEADS, 320)), wide, k)[0]) is None

@@ -117,11 +117,16 @@ def coded_rows(
     if not has_fused(x):
         code = plain_topk(x, topk, dense_dims)
         return plain_scatter(*code, x.shape[-1]), code if keep else None
+    from .hopper import sparse
     from .triton import scatter as scatter_kernels
     from .triton import topk as kernels
 
     with torch.cuda.device_of(x):
-        out, kept = empty_rows(x, x.shape[-1]), empty_code(x, topk, dense_dims) if keep else None
+        out = empty_rows(x, x.shape[-1])
+        if not keep and sparse.prune(x, topk, dense_dims, out):
+            record.record("topk", "hopper", "one launch over the rows")
+            return out, None
+        kept = empty_code(x, topk, dense_dims) if keep else None
         if kernels.topk_rows(x, topk, dense_dims, out, kept):
             return out, kept
         code = kernels.encode(x, topk, dense_dims)
@@ -144,10 +149,12 @@ def scatter(dense: Tensor, values: Tensor, indices: Tensor, head_dim: int) -> Te
         return dense
     if not has_fused(values):
         return plain_scatter(dense, values, indices, head_dim)
+    from .hopper import sparse
     from .triton import scatter as kernels
 
     with torch.cuda.device_of(values):
-        return kernels.scatter(dense, values, indices, empty_rows(values, head_dim))
+        out = empty_rows(values, head_dim)
+        return out if sparse.scatter(dense, values, indices, out) else kernels.scatter(dense, values, indices, out)
 
 
 def keep_support(rows: Tensor, dense_dims: int, indices: Tensor) -> Tensor:

@@ -1,0 +1,104 @@
+"""Rows that are zero but for what a code keeps, for little of the host's time: made of whole rows, or of the code.
+
+Triton's kernels do the same, with fewer instructions per row, but to launch one takes the host ten times as long.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ... import nvrtc
+
+SOURCES = Path(__file__).parent
+FILES = (
+    "../../nvrtc/types.cuh",
+    "../../nvrtc/warp.cuh",
+    "../../nvrtc/largest.cuh",
+    "sparse.cu",
+)  # as they use one another
+_MOST_ROWS = 1 << 16  # of all heads
+_MOST_HEADS = 65535  # of all sequences, as a grid has so many rows
+_PARTS = ("x", "values", "indices", "out")
+
+
+def prune(x: Tensor, topk: int, dense_dims: int, out: Tensor) -> bool:
+    """Write x [B, H, N, D] to `out`, zero but for its first `dense_dims` entries and the `topk` largest magnitudes of the others, ties to the
+    lowest index. False, with nothing written, for what the kernel is not for."""
+    return _run("prune_kernel", topk, dense_dims, out, x=x)
+
+
+def scatter(dense: Tensor, values: Tensor, indices: Tensor, out: Tensor) -> bool:
+    """Write a code of [..., M] dense entries, and [..., K] values at uint8 indices past these, to `out` [B, H, N, D]. An index past the sparse
+    part is left out. False as in `prune`."""
+    return _run("scatter_kernel", values.shape[-1], dense.shape[-1], out, x=dense, values=values, indices=indices)
+
+
+def _run(name: str, topk: int, dense_dims: int, out: Tensor, **parts: Tensor) -> bool:
+    if out.ndim != 4 or out.dtype not in (torch.float16, torch.bfloat16) or not nvrtc.is_hopper(out.device):
+        return False
+    batch, heads, n, head_dim = out.shape
+    given = parts | {"out": out}
+    if (
+        not 0 < batch * heads * n <= _MOST_ROWS or batch * heads > _MOST_HEADS or head_dim > 256
+        or any(x.ndim != 4 or (x.shape[-1] > 1 and x.stride(-1) != 1) for x in given.values())
+        or any(x.dtype not in (out.dtype, torch.uint8) for x in given.values())
+        or nvrtc.obstacle() is not None
+    ):  # fmt: skip
+        return False
+    kernel = nvrtc.load_kernel(compile_cubin, Variant(head_dim, dense_dims, topk), name, out.device.index)
+    if isinstance(kernel, str):
+        return False
+    params = Params(tokens=n, heads=heads)
+    for part, x in given.items():
+        setattr(params, part, x.data_ptr())
+        for stride, entries in zip(_strides(part), x.stride(), strict=False):
+            setattr(params, stride, entries)
+    kernel.launch((-(-n * 32 // Variant.threads), batch * heads, 1), params)
+    return True
+
+
+def _strides(part: str) -> tuple[str, str, str]:
+    return f"{part}_batch", f"{part}_head", f"{part}_token"
+
+
+class Params(ctypes.Structure):
+    """That of sparse.cu, which compiles only if both have one size."""
+
+    _fields_ = (
+        *((part, ctypes.c_void_p) for part in _PARTS),
+        *((stride, ctypes.c_longlong) for part in _PARTS for stride in _strides(part)),
+        ("tokens", ctypes.c_int),
+        ("heads", ctypes.c_int),
+    )
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What the kernels are compiled for: D, M and K."""
+
+    head_dim: int
+    dense_dims: int
+    kept: int
+
+    threads: ClassVar[int] = 128  # of a block
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of a row per warp."""
+        return self.threads // 32 * 2 * self.head_dim
+
+
+def constants(variant: Variant) -> str:
+    """What the files know of the specialisation."""
+    return nvrtc.defines(asdict(variant) | {"threads": variant.threads, "params_bytes": ctypes.sizeof(Params)})
+
+
+def compile_cubin(variant: Variant, *, afresh: bool = False) -> bytes:
+    """Machine code of one specialisation for sm_90a, as `nvrtc.machine_code` finds or makes it."""
+    return nvrtc.machine_code("sparse", constants(variant) + nvrtc.listed(SOURCES, FILES), afresh=afresh)
