@@ -40,10 +40,13 @@ def is_checked() -> bool:
 
 def has_values(x: Tensor) -> bool:
     """Whether x holds numbers: not on the meta device, nor while something traces or transforms the call."""
+    return not torch.compiler.is_compiling() and _holds_numbers(x)
+
+
+def _holds_numbers(x: Tensor) -> bool:
     return (
-        not torch.compiler.is_compiling()
-        and type(x) in (Tensor, torch.nn.Parameter)  # fake tensors are a class of their own
-        and x.device.type != "meta"
+        type(x) in (Tensor, torch.nn.Parameter)  # fake tensors are a class of their own
+        and not x.is_meta
         and not torch._C._functorch.is_functorch_wrapped_tensor(x)
     )
 
@@ -51,13 +54,13 @@ def has_values(x: Tensor) -> bool:
 def runs_plainly(*tensors: Tensor) -> bool:
     """Whether nothing traces, transforms or differentiates a call over these: the inside of an operator may then be called at
     once, which saves the host what torch's dispatch of a custom operator costs (some 40 µs)."""
-    return (
-        not torch.compiler.is_compiling()  # the rest cannot be traced
-        and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch.jit.is_tracing()
-        and all(has_values(x) for x in tensors)
-    )
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._is_tracing():
+        return False  # the first of these first: the rest cannot be traced
+    may_differentiate = torch.is_grad_enabled()
+    for x in tensors:  # noqa: SIM110 (a generator would take the host as long again)
+        if not _holds_numbers(x) or (may_differentiate and x.requires_grad):
+            return False
+    return True
 
 
 def may_look(x: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -35,19 +36,19 @@ class ScoreRules:
     ) -> ScoreRules:
         """The rules for queries q [B, Hq, N, D]: a scale of None is 1/sqrt(D). Raises `TypeError` or `ValueError` for others than the
         class tells."""
-        if softcap is not None:
-            require_number("softcap", softcap)
-            require(softcap > 0, f"softcap must be positive, or None for no cap; got {softcap}")
-        if sinks is not None:
-            require_tensor("sinks", sinks)
-            require(
-                sinks.shape == q.shape[1:2] and sinks.is_floating_point() and sinks.device == q.device,
-                lambda: (
-                    f"sinks must be floating [Hq] = [{q.shape[1]}] on {q.device}, got {sinks.dtype} {tuple(sinks.shape)} on "
-                    f"{sinks.device}"
-                ),
-            )
-        return cls(checked_scale(scale, q.shape[-1]), None if softcap is None else float(softcap), sinks)
+        make = _without_sinks if torch.compiler.is_compiling() else _without_sinks_once
+        rules = make(q.shape[-1], scale, softcap)
+        if sinks is None:
+            return rules
+        require_tensor("sinks", sinks)
+        require(
+            sinks.shape == q.shape[1:2] and sinks.is_floating_point() and sinks.device == q.device,
+            lambda: (
+                f"sinks must be floating [Hq] = [{q.shape[1]}] on {q.device}, got {sinks.dtype} {tuple(sinks.shape)} on "
+                f"{sinks.device}"
+            ),
+        )
+        return cls(rules.scale, rules.softcap, sinks)
 
     def cap(self, scores: Tensor) -> Tensor:
         """The scores after the cap."""
@@ -81,6 +82,16 @@ class ScoreRules:
         assert self.sinks is not None
         share = (self.sinks.to(lse.dtype)[:, None] - _finite(lse)).exp()  # [B, Hq, N]
         return -(share * (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)).sum((0, 2)).to(self.sinks.dtype)
+
+
+def _without_sinks(head_dim: int, scale: float | None, softcap: float | None) -> ScoreRules:
+    if softcap is not None:
+        require_number("softcap", softcap)
+        require(softcap > 0, f"softcap must be positive, or None for no cap; got {softcap}")
+    return ScoreRules(checked_scale(scale, head_dim), None if softcap is None else float(softcap))
+
+
+_without_sinks_once = functools.lru_cache(maxsize=1024, typed=True)(_without_sinks)  # each layer of each step asks
 
 
 def _finite(lse: Tensor) -> Tensor:

@@ -143,7 +143,7 @@ class KVView:
     def has_plain_values(self) -> bool:
         """Whether `v` holds the values of all tokens as they came."""
         form = self.form
-        return isinstance(form.v, Tensor) and form.v_scale is None and not self.exact
+        return self.first is None and self.recent is None and form.v_scale is None and isinstance(form.v, Tensor)
 
     @property
     def key_budget(self) -> tuple[int, int]:

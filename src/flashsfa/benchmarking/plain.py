@@ -98,8 +98,9 @@ class PlainCase:
             if (
                 not self.is_static
             ):  # the next call sees the same lengths: for each that is new to it, torch's SDPA makes a plan
+                made = cache.get_seq_length() - held
                 for layer in cache.layers:
-                    layer.crop(held - cache.get_seq_length())
+                    layer.crop(-made)
 
         found = {}
         for name, whole in wall_clock({name: partial(go_on, name) for name in sides}, self.device, calls).items():

@@ -300,7 +300,7 @@ class SparseKVCache(Coded):
         held = self._held
         if held is None or not held.writers or self._mark is not None:
             return None
-        if not (type(k) is type(v) is Tensor and runs_plainly(k, v)) or is_checked():
+        if not runs_plainly(k, v) or is_checked():
             return None
         write, before = held.writers.get(_form(k, v)), self._tokens
         if write is None:

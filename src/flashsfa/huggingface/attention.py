@@ -100,7 +100,8 @@ class LayerCoding(nn.Module):
     def rules(self, scores: ScoreRules) -> ScoreRules:
         """The rules for the layer's `queries`: exact tokens are scored as the dense model does, as the gain of a basis makes up for what
         codes drop. It lies where the queries are."""
-        return scores if self.exact_factor is None else replace(scores, exact_factor=self.exact_factor)
+        factor = self.exact_factor
+        return scores if factor is None else ScoreRules(scores.scale, scores.softcap, scores.sinks, factor)
 
     def _basis(self, device: torch.device) -> FeatureBasis:
         """The basis on the device of what it is for: that of an offloaded layer is known when it runs."""
@@ -180,8 +181,6 @@ class CachedKeys:
 
     def per_view(self) -> list[tuple[slice, slice, KVView]]:
         """Each view, with its queries among those of the call and its keys among those that the call sees."""
-        if len(self.views) == 1:
-            return [(slice(None), slice(None), self.kv)]
         parts, done, first = [], 0, self.views[0].start
         for view in self.views:
             begin = view.start - first
@@ -324,8 +323,8 @@ class _Rules(NamedTuple):
 def _attend_at_once(query: Tensor, key: Tensor, value: Tensor, rules: _Rules) -> Tensor:
     """[B, Hq, N_q, Dv] over keys as they come, of a call without a cache or with a dense one: pruned and rounded as a cache would."""
     coding = rules.coding
-    query = _cast(query, value.dtype)  # under autocast, norms and RoPE leave queries and keys in float32
-    key = _cast(key, value.dtype)
+    query = cast(query, value.dtype)  # under autocast, norms and RoPE leave queries and keys in float32
+    key = cast(key, value.dtype)
     if coding is None:
         budget = FeatureBudget.of(key.shape[-1], key.shape[-1])
     else:
@@ -359,18 +358,36 @@ def _attend_held(query: Tensor, key: CachedKeys, value: Tensor, rules: _Rules) -
     """[B, Hq, N_q, Dv] over what a cache of codes holds."""
     coding = rules.coding
     _require_own_cache(coding, key, value)
-    query = _cast(query, value.dtype)
+    query = cast(query, value.dtype)
     query = query if coding is None else coding.queries(query)
     budget = FeatureBudget.lossless(query.shape[-1]) if coding is None else coding.budget
-    scores, tolerance, outs = rules.scores(query), 0.0 if coding is None else coding.value_tolerance, []
-    for rows, keys, kv in key.per_view():
+    scores, tolerance = rules.scores(query), 0.0 if coding is None else coding.value_tolerance
+
+    def attend(query: Tensor, kv: KVView, padding: Tensor | None, visible: Tensor | None) -> Tensor:
         kv = kv if value is key.values else replace(kv, v=value)  # a model may have worked on the values
-        if rules.visible is not None:
-            outs.append(masked.attend(query[:, :, rows], kv, budget, rules.visible[..., rows, keys], scores))
-            continue
-        mask = Mask(True, rules.window, None if rules.padding is None else rules.padding[:, keys], kv_lens=kv.kv_lens)
-        outs.append(attend_cached(query[:, :, rows], kv, budget, mask, scores, tolerance))
-    return _cast(outs[0] if len(outs) == 1 else torch.cat(outs, dim=2), key.dtype)
+        if visible is not None:
+            return masked.attend(query, kv, budget, visible, scores)
+        mask = _causal(rules.window)
+        if padding is not None or kv.kv_lens is not None:
+            mask = replace(mask, key_padding_mask=padding, kv_lens=kv.kv_lens)
+        return attend_cached(query, kv, budget, mask, scores, tolerance)
+
+    if len(key.views) == 1:
+        return cast(attend(query, key.kv, rules.padding, rules.visible), key.dtype)
+    outs = [
+        attend(
+            query[:, :, rows], kv, None if rules.padding is None else rules.padding[:, keys],
+            None if rules.visible is None else rules.visible[..., rows, keys],
+        )
+        for rows, keys, kv in key.per_view()
+    ]  # fmt: skip
+    return cast(torch.cat(outs, dim=2), key.dtype)
+
+
+@functools.cache
+def _causal(window: int | None) -> Mask:
+    """That of all layers and steps without padding."""
+    return Mask(True, window)
 
 
 def attention_mask(
@@ -448,13 +465,15 @@ def _require_own_cache(coding: LayerCoding | None, key: CachedKeys, value: Tenso
         key.key_code == due,
         "the cache was made for other settings than the model has now: make a new one after enable",
     )
+    if value is key.values:
+        return
     require(
-        value is key.values or (key.kv.v_scale is None and not key.kv.is_narrow),
+        key.kv.v_scale is None and not key.kv.is_narrow,
         "this model works on the values in its cache before it attends to them, which fewer bits do not allow: enable it with "
         "cache_dtype=None",
     )
     require(
-        value is key.values or not (key.kv.exact or len(key.views) > 1),
+        not key.kv.exact and len(key.views) == 1,
         "this model works on the values in its cache before it attends to them, which exact tokens do not allow: enable it with "
         "recent=0 and first=0",
     )
@@ -490,7 +509,8 @@ def _codes(k: Tensor, budget: FeatureBudget) -> FeatureCodes:
     return topk_codes(k, budget.topk, dense_dims=budget.dense_dims)
 
 
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in `dtype`, itself if it is."""
     return x if x.dtype == dtype else x.to(dtype)
 
 

@@ -20,7 +20,7 @@ from ..checks import require, require_int
 from ..contexts import lasting_tensors
 from ..decode import FEW_QUERIES
 from ..stored import ExactKV, KVView
-from .attention import CachedKeys, LayerCoding, SeenKV
+from .attention import CachedKeys, LayerCoding, SeenKV, cast
 from .structure import DENSE_LAYERS, dense_cache_layers, unwrap
 
 
@@ -177,38 +177,39 @@ class SparseCacheLayer(_CodedLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[CachedKeys, Tensor]:
         _require_no_gradient(key_states, value_states)
         dtype = self.dtype if self.is_initialized else value_states.dtype
-        own = ExactKV(
-            self._coding.keys(key_states.to(dtype)), value_states.to(dtype)
-        )  # autocast leaves keys in float32
-        views = [self._append(part) for part in self._apart(own)]
+        k, v = self._coding.keys(cast(key_states, dtype)), cast(value_states, dtype)  # autocast leaves keys in float32
+        if self.guesses_after is None:
+            views = [self._append(k, v)]
+        else:
+            views = [self._append(*part) for part in self._apart(k, v, self.guesses_after)]
         if not self.is_initialized:  # after all that may fail
             self.lazy_initialization(key_states, value_states)
-        keys = CachedKeys(views, self._coding.key_code, own.v, value_states.dtype)
+        keys = CachedKeys(views, self._coding.key_code, v, value_states.dtype)
         return keys, keys.values
 
-    def _apart(self, own: ExactKV) -> Iterator[ExactKV]:
+    def _apart(self, k: Tensor, v: Tensor, guesses_after: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The tokens of a call, in the order in which the cache takes them: together, but for guesses where what a token sees
         depends on how many come at once."""
-        settings, count = self._coding.settings, own.k.shape[2]
+        settings, count = self._coding.settings, k.shape[2]
         together = count
-        if self.guesses_after is not None and (settings.recent or settings.prefill == "dense"):
-            together = min(count, max(0, self.guesses_after - self.get_seq_length()))
-        if together == count:
-            yield own
-            return
+        if settings.recent or settings.prefill == "dense":
+            together = min(count, max(0, guesses_after - self.get_seq_length()))
         if together:
-            yield own.map(lambda x: x[:, :, :together])
+            yield k[:, :, :together], v[:, :, :together]
+        if together == count:
+            return
         self.store.mark()
         for i in range(together, count):
-            yield own.map(lambda x, i=i: x[:, :, i : i + 1])
+            yield k[:, :, i : i + 1], v[:, :, i : i + 1]
 
-    def _append(self, own: ExactKV) -> SeenKV:
+    def _append(self, k: Tensor, v: Tensor) -> SeenKV:
         """Store tokens; what their queries see."""
-        start, count = self._first_seen(), own.k.shape[2]
-        sees_dense = self._coding.settings.prefill == "dense" and count > 1
+        start, count = self._first_seen(), k.shape[2]
+        sees_dense = count > 1 and self._coding.settings.prefill == "dense"
         earlier = self.store.kv if sees_dense and len(self.store) else None
-        kv = self.store.append(own.k, own.v)
+        kv = self.store.append(k, v)
         if sees_dense:
+            own = ExactKV(k, v)
             kv = kv.exact_alone(own) if earlier is None else earlier.followed_by(own)
         return SeenKV(kv.since(start) if start else kv, count, start)
 
