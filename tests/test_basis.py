@@ -1,5 +1,7 @@
 """Feature bases: no score changes, the moments are what each kind promises, files round-trip."""
 
+import threading
+
 import pytest
 import torch
 
@@ -159,15 +161,17 @@ def test_save_and_load(tmp_path):
 def test_layers_are_fitted_in_order_and_each_is_told(kind, budget):
     """Whatever the number of threads, which is left as it was."""
     moments, told = [moments_of(draw()) for _ in range(5)], []
-    found, threads = [], torch.get_num_threads()
+    found, threads, caller = [], torch.get_num_threads(), threading.get_ident()
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            found.append(FeatureBasis.from_layers(moments, kind, **budget, fitted=lambda: told.append(1)))
+            found.append(
+                FeatureBasis.from_layers(moments, kind, **budget, fitted=lambda: told.append(threading.get_ident()))
+            )
             assert torch.get_num_threads() == count
     finally:
         torch.set_num_threads(threads)
-    assert len(told) == 10
+    assert told == [caller] * 10
     for i, layer in enumerate(moments):
         expected = FeatureBasis.from_moments(layer, kind, **budget)
         assert torch.equal(found[0][i].key, found[1][i].key)
@@ -176,8 +180,10 @@ def test_layers_are_fitted_in_order_and_each_is_told(kind, budget):
 
 def test_a_layer_that_cannot_be_fitted_is_an_error():
     moments = [moments_of(draw()), Moments(H, D)]
+    threads = torch.get_num_threads()
     with pytest.raises(ValueError, match="no token was seen"):
         FeatureBasis.from_layers(moments, "whitened")
+    assert torch.get_num_threads() == threads
 
 
 def test_save_and_load_bits_per_axis(tmp_path):

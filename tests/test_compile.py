@@ -145,3 +145,22 @@ def test_exact_tokens_compile_in_one_graph():
     with torch.no_grad():
         step = torch.compile(flashsfa.sparse_feature_decode, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(step(q, kv), flashsfa.sparse_feature_decode(q, kv))
+
+
+@pytest.mark.parametrize("exact", [{}, {"recent": 4, "first": 2}], ids=["coded", "exact"])
+@pytest.mark.parametrize("dtype", [None, torch.int8], ids=["as they come", "8 bits"])
+def test_views_of_a_cache_that_goes_on_compile_in_one_graph(dtype, exact):
+    """A view that was made outside of the trace, which no one has looked at."""
+    torch._dynamo.reset()
+    k, v = heads_of(60), heads_of(60)
+    cache = flashsfa.SparseKVCache(4, dtype=dtype, **exact)
+    cache.append(k[:, :, :50], v[:, :, :50])
+    step = torch.compile(
+        lambda q, kv: flashsfa.sparse_feature_decode(q, kv, topk_query="dense"), fullgraph=True, backend="eager"
+    )
+    with torch.no_grad():
+        for i in range(50, 53):
+            q = heads_of(1, 4)
+            kv = cache.append(k[:, :, i : i + 1], v[:, :, i : i + 1])
+            found = step(q, kv)
+            torch.testing.assert_close(found, flashsfa.sparse_feature_decode(q, kv, topk_query="dense"))

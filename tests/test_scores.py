@@ -178,6 +178,9 @@ def test_explain_names_the_path():
         ({"softcap": -3}, ValueError, "softcap must be positive"),
         ({"softcap": float("nan")}, ValueError, "softcap must be finite"),
         ({"softcap": torch.tensor(3.0)}, TypeError, "softcap must be a float"),
+        ({"softcap": [3.0]}, TypeError, "softcap must be a float, got list"),
+        ({"softcap": True}, TypeError, "softcap must be a float, got bool"),
+        ({"scale": {}}, TypeError, "scale must be a float, got dict"),
         ({"sinks": torch.zeros(3)}, ValueError, r"sinks must be floating \[Hq\] = \[2\]"),
         ({"sinks": torch.zeros(2, dtype=torch.int64)}, ValueError, "sinks must be floating"),
         ({"sinks": 0.5}, TypeError, "sinks must be a torch.Tensor"),
@@ -190,6 +193,17 @@ def test_what_is_refused(options, kind, words):
     q, k, v = inputs(4, 4)
     with pytest.raises(kind, match=words):
         sparse_feature_attention(q, k, v, topk=4, **options)
+
+
+def test_numbers_of_symbolic_traces():
+    """Which cannot be looked up."""
+    q, k, v = inputs(1, 9)
+
+    def attend(q, k, v):
+        return sparse_feature_decode(q, topk_codes(k, 4), v, softcap=3.0)
+
+    traced = torch.fx.experimental.proxy_tensor.make_fx(attend, tracing_mode="symbolic")(q, k, v)
+    torch.testing.assert_close(traced(q, k, v), attend(q, k, v))
 
 
 def test_sdpas_harmless_arguments_pass():

@@ -8,8 +8,9 @@ number of bits (`AxisBits`); such a basis has no gain.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -170,11 +171,12 @@ class FeatureBasis:
         """One basis of many layers, with the layer as leading dimension; arguments as in `from_moments`. `fitted` is called after each layer."""
 
         def fit(layer: Moments) -> FeatureBasis:
-            basis = cls.from_moments(layer, kind, topk=topk, dense_dims=dense_dims, key_bytes=key_bytes)
-            fitted()
-            return basis
+            return cls.from_moments(layer, kind, topk=topk, dense_dims=dense_dims, key_bytes=key_bytes)
 
-        layers = _in_threads(fit, moments)
+        layers = []
+        for basis in _in_threads(fit, moments):
+            layers.append(basis)
+            fitted()
         query, key = (torch.stack([getattr(x, name) for x in layers]) for name in ("query", "key"))
         axes = [x.axes for x in layers if x.axes is not None]
         return cls(query, key, AxisBits.stack(axes) if axes else None, layers[0].topk)
@@ -317,15 +319,17 @@ class Moments:
         self.sample = torch.cat((self.sample, keys.float().cpu()), dim=1)[:, kept]
 
 
-def _in_threads(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
+def _in_threads(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> Iterator[_Result]:
     """`function` of each, several at a time, of which each computes in one thread: many threads gain little on matrices of a head, and where
     other programs want the cores they wait for one another most of the time."""
-    threads = torch.get_num_threads()
-    with ThreadPoolExecutor(min(threads, len(items)) or 1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        try:
-            return list(pool.map(function, items))
-        finally:
-            torch.set_num_threads(threads)  # what threads to come begin with
+    threads, contexts = torch.get_num_threads(), [copy_context() for _ in items]  # a thread begins without checked mode
+    try:
+        with ThreadPoolExecutor(
+            min(threads, len(items)) or 1, initializer=torch.set_num_threads, initargs=(1,)
+        ) as pool:
+            yield from pool.map(lambda context, item: context.run(function, item), contexts, items)
+    finally:
+        torch.set_num_threads(threads)  # what threads to come begin with
 
 
 def _dictionary(keys: Tensor, topk: int, dense_dims: int) -> Tensor:

@@ -415,7 +415,8 @@ def _exact_tensors(kv: KVView) -> list[Tensor]:
 
 def _check(q: Tensor, kv: KVView, mask: Mask, value_tolerance: float, *, is_of_cache: bool = False) -> None:
     """Raise unless all fit. What a cache of ours made is not looked at token by token: its indices are in range."""
-    form, device = kv.form, q.device if isinstance(q, Tensor) else None
+    # past the tokens held a buffer may hold anything, which checked mode would find
+    form, device = kv if is_checked() else kv.form, q.device if isinstance(q, Tensor) else None
     codes, v, v_scale = form.codes, form.v, form.v_scale
     # past a sequence's length a buffer may hold anything, NaN too
     may_hold_nan = kv.kv_lens is not None

@@ -36,8 +36,9 @@ class ScoreRules:
     ) -> ScoreRules:
         """The rules for queries q [B, Hq, N, D]: a scale of None is 1/sqrt(D). Raises `TypeError` or `ValueError` for others than the
         class tells."""
-        make = _without_sinks if torch.compiler.is_compiling() else _without_sinks_once
-        rules = make(q.shape[-1], scale, softcap)
+        given = q.shape[-1], scale, softcap
+        is_usual = not torch.compiler.is_compiling() and all(type(x) in _KEPT for x in given)
+        rules = _without_sinks_once(*given) if is_usual else _without_sinks(*given)
         if sinks is None:
             return rules
         require_tensor("sinks", sinks)
@@ -91,6 +92,7 @@ def _without_sinks(head_dim: int, scale: float | None, softcap: float | None) ->
     return ScoreRules(checked_scale(scale, head_dim), None if softcap is None else float(softcap))
 
 
+_KEPT = (int, float, type(None))  # which others look up as numbers do, and traces hand none of
 _without_sinks_once = functools.lru_cache(maxsize=1024, typed=True)(_without_sinks)  # each layer of each step asks
 
 

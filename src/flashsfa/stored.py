@@ -88,7 +88,7 @@ class KVView:
 
     codes: KeyCodes
     v: Tensor | NarrowRows
-    v_scale: Tensor | None = field(default_factory=lambda: None)  # no attribute of the class: see `deferred`
+    v_scale: Tensor | None = None
     kv_lens: Tensor | None = None
     page_table: Tensor | None = None
     first: ExactKV | None = None
@@ -211,7 +211,7 @@ class KVView:
 
     def between(self, first: ExactKV | None, recent: ExactKV | None) -> KVView:
         """Its coded tokens between exact ones."""
-        view = object.__new__(KVView)
+        view = object.__new__(type(self))
         view.__dict__.update(self.__dict__ | {"first": first, "recent": recent, "prepared": None})
         return view
 
@@ -222,10 +222,12 @@ class KVView:
     def exact_alone(self, exact: ExactKV) -> KVView:
         """A view of `exact` tokens and no coded one."""
         form = self.form
-        view = KVView.deferred(
-            form, 0, lambda: form.coded(0, 0).codes, lambda: (form.coded(0, 0).v, form.coded(0, 0).v_scale)
-        )
-        return view.between(None, exact)
+
+        def values() -> tuple[Tensor | NarrowRows, Tensor | None]:
+            empty = form.coded(0, 0)
+            return empty.v, empty.v_scale
+
+        return KVView.deferred(form, 0, lambda: form.coded(0, 0).codes, values).between(None, exact)
 
     def since(self, start: int) -> KVView:
         """The view without the first `start` tokens."""
@@ -265,7 +267,7 @@ class KVView:
 
     def rows(self, dtype: torch.dtype) -> ExactKV:
         """All tokens in order in `dtype`, the coded keys as sparse rows."""
-        if not self.n_coded and len(self.exact) == 1:
+        if not self.n_coded and len(self.exact) == 1 and not self.is_placed:
             return self.exact[0]
         coded = self.widened(dtype)
         assert isinstance(coded.codes, FeatureCodes)
@@ -320,3 +322,6 @@ class KVView:
         if isinstance(v, NarrowRows):
             v = v.to_dense(dtype)
         return replace(kv, codes=codes, v=v)
+
+
+del KVView.v_scale  # a default is an attribute of the class, too, and a deferred view would have it without being asked

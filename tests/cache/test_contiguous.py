@@ -252,6 +252,24 @@ def test_checked_mode_looks_at_what_is_visible():
             sparse_feature_decode(q, codes, k)
 
 
+def test_checked_mode_looks_at_what_is_held():
+    """Not at what the buffers held before, or what was taken back."""
+    q, k, v = draw(1)
+    cache = SparseKVCache(4, dense_dims=2, capacity=4 * N)
+    cache.append(k, v)
+    bad = torch.full_like(k[:, :, :3], torch.nan)
+    for _ in range(2):
+        cache.append(bad, bad)
+        cache.crop(N)
+        with flashsfa.checked():
+            assert sparse_feature_decode(q, cache.kv).isfinite().all()
+    with flashsfa.checked(), pytest.raises(ValueError, match="holds NaN"):
+        cache.append(bad, bad)
+    view = cache.append(bad, bad)
+    with flashsfa.checked(), pytest.raises(ValueError, match="holds NaN"):
+        sparse_feature_decode(q, view)
+
+
 def test_an_allocated_cache_takes_no_append():
     _, k, v = draw(1)
     cache = SparseKVCache(4, capacity=8)

@@ -344,6 +344,13 @@ def test_compiled_static_decode_equals_eager(model):
     torch.testing.assert_close(found, run(model, ids)[:, 20:], **CLOSE)
 
 
+def test_the_first_call_with_a_growing_cache_compiles_in_one_graph(model):
+    torch._dynamo.reset()
+    ids = tokens(20)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(run(compiled, ids, SparseCache(model)), run(model, ids, SparseCache(model)), **CLOSE)
+
+
 @pytest.mark.cpu  # torch cannot trace Tensor.unflatten under a default device
 @pytest.mark.parametrize(("model", "chunk"), [(False, None), (True, 18)], indirect=["model"])
 def test_generate_compiles_with_a_static_cache(model, chunk):

@@ -1,8 +1,8 @@
 """Cases of `model.generate()` as a user calls it first: nothing compiled or captured by hand, the caches that it makes itself.
 
 A growing cache, or with "static" one of fixed size, around which transformers compiles the model by itself on a GPU. On small
-models the host binds: what it does for a token is part of the time. Weights and cached tokens are random. Each side has met all lengths before
-it is timed.
+models the host binds: what it does for a token is part of the time. Weights and cached tokens are random. What is timed has met its lengths
+before: each of a growing cache, which tokens are taken back from, and the one of a cache of fixed size.
 """
 
 from __future__ import annotations
@@ -95,10 +95,10 @@ class PlainCase:
             cache = caches[name]
             held = cache.get_seq_length()
             _generate(sides[name], ids[:, : held + 1], tokens, past_key_values=cache)
-            if (
-                not self.is_static
-            ):  # the next call sees the same lengths: for each that is new to it, torch's SDPA makes a plan
-                made = cache.get_seq_length() - held
+            if not self.is_static:
+                made = (
+                    cache.get_seq_length() - held
+                )  # the next call meets the same lengths: for a new one cuDNN makes a plan
                 for layer in cache.layers:
                     layer.crop(-made)
 

@@ -488,10 +488,12 @@ class _Held:
         count, device = tokens.coded, self.kv.codes.device
         if self.kv.is_placed or torch.compiler.is_compiling():
             return self._sliced(tokens)
+        *_, first, recent = (
+            self._layouts
+        )  # now, as what is compiled may ask for the tensors, and cannot trace how it is kept
         codes, values = functools.partial(self._codes, count), functools.partial(self._values, count)
         kv = KVView.deferred(self.kv, count, codes, values)
         if self.kv.exact:
-            *_, first, recent = self._layouts
             if tokens.first not in self._firsts:
                 self._firsts[tokens.first] = _exact_tokens(first, 0, tokens.first)
             kv = kv.between(self._firsts[tokens.first], _exact_tokens(recent, tokens.slot, tokens.recent))
@@ -506,14 +508,12 @@ class _Held:
         recent = None if self.kv.recent is None else self.kv.recent.tokens(tokens.slot, tokens.slot + tokens.recent)
         return replace(kv, first=first, recent=recent)
 
-    # For a third of the host's time of other views, as their strides are known and parts that fit one another still do.
-
     def _codes(self, count: int) -> KeyCodes:
-        """Of so many tokens."""
+        """Of so many tokens: for a third of the host's time of slices, as strides are known and parts that fit one another still do."""
         return self.kv.codes.of_views(*(x.tokens(0, count) for x in self._layouts[0]))
 
     def _values(self, count: int) -> tuple[Tensor | NarrowRows, Tensor | None]:
-        """v and v_scale of so many tokens."""
+        """v and v_scale of so many tokens, likewise."""
         v, *scale = views = [x.tokens(0, count) for x in self._layouts[1]]
         if isinstance(self.kv.v, NarrowRows):
             return self.kv.v.of_views(*views), None

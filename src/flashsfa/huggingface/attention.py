@@ -63,6 +63,8 @@ class LayerCoding(nn.Module):
         bits = cache_bits(self.settings.cache_dtype)
         self.coder = Coder(budget.topk, budget.dense_dims, bits) if axes is None else Coder(None, 0, bits, axes)
         self._basis_digest = None if basis is None else _digest(basis.key)
+        in_axes = None if axes is None else axes.key_bytes
+        self._kept_as = (channel, self._basis_digest, in_axes, bits, self.settings.recent, self.settings.first)
         if basis is not None:
             for name in ("query", "key"):
                 self.register_buffer(name, getattr(basis, name), persistent=False)
@@ -78,12 +80,10 @@ class LayerCoding(nn.Module):
         """The code that keeps every feature: all but the last in the dense channel, which leaves top-1 of one."""
         return cls(FeatureBudget.lossless(head_dim))
 
-    @functools.cached_property
+    @property
     def key_code(self) -> tuple[Any, ...]:
         """What a cached key and value depend on: two layers of one key code can go on with each other's caches."""
-        in_axes = None if self.coder.axes is None else self.coder.axes.key_bytes
-        kept = (self.coder.bits, self.settings.recent, self.settings.first)
-        return (self.budget.topk, self.budget.dense_dims, self.channel, self._basis_digest, in_axes, *kept)
+        return (self.budget.topk, self.budget.dense_dims, *self._kept_as)
 
     def queries(self, q: Tensor) -> Tensor:
         """q [B, Hq, N, D] in the layer's coordinates."""

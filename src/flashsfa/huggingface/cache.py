@@ -194,10 +194,11 @@ class SparseCacheLayer(_CodedLayer):
         together = count
         if settings.recent or settings.prefill == "dense":
             together = min(count, max(0, guesses_after - self.get_seq_length()))
+        if together == count:
+            yield k, v
+            return
         if together:
             yield k[:, :, :together], v[:, :, :together]
-        if together == count:
-            return
         self.store.mark()
         for i in range(together, count):
             yield k[:, :, i : i + 1], v[:, :, i : i + 1]
@@ -503,7 +504,7 @@ def _codings(model: Any) -> dict[int, LayerCoding]:
         coding = module._modules.get("sfa")
         if isinstance(coding, LayerCoding):
             found[module.layer_idx] = coding
-        left.extend(child for child in module._modules.values() if child is not None)
+        left.extend(child for child in reversed(module._modules.values()) if child is not None)
     require(bool(found), f"{type(model).__name__} is not switched: call enable first")
     return found
 

@@ -1,4 +1,4 @@
-"""Which form selects features and scatters codes: Triton on a GPU, plain PyTorch everywhere else; and both as operators of torch."""
+"""Which form selects features and scatters codes: CUDA or Triton on a GPU, plain PyTorch everywhere else; and both as operators of torch."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .hopper.compiler import Form
 
 _Kernel = TypeVar("_Kernel")
+_ROWS = "one launch over the rows"
 
 # ---- what callers take, which carries gradients
 
@@ -124,7 +125,7 @@ def coded_rows(
     with torch.cuda.device_of(x):
         out = empty_rows(x, x.shape[-1])
         if not keep and sparse.prune(x, topk, dense_dims, out):
-            record.record("topk", "hopper", "one launch over the rows")
+            record.record("topk", "hopper", _ROWS)
             return out, None
         kept = empty_code(x, topk, dense_dims) if keep else None
         if kernels.topk_rows(x, topk, dense_dims, out, kept):
@@ -154,7 +155,10 @@ def scatter(dense: Tensor, values: Tensor, indices: Tensor, head_dim: int) -> Te
 
     with torch.cuda.device_of(values):
         out = empty_rows(values, head_dim)
-        return out if sparse.scatter(dense, values, indices, out) else kernels.scatter(dense, values, indices, out)
+        if sparse.scatter(dense, values, indices, out):
+            record.record("topk", "hopper", _ROWS)
+            return out
+        return kernels.scatter(dense, values, indices, out)
 
 
 def keep_support(rows: Tensor, dense_dims: int, indices: Tensor) -> Tensor:
@@ -226,7 +230,7 @@ def prepared_append(k: Tensor, v: Tensor, form: Form, buffers: Buffers) -> Appen
         from .hopper import append as hopper
 
         other = "triton" if form.is_of_features and has_fused(k) else "torch"
-        usual = "the kernel for Hopper takes keys and values in 16 bits, and few at a time where Triton takes them too"
+        usual = "the kernel for Hopper takes keys and values in 16 bits, and so many rows at most where Triton takes them too"
         found = hopper.prepare(k, v, form, buffers)
         return _recorded(found, "append", "hopper", "one launch for all tokens that come", other, usual)
     from .cpu import append as cpu

@@ -14,17 +14,13 @@ from torch import Tensor
 from ....checks import require
 from ....formats import packed_bytes
 from ... import nvrtc
-from . import compiler
+from . import MOST_HEADS, MOST_ROWS, compiler
 from .compiler import Form, Variant
 from .params import Params
 
-_MOST_ROWS = (
-    1 << 16
-)  # of all heads, of codes that Triton appends too, faster on the GPU and slower on the host: of more, the GPU binds
 _MOST_HEAD_DIM = 256
 _MOST_VALUE_DIM = 1024  # the warp of a value holds it in registers
 _FEW_TOKENS, _BLOCK_TOKENS = 16, 4  # of more than so many, a block has so many: blocks take time to start
-_MOST_HEADS = 65535  # of all sequences, as a grid has so many rows
 
 
 class Buffers(NamedTuple):
@@ -139,7 +135,7 @@ def prepare(k: Tensor, v: Tensor, form: Form, buffers: Buffers) -> Append | str 
     """
     (batch, heads, n), recent = k.shape[:3], buffers.recent_k
     rows = batch * heads * n
-    if not _takes(k, v) or not rows or (form.is_of_features and rows > _MOST_ROWS):
+    if not _takes(k, v) or not rows or (form.is_of_features and rows > MOST_ROWS):
         return None
     require_fit(k, v, form, buffers, is_paged=False)
     kernel = _kernel(k, v, form, "append_kernel", n, has_recent=recent is not None)
@@ -219,7 +215,7 @@ def _takes(k: Tensor, v: Tensor) -> bool:
     return (
         k.dtype in (torch.float16, torch.bfloat16)
         and k.shape[-1] <= _MOST_HEAD_DIM
-        and k.shape[0] * k.shape[1] <= _MOST_HEADS
+        and k.shape[0] * k.shape[1] <= MOST_HEADS
         and 1 <= v.shape[-1] <= _MOST_VALUE_DIM
         and all(x.stride(-1) == 1 or x.shape[-1] == 1 for x in (k, v))
     )

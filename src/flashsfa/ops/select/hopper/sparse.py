@@ -1,6 +1,6 @@
 """Rows that are zero but for what a code keeps, for little of the host's time: made of whole rows, or of the code.
 
-Triton's kernels do the same, with fewer instructions per row, but to launch one takes the host ten times as long.
+Triton's kernels do the same, with fewer instructions per row.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ... import nvrtc
+from . import MOST_HEADS, MOST_ROWS
 
 SOURCES = Path(__file__).parent
 FILES = (
@@ -22,8 +23,6 @@ FILES = (
     "../../nvrtc/largest.cuh",
     "sparse.cu",
 )  # as they use one another
-_MOST_ROWS = 1 << 16  # of all heads
-_MOST_HEADS = 65535  # of all sequences, as a grid has so many rows
 _PARTS = ("x", "values", "indices", "out")
 
 
@@ -45,8 +44,8 @@ def _run(name: str, topk: int, dense_dims: int, out: Tensor, **parts: Tensor) ->
     batch, heads, n, head_dim = out.shape
     given = parts | {"out": out}
     if (
-        not 0 < batch * heads * n <= _MOST_ROWS or batch * heads > _MOST_HEADS or head_dim > 256
-        or any(x.ndim != 4 or (x.shape[-1] > 1 and x.stride(-1) != 1) for x in given.values())
+        not 0 < batch * heads * n <= MOST_ROWS or batch * heads > MOST_HEADS or head_dim > 256
+        or any(x.shape[:3] != out.shape[:3] or (x.shape[-1] > 1 and x.stride(-1) != 1) for x in given.values())
         or any(x.dtype not in (out.dtype, torch.uint8) for x in given.values())
         or nvrtc.obstacle() is not None
     ):  # fmt: skip
