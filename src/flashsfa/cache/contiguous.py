@@ -488,9 +488,8 @@ class _Held:
         count, device = tokens.coded, self.kv.codes.device
         if self.kv.is_placed or torch.compiler.is_compiling():
             return self._sliced(tokens)
-        *_, first, recent = (
-            self._layouts
-        )  # now, as what is compiled may ask for the tensors, and cannot trace how it is kept
+        # Asked for now: what is compiled may ask for the tensors, and cannot trace how this is kept.
+        first, recent = self._layouts[2:]
         codes, values = functools.partial(self._codes, count), functools.partial(self._values, count)
         kv = KVView.deferred(self.kv, count, codes, values)
         if self.kv.exact:
