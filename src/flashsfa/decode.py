@@ -259,7 +259,8 @@ def _again(call: _Call) -> Tensor | None:
         return None
     if padding is not None:
         require_padding(padding, q.shape[0], kv.n, q.device)
-    require_tolerance(value_tolerance)
+    if type(value_tolerance) is not float:  # which what is kept was checked for
+        require_tolerance(value_tolerance)
     factor = None if scores.exact_factor is None else scores.exact_factor.data_ptr()  # kept with what reads it
     form = (
         q.device, q.dtype, q.shape, q.stride(), budget, mask.window, scores.scale, scores.softcap, value_tolerance,

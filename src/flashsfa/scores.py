@@ -36,9 +36,10 @@ class ScoreRules:
     ) -> ScoreRules:
         """The rules for queries q [B, Hq, N, D]: a scale of None is 1/sqrt(D). Raises `TypeError` or `ValueError` for others than the
         class tells."""
-        given = q.shape[-1], scale, softcap
-        is_usual = not torch.compiler.is_compiling() and all(type(x) in _KEPT for x in given)
-        rules = _without_sinks_once(*given) if is_usual else _without_sinks(*given)
+        head_dim = q.shape[-1]
+        is_usual = type(head_dim) is int and type(scale) in _KEPT and type(softcap) in _KEPT
+        make = _without_sinks_once if is_usual and not torch.compiler.is_compiling() else _without_sinks
+        rules = make(head_dim, scale, softcap)
         if sinks is None:
             return rules
         require_tensor("sinks", sinks)
@@ -92,7 +93,7 @@ def _without_sinks(head_dim: int, scale: float | None, softcap: float | None) ->
     return ScoreRules(checked_scale(scale, head_dim), None if softcap is None else float(softcap))
 
 
-_KEPT = (int, float, type(None))  # which others look up as numbers do, and traces hand none of
+_KEPT = (int, float, type(None))  # what can be looked up; traces have numbers of their own
 _without_sinks_once = functools.lru_cache(maxsize=1024, typed=True)(_without_sinks)  # each layer of each step asks
 
 

@@ -485,18 +485,22 @@ class _Held:
 
     def view(self, tokens: _Tokens) -> KVView:
         """The tokens held."""
-        count, device = tokens.coded, self.kv.codes.device
+        count = tokens.coded
         if self.kv.is_placed or torch.compiler.is_compiling():
             return self._sliced(tokens)
         # Asked for now: what is compiled may ask for the tensors, and cannot trace how this is kept.
         first, recent = self._layouts[2:]
         codes, values = functools.partial(self._codes, count), functools.partial(self._values, count)
         kv = KVView.deferred(self.kv, count, codes, values)
-        if self.kv.exact:
+        if first or recent:
             if tokens.first not in self._firsts:
                 self._firsts[tokens.first] = _exact_tokens(first, 0, tokens.first)
             kv = kv.between(self._firsts[tokens.first], _exact_tokens(recent, tokens.slot, tokens.recent))
-        return kv.over(self.readers) if prepares_steps(device) else kv
+        return kv.over(self.readers) if self._prepares_steps else kv
+
+    @functools.cached_property
+    def _prepares_steps(self) -> bool:
+        return prepares_steps(self.kv.codes.device)
 
     def _sliced(self, tokens: _Tokens) -> KVView:
         """As `view`, of tensors that are placed or traced."""

@@ -441,6 +441,8 @@ AttentionMaskInterface.register(NAME, attention_mask)
 
 def _require_known(module: nn.Module, is_causal: bool | None, kwargs: dict[str, Any]) -> None:
     """Raise `ValueError` for an argument that asks for another attention."""
+    if is_causal is None and kwargs.keys() <= _WITHOUT_EFFECT:
+        return
     require(is_causal in (None, True), "sfa is causal attention, and this call asks for is_causal=False")
     require(
         not kwargs.get("output_attentions"),

@@ -15,6 +15,7 @@ from ...mask import Mask
 from ...scores import ScoreRules
 from ...stored import KVView
 from .. import record
+from ..nvrtc import cuda
 from .held import NAMES, ROWS, Call, Held
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def attend_again(
 ) -> Tensor | None:
     """The output [B, Hq, M, Dv] of what was `prepared`, over a view of the same buffers, of which `padding` [B, N] are not seen, in `out`
     if there is one, contiguous; None where a kernel cannot run."""
-    if q.is_cuda and torch.cuda.current_device() != q.device.index:
+    if q.is_cuda and cuda.current_device() != q.device.index:
         with torch.cuda.device(q.device):
             return attend_again(q, prepared, reason, kv, padding, out)
     (coded, exact), keys = prepared, kv.n_coded

@@ -94,7 +94,7 @@ class Kernel(NamedTuple):
 
     def launch(self, grid: tuple[int, int, int], *params: ctypes.Structure | ctypes.Array) -> None:
         """Run it on torch's current stream of its device."""
-        if torch.cuda.current_device() == self.device:
+        if cuda.current_device() == self.device:
             cuda.launch(self.loaded, grid, self.threads, self.shared_bytes, params)
             return
         with torch.cuda.device(self.device):
