@@ -105,7 +105,11 @@ class Coder:
         """Unfilled buffers of `capacity` tokens for keys such as k and values such as v."""
         form = (self, tuple(k.shape[:2]), k.shape[-1], v.shape[-1], k.dtype, v.dtype, k.device)
         none = _no_tokens(*form) if has_values(k) else _no_tokens.__wrapped__(*form)
-        return none.map(lambda x: x.new_empty((*x.shape[:2], capacity, *x.shape[3:])))
+
+        def room(parts: list[Tensor]) -> list[Tensor]:
+            return [x.new_empty((*x.shape[:2], capacity, *x.shape[3:])) for x in parts]
+
+        return none.of_views(room(none.codes.tensors()), room(none.value_tensors()))
 
     def _features(self, k: Tensor) -> FeatureCodes:
         assert self.topk is not None

@@ -140,10 +140,15 @@ class KVView:
         return not isinstance(form.codes, FeatureCodes) or isinstance(form.v, NarrowRows)
 
     @property
+    def has_wide_values(self) -> bool:
+        """Whether values are held as they came, without a scale."""
+        form = self.form
+        return form.v_scale is None and isinstance(form.v, Tensor)
+
+    @property
     def has_plain_values(self) -> bool:
         """Whether `v` holds the values of all tokens as they came."""
-        form = self.form
-        return self.first is None and self.recent is None and form.v_scale is None and isinstance(form.v, Tensor)
+        return self.first is None and self.recent is None and self.has_wide_values
 
     @property
     def key_budget(self) -> tuple[int, int]:
@@ -191,8 +196,24 @@ class KVView:
 
     def tensors(self) -> list[Tensor]:
         """Codes, values and their scales; not the exact tokens."""
-        values = self.v.tensors() if isinstance(self.v, NarrowRows) else [self.v]
-        return [*self.codes.tensors(), *values, *([] if self.v_scale is None else [self.v_scale])]
+        return [*self.codes.tensors(), *self.value_tensors()]
+
+    def value_tensors(self) -> list[Tensor]:
+        """Values and their scales."""
+        if isinstance(self.v, NarrowRows):
+            return self.v.tensors()
+        return [self.v] if self.v_scale is None else [self.v, self.v_scale]
+
+    def of_views(self, codes: list[Tensor], values: list[Tensor]) -> KVView:
+        """A view with others in place of `codes.tensors()` and `value_tensors()`, alike of each: what fits is not checked again, which
+        would take the host as long as to make them."""
+        return KVView(self.codes.of_views(*codes), *self.values_of(values))
+
+    def values_of(self, views: list[Tensor]) -> tuple[Tensor | NarrowRows, Tensor | None]:
+        """v and v_scale, likewise."""
+        if isinstance(self.v, NarrowRows):
+            return self.v.of_views(*views), None
+        return views[0], views[1] if len(views) == 2 else None
 
     def map(self, change: Callable[..., Tensor], *others: KVView) -> KVView:
         """The view with each tensor of `tensors()` changed alike, together with its like of `others`, which keep them the same way."""
@@ -313,6 +334,8 @@ class KVView:
 
     def widened(self, dtype: torch.dtype) -> KVView:
         """Codes and values of fewer bits in `dtype`, their scales taken in; others as they are."""
+        if isinstance(self.codes, FeatureCodes) and self.codes.scale is None and self.has_wide_values:
+            return self
         kv = self.scaled(dtype)
         codes, v = kv.codes, kv.v
         if isinstance(codes, (NarrowRows, AxisCodes)):

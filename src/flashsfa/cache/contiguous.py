@@ -488,11 +488,10 @@ class _Held:
         count = tokens.coded
         if self.kv.is_placed or torch.compiler.is_compiling():
             return self._sliced(tokens)
-        # Asked for now: what is compiled may ask for the tensors, and cannot trace how this is kept.
-        first, recent = self._layouts[2:]
         codes, values = functools.partial(self._codes, count), functools.partial(self._values, count)
         kv = KVView.deferred(self.kv, count, codes, values)
-        if first or recent:
+        if self.kv.exact:
+            first, recent = self._exact_layouts
             if tokens.first not in self._firsts:
                 self._firsts[tokens.first] = _exact_tokens(first, 0, tokens.first)
             kv = kv.between(self._firsts[tokens.first], _exact_tokens(recent, tokens.slot, tokens.recent))
@@ -513,26 +512,32 @@ class _Held:
 
     def _codes(self, count: int) -> KeyCodes:
         """Of so many tokens: for a third of the host's time of slices, as strides are known and parts that fit one another still do."""
-        return self.kv.codes.of_views(*(x.tokens(0, count) for x in self._layouts[0]))
+        if torch.compiler.is_compiling():  # which cannot trace how layouts are kept
+            return self.kv.codes.map(lambda x: x[:, :, :count])
+        return self.kv.codes.of_views(*(x.tokens(0, count) for x in self._code_layouts))
 
     def _values(self, count: int) -> tuple[Tensor | NarrowRows, Tensor | None]:
         """v and v_scale of so many tokens, likewise."""
-        v, *scale = views = [x.tokens(0, count) for x in self._layouts[1]]
-        if isinstance(self.kv.v, NarrowRows):
-            return self.kv.v.of_views(*views), None
-        return v, scale[0] if scale else None
+        if torch.compiler.is_compiling():
+            return self.kv.values_of([x[:, :, :count] for x in self.kv.value_tensors()])
+        return self.kv.values_of([x.tokens(0, count) for x in self._value_layouts])
 
     @functools.cached_property
     def _buffers(self) -> tuple[Form, Buffers]:
         return buffers_of(self.kv)
 
     @functools.cached_property
-    def _layouts(self) -> tuple[list[_Layout], list[_Layout], list[_Layout], list[_Layout]]:
-        """Of the buffers of keys' codes, values, the first tokens and the newest."""
-        keys, parts = self.kv.codes.tensors(), self.kv.tensors()
-        exact = ([] if x is None else [x.k, x.v] for x in (self.kv.first, self.kv.recent))
-        codes, values, first, recent = ([_Layout.of(x) for x in y] for y in (keys, parts[len(keys) :], *exact))
-        return codes, values, first, recent
+    def _code_layouts(self) -> list[_Layout]:
+        return list(map(_Layout.of, self.kv.codes.tensors()))
+
+    @functools.cached_property
+    def _value_layouts(self) -> list[_Layout]:
+        return list(map(_Layout.of, self.kv.value_tensors()))
+
+    @functools.cached_property
+    def _exact_layouts(self) -> list[list[_Layout]]:
+        """Of the first tokens, and of the newest."""
+        return [[] if x is None else [_Layout.of(x.k), _Layout.of(x.v)] for x in (self.kv.first, self.kv.recent)]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> _Held:
         """Every buffer changed alike."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...checks import runs_plainly
 from ...contexts import constant_in_traces
 from .. import nvrtc, record
+from .hopper import sparse
 from .plain import at_support, empty_code, empty_rows, plain_prune_24, plain_scatter, plain_topk
 
 if TYPE_CHECKING:
@@ -118,15 +119,14 @@ def coded_rows(
     if not has_fused(x):
         code = plain_topk(x, topk, dense_dims)
         return plain_scatter(*code, x.shape[-1]), code if keep else None
-    from .hopper import sparse
+    out = empty_rows(x, x.shape[-1])
+    if not keep and sparse.prune(x, topk, dense_dims, out):
+        record.record("topk", "hopper", _ROWS)
+        return out, None
     from .triton import scatter as scatter_kernels
     from .triton import topk as kernels
 
     with torch.cuda.device_of(x):
-        out = empty_rows(x, x.shape[-1])
-        if not keep and sparse.prune(x, topk, dense_dims, out):
-            record.record("topk", "hopper", _ROWS)
-            return out, None
         kept = empty_code(x, topk, dense_dims) if keep else None
         if kernels.topk_rows(x, topk, dense_dims, out, kept):
             return out, kept
@@ -150,14 +150,13 @@ def scatter(dense: Tensor, values: Tensor, indices: Tensor, head_dim: int) -> Te
         return dense
     if not has_fused(values):
         return plain_scatter(dense, values, indices, head_dim)
-    from .hopper import sparse
+    out = empty_rows(values, head_dim)
+    if sparse.scatter(dense, values, indices, out):
+        record.record("topk", "hopper", _ROWS)
+        return out
     from .triton import scatter as kernels
 
     with torch.cuda.device_of(values):
-        out = empty_rows(values, head_dim)
-        if sparse.scatter(dense, values, indices, out):
-            record.record("topk", "hopper", _ROWS)
-            return out
         return kernels.scatter(dense, values, indices, out)
 
 

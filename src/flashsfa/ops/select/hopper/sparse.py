@@ -42,28 +42,29 @@ def _run(name: str, topk: int, dense_dims: int, out: Tensor, **parts: Tensor) ->
     if out.ndim != 4 or out.dtype not in (torch.float16, torch.bfloat16) or not nvrtc.is_hopper(out.device):
         return False
     batch, heads, n, head_dim = out.shape
-    given = parts | {"out": out}
-    if (
-        not 0 < batch * heads * n <= MOST_ROWS or batch * heads > MOST_HEADS or head_dim > 256
-        or any(x.shape[:3] != out.shape[:3] or (x.shape[-1] > 1 and x.stride(-1) != 1) for x in given.values())
-        or any(x.dtype not in (out.dtype, torch.uint8) for x in given.values())
-        or nvrtc.obstacle() is not None
-    ):  # fmt: skip
+    if not 0 < batch * heads * n <= MOST_ROWS or batch * heads > MOST_HEADS or head_dim > 256:
+        return False
+    pointers: list[int | None] = []
+    strides: list[int] = []
+    for part in _PARTS:
+        x = out if part == "out" else parts.get(part)
+        if x is None:
+            pointers.append(None)
+            strides += (0, 0, 0)
+            continue
+        *of_rows, of_entries = x.stride()
+        dtype = torch.uint8 if part == "indices" else out.dtype
+        if x.shape[:3] != out.shape[:3] or x.dtype != dtype or (of_entries != 1 and x.shape[3] > 1):
+            return False
+        pointers.append(x.data_ptr())
+        strides += of_rows
+    if nvrtc.obstacle() is not None:
         return False
     kernel = nvrtc.load_kernel(compile_cubin, Variant(head_dim, dense_dims, topk), name, out.device.index)
     if isinstance(kernel, str):
         return False
-    params = Params(tokens=n, heads=heads)
-    for part, x in given.items():
-        setattr(params, part, x.data_ptr())
-        for stride, entries in zip(_strides(part), x.stride(), strict=False):
-            setattr(params, stride, entries)
-    kernel.launch((-(-n * 32 // Variant.threads), batch * heads, 1), params)
+    kernel.launch((-(-n * 32 // Variant.threads), batch * heads, 1), Params(*pointers, *strides, n, heads))
     return True
-
-
-def _strides(part: str) -> tuple[str, str, str]:
-    return f"{part}_batch", f"{part}_head", f"{part}_token"
 
 
 class Params(ctypes.Structure):
@@ -71,7 +72,7 @@ class Params(ctypes.Structure):
 
     _fields_ = (
         *((part, ctypes.c_void_p) for part in _PARTS),
-        *((stride, ctypes.c_longlong) for part in _PARTS for stride in _strides(part)),
+        *((f"{part}_{of}", ctypes.c_longlong) for part in _PARTS for of in ("batch", "head", "token")),
         ("tokens", ctypes.c_int),
         ("heads", ctypes.c_int),
     )
