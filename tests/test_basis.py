@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flashsfa import FeatureBasis, topk_codes
-from flashsfa.axes import AxisBits, AxisCodes
+from flashsfa.axes import AxisBits, AxisCodes, AxisErrors
 from flashsfa.basis import KINDS, Moments
 
 pytestmark = pytest.mark.cpu  # calibration and its linear algebra
@@ -176,6 +176,25 @@ def test_layers_are_fitted_in_order_and_each_is_told(kind, budget):
         expected = FeatureBasis.from_moments(layer, kind, **budget)
         assert torch.equal(found[0][i].key, found[1][i].key)
         torch.testing.assert_close(found[0][i].key, expected.key)
+
+
+@pytest.mark.parametrize("kind", ["scaled", "whitened"])
+def test_other_numbers_of_bytes_follow_from_what_is_known_of_the_axes(kind, monkeypatch):
+    """Which is found once, and again when more tokens came."""
+    q, k = draw()
+    moments, found = moments_of((q, k)), AxisErrors.of
+    calls = []
+    monkeypatch.setattr(AxisErrors, "of", lambda keys: calls.append(1) or found(keys))
+    for key_bytes in (2, 3, 5):
+        basis = FeatureBasis.from_moments(moments, kind, key_bytes=key_bytes)
+        expected = FeatureBasis.from_moments(moments_of((q, k)), kind, key_bytes=key_bytes)
+        for one, other in zip(tensors_of(basis), tensors_of(expected), strict=True):
+            assert torch.equal(one, other)
+    assert len(calls) == 1 + 3
+    moments.update(*draw())
+    more = FeatureBasis.from_moments(moments, kind, key_bytes=5)
+    assert len(calls) == 5
+    assert not torch.equal(more.key, basis.key)
 
 
 def test_a_layer_that_cannot_be_fitted_is_an_error():

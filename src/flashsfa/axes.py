@@ -114,8 +114,6 @@ class AxisBits:
     def fit(cls, keys: Tensor, key_bytes: int) -> tuple[Tensor, AxisBits]:
         """The bits that lose least of `keys`, squared, and the order in which the axes then stand.
 
-        Each head shares out `8 * key_bytes` bits greedily: to the axis and width whose error falls most per bit.
-
         Args:
             keys: [H, S, D] floating, S >= 1, a sample in coordinates where the error of a key is that of its scores.
             key_bytes: bytes of a key, 1 to D.
@@ -125,22 +123,45 @@ class AxisBits:
 
         Raises `TypeError` or `ValueError` for what does not fit, NaN and infinity included.
         """
+        return cls.shared_out(AxisErrors.of(keys), key_bytes)
+
+    @classmethod
+    def shared_out(cls, known: AxisErrors, key_bytes: int) -> tuple[Tensor, AxisBits]:
+        """As `fit`, of what is known of the keys: each head shares out `8 * key_bytes` bits greedily, to the axis and width whose error
+        falls most per bit."""
+        require_int("key_bytes", key_bytes, 1, known.centre.shape[-1])
+        choice = _allocate(known.errors, 8 * key_bytes)
+        bits = torch.tensor(WIDTHS, device=choice.device)[choice]
+        order = bits.argsort(dim=-1, descending=True, stable=True)
+        step = known.steps.gather(-1, choice[..., None])[..., 0]
+        parts = (x.gather(-1, order) for x in (bits.to(torch.uint8), step.float(), known.centre.float()))
+        return order, cls(*parts)
+
+
+class AxisErrors(NamedTuple):
+    """What each axis of keys loses in each of `WIDTHS`.
+
+    Attributes:
+        centre: [H, D] mean of each axis.
+        steps, errors: [H, D, 4] the best step around it, and the mean squared error then.
+    """
+
+    centre: Tensor
+    steps: Tensor
+    errors: Tensor
+
+    @classmethod
+    def of(cls, keys: Tensor) -> AxisErrors:
+        """Of a sample of keys [H, S, D] floating, S >= 1. Raises `TypeError` or `ValueError` for others, NaN and infinity included."""
         require_float("keys", keys)
         require(
             keys.ndim == 3 and keys.numel() > 0,
             f"axis bits are fitted to keys [H, S, D], at least one; got {tuple(keys.shape)}",
         )
-        require_int("key_bytes", key_bytes, 1, keys.shape[-1])
         require(bool(keys.isfinite().all()), "the sample of keys holds NaN or infinity: calibrate again")
         keys = keys.to(torch.promote_types(torch.float32, keys.dtype))
         centre = keys.mean(1)
-        steps, errors = _quantisers(keys - centre[:, None])
-        choice = _allocate(errors, 8 * key_bytes)
-        bits = torch.tensor(WIDTHS, device=keys.device)[choice]
-        order = bits.argsort(dim=-1, descending=True, stable=True)
-        step = steps.gather(-1, choice[..., None])[..., 0]
-        parts = (x.gather(-1, order) for x in (bits.to(torch.uint8), step.float(), centre.float()))
-        return order, cls(*parts)
+        return cls(centre, *_quantisers(keys - centre[:, None]))
 
 
 class AxisLayout(NamedTuple):

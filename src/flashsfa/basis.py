@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .axes import AxisBits
+from .axes import AxisBits, AxisErrors
 from .checks import FLOAT_DTYPES, require, require_float
 from .codes import topk_codes
 from .files import whole_file
@@ -119,31 +119,18 @@ class FeatureBasis:
         )
         require(moments.count > 0, "no token was seen: calibrate on some text first")
         moments.require_finite()
-        heads, head_dim, _ = moments.key_outer.shape
+        if key_bytes is not None:
+            if kind not in moments.axes:  # of many numbers of bytes, the first takes the time
+                query, key = _coordinates(moments, kind, about_mean=True)
+                moments.axes[kind] = query, key, AxisErrors.of(moments.sample @ key.float())
+            query, key, errors = moments.axes[kind]
+            order, axes = AxisBits.shared_out(errors, key_bytes)
+            columns = order[:, None].expand_as(key)
+            return cls(query.gather(-1, columns).float(), key.gather(-1, columns).float(), axes)
         if kind == "identity":
+            heads, head_dim, _ = moments.key_outer.shape
             return cls.identity(heads, head_dim)
-        key_moment = moments.key_outer / moments.count
-        if key_bytes is not None:  # the mean of each axis is kept beside: what is left are the keys around it
-            mean = moments.key_sum / moments.count
-            key_moment = key_moment - mean[:, :, None] * mean[:, None, :]
-        key_moment = _regularised(key_moment, "key")
-        if kind == "pca":
-            query = key = torch.linalg.eigh(key_moment).eigenvectors.flip(-1)
-        elif kind == "scaled":
-            size = (moments.query_outer / moments.query_count).diagonal(dim1=-2, dim2=-1).sqrt()  # [H, D]
-            largest = size.amax(-1, keepdim=True)
-            size = size.clamp(min=largest.where(largest > 0, 1) / _MAX_CONDITION**0.5)
-            query, key = torch.diag_embed(1 / size), torch.diag_embed(size)
-        else:
-            query_moment = _regularised(moments.query_outer / moments.query_count, "query")
-            root = torch.linalg.cholesky(query_moment)  # L, E[qqᵀ] = L Lᵀ
-            # Whitened queries are q L⁻ᵀ, and their keys k L: the principal axes of these diagonalise both sides.
-            spectrum, axes = torch.linalg.eigh(root.mT @ key_moment @ root)
-            spectrum, axes = spectrum.flip(-1), axes.flip(-1)  # [H, D] descending, [H, D, D]
-            query, key = torch.linalg.solve_triangular(root.mT, axes, upper=True), root @ axes
-        if kind == "balanced":
-            scale = spectrum.clamp(min=torch.finfo(spectrum.dtype).tiny)[..., None, :] ** 0.25
-            query, key = query * scale, key / scale
+        query, key = _coordinates(moments, kind)
         if kind == "dictionary":
             if topk is None:
                 raise ValueError("a dictionary is fitted to a budget: give topk and dense_dims")
@@ -151,11 +138,7 @@ class FeatureBasis:
             query, key = query @ rotation, key @ rotation
         if topk is not None:
             query = query * _gain(moments.sample.double() @ key, topk, dense_dims)
-        if key_bytes is None:
-            return cls(query.float(), key.float(), topk=topk)
-        order, axes = AxisBits.fit(moments.sample @ key.float(), key_bytes)
-        columns = order[:, None].expand_as(key)
-        return cls(query.gather(-1, columns).float(), key.gather(-1, columns).float(), axes)
+        return cls(query.float(), key.float(), topk=topk)
 
     @classmethod
     def from_layers(
@@ -295,6 +278,7 @@ class Moments:
         self.count = self.query_count = 0
         self.sample = torch.zeros(num_kv_heads, 0, head_dim, device="cpu")  # [H, S, D] keys
         self._lots = torch.zeros(0, device="cpu")  # [S] each token draws a lot, and the highest stay
+        self.axes: dict[str, tuple[Tensor, Tensor, AxisErrors]] = {}  # Q, K and what axes lose, by the kind of a basis
         self._generator = torch.Generator().manual_seed(0)
 
     def require_finite(self) -> None:
@@ -306,6 +290,7 @@ class Moments:
 
     def update(self, q: Tensor, k: Tensor) -> None:
         """Add the tokens of q [B, Hq, N, D] and k [B, H, N, D]."""
+        self.axes.clear()
         heads = self.key_outer.shape[0]
         keys = k.detach().transpose(0, 1).flatten(1, 2)  # [H, B·N, D]
         queries = q.detach().unflatten(1, (heads, -1)).transpose(0, 1).flatten(1, 3).double()  # [H, B·G·N, D]
@@ -330,6 +315,34 @@ def _in_threads(function: Callable[[_Item], _Result], items: Sequence[_Item]) ->
             yield from pool.map(lambda context, item: context.run(function, item), contexts, items)
     finally:
         torch.set_num_threads(threads)  # what threads to come begin with
+
+
+def _coordinates(moments: Moments, kind: str, *, about_mean: bool = False) -> tuple[Tensor, Tensor]:
+    """Q and K [H, D, D] of a kind, without what codes change in them. With `about_mean` the mean of each axis is kept beside: what is left are
+    the keys around it."""
+    key_moment = moments.key_outer / moments.count
+    if about_mean:
+        mean = moments.key_sum / moments.count
+        key_moment = key_moment - mean[:, :, None] * mean[:, None, :]
+    key_moment = _regularised(key_moment, "key")
+    if kind == "pca":
+        axes = torch.linalg.eigh(key_moment).eigenvectors.flip(-1)
+        return axes, axes
+    if kind == "scaled":
+        size = (moments.query_outer / moments.query_count).diagonal(dim1=-2, dim2=-1).sqrt()  # [H, D]
+        largest = size.amax(-1, keepdim=True)
+        size = size.clamp(min=largest.where(largest > 0, 1) / _MAX_CONDITION**0.5)
+        return torch.diag_embed(1 / size), torch.diag_embed(size)
+    query_moment = _regularised(moments.query_outer / moments.query_count, "query")
+    root = torch.linalg.cholesky(query_moment)  # L, E[qqᵀ] = L Lᵀ
+    # Whitened queries are q L⁻ᵀ, and their keys k L: the principal axes of these diagonalise both sides.
+    spectrum, axes = torch.linalg.eigh(root.mT @ key_moment @ root)
+    spectrum, axes = spectrum.flip(-1), axes.flip(-1)  # [H, D] descending, [H, D, D]
+    query, key = torch.linalg.solve_triangular(root.mT, axes, upper=True), root @ axes
+    if kind == "balanced":
+        scale = spectrum.clamp(min=torch.finfo(spectrum.dtype).tiny)[..., None, :] ** 0.25
+        return query * scale, key / scale
+    return query, key
 
 
 def _dictionary(keys: Tensor, topk: int, dense_dims: int) -> Tensor:
