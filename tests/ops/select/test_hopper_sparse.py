@@ -5,25 +5,20 @@ import math
 import pytest
 import torch
 
-import emulated
+from append_cases import DEVICE, DTYPES, use_kernel
 from flashsfa import explain, topk_codes
-from flashsfa.ops import nvrtc, record
+from flashsfa.ops import nvrtc
 from flashsfa.ops.select import operators
 from flashsfa.ops.select.hopper import sparse
 from flashsfa.ops.select.plain import empty_rows, plain_scatter, plain_topk
 
-DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-DTYPES = [torch.float16, torch.bfloat16]
 SIZES = [(64, 8, 0), (128, 16, 16), (128, 16, 41), (80, 5, 3), (37, 33, 4), (256, 1, 255), (256, 256, 0), (1, 1, 0)]
 
 
 @pytest.fixture(autouse=True)
 def kernel(monkeypatch):
-    monkeypatch.setattr(record, "_last", {})
-    if emulated.is_needed(DEVICE):
-        monkeypatch.setattr(nvrtc, "is_hopper", lambda device: True)
-        monkeypatch.setattr(nvrtc, "obstacle", lambda: None)
-        monkeypatch.setattr(nvrtc, "load_kernel", emulated.load_kernel)
+    use_kernel(monkeypatch)
+    if DEVICE.type == "cpu":
         monkeypatch.setattr(operators, "has_fused", lambda x: True)
 
 
