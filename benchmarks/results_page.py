@@ -599,7 +599,7 @@ def _rotary() -> str:
     rows = [
         [
             models[model], "`32+k16`" if kept == "topk" else f"`{row['label'].replace(', ', '-')}`", row["token_bytes"], f"{row['perplexity']:.2f}",
-            "" if kept == "dense" else f"{_percent(row['loss'], 2).removesuffix(' %')} ± {100 * row['loss_error']:.2f} %",
+            _loss_of(row),
         ]
         for model, variants in run["results"].items()
         for kept, row in variants.items()
@@ -612,12 +612,19 @@ RoPE on a quarter halves what `32+k16` loses: 0.3 points are saved. Training wit
 by training with `32+k16` from scratch, and less in 4 bits than in fewer features."""
 
 
+def _loss_of(row: dict[str, Any]) -> str:
+    """Of a row of a report of `flashsfa convert`, with its standard error; nothing for the dense one."""
+    if row["label"] == "dense":
+        return ""
+    return f"{_percent(row['loss'], 2).removesuffix(' %')} ± {100 * row['loss_error']:.2f} %"
+
+
 def _wide() -> str:
     run = _read(WIDE)
     rows = [
         [
             row["label"], row["exact_tokens"] or "none", row["token_bytes"], f"{100 * row['share']:.0f} %", f"{row['perplexity']:.2f}",
-            "" if row["label"] == "dense" else f"{_percent(row['loss'], 2).removesuffix(' %')} ± {100 * row['loss_error']:.2f} %",
+            _loss_of(row),
         ]
         for row in sorted(run["results"], key=lambda row: (row["exact_tokens"] == 0, -row["token_bytes"]))
     ]  # fmt: skip

@@ -160,11 +160,12 @@ def test_save_and_load(tmp_path):
 )
 def test_layers_are_fitted_in_order_and_each_is_told(kind, budget):
     """Whatever the number of threads, which is left as it was."""
-    moments, told = [moments_of(draw()) for _ in range(5)], []
+    given, told = [draw() for _ in range(5)], []
     found, threads, caller = [], torch.get_num_threads(), threading.get_ident()
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
+            moments = [moments_of(x) for x in given]  # which know of no earlier fit
             found.append(
                 FeatureBasis.from_layers(moments, kind, **budget, fitted=lambda: told.append(threading.get_ident()))
             )
@@ -172,8 +173,8 @@ def test_layers_are_fitted_in_order_and_each_is_told(kind, budget):
     finally:
         torch.set_num_threads(threads)
     assert told == [caller] * 10
-    for i, layer in enumerate(moments):
-        expected = FeatureBasis.from_moments(layer, kind, **budget)
+    for i, x in enumerate(given):
+        expected = FeatureBasis.from_moments(moments_of(x), kind, **budget)
         assert torch.equal(found[0][i].key, found[1][i].key)
         torch.testing.assert_close(found[0][i].key, expected.key)
 

@@ -338,21 +338,21 @@ class SparseKVCache(Coded):
 
     def _code(self, held: _Held, k: Tensor, v: Tensor, start: int) -> None:
         """Code k and write it with v at coded token `start`, where nothing is held yet."""
-        coded = replace(held.kv, first=None, recent=None)
-        write = prepared_append(k, v, *buffers_of(coded)) if has_kernel(k, v) else None
+        kv, codes, write = held.kv, held.kv.codes, None
+        if has_kernel(k, v):
+            write = prepared_append(k, v, *buffers_of(replace(kv, first=None, recent=None)))
         if write is not None:
             write(k, v, start)
             return
-        codes = coded.codes
-        if isinstance(codes, FeatureCodes) and isinstance(coded.v, Tensor) and has_fused(k):
+        if isinstance(codes, FeatureCodes) and isinstance(kv.v, Tensor) and has_fused(k):
             parts = codes.dense, codes.values, codes.indices
             if codes.scale is None:
-                append(k, v, *parts, coded.v, start)
+                append(k, v, *parts, kv.v, start)
             else:
-                assert coded.v_scale is not None
-                append_8_bit(k, v, (*parts, codes.scale, coded.v, coded.v_scale), start)
+                assert kv.v_scale is not None
+                append_8_bit(k, v, (*parts, codes.scale, kv.v, kv.v_scale), start)
             return
-        for buffer, new in zip(coded.tensors(), self.coder.encode(k, v).tensors(), strict=True):
+        for buffer, new in zip(kv.tensors(), self.coder.encode(k, v).tensors(), strict=True):
             buffer[:, :, start : start + new.shape[2]] = new
 
     def _check_width(self, head_dim: int, v: Tensor) -> None:
@@ -513,13 +513,14 @@ class _Held:
     def _codes(self, count: int) -> KeyCodes:
         """Of so many tokens: for a third of the host's time of slices, as strides are known and parts that fit one another still do."""
         if torch.compiler.is_compiling():  # which cannot trace how layouts are kept
-            return self.kv.codes.map(lambda x: x[:, :, :count])
+            return self.kv.coded(0, count).codes
         return self.kv.codes.of_views(*(x.tokens(0, count) for x in self._code_layouts))
 
     def _values(self, count: int) -> tuple[Tensor | NarrowRows, Tensor | None]:
         """v and v_scale of so many tokens, likewise."""
         if torch.compiler.is_compiling():
-            return self.kv.values_of([x[:, :, :count] for x in self.kv.value_tensors()])
+            kv = self.kv.coded(0, count)
+            return kv.v, kv.v_scale
         return self.kv.values_of([x.tokens(0, count) for x in self._value_layouts])
 
     @functools.cached_property
