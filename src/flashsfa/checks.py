@@ -40,25 +40,29 @@ def is_checked() -> bool:
 
 def has_values(x: Tensor) -> bool:
     """Whether x holds numbers: not on the meta device, nor while something traces or transforms the call."""
-    return not torch.compiler.is_compiling() and _holds_numbers(x)
+    if torch.compiler.is_compiling() or type(x) not in _HOLDING or x.is_meta:
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
-def _holds_numbers(x: Tensor) -> bool:
-    return (
-        type(x) in (Tensor, torch.nn.Parameter)  # fake tensors are a class of their own
-        and not x.is_meta
-        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-    )
+_HOLDING = Tensor, torch.nn.Parameter  # fake tensors are a class of their own
 
 
 def runs_plainly(*tensors: Tensor) -> bool:
-    """Whether nothing traces, transforms or differentiates a call over these: the inside of an operator may then be called at
-    once, which saves the host what torch's dispatch of a custom operator costs (some 40 µs)."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._is_tracing():
+    """Whether nothing traces, transforms or differentiates a call over these, nor looks at their values (`checked`): the inside of an
+    operator may then be called at once, which saves the host what torch's dispatch of a custom operator costs (some 40 µs), and what
+    was checked for such tensors before holds."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._is_tracing()
+        or _checked.get()
+    ):
         return False  # the first of these first: the rest cannot be traced
     may_differentiate = torch.is_grad_enabled()
-    for x in tensors:  # noqa: SIM110 (a generator would take the host as long again)
-        if not _holds_numbers(x) or (may_differentiate and x.requires_grad):
+    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    for x in tensors:  # spelt out, as each call takes the host as long again
+        if type(x) not in _HOLDING or x.is_meta or is_wrapped(x) or (may_differentiate and x.requires_grad):
             return False
     return True
 

@@ -28,6 +28,7 @@ from .checks import (
     require_page_size,
     require_tensor,
     require_tolerance,
+    runs_plainly,
 )
 from .codes import FeatureCodes, code_queries
 from .contexts import without_autocast
@@ -163,9 +164,13 @@ def sparse_feature_decode(
         return _Call(q, kv, budget, mask, scores, value_tolerance, place)
 
     require_no_gradient(sinks)
-    if kv.prepared is not None and not return_lse and has_values(q) and q.shape[-1:] == kv.key_shape[-1:]:
+    if kv.prepared is not None and not return_lse and runs_plainly(q) and q.shape[-1:] == kv.key_shape[-1:]:
         refuse_transforms("sparse_feature_decode", _DIFFERENTIABLE, q, sinks)
-        again = _again(call())
+        now = call()
+        again = _again(
+            q, kv, now.budget, window=mask.window, padding=key_padding_mask, scale=now.scores.scale, softcap=softcap, sinks=sinks,
+            value_tolerance=value_tolerance, out=now.out,
+        )  # fmt: skip
         if again is not None:
             return _put(again, out)
     _check(q, kv, mask, value_tolerance)
@@ -220,21 +225,36 @@ def _put(found: Tensor, out: Tensor | None) -> Tensor:
 
 
 def attend_cached(
-    q: Tensor, kv: KVView, budget: FeatureBudget, mask: Mask, scores: ScoreRules, value_tolerance: float = 0.0
+    q: Tensor,
+    kv: KVView,
+    budget: FeatureBudget,
+    *,
+    window: int | None = None,
+    key_padding_mask: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    exact_factor: Tensor | None = None,
+    value_tolerance: float = 0.0,
 ) -> Tensor:
-    """The newest tokens' q [B, Hq, M, D] over all that a cache holds: decode for few queries, prefill for many. `mask` is causal and
-    has the view's lengths; it counts exact tokens too.
+    """The newest tokens' q [B, Hq, M, D] over all that a cache holds, as `sparse_feature_decode` with these arguments for few queries; prefill
+    for many, of which none is left out by a tolerance. `exact_factor` is that of `ScoreRules`, and `key_padding_mask` counts exact tokens too.
 
-    `value_tolerance` is a saving of decode; prefill is exact. No gradients: refused where one is asked for.
+    No gradients: refused where one is asked for.
     """
-    call = _Call(q, kv, budget, mask, scores, value_tolerance)
-    again = _again(call) if has_values(q) else None
-    if again is not None:
-        return again
+    if runs_plainly(q):
+        again = _again(
+            q, kv, budget, window=window, padding=key_padding_mask, scale=scale, softcap=softcap, sinks=sinks, factor=exact_factor,
+            value_tolerance=value_tolerance,
+        )  # fmt: skip
+        if again is not None:
+            return again
+    mask = Mask(True, checked_window(window), key_padding_mask, kv_lens=kv.kv_lens)
+    scores = ScoreRules.of(q, scale, softcap, sinks, exact_factor)
     _check(q, kv, mask, value_tolerance, is_of_cache=True)
     require_no_gradient(q, *kv.form.tensors(), *_exact_tensors(kv))
     if q.shape[2] <= FEW_QUERIES:
-        return _decode(call)[0]
+        return _decode(_Call(q, kv, budget, mask, scores, value_tolerance))[0]
     if mask.kv_lens is None or kv.exact:
         return _prefill(q, kv, budget.with_keys_kept(), mask, scores)
     # a chunk of a prompt in a compiled model, where the host does not know the number of keys
@@ -245,44 +265,63 @@ def attend_cached(
     return F.scaled_dot_product_attention(q, rows.k, rows.v, visible, scale=scores.scale, enable_gqa=True)
 
 
-def _again(call: _Call) -> Tensor | None:
-    """The output for queries that hold numbers, by what was prepared when such ones met these buffers first: nothing is checked or planned
+def _again(
+    q: Tensor,
+    kv: KVView,
+    budget: FeatureBudget,
+    *,
+    window: int | None,
+    padding: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    value_tolerance: float,
+    factor: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor | None:
+    """The output for queries that `run_plainly`, by what was prepared when such a call met these buffers first: nothing is checked or planned
     twice. None where that is not possible."""
-    q, kv, budget, mask, scores, value_tolerance, out = call
-    kept, padding, keys = kv.prepared, mask.key_padding_mask, kv.n_coded
+    kept, has_exact = kv.prepared, kv.first is not None or kv.recent is not None
     if (
-        kept is None or q.ndim != 4 or q.shape[2] > FEW_QUERIES or keys < gpu.FEWEST_KEYS
-        or scores.sinks is not None or mask.kv_lens is not None or budget.query_pattern is not None
-        or is_checked() or (q.requires_grad and torch.is_grad_enabled())
-        or (kv.exact and (q.shape[2] > 1 or mask.window is not None))
+        kept is None or q.ndim != 4 or q.shape[2] > FEW_QUERIES or kv.n_coded < gpu.FEWEST_KEYS
+        or sinks is not None or kv.kv_lens is not None or budget.query_pattern is not None
+        or (has_exact and (q.shape[2] > 1 or window is not None))
     ):  # fmt: skip
         return None
     if padding is not None:
         require_padding(padding, q.shape[0], kv.n, q.device)
     if type(value_tolerance) is not float:  # which what is kept was checked for
         require_tolerance(value_tolerance)
-    factor = None if scores.exact_factor is None else scores.exact_factor.data_ptr()  # kept with what reads it
     form = (
-        q.device, q.dtype, q.shape, q.stride(), budget, mask.window, scores.scale, scores.softcap, value_tolerance,
-        kv.first is None, kv.recent is None, padding is None, q.data_ptr() % 16 if kv.exact else 0, factor,
+        q.device, q.dtype, q.shape, q.stride(), budget, window, scale, softcap, value_tolerance, kv.first is None, kv.recent is None,
+        padding is None, q.data_ptr() % 16 if has_exact else 0,
+        None if factor is None else factor.data_ptr(),  # kept with what reads it
     )  # fmt: skip
-    if form not in kept:
-        _check(q, kv, mask, value_tolerance, is_of_cache=True)
-        kept[form] = _prepared(call)
-    attend = kept[form]
+    attend = kept.find(form, _prepared, q, kv, budget, window, padding, scale, softcap, factor, value_tolerance)
     return None if attend is None else attend(q, kv, padding, out)
 
 
-def _prepared(call: _Call) -> Callable[[Tensor, KVView, Tensor | None, Tensor | None], Tensor | None] | None:
-    """What attends for queries of the form of checked ones over views of the same buffers, by q, the view, the padding and the place for the
-    output; None where nothing is kept."""
-    q, kv, budget, mask, scores, value_tolerance = call[:6]
+def _prepared(
+    q: Tensor,
+    kv: KVView,
+    budget: FeatureBudget,
+    window: int | None,
+    padding: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    factor: Tensor | None,
+    value_tolerance: float,
+) -> Callable[[Tensor, KVView, Tensor | None, Tensor | None], Tensor | None] | None:
+    """What attends for queries of the form of these over views of the same buffers, by q, the view, the padding and the place for the
+    output; None where nothing is kept. Raises as `_check` does."""
+    mask, scores = Mask(True, checked_window(window), padding), ScoreRules.of(q, scale, softcap, None, factor)
+    _check(q, kv, mask, value_tolerance, is_of_cache=True)
     plan, topk_query = plan_decode(q, kv), None if budget.keeps_queries else budget.topk_query
     if plan.backend == "hopper":
         kernels = gpu.prepared(q, kv, mask, scores, value_tolerance, topk_query)
-        reason = told_with_exact(plan.reason, None) if kv.exact else plan.reason
+        choice = record.Choice(plan.backend, told_with_exact(plan.reason, None) if kv.exact else plan.reason)
         if kernels is not None:
-            return lambda q, kv, padding, out: gpu.attend_again(q, kernels, reason, kv, padding, out)
+            return lambda q, kv, padding, out: gpu.attend_again(q, kernels, choice, kv, padding, out)
     elif plan.backend == "numba":
         from .ops.decode import cpu
 

@@ -18,8 +18,7 @@ from .checks import (
     require_number,
 )
 from .decode import attend_cached
-from .mask import Mask, checked_window
-from .scores import ScoreRules
+from .mask import checked_window
 
 POSITIONS = ("channel", "full", "none")
 
@@ -144,8 +143,8 @@ class SparseFeatureAttention(nn.Module):
                 ),
             )
             kept = v.dtype if cache.input_dtype is None else cache.input_dtype  # autocast may have come or gone since
-            kv, mask = cache.append(k.to(kept), v.to(kept)), Mask(True, self.window)
-            out = attend_cached(q.to(kept), kv, budget, mask, ScoreRules.of(q)).to(v.dtype)
+            kv = cache.append(k.to(kept), v.to(kept))
+            out = attend_cached(q.to(kept), kv, budget, window=self.window).to(v.dtype)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def extra_repr(self) -> str:

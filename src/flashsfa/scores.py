@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,7 +32,12 @@ class ScoreRules:
 
     @classmethod
     def of(
-        cls, q: Tensor, scale: float | None = None, softcap: float | None = None, sinks: Tensor | None = None
+        cls,
+        q: Tensor,
+        scale: float | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        exact_factor: Tensor | None = None,
     ) -> ScoreRules:
         """The rules for queries q [B, Hq, N, D]: a scale of None is 1/sqrt(D). Raises `TypeError` or `ValueError` for others than the
         class tells."""
@@ -41,7 +46,7 @@ class ScoreRules:
         make = _without_sinks_once if is_usual and not torch.compiler.is_compiling() else _without_sinks
         rules = make(head_dim, scale, softcap)
         if sinks is None:
-            return rules
+            return rules if exact_factor is None else replace(rules, exact_factor=exact_factor)
         require_tensor("sinks", sinks)
         require(
             sinks.shape == q.shape[1:2] and sinks.is_floating_point() and sinks.device == q.device,
@@ -50,7 +55,7 @@ class ScoreRules:
                 f"{sinks.device}"
             ),
         )
-        return cls(rules.scale, rules.softcap, sinks)
+        return cls(rules.scale, rules.softcap, sinks, exact_factor)
 
     def cap(self, scores: Tensor) -> Tensor:
         """The scores after the cap."""

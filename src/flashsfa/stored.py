@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -55,13 +55,40 @@ class ExactKV:
         return part if part.k.shape[2] else None
 
 
-class _Deferred(NamedTuple):
-    """Of a view whose tensors are made when they are asked for: arguments of `KVView.deferred`."""
+class Source(Protocol):
+    """Whatever makes the tensors of a deferred view: codes, and v and v_scale, of so many tokens of the buffers `kv`."""
 
-    buffers: KVView
-    n_coded: int
-    make_codes: Callable[[], KeyCodes]
-    make_values: Callable[[], tuple[Tensor | NarrowRows, Tensor | None]]
+    @property
+    def kv(self) -> KVView: ...
+
+    def codes(self, count: int) -> KeyCodes: ...
+
+    def values(self, count: int) -> tuple[Tensor | NarrowRows, Tensor | None]: ...
+
+    def plain_values(self, count: int) -> Tensor | None:
+        """v where it is as it came, else None."""
+
+
+class Prepared:
+    """What was prepared for calls over the same buffers: whatever serves calls of a form, None where nothing does."""
+
+    def __init__(self) -> None:
+        self._by_form: dict[tuple[Any, ...], Any] = {}
+        self._last: tuple[tuple[Any, ...], Any] = (), None
+
+    def find(self, form: tuple[Any, ...], make: Callable[..., Any], *arguments: Any) -> Any:
+        """What serves `form`; `make` makes it, of the arguments, when it comes first."""
+        last, found = self._last
+        if last != form:  # as a rule it is the same: to compare costs the host less than to hash
+            if form not in self._by_form:
+                self._by_form[form] = make(*arguments)
+            found = self._by_form[form]
+            self._last = form, found
+        return found
+
+    def update(self, other: Prepared) -> None:
+        """Have all that `other` has."""
+        self._by_form.update(other._by_form)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,29 +120,31 @@ class KVView:
     page_table: Tensor | None = None
     first: ExactKV | None = None
     recent: ExactKV | None = None
-    prepared: dict[Any, Any] | None = field(default=None, init=False, repr=False)
-    _deferred: _Deferred | None = field(default=None, init=False, repr=False)
+    prepared: Prepared | None = field(default=None, init=False, repr=False)
+    _source: Source | None = field(default=None, init=False, repr=False)
+    _count: int = field(default=0, init=False, repr=False)
 
     @classmethod
     def deferred(
         cls,
-        buffers: KVView,
+        source: Source,
         n_coded: int,
-        make_codes: Callable[[], KeyCodes],
-        make_values: Callable[[], tuple[Tensor | NarrowRows, Tensor | None]],
+        prepared: Prepared | None = None,
+        first: ExactKV | None = None,
+        recent: ExactKV | None = None,
     ) -> KVView:
-        """A view of `n_coded` tokens of `buffers`, whose codes, and v and v_scale, are made when they are asked for: what was prepared for the
-        buffers asks for none, and to make them takes the host as long as to launch it."""
+        """A view of `n_coded` tokens, whose codes, and v and v_scale, the `source` makes when they are asked for, between exact ones: what was
+        prepared for the buffers asks for none, and to make them takes the host as long as to launch it."""
         view = object.__new__(cls)
-        view.__dict__["_deferred"] = _Deferred(buffers, n_coded, make_codes, make_values)
+        view.__dict__.update(_source=source, _count=n_coded, prepared=prepared, first=first, recent=recent)
         return view
 
     def __getattr__(self, name: str) -> Any:
-        deferred = self._deferred
-        if deferred is not None and name == "codes":
-            self.__dict__["codes"] = deferred.make_codes()
-        elif deferred is not None and name in ("v", "v_scale"):
-            v, v_scale = deferred.make_values()
+        source = self._source
+        if source is not None and name == "codes":
+            self.__dict__["codes"] = source.codes(self._count)
+        elif source is not None and name in ("v", "v_scale"):
+            v, v_scale = source.values(self._count)
             self.__dict__.update(v=v, v_scale=v_scale)
         else:
             raise AttributeError(f"a {type(self).__name__} has no {name}")
@@ -123,7 +152,7 @@ class KVView:
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy has tensors of its own
-        return {x.name: getattr(self, x.name) for x in fields(self)} | {"prepared": None, "_deferred": None}
+        return {x.name: getattr(self, x.name) for x in fields(self)} | {"prepared": None, "_source": None}
 
     def __iter__(self) -> Iterator[KeyCodes | Tensor | NarrowRows]:
         return iter((self.codes, self.v))
@@ -131,7 +160,7 @@ class KVView:
     @property
     def form(self) -> KVView:
         """A view whose tensors are there, of any number of tokens, coded as those of this one."""
-        return self if self._deferred is None else self._deferred.buffers
+        return self if self._source is None else self._source.kv
 
     @property
     def is_narrow(self) -> bool:
@@ -146,9 +175,13 @@ class KVView:
         return form.v_scale is None and isinstance(form.v, Tensor)
 
     @property
-    def has_plain_values(self) -> bool:
-        """Whether `v` holds the values of all tokens as they came."""
-        return self.first is None and self.recent is None and self.has_wide_values
+    def plain_values(self) -> Tensor | None:
+        """`v` where it holds the values of all tokens as they came; else None."""
+        if self.first is not None or self.recent is not None:
+            return None
+        if self._source is not None:
+            return self._source.plain_values(self._count)
+        return self.v if self.v_scale is None and isinstance(self.v, Tensor) else None
 
     @property
     def key_budget(self) -> tuple[int, int]:
@@ -165,14 +198,19 @@ class KVView:
     @property
     def n_coded(self) -> int:
         """Keys with a code per sequence, or per page."""
-        return self.v.shape[2] if self._deferred is None else self._deferred.n_coded
+        return self.v.shape[2] if self._source is None else self._count
 
     @property
     def n(self) -> int:
         """Keys that there is room for per sequence, coded or not."""
+        n, first, recent = self.n_coded, self.first, self.recent
         if self.page_table is not None:
-            return self.page_table.shape[1] * self.n_coded
-        return self.n_coded + (0 if self.is_placed else sum(part.k.shape[2] for part in self.exact))
+            return self.page_table.shape[1] * n
+        if recent is not None:
+            if recent.positions is not None:
+                return n
+            n += recent.k.shape[2]
+        return n if first is None else n + first.k.shape[2]
 
     @property
     def nbytes(self) -> int:
@@ -225,30 +263,13 @@ class KVView:
             v = change(self.v, *(x.v for x in others))
         return KVView(codes, v, v_scale, self.kv_lens, self.page_table, self.first, self.recent)
 
-    def over(self, prepared: dict[Any, Any]) -> KVView:
-        """Itself, a view of the buffers that `prepared` belongs to."""
-        self.__dict__["prepared"] = prepared  # no argument: what is made of this view is another
-        return self
-
-    def between(self, first: ExactKV | None, recent: ExactKV | None) -> KVView:
-        """Its coded tokens between exact ones."""
-        view = object.__new__(type(self))
-        view.__dict__.update(self.__dict__ | {"first": first, "recent": recent, "prepared": None})
-        return view
-
     def coded(self, start: int, end: int) -> KVView:
         """The coded tokens `start` to `end`, counted from the first coded one, alone."""
         return replace(self.map(lambda x: x[:, :, start:end]), first=None, recent=None)
 
     def exact_alone(self, exact: ExactKV) -> KVView:
         """A view of `exact` tokens and no coded one."""
-        form = self.form
-
-        def values() -> tuple[Tensor | NarrowRows, Tensor | None]:
-            empty = form.coded(0, 0)
-            return empty.v, empty.v_scale
-
-        return KVView.deferred(form, 0, lambda: form.coded(0, 0).codes, values).between(None, exact)
+        return KVView.deferred(Slices(self.form), 0, recent=exact)
 
     def since(self, start: int) -> KVView:
         """The view without the first `start` tokens."""
@@ -345,6 +366,22 @@ class KVView:
         if isinstance(v, NarrowRows):
             v = v.to_dense(dtype)
         return replace(kv, codes=codes, v=v)
+
+
+class Slices(NamedTuple):
+    """The first tokens of `kv`, as slices: a `Source` that PyTorch can trace."""
+
+    kv: KVView
+
+    def codes(self, count: int) -> KeyCodes:
+        return self.kv.coded(0, count).codes
+
+    def values(self, count: int) -> tuple[Tensor | NarrowRows, Tensor | None]:
+        coded = self.kv.coded(0, count)
+        return coded.v, coded.v_scale
+
+    def plain_values(self, count: int) -> Tensor | None:
+        return self.kv.coded(0, count).plain_values
 
 
 del KVView.v_scale  # a default is an attribute of the class, too, and a deferred view would have it without being asked

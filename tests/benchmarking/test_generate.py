@@ -59,7 +59,7 @@ def test_a_cache_that_gives_other_tokens_is_no_time(monkeypatch):
     from flashsfa.huggingface import attention
 
     attend = attention.attend_cached
-    monkeypatch.setattr(attention, "attend_cached", lambda *args: 1.1 * attend(*args))
+    monkeypatch.setattr(attention, "attend_cached", lambda *args, **rules: 1.1 * attend(*args, **rules))
     row = benchmarking.run_case(case(), 1e9, quick=True)
     assert (row.status, row.timing) == ("failed", None)
     assert "from those without one" in row.note
@@ -160,7 +160,11 @@ def test_wrong_tokens_of_a_plain_cache_are_no_time(monkeypatch):
     from flashsfa.huggingface import attention
 
     attend = attention.attend_cached
-    monkeypatch.setattr(attention, "attend_cached", lambda q, *rest: (1.1 if q.shape[2] == 1 else 1) * attend(q, *rest))
+    monkeypatch.setattr(
+        attention,
+        "attend_cached",
+        lambda q, *rest, **rules: (1.1 if q.shape[2] == 1 else 1) * attend(q, *rest, **rules),
+    )
     (case, *_) = plain.cases(CPU, quick=True)
     row = benchmarking.run_case(case, 1e9, quick=True)
     assert (row.status, row.timing) == ("failed", None)

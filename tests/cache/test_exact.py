@@ -10,7 +10,6 @@ from flashsfa import SparseKVCache, explain, sparse_feature_decode, topk_codes
 from flashsfa.budget import FeatureBudget
 from flashsfa.codes import quantize_rows
 from flashsfa.decode import attend_cached
-from flashsfa.mask import Mask
 from flashsfa.ops.prefill import masked
 from flashsfa.reference import sparse_rows
 from flashsfa.scores import ScoreRules
@@ -186,7 +185,7 @@ def test_decode_and_prompts_run_one_softmax(recent, first, m, window, padded, qu
     torch.testing.assert_close(out, expected, **CLOSE)
     torch.testing.assert_close(lse, expected_lse, **CLOSE)
     budget = FeatureBudget.of(D, TOPK, topk_query=topk_query, dense_dims=DENSE, query_pattern=pattern)
-    out = attend_cached(q, view, budget, Mask(True, window, padding), ScoreRules.of(q, None, 2.0, sinks))
+    out = attend_cached(q, view, budget, **rules)
     torch.testing.assert_close(out, expected, **CLOSE)
 
 
@@ -203,7 +202,7 @@ def test_a_chunk_beside_what_was_held_before_it(recent, m, window):
     model.held += [[k[:, :, i], v[:, :, i], 30 + i, True] for i in range(m)]
     view, q = before.followed_by(ExactKV(k, v)), torch.randn(B, HKV * GROUP, m, D, dtype=torch.float64)
     budget = FeatureBudget.of(D, TOPK, dense_dims=DENSE)
-    out = attend_cached(q, view, budget, Mask(True, window), ScoreRules.of(q))
+    out = attend_cached(q, view, budget, window=window)
     torch.testing.assert_close(out, model.attend(q, window=window)[0], **CLOSE)
 
 
@@ -219,19 +218,20 @@ def test_a_factor_of_queries_is_one_of_exact_keys_alone(how, topk_query):
         kv = replace(kv, first=None, recent=ExactKV(*(x[:, :, :5] for x in draw(9)), positions))
     q = torch.randn(B, HKV * GROUP, 20 if how in ("prefill", "no codes") else 3, D, dtype=torch.float64)
     factor = 0.3 + torch.rand(HKV, D)
-    budget, rules = FeatureBudget.of(D, TOPK, dense_dims=DENSE, topk_query=topk_query), ScoreRules.of(q, 0.4, 5.0)
+    budget = FeatureBudget.of(D, TOPK, dense_dims=DENSE, topk_query=topk_query)
 
-    def attend(kv, rules):
+    def attend(kv, factor=None):
         if how == "masked":
+            rules = ScoreRules.of(q, 0.4, 5.0, exact_factor=factor)
             return masked.attend(q, kv, budget, torch.ones(1, 1, 3, kv.n, dtype=torch.bool), rules)
-        return attend_cached(q, kv, budget, Mask(True, 17), rules)
+        return attend_cached(q, kv, budget, window=17, scale=0.4, softcap=5.0, exact_factor=factor)
 
     def change(part):
         return part and replace(part, k=part.k * factor[:, None])
 
-    expected = attend(replace(kv, first=change(kv.first), recent=change(kv.recent)), rules)
-    torch.testing.assert_close(attend(kv, replace(rules, exact_factor=factor)), expected, **CLOSE)
-    assert (attend(kv, rules) - expected).abs().max() > 1e-2
+    expected = attend(replace(kv, first=change(kv.first), recent=change(kv.recent)))
+    torch.testing.assert_close(attend(kv, factor), expected, **CLOSE)
+    assert (attend(kv) - expected).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("cropped", [0, 3, 30, 34, 35])

@@ -9,9 +9,7 @@ from flashsfa import SparseKVCache, sparse_feature_decode
 from flashsfa.budget import FeatureBudget
 from flashsfa.cache.paged import PagedSparseKVCache
 from flashsfa.decode import attend_cached
-from flashsfa.mask import Mask
 from flashsfa.reference import sparse_rows
-from flashsfa.scores import ScoreRules
 from flashsfa.stored import ExactKV, KVView
 
 HKV, GROUP, D, DV, TOPK, DENSE, PAGE = 2, 3, 16, 12, 3, 4, 16
@@ -173,7 +171,7 @@ def test_few_and_many_queries_agree(m, topk_query):
     view, _ = ragged([30, 30], 5, 3)
     q = torch.randn(2, HKV * GROUP, m, D, dtype=torch.float64)
     budget = FeatureBudget.of(D, TOPK, topk_query=topk_query, dense_dims=DENSE)
-    out = attend_cached(q, view, budget, Mask(True, kv_lens=view.kv_lens), ScoreRules.of(q))
+    out = attend_cached(q, view, budget)
     expected = sparse_feature_decode(q, view, topk_query=topk_query)
     torch.testing.assert_close(out, expected, **CLOSE)
 

@@ -88,7 +88,7 @@ def test_a_step_makes_no_views_of_what_nobody_asks_for(options, exact, plainly):
     assert (view.n, view.n_coded, view.key_budget, view.key_shape) == (
         expected.n, expected.v.shape[2], expected.key_budget, (*expected.codes.shape[:2], expected.v.shape[2], 64)
     )  # fmt: skip
-    assert (view.is_narrow, view.has_plain_values) == (expected.is_narrow, expected.has_plain_values)
+    assert (view.is_narrow, view.plain_values is None) == (expected.is_narrow, expected.plain_values is None)
     assert not {"codes", "v", "v_scale"} & vars(view).keys()
     later = copy.copy(view)
     cache.append(k[:, :, 12:13], v[:, :, 12:13])

@@ -166,7 +166,9 @@ def test_a_dense_prompt_sees_its_own_keys_and_leaves_the_same_cache(sliding, cac
     kv = store.kv
     assert (kv.first.k.shape[2], kv.v.shape[2], kv.recent.k.shape[2]) == sizes
     seen, attend = [], attention.attend_cached
-    monkeypatch.setattr(attention, "attend_cached", lambda q, kv, *rest: (seen.append(kv), attend(q, kv, *rest))[1])
+    monkeypatch.setattr(
+        attention, "attend_cached", lambda q, kv, *rest, **rules: (seen.append(kv), attend(q, kv, *rest, **rules))[1]
+    )
     run(model, tokens(4), cache)
     assert (seen[-1].first.k.shape[2], seen[-1].v.shape[2], seen[-1].recent.k.shape[2]) == (2, 15, 3 + 4)
     run(model, tokens(1), cache)
@@ -257,7 +259,9 @@ def test_exact_keys_are_read_where_they_lie(kind, monkeypatch):
     options.pop("key_bytes", None)
     model = flashsfa.enable(dense, **options, basis=basis, recent=3, first=2)
     seen, attend = [], attention.attend_cached
-    monkeypatch.setattr(attention, "attend_cached", lambda *given: seen.append(given) or attend(*given))
+    monkeypatch.setattr(
+        attention, "attend_cached", lambda *given, **rules: seen.append((*given, rules)) or attend(*given, **rules)
+    )
     cache, kept = SparseCache(model), [x.self_attn.sfa for x in model.model.layers]
     run(model, ids[:, :-1], cache)
     newest = [layer.store.kv.recent.k[:, :, 0].clone() for layer in cache.layers]
@@ -265,18 +269,15 @@ def test_exact_keys_are_read_where_they_lie(kind, monkeypatch):
     monkeypatch.setattr(flashsfa.SparseKVCache, "append", lambda *given: views.append(append(*given)) or views[-1])
     seen.clear()
     run(model, ids[:, -1:], cache)
-    for (_, kv, _, _, scores, *_), view, layer, coding, key in zip(
-        seen, views, cache.layers, kept, newest, strict=True
-    ):
+    for (_, kv, _, rules), view, layer, coding, key in zip(seen, views, cache.layers, kept, newest, strict=True):
         assert kv is view
         assert kv.recent.k.data_ptr() == layer.store.kv.recent.k.data_ptr()
         code = coding.coder.encode(key[:, :, None], key[:, :, None]).rows(torch.float64).k[:, :, 0]
         torch.testing.assert_close(kv.coded(14, 15).rows(torch.float64).k[:, :, 0], code, rtol=0, atol=0)
         if kind == "axes":
-            assert scores.exact_factor is None
+            assert rules["exact_factor"] is None
         else:
             gain = (coding.key.double() * coding.query.double()).sum(-2)
-            torch.testing.assert_close(
-                scores.exact_factor.double() * gain, torch.ones(2, 16).double(), rtol=1e-5, atol=1e-5
-            )
+            factor = rules["exact_factor"].double()
+            torch.testing.assert_close(factor * gain, torch.ones(2, 16).double(), rtol=1e-5, atol=1e-5)
             assert (gain[:, 2:] > 1.001).all()

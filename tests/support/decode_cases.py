@@ -32,7 +32,7 @@ class DecodeRules:
 def attend_cached(q, codes, v, *, v_scale=None, value_tolerance=0.0):
     """What a model's attention over a cache calls."""
     budget = FeatureBudget.of(q.shape[-1], codes.topk, dense_dims=codes.dense_dims)
-    return attend(q, KVView(codes, v, v_scale), budget, Mask(True), ScoreRules.of(q), value_tolerance)
+    return attend(q, KVView(codes, v, v_scale), budget, value_tolerance=value_tolerance)
 
 
 def decode(backend, q, codes, v, rules, scale, tolerance, *, topk_query=None, v_scale=None, softcap=None):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..axes import AxisCodes
-from ..checks import is_checked, runs_plainly
+from ..checks import runs_plainly
 from ..codes import FeatureCodes
 from ..formats import index_bits
 from ..narrow import NarrowRows
@@ -22,7 +22,7 @@ from ..stored import KeyCodes, KVView
 
 def has_kernel(k: Tensor, v: Tensor) -> bool:
     """Whether tokens such as k and v may be appended by the kernel for Hopper. In checked mode what codes looks at the values."""
-    return nvrtc.is_hopper(k.device) and runs_plainly(k, v) and not is_checked()
+    return nvrtc.is_hopper(k.device) and runs_plainly(k, v)
 
 
 def prepares_steps(device: torch.device) -> bool:
@@ -32,7 +32,7 @@ def prepares_steps(device: torch.device) -> bool:
 
 def has_writer(k: Tensor, v: Tensor) -> bool:
     """As `has_kernel`, for a cache's steps."""
-    return prepares_steps(k.device) and runs_plainly(k, v) and not is_checked()
+    return prepares_steps(k.device) and runs_plainly(k, v)
 
 
 class PagedKernels:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from torch import Tensor
 from ..axes import AxisBits
 from ..checks import (
     MOST_TOKENS,
-    is_checked,
     require,
     require_alike,
     require_int,
@@ -35,7 +34,7 @@ from ..narrow import NarrowRows
 from ..ops.select.hopper.append import Buffers, Ring
 from ..ops.select.hopper.compiler import Form
 from ..ops.select.operators import append, append_8_bit, append_op, has_fused, prepared_append
-from ..stored import ExactKV, KeyCodes, KVView
+from ..stored import ExactKV, KeyCodes, KVView, Prepared, Slices
 from .buffers import buffers_of, has_kernel, has_writer, prepares_steps
 from .exact import ExactSlots
 
@@ -93,7 +92,7 @@ class SparseKVCache(Coded):
     @property
     def capacity(self) -> int:
         """Coded tokens that fit without growing."""
-        return self._first_capacity if self._held is None else self._held.kv.v.shape[2]
+        return self._first_capacity if self._held is None else self._held.capacity
 
     @property
     def input_dtype(self) -> torch.dtype | None:
@@ -298,20 +297,26 @@ class SparseKVCache(Coded):
         """As `append`, for tokens of a form that came before to the same buffers, as at each step of decode: what was checked then is
         not checked again. None for all other cases."""
         held = self._held
-        if held is None or not held.writers or self._mark is not None:
-            return None
-        if not runs_plainly(k, v) or is_checked():
+        if held is None or not held.writers or self._mark is not None or not runs_plainly(k, v):
             return None
         write, before = held.writers.get(_form(k, v)), self._tokens
         if write is None:
             return None
-        step = before.step(k.shape[2], self.first, self.recent)
-        tokens = before.after(step)
-        if not step.is_usual or not held.has_room(tokens):
-            return None
-        before.write(write, k, v, step)
+        first, recent = self.first, self.recent
+        if not first and not recent:
+            start, end = before.coded, before.coded + k.shape[2]
+            if end > held.capacity:
+                return None
+            write(k, v, start)
+            tokens = before._replace(coded=end)
+        else:
+            step = before.step(k.shape[2], first, recent)
+            tokens = before.after(step)
+            if not step.is_usual or not held.has_room(tokens):
+                return None
+            before.write(write, k, v, step)
         self._tokens = tokens
-        return held.view(tokens)
+        return held.deferred(tokens)
 
     def _write(self, held: _Held, k: Tensor, v: Tensor, step: _Step) -> tuple[_Held, _Tokens]:
         """Store k and v where nothing is held yet: the first tokens of the sequence and the newest as they are, and codes of those
@@ -461,7 +466,7 @@ class _Held:
     kv: KVView
     input_dtype: torch.dtype
     writers: dict[_Form, _Writer | None] = field(init=False, default_factory=dict)
-    readers: dict[Any, Any] = field(init=False, default_factory=dict)
+    readers: Prepared = field(init=False, default_factory=Prepared)
     _firsts: dict[int, ExactKV | None] = field(init=False, default_factory=dict)  # views of so many first tokens
 
     def __reduce__(self) -> tuple[type[_Held], tuple[KVView, torch.dtype]]:
@@ -470,9 +475,7 @@ class _Held:
     def has_room(self, tokens: _Tokens) -> bool:
         """Whether the buffers hold so many, where they lie."""
         recent = self.kv.recent
-        return tokens.coded <= self.kv.v.shape[2] and (
-            recent is None or tokens.slot + tokens.recent <= recent.k.shape[2]
-        )
+        return tokens.coded <= self.capacity and (recent is None or tokens.slot + tokens.recent <= recent.k.shape[2])
 
     def writer(self, k: Tensor, v: Tensor) -> _Writer | None:
         """What does a usual step of tokens such as k and v for less of the host's time, where something does."""
@@ -485,17 +488,19 @@ class _Held:
 
     def view(self, tokens: _Tokens) -> KVView:
         """The tokens held."""
-        count = tokens.coded
-        if self.kv.is_placed or torch.compiler.is_compiling():
-            return self._sliced(tokens)
-        codes, values = functools.partial(self._codes, count), functools.partial(self._values, count)
-        kv = KVView.deferred(self.kv, count, codes, values)
-        if self.kv.exact:
-            first, recent = self._exact_layouts
-            if tokens.first not in self._firsts:
-                self._firsts[tokens.first] = _exact_tokens(first, 0, tokens.first)
-            kv = kv.between(self._firsts[tokens.first], _exact_tokens(recent, tokens.slot, tokens.recent))
-        return kv.over(self.readers) if self._prepares_steps else kv
+        # a compiler cannot trace how layouts are kept
+        return self._sliced(tokens) if self.kv.is_placed or torch.compiler.is_compiling() else self.deferred(tokens)
+
+    def deferred(self, tokens: _Tokens) -> KVView:
+        """As `view`, of tensors that nothing traces and that lie one token after another."""
+        readers = self.readers if self._prepares_steps else None
+        if not self._has_exact:
+            return KVView.deferred(self, tokens.coded, readers)
+        first, recent = self._exact_layouts
+        if tokens.first not in self._firsts:
+            self._firsts[tokens.first] = _exact_tokens(first, 0, tokens.first)
+        exact = self._firsts[tokens.first], _exact_tokens(recent, tokens.slot, tokens.recent)
+        return KVView.deferred(self, tokens.coded, readers, *exact)
 
     @functools.cached_property
     def _prepares_steps(self) -> bool:
@@ -510,18 +515,31 @@ class _Held:
         recent = None if self.kv.recent is None else self.kv.recent.tokens(tokens.slot, tokens.slot + tokens.recent)
         return replace(kv, first=first, recent=recent)
 
-    def _codes(self, count: int) -> KeyCodes:
+    def codes(self, count: int) -> KeyCodes:
         """Of so many tokens: for a third of the host's time of slices, as strides are known and parts that fit one another still do."""
-        if torch.compiler.is_compiling():  # which cannot trace how layouts are kept
-            return self.kv.coded(0, count).codes
+        if torch.compiler.is_compiling():
+            return Slices(self.kv).codes(count)
         return self.kv.codes.of_views(*(x.tokens(0, count) for x in self._code_layouts))
 
-    def _values(self, count: int) -> tuple[Tensor | NarrowRows, Tensor | None]:
+    def values(self, count: int) -> tuple[Tensor | NarrowRows, Tensor | None]:
         """v and v_scale of so many tokens, likewise."""
         if torch.compiler.is_compiling():
-            kv = self.kv.coded(0, count)
-            return kv.v, kv.v_scale
+            return Slices(self.kv).values(count)
         return self.kv.values_of([x.tokens(0, count) for x in self._value_layouts])
+
+    def plain_values(self, count: int) -> Tensor | None:
+        """v of so many tokens where it is as it came, else None."""
+        layouts = self._value_layouts
+        return layouts[0].tokens(0, count) if len(layouts) == 1 else None
+
+    @functools.cached_property
+    def capacity(self) -> int:
+        """Coded tokens that there is room for."""
+        return self.kv.v.shape[2]
+
+    @functools.cached_property
+    def _has_exact(self) -> bool:
+        return bool(self.kv.exact)
 
     @functools.cached_property
     def _buffers(self) -> tuple[Form, Buffers]:
@@ -590,7 +608,10 @@ class _Layout(NamedTuple):
 
 
 def _exact_tokens(layouts: list[_Layout], start: int, count: int) -> ExactKV | None:
-    return ExactKV(*(x.tokens(start, count) for x in layouts)) if layouts and count else None
+    if not layouts or not count:
+        return None
+    k, v = layouts
+    return ExactKV(k.tokens(start, count), v.tokens(start, count))
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,7 @@ class LayerCoding(nn.Module):
             gain = (basis.key.double() * basis.query.double()).sum(-2)  # [Hkv, D]
             gain[:, : budget.dense_dims] = 1
             factor = (1 / gain).float()
+        self._has_factor = factor is not None
         self.register_buffer("exact_factor", factor, persistent=False)
 
     @classmethod
@@ -97,11 +98,11 @@ class LayerCoding(nn.Module):
             return channel_first(k, self.channel)
         return k if self._basis_digest is None else self._basis(k.device).transform_key(k)
 
-    def rules(self, scores: ScoreRules) -> ScoreRules:
-        """The rules for the layer's `queries`: exact tokens are scored as the dense model does, as the gain of a basis makes up for what
-        codes drop. It lies where the queries are."""
-        factor = self.exact_factor
-        return scores if factor is None else ScoreRules(scores.scale, scores.softcap, scores.sinks, factor)
+    @property
+    def factor(self) -> Tensor | None:
+        """That of `ScoreRules` for the layer's `queries`: exact tokens are scored as the dense model does, as the gain of a basis makes up for
+        what codes drop. It lies where the queries are."""
+        return self.exact_factor if self._has_factor else None
 
     def _basis(self, device: torch.device) -> FeatureBasis:
         """The basis on the device of what it is for: that of an offloaded layer is known when it runs."""
@@ -141,7 +142,7 @@ class CachedKeys:
     Attributes:
         views: codes and values, and exact tokens, that the queries of the call see one after another: one view for all, or several.
             The lengths of a cache of fixed size are the slots filled so far.
-        key_code: of the layer that coded them; None for lossless codes.
+        coding: of the layer that coded them; None for lossless codes.
         values: what is handed out beside these keys: all values, or where the cache holds some otherwise those that `came`.
         dtype: of the values as the call brought them, and so of the attention's output.
         positions: [N] int64 position in the sequence of each slot's token, negative for an empty slot; None where
@@ -153,24 +154,17 @@ class CachedKeys:
     def __init__(
         self,
         views: Sequence[SeenKV],
-        key_code: tuple[Any, ...] | None,
+        coding: LayerCoding | None,
         came: Tensor,
         dtype: torch.dtype,
         *,
         positions: Tensor | None = None,
         is_static: bool = False,
     ) -> None:
-        self.views, self.key_code, self.dtype, self.positions, self.is_static = (
-            views,
-            key_code,
-            dtype,
-            positions,
-            is_static,
-        )
+        self.views, self.coding, self.dtype, self.positions, self.is_static = views, coding, dtype, positions, is_static
         self.kv = kv = views[-1].kv  # what the last query sees
-        values = kv.v if kv.has_plain_values else came
-        assert isinstance(values, Tensor)
-        self.values = values
+        values = kv.plain_values
+        self.values = came if values is None else values
 
     @property
     def shape(self) -> torch.Size:
@@ -290,17 +284,21 @@ def _attend(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    require_no_dropout(module, dropout)
-    _require_known(module, is_causal, kwargs)
-    if isinstance(attention_mask, OtherMask):
-        padding, visible = None, attention_mask.of(key)
-    else:
-        padding, visible = _padding(attention_mask, key), None
-    rules = _Rules(coding, padding, visible, checked_window(sliding_window), scaling, softcap, s_aux)
-    out = (
-        _attend_at_once(query, key, value, rules) if isinstance(key, Tensor) else _attend_held(query, key, value, rules)
-    )
-    return out.transpose(1, 2).contiguous(), None  # some models look at it by .view
+    # each layer of each step comes by: what is not asked for is not called
+    if dropout:
+        require_no_dropout(module, dropout)
+    if is_causal is not None or not kwargs.keys() <= _WITHOUT_EFFECT:
+        _require_known(module, is_causal, kwargs)
+    padding = visible = None
+    if attention_mask is not None or (type(key) is CachedKeys and key.positions is not None):
+        if isinstance(attention_mask, OtherMask):
+            visible = attention_mask.of(key)
+        else:
+            padding = _padding(attention_mask, key)
+    window = None if sliding_window is None else checked_window(sliding_window)
+    rules = _Rules(coding, padding, visible, window, scaling, softcap, s_aux)
+    attend = _attend_held if type(key) is CachedKeys else _attend_at_once
+    return attend(query, key, value, rules).transpose(1, 2).contiguous(), None  # some models look at it by .view
 
 
 class _Rules(NamedTuple):
@@ -316,8 +314,8 @@ class _Rules(NamedTuple):
     sinks: Tensor | None
 
     def scores(self, query: Tensor) -> ScoreRules:
-        rules = ScoreRules.of(query, self.scaling, self.softcap, self.sinks)
-        return rules if self.coding is None else self.coding.rules(rules)
+        factor = None if self.coding is None else self.coding.factor
+        return ScoreRules.of(query, self.scaling, self.softcap, self.sinks, factor)
 
 
 def _attend_at_once(query: Tensor, key: Tensor, value: Tensor, rules: _Rules) -> Tensor:
@@ -357,37 +355,42 @@ def _attend_at_once(query: Tensor, key: Tensor, value: Tensor, rules: _Rules) ->
 def _attend_held(query: Tensor, key: CachedKeys, value: Tensor, rules: _Rules) -> Tensor:
     """[B, Hq, N_q, Dv] over what a cache of codes holds."""
     coding = rules.coding
-    _require_own_cache(coding, key, value)
-    query = cast(query, value.dtype)
-    query = query if coding is None else coding.queries(query)
-    budget = FeatureBudget.lossless(query.shape[-1]) if coding is None else coding.budget
-    scores, tolerance = rules.scores(query), 0.0 if coding is None else coding.value_tolerance
-
-    def attend(query: Tensor, kv: KVView, padding: Tensor | None, visible: Tensor | None) -> Tensor:
-        kv = kv if value is key.values else replace(kv, v=value)  # a model may have worked on the values
-        if visible is not None:
-            return masked.attend(query, kv, budget, visible, scores)
-        mask = _causal(rules.window)
-        if padding is not None or kv.kv_lens is not None:
-            mask = replace(mask, key_padding_mask=padding, kv_lens=kv.kv_lens)
-        return attend_cached(query, kv, budget, mask, scores, tolerance)
-
+    if coding is not key.coding or value is not key.values:
+        _require_own_cache(coding, key, value)
+    if query.dtype != value.dtype:
+        query = query.to(value.dtype)
+    if coding is not None:
+        query = coding.queries(query)
     if len(key.views) == 1:
-        return cast(attend(query, key.kv, rules.padding, rules.visible), key.dtype)
-    outs = [
-        attend(
-            query[:, :, rows], kv, None if rules.padding is None else rules.padding[:, keys],
-            None if rules.visible is None else rules.visible[..., rows, keys],
-        )
-        for rows, keys, kv in key.per_view()
-    ]  # fmt: skip
-    return cast(torch.cat(outs, dim=2), key.dtype)
+        kv = key.kv if value is key.values else replace(key.kv, v=value)  # a model may have worked on the values
+        out = _attend_view(query, kv, rules)
+    else:
+        outs = [
+            _attend_view(
+                query[:, :, rows], kv, rules._replace(
+                    padding=None if rules.padding is None else rules.padding[:, keys],
+                    visible=None if rules.visible is None else rules.visible[..., rows, keys],
+                ),
+            )
+            for rows, keys, kv in key.per_view()
+        ]  # fmt: skip
+        out = torch.cat(outs, dim=2)
+    return out if out.dtype == key.dtype else out.to(key.dtype)
 
 
-@functools.cache
-def _causal(window: int | None) -> Mask:
-    """That of all layers and steps without padding."""
-    return Mask(True, window)
+def _attend_view(query: Tensor, kv: KVView, rules: _Rules) -> Tensor:
+    """[B, Hq, N_q, Dv] of queries in the coordinates of the keys."""
+    coding = rules.coding
+    if coding is None:
+        budget, tolerance, factor = FeatureBudget.lossless(query.shape[-1]), 0.0, None
+    else:
+        budget, tolerance, factor = coding.budget, coding.value_tolerance, coding.factor
+    if rules.visible is not None:
+        return masked.attend(query, kv, budget, rules.visible, rules.scores(query))
+    return attend_cached(
+        query, kv, budget, window=rules.window, key_padding_mask=rules.padding, scale=rules.scaling, softcap=rules.softcap,
+        sinks=rules.sinks, exact_factor=factor, value_tolerance=tolerance,
+    )  # fmt: skip
 
 
 def attention_mask(
@@ -441,8 +444,6 @@ AttentionMaskInterface.register(NAME, attention_mask)
 
 def _require_known(module: nn.Module, is_causal: bool | None, kwargs: dict[str, Any]) -> None:
     """Raise `ValueError` for an argument that asks for another attention."""
-    if is_causal is None and kwargs.keys() <= _WITHOUT_EFFECT:
-        return
     require(is_causal in (None, True), "sfa is causal attention, and this call asks for is_causal=False")
     require(
         not kwargs.get("output_attentions"),
@@ -462,9 +463,9 @@ def _require_known(module: nn.Module, is_causal: bool | None, kwargs: dict[str, 
 
 def _require_own_cache(coding: LayerCoding | None, key: CachedKeys, value: Tensor) -> None:
     """Raise `ValueError` if a layer is to go on with keys that were coded for another one, or with values that were changed."""
-    due = None if coding is None else coding.key_code
+    due, made = (None if x is None else x.key_code for x in (coding, key.coding))
     require(
-        key.key_code == due,
+        made == due,
         "the cache was made for other settings than the model has now: make a new one after enable",
     )
     if value is key.values:

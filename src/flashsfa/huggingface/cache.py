@@ -20,7 +20,7 @@ from ..checks import require, require_int
 from ..contexts import lasting_tensors
 from ..decode import FEW_QUERIES
 from ..stored import ExactKV, KVView
-from .attention import CachedKeys, LayerCoding, SeenKV, cast
+from .attention import CachedKeys, LayerCoding, SeenKV
 from .structure import DENSE_LAYERS, dense_cache_layers, unwrap
 
 
@@ -175,16 +175,22 @@ class SparseCacheLayer(_CodedLayer):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[CachedKeys, Tensor]:
-        _require_no_gradient(key_states, value_states)
-        dtype = self.dtype if self.is_initialized else value_states.dtype
-        k, v = self._coding.keys(cast(key_states, dtype)), cast(value_states, dtype)  # autocast leaves keys in float32
+        if torch.is_grad_enabled():
+            _require_no_gradient(key_states, value_states)
+        dtype, coding = self.dtype if self.is_initialized else value_states.dtype, self._coding
+        k, v = key_states, value_states
+        if k.dtype != dtype or v.dtype != dtype:  # autocast leaves keys in float32
+            k, v = k.to(dtype), v.to(dtype)
+        k = coding.keys(k)
         if self.guesses_after is None:
-            views = [self._append(k, v)]
+            views = [
+                SeenKV(self.store.append(k, v), 1) if k.shape[2] == 1 and not self.is_sliding else self._append(k, v)
+            ]
         else:
             views = [self._append(*part) for part in self._apart(k, v, self.guesses_after)]
         if not self.is_initialized:  # after all that may fail
             self.lazy_initialization(key_states, value_states)
-        keys = CachedKeys(views, self._coding.key_code, v, value_states.dtype)
+        keys = CachedKeys(views, coding, v, value_states.dtype)
         return keys, keys.values
 
     def _apart(self, k: Tensor, v: Tensor, guesses_after: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -205,10 +211,10 @@ class SparseCacheLayer(_CodedLayer):
 
     def _append(self, k: Tensor, v: Tensor) -> SeenKV:
         """Store tokens; what their queries see."""
-        start, count = self._first_seen(), k.shape[2]
+        start, count, store = self._first_seen(), k.shape[2], self.store
         sees_dense = count > 1 and self._coding.settings.prefill == "dense"
-        earlier = self.store.kv if sees_dense and len(self.store) else None
-        kv = self.store.append(k, v)
+        earlier = store.kv if sees_dense and len(store) else None
+        kv = store.append(k, v)
         if sees_dense:
             own = ExactKV(k, v)
             kv = kv.exact_alone(own) if earlier is None else earlier.followed_by(own)
@@ -325,7 +331,7 @@ class StaticSparseLayer(_CodedLayer):
     def __init__(self, coding: LayerCoding | None, slots: int, max_cache_len: int) -> None:
         super().__init__()
         self._coding, self._slots, self.max_cache_len = coding, slots, max_cache_len
-        self._key_code = None if coding is None else coding.key_code
+        self._coded_by = coding  # None for a layer that is dense, whatever codes it is kept in
         self._is_empty = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -376,7 +382,7 @@ class StaticSparseLayer(_CodedLayer):
         self._kv_lens.add_(count)  # in place: `seen` may hold this tensor
         self._is_empty = False
         keys = CachedKeys(
-            [SeenKV(seen, count)], self._key_code, values, value_states.dtype, positions=positions, is_static=True
+            [SeenKV(seen, count)], self._coded_by, values, value_states.dtype, positions=positions, is_static=True
         )
         return keys, keys.values
 
@@ -482,10 +488,8 @@ def _placed_at(exact: ExactKV, begin: Tensor, end: Tensor, ring: int | None = No
 
 
 def _require_no_gradient(k: Tensor, v: Tensor) -> None:
-    require(
-        not (torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)),
-        "caches of codes carry no gradient: use torch.no_grad(), or no cache (use_cache=False)",
-    )
+    if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+        raise ValueError("caches of codes carry no gradient: use torch.no_grad(), or no cache (use_cache=False)")
 
 
 def _require_removal(tokens_to_remove: int) -> None:

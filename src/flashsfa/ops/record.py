@@ -33,6 +33,11 @@ def record(operation: str, backend: str, reason: str, *, fallback: bool = False)
         _log.warning("%s runs on the %s backend: %s", operation, backend, reason)
 
 
+def again(operation: str, choice: Choice) -> None:
+    """Note that `operation` runs on what was recorded before."""
+    _last[operation] = choice
+
+
 def explain() -> str:
     """Which backend each operation last ran on in this process, and why; one line an operation."""
     if not _last:

@@ -127,7 +127,9 @@ def test_steps_of_a_layer_with_a_gain(monkeypatch, again):
     layer = torch.nn.Module()
     layer.sfa = attention.LayerCoding(budget, basis=FeatureBasis(turn * gain, turn), settings=settings).to(DEVICE)
     cache, views, attend = SparseCacheLayer(layer.sfa), [], attention.attend_cached
-    monkeypatch.setattr(attention, "attend_cached", lambda q, kv, *rest: views.append(kv) or attend(q, kv, *rest))
+    monkeypatch.setattr(
+        attention, "attend_cached", lambda q, kv, *rest, **rules: views.append(kv) or attend(q, kv, *rest, **rules)
+    )
     made, prepared = [], gpu.prepared
     monkeypatch.setattr(gpu, "prepared", lambda *given: made.append(given) or prepared(*given))
     k, v = normal(2, BATCH, HEADS, 60, DIM)
@@ -144,14 +146,16 @@ def test_steps_of_a_layer_with_a_gain(monkeypatch, again):
         view = views[-1]
         assert view.recent.k.data_ptr() == cache.store.kv.recent.k.data_ptr()
         assert view.first.k.data_ptr() == cache.store.kv.first.k.data_ptr()
-        rules = (budget, Mask(True), ScoreRules(DIM**-0.5, exact_factor=layer.sfa.exact_factor))
+        factor = layer.sfa.exact_factor
         torch.testing.assert_close(layer.sfa.exact_factor[0].cpu(), 1 / gain)
         coordinates = layer.sfa.queries(q)
-        assert torch.equal(found, attend(coordinates, replace(view), *rules))
+        assert torch.equal(found, attend(coordinates, replace(view), budget, exact_factor=factor))
         rows = view.rows(torch.float32).map(torch.Tensor.float)
         is_exact = view.is_exact()[0].nonzero()[:, 0]
         rows.k[:, :, is_exact] *= layer.sfa.exact_factor[:, None]
-        expected, _ = reference.attend(coordinates.float(), rows.k, rows.v, Mask(True), rules[-1])
+        expected, _ = reference.attend(
+            coordinates.float(), rows.k, rows.v, Mask(True), ScoreRules(DIM**-0.5, exact_factor=factor)
+        )
         torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2)
     assert len(again) == 6
     assert not any(out is None for out in again)
@@ -159,8 +163,8 @@ def test_steps_of_a_layer_with_a_gain(monkeypatch, again):
     layer.sfa.exact_factor = layer.sfa.exact_factor * 0.1
     q, found = step(54, 55)
     assert len(made) == 2
-    rules = (budget, Mask(True), ScoreRules(DIM**-0.5, exact_factor=layer.sfa.exact_factor))
-    assert torch.equal(found, attend(layer.sfa.queries(q), replace(views[-1]), *rules))
+    factor = layer.sfa.exact_factor
+    assert torch.equal(found, attend(layer.sfa.queries(q), replace(views[-1]), budget, exact_factor=factor))
 
 
 @pytest.mark.gpu

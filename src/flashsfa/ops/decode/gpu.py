@@ -58,10 +58,12 @@ def decode(
 
 
 class Kernels(NamedTuple):
-    """Those for queries of one form over the buffers of a cache: for coded tokens, and for exact ones where there are any."""
+    """Those for queries of one form over the buffers of a cache: for coded tokens, and for exact ones where there are any. `width` is that of
+    a value."""
 
     coded: Prepared
     exact: PreparedExact | None
+    width: int
 
 
 def prepared(
@@ -83,19 +85,19 @@ def prepared(
             return None
         exact = made
     found = hopper.Prepared.of(Call(q, held, None, mask, scores, value_tolerance, topk_query))
-    return None if isinstance(found, str) else Kernels(found, exact)
+    return None if isinstance(found, str) else Kernels(found, exact, held.width)
 
 
 def attend_again(
-    q: Tensor, prepared: Kernels, reason: str, kv: KVView, padding: Tensor | None, out: Tensor | None = None
+    q: Tensor, prepared: Kernels, choice: record.Choice, kv: KVView, padding: Tensor | None, out: Tensor | None = None
 ) -> Tensor | None:
     """The output [B, Hq, M, Dv] of what was `prepared`, over a view of the same buffers, of which `padding` [B, N] are not seen, in `out`
     if there is one, contiguous; None where a kernel cannot run."""
     if q.is_cuda and cuda.current_device() != q.device.index:
         with torch.cuda.device(q.device):
-            return attend_again(q, prepared, reason, kv, padding, out)
-    (coded, exact), keys = prepared, kv.n_coded
-    out = q.new_empty((*q.shape[:3], coded.width)) if out is None else out
+            return attend_again(q, prepared, choice, kv, padding, out)
+    (coded, exact, width), keys = prepared, kv.n_coded
+    out = q.new_empty((*q.shape[:3], width)) if out is None else out
     if exact is None:
         obstacle = coded.attend(q, out, None, keys, padding)
     else:
@@ -104,7 +106,7 @@ def attend_again(
         obstacle = coded.attend(q, out, lse, keys, hidden) or exact.attend(q, kv, padding, out, lse)
     if obstacle is not None:
         return None
-    record.record("decode", "hopper", reason)
+    record.again("decode", choice)
     return out
 
 

@@ -141,11 +141,6 @@ class Prepared:
         params.tolerance = call.value_tolerance * _CERTAIN
         return cls(kernel, variant, params, keys, tiles, heads * padded_rows, (table, lengths, padding))
 
-    @property
-    def width(self) -> int:
-        """Of a value."""
-        return self.variant.value_dim
-
     def attend(
         self, q: Tensor, out: Tensor, lse: Tensor | None, keys: int | None = None, padding: Tensor | None = None
     ) -> str | None:

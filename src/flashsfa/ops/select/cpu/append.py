@@ -27,11 +27,9 @@ class Append:
 
     def __call__(self, k: Tensor, v: Tensor, start: int, ring: Ring | None = None) -> None:
         """As the one for Hopper."""
-        places = require_room(self._tokens, start, ring, *self._room)
+        leaving, oldest, newest = require_room(self._tokens, start, ring, *self._room)
         self._at[0, 0], self._at[1, 0] = k.data_ptr(), v.data_ptr()
-        kernel.append(
-            self._dtypes, *self._likes, self._at, *self._shape, places.leaving, start, places.oldest, places.newest
-        )
+        kernel.append(self._dtypes, *self._likes, self._at, *self._shape, leaving, start, oldest, newest)
 
 
 def prepare(k: Tensor, v: Tensor, form: Form, buffers: Buffers) -> Append | str | None:

@@ -110,20 +110,19 @@ class Paged:
         kernel.launch(_grid(n, batch * params.heads), params)
 
 
-def require_room(n: int, start: int, ring: Ring | None, capacity: int, recent_capacity: int) -> Ring:
-    """The ring; for buffers without newest tokens one that all `n` tokens leave at once. Raises `ValueError` for tokens that do not fit where
+def require_room(n: int, start: int, ring: Ring | None, capacity: int, recent_capacity: int) -> tuple[int, int, int]:
+    """The fields of the ring; for buffers without newest tokens of one that all `n` tokens leave at once. Raises `ValueError` for tokens that do not fit where
     they go."""
     if recent_capacity:
         assert ring is not None
         leaving, oldest, newest = ring
-        require(
-            0 <= oldest <= oldest + leaving <= newest <= recent_capacity - n and leaving <= n,
-            lambda: f"{n} of the newest tokens do not fit {recent_capacity} slots as {ring}",
-        )
+        if not (0 <= oldest <= oldest + leaving <= newest <= recent_capacity - n and leaving <= n):
+            raise ValueError(f"{n} of the newest tokens do not fit {recent_capacity} slots as {ring}")
     else:
-        leaving, ring = n, Ring(n, 0, 0)
+        leaving, ring = n, (n, 0, 0)
     last = capacity - leaving
-    require(0 <= start <= last, lambda: f"{leaving} tokens at {start} do not fit: {last} is the last place")
+    if not 0 <= start <= last:
+        raise ValueError(f"{leaving} tokens at {start} do not fit: {last} is the last place")
     return ring
 
 

@@ -98,11 +98,11 @@ class Prepared:
             params.first_k.data, params.first_v.data = first.k.data_ptr(), first.v.data_ptr()
         if recent is not None:
             params.recent_k.data, params.recent_v.data = recent.k.data_ptr(), recent.v.data_ptr()
-        params.n_first = 0 if first is None else first.k.shape[2]
-        params.n_exact = params.n_first + (0 if recent is None else recent.k.shape[2])
-        params.n, params.n_coded = kv.n, kv.n_coded
+        n, n_first = kv.n, 0 if first is None else first.k.shape[2]
+        params.n_first, params.n_exact = n_first, n_first + (0 if recent is None else recent.k.shape[2])
+        params.n, params.n_coded = n, kv.n_coded
         padding = None if padding is None else padding.contiguous()
-        params.padding, params.padding_batch = None if padding is None else padding.data_ptr(), params.n
+        params.padding, params.padding_batch = None if padding is None else padding.data_ptr(), n
         params.q, params.out, params.lse = q.data_ptr(), out.data_ptr(), lse.data_ptr()
         self.kernel.launch(self.grid, params)
         return None
