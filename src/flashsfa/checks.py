@@ -56,13 +56,14 @@ def runs_plainly(*tensors: Tensor) -> bool:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._is_tracing()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
         or _checked.get()
     ):
         return False  # the first of these first: the rest cannot be traced
     may_differentiate = torch.is_grad_enabled()
-    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     for x in tensors:  # spelt out, as each call takes the host as long again
-        if type(x) not in _HOLDING or x.is_meta or is_wrapped(x) or (may_differentiate and x.requires_grad):
+        if type(x) not in _HOLDING or x.is_meta or (may_differentiate and x.requires_grad):
             return False
     return True
 

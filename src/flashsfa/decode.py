@@ -165,7 +165,6 @@ def sparse_feature_decode(
 
     require_no_gradient(sinks)
     if kv.prepared is not None and not return_lse and runs_plainly(q) and q.shape[-1:] == kv.key_shape[-1:]:
-        refuse_transforms("sparse_feature_decode", _DIFFERENTIABLE, q, sinks)
         now = call()
         again = _again(
             q, kv, now.budget, window=mask.window, padding=key_padding_mask, scale=now.scores.scale, softcap=softcap, sinks=sinks,

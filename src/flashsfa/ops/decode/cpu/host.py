@@ -229,9 +229,15 @@ def _row_fields(width: int, bits: int) -> tuple[np.ndarray, ...]:
 
 def _exact(kv: KVView, q: Tensor, held: list[Tensor]) -> tuple:
     """Of tokens that are held as they came, before and after the coded ones, what `weigh` takes."""
-    oldest, newest = ((None, None) if part is None else (part.k, part.v) for part in (kv.first, kv.recent))
+    first, recent = kv.first, kv.recent
+    if first is None and recent is None:
+        return like(q.dtype), _NO_EXACT, 0, 0
+    oldest, newest = ((None, None) if part is None else (part.k, part.v) for part in (first, recent))
     counts = (0 if k is None else k.shape[2] for k, _ in (oldest, newest))
     return like(q.dtype), book(held, *oldest, *newest), *counts
+
+
+_NO_EXACT = book([], None, None, None, None)
 
 
 def _times(q: np.ndarray, factor: Tensor) -> np.ndarray:
