@@ -218,7 +218,7 @@ def draw(title: str, results: Results, length: int, device: str, path: Path) -> 
             else f"decode at {tokens_label(n)} tokens, ms of one layer\n{device}"
         )
         axes.grid(alpha=0.3)
-    panels[0, 0].set_ylabel(f"loss of perplexity at {length} tokens, %, with its standard error")
+    panels[0, 0].set_ylabel(f"loss of perplexity at {length} tokens, %\n(bars: its standard error)")
     handles = [
         plt.Line2D([], [], color="black", marker=marker, ls="", label=f"{bits} bits")
         for bits, marker in _MARKERS.items()
