@@ -921,7 +921,10 @@ def _trained_loss(configuration: Configuration) -> str:
             ("GPT-2", GPT2, "gpt2-int8", "gpt2-dense"),
             ("Qwen3", QWEN3, "qwen3-int8-warm", "qwen3-full-warm"),
         ),
-        "k8": (("GPT-2", GPT2, "gpt2-k8-denseq-all-equal", "gpt2-dense"),),
+        "k8": (
+            ("GPT-2, 28M", GPT2, "gpt2-k8-denseq-all-equal", "gpt2-dense"),
+            ("GPT-2, 124M", (GPT2_LARGE,), "gpt2-k8", "gpt2-dense"),
+        ),
         "24+k8": (("Qwen3", QWEN3, "qwen3-24+8-denseq-all-warm", "qwen3-full-warm"),),
         "32+k8": (("Qwen3", QWEN3, "qwen3-32+8-denseq-all-warm", "qwen3-full-warm"),),
     }

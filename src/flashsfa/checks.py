@@ -62,7 +62,7 @@ def runs_plainly(*tensors: Tensor) -> bool:
     ):
         return False  # the first of these first: the rest cannot be traced
     may_differentiate = torch.is_grad_enabled()
-    for x in tensors:  # spelt out, as each call takes the host as long again
+    for x in tensors:  # noqa: SIM110 (spelt out: `has_values`, or a generator, would take the host as long again for each)
         if type(x) not in _HOLDING or x.is_meta or (may_differentiate and x.requires_grad):
             return False
     return True

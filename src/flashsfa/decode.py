@@ -292,9 +292,9 @@ def _again(
     if type(value_tolerance) is not float:  # which what is kept was checked for
         require_tolerance(value_tolerance)
     form = (
-        q.device, q.dtype, q.shape, q.stride(), budget, window, scale, softcap, value_tolerance, kv.first is None, kv.recent is None,
-        padding is None, q.data_ptr() % 16 if has_exact else 0,
-        None if factor is None else factor.data_ptr(),  # kept with what reads it
+        q.device, q.dtype, q.shape, q.stride(), budget, type(window), window, type(scale), scale, type(softcap), softcap, value_tolerance,
+        kv.first is None, kv.recent is None, padding is None, q.data_ptr() % 16 if has_exact else 0,
+        None if factor is None else factor.data_ptr(),  # kept with what reads it, if anything does
     )  # fmt: skip
     attend = kept.find(form, _prepared, q, kv, budget, window, padding, scale, softcap, factor, value_tolerance)
     return None if attend is None else attend(q, kv, padding, out)

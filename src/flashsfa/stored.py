@@ -65,9 +65,6 @@ class Source(Protocol):
 
     def values(self, count: int) -> tuple[Tensor | NarrowRows, Tensor | None]: ...
 
-    def plain_values(self, count: int) -> Tensor | None:
-        """v where it is as it came, else None."""
-
 
 class Prepared:
     """What was prepared for calls over the same buffers: whatever serves calls of a form, None where nothing does."""
@@ -152,7 +149,7 @@ class KVView:
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy has tensors of its own
-        return {x.name: getattr(self, x.name) for x in fields(self)} | {"prepared": None, "_source": None}
+        return {x.name: getattr(self, x.name) for x in fields(self)} | {"prepared": None, "_source": None, "_count": 0}
 
     def __iter__(self) -> Iterator[KeyCodes | Tensor | NarrowRows]:
         return iter((self.codes, self.v))
@@ -177,11 +174,10 @@ class KVView:
     @property
     def plain_values(self) -> Tensor | None:
         """`v` where it holds the values of all tokens as they came; else None."""
-        if self.first is not None or self.recent is not None:
+        if self.first is not None or self.recent is not None or not self.has_wide_values:
             return None
-        if self._source is not None:
-            return self._source.plain_values(self._count)
-        return self.v if self.v_scale is None and isinstance(self.v, Tensor) else None
+        assert isinstance(self.v, Tensor)
+        return self.v
 
     @property
     def key_budget(self) -> tuple[int, int]:
@@ -379,9 +375,6 @@ class Slices(NamedTuple):
     def values(self, count: int) -> tuple[Tensor | NarrowRows, Tensor | None]:
         coded = self.kv.coded(0, count)
         return coded.v, coded.v_scale
-
-    def plain_values(self, count: int) -> Tensor | None:
-        return self.kv.coded(0, count).plain_values
 
 
 del KVView.v_scale  # a default is an attribute of the class, too, and a deferred view would have it without being asked

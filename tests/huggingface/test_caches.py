@@ -39,6 +39,30 @@ def run(model, ids, cache=None):
         return model(ids, past_key_values=cache, use_cache=cache is not None).logits
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"recent": 3, "first": 2}, {"cache_dtype": "int8"}, {"cache_dtype": "d8s8v16"}], ids=str
+)
+def test_what_changes_between_steps_is_not_what_was_prepared(options):
+    """In float32 and over 32 tokens, for which the kernels of a CPU prepare steps; nothing is prepared in checked mode."""
+    model, ids = make(**options).float(), tokens(52)
+    layers, sides = model.model.layers, {"prepared": [], "afresh": []}
+    for side, found in sides.items():
+        cache = SparseCache(model)
+        with flashsfa.checked(side == "afresh"):
+            run(model, ids[:, :40], cache)
+            for i in range(40, 52):
+                mask = torch.ones(2, i + 1, dtype=torch.int64)
+                mask[1, : 2 * (i % 3)] = 0
+                for layer in layers:
+                    layer.self_attn.sfa.value_tolerance = 0.3 if i in (44, 45) else 0.0
+                    layer.self_attn.scaling = 0.5 if i in (46, 47) else 0.25
+                with torch.no_grad():
+                    found.append(model(ids[:, i : i + 1], attention_mask=mask, past_key_values=cache).logits)
+    for prepared, afresh in zip(*sides.values(), strict=True):
+        torch.testing.assert_close(prepared, afresh, **CLOSE_IN_FLOAT32)
+    assert len({x.sum().item() for x in sides["prepared"]}) == 12
+
+
 @pytest.fixture(params=[False, True], ids=["full", "sliding"])
 def model(request):
     return make(request.param)

@@ -488,7 +488,7 @@ class _Held:
 
     def view(self, tokens: _Tokens) -> KVView:
         """The tokens held."""
-        # a compiler cannot trace how layouts are kept
+        # a compiler cannot trace how layouts are kept, and tokens with places have no order that a count could tell
         return self._sliced(tokens) if self.kv.is_placed or torch.compiler.is_compiling() else self.deferred(tokens)
 
     def deferred(self, tokens: _Tokens) -> KVView:
@@ -526,11 +526,6 @@ class _Held:
         if torch.compiler.is_compiling():
             return Slices(self.kv).values(count)
         return self.kv.values_of([x.tokens(0, count) for x in self._value_layouts])
-
-    def plain_values(self, count: int) -> Tensor | None:
-        """v of so many tokens where it is as it came, else None."""
-        layouts = self._value_layouts
-        return layouts[0].tokens(0, count) if len(layouts) == 1 else None
 
     @functools.cached_property
     def capacity(self) -> int:

@@ -73,7 +73,6 @@ class LayerCoding(nn.Module):
             gain = (basis.key.double() * basis.query.double()).sum(-2)  # [Hkv, D]
             gain[:, : budget.dense_dims] = 1
             factor = (1 / gain).float()
-        self._has_factor = factor is not None
         self.register_buffer("exact_factor", factor, persistent=False)
 
     @classmethod
@@ -102,7 +101,7 @@ class LayerCoding(nn.Module):
     def factor(self) -> Tensor | None:
         """That of `ScoreRules` for the layer's `queries`: exact tokens are scored as the dense model does, as the gain of a basis makes up for
         what codes drop. It lies where the queries are."""
-        return self.exact_factor if self._has_factor else None
+        return self._buffers["exact_factor"]  # which takes the host less than an attribute
 
     def _basis(self, device: torch.device) -> FeatureBasis:
         """The basis on the device of what it is for: that of an offloaded layer is known when it runs."""
@@ -290,15 +289,18 @@ def _attend(
     if is_causal is not None or not kwargs.keys() <= _WITHOUT_EFFECT:
         _require_known(module, is_causal, kwargs)
     padding = visible = None
-    if attention_mask is not None or (type(key) is CachedKeys and key.positions is not None):
+    if attention_mask is not None or (isinstance(key, CachedKeys) and key.positions is not None):
         if isinstance(attention_mask, OtherMask):
             visible = attention_mask.of(key)
         else:
             padding = _padding(attention_mask, key)
     window = None if sliding_window is None else checked_window(sliding_window)
     rules = _Rules(coding, padding, visible, window, scaling, softcap, s_aux)
-    attend = _attend_held if type(key) is CachedKeys else _attend_at_once
-    return attend(query, key, value, rules).transpose(1, 2).contiguous(), None  # some models look at it by .view
+    if isinstance(key, CachedKeys):
+        out = _attend_held(query, key, value, rules)
+    else:
+        out = _attend_at_once(query, key, value, rules)
+    return out.transpose(1, 2).contiguous(), None  # some models look at it by .view
 
 
 class _Rules(NamedTuple):
@@ -321,8 +323,7 @@ class _Rules(NamedTuple):
 def _attend_at_once(query: Tensor, key: Tensor, value: Tensor, rules: _Rules) -> Tensor:
     """[B, Hq, N_q, Dv] over keys as they come, of a call without a cache or with a dense one: pruned and rounded as a cache would."""
     coding = rules.coding
-    query = cast(query, value.dtype)  # under autocast, norms and RoPE leave queries and keys in float32
-    key = cast(key, value.dtype)
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, norms and RoPE leave them in float32
     if coding is None:
         budget = FeatureBudget.of(key.shape[-1], key.shape[-1])
     else:
@@ -357,8 +358,7 @@ def _attend_held(query: Tensor, key: CachedKeys, value: Tensor, rules: _Rules) -
     coding = rules.coding
     if coding is not key.coding or value is not key.values:
         _require_own_cache(coding, key, value)
-    if query.dtype != value.dtype:
-        query = query.to(value.dtype)
+    query = query.to(value.dtype)
     if coding is not None:
         query = coding.queries(query)
     if len(key.views) == 1:
@@ -375,7 +375,7 @@ def _attend_held(query: Tensor, key: CachedKeys, value: Tensor, rules: _Rules) -
             for rows, keys, kv in key.per_view()
         ]  # fmt: skip
         out = torch.cat(outs, dim=2)
-    return out if out.dtype == key.dtype else out.to(key.dtype)
+    return out.to(key.dtype)
 
 
 def _attend_view(query: Tensor, kv: KVView, rules: _Rules) -> Tensor:
@@ -510,11 +510,6 @@ def _codes(k: Tensor, budget: FeatureBudget) -> FeatureCodes:
     if budget.topk + budget.dense_dims == budget.head_dim:
         return all_dense_codes(k)
     return topk_codes(k, budget.topk, dense_dims=budget.dense_dims)
-
-
-def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in `dtype`, itself if it is."""
-    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _digest(x: Tensor) -> str:

@@ -175,17 +175,11 @@ class SparseCacheLayer(_CodedLayer):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[CachedKeys, Tensor]:
-        if torch.is_grad_enabled():
-            _require_no_gradient(key_states, value_states)
+        _require_no_gradient(key_states, value_states)
         dtype, coding = self.dtype if self.is_initialized else value_states.dtype, self._coding
-        k, v = key_states, value_states
-        if k.dtype != dtype or v.dtype != dtype:  # autocast leaves keys in float32
-            k, v = k.to(dtype), v.to(dtype)
-        k = coding.keys(k)
+        k, v = coding.keys(key_states.to(dtype)), value_states.to(dtype)  # autocast leaves keys in float32
         if self.guesses_after is None:
-            views = [
-                SeenKV(self.store.append(k, v), 1) if k.shape[2] == 1 and not self.is_sliding else self._append(k, v)
-            ]
+            views = [self._append(k, v)]
         else:
             views = [self._append(*part) for part in self._apart(k, v, self.guesses_after)]
         if not self.is_initialized:  # after all that may fail

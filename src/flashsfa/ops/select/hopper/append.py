@@ -111,19 +111,18 @@ class Paged:
 
 
 def require_room(n: int, start: int, ring: Ring | None, capacity: int, recent_capacity: int) -> tuple[int, int, int]:
-    """The fields of the ring; for buffers without newest tokens of one that all `n` tokens leave at once. Raises `ValueError` for tokens that do not fit where
+    """leaving, oldest and newest of the ring; without newest tokens all `n` leave at once. Raises `ValueError` for tokens that do not fit where
     they go."""
+    leaving, oldest, newest = n, 0, 0
     if recent_capacity:
         assert ring is not None
         leaving, oldest, newest = ring
         if not (0 <= oldest <= oldest + leaving <= newest <= recent_capacity - n and leaving <= n):
             raise ValueError(f"{n} of the newest tokens do not fit {recent_capacity} slots as {ring}")
-    else:
-        leaving, ring = n, (n, 0, 0)
     last = capacity - leaving
     if not 0 <= start <= last:
         raise ValueError(f"{leaving} tokens at {start} do not fit: {last} is the last place")
-    return ring
+    return leaving, oldest, newest
 
 
 def prepare(k: Tensor, v: Tensor, form: Form, buffers: Buffers) -> Append | str | None:
