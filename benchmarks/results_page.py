@@ -60,7 +60,7 @@ QWEN3_WIDE = (
     "training-qwen3-d128-2026-11-30-47f92a6",
 )  # fmt: skip
 GPT2_LARGE, GPT2_STOPPED = "training-gpt2-124m-2026-11-30-85c115d", "training-gpt2-124m-2026-11-30-0712d4a"
-GPT2_FRONTIER = "frontier-gpt2-124m-2026-11-30-85c115d"
+GPT2_FRONTIER, TOLERANCE = "frontier-gpt2-124m-2026-11-30-85c115d", "tolerance-smollm2-2026-11-30-42ceffb"
 ROTARY, WIDE = "convert-rotary-2026-11-30-47f92a6", "convert-d128-2026-11-30-aa35b10"
 TRIALS, STEP = "training-trials-2026-11-26-f7db930", "training-step-2026-11-26-f7db930"
 CACHES, LOSSLESS, CHOSEN = "cache-2026-11-29-ddb8670", "cache-2026-11-29-43c8b11", "choose-2026-11-29-088926f"
@@ -95,7 +95,7 @@ def pages() -> dict[Path, str]:
     """What is written, by path."""
     page = "\n\n".join(
         (
-            _INTRODUCTION, _configurations(), _decode(), _prefill(), _whole_models(), _served(), _selection(), _caches(), _pressed(), _chosen(), _converted(), _distilled(), _trained(),
+            _INTRODUCTION, _configurations(), _decode(), _prefill(), _whole_models(), _served(), _selection(), _caches(), _tolerances(), _pressed(), _chosen(), _converted(), _distilled(), _trained(),
             _needle(), _step(),
         )
     )  # fmt: skip
@@ -625,6 +625,28 @@ which spares a conversion the loss of turned features, costs a dense model 0.8 t
 {_rotary()}
 
 {_wide()}"""
+
+
+def _tolerances() -> str:
+    run, other = _read(TOLERANCE), _read(GPT2_FRONTIER)
+    found = {f"SmolLM2-135M, {n} tokens": by_tolerance for n, by_tolerance in run["results"].items()}
+    length, *_ = map(str, other["settings"]["lengths"])
+    found[f"GPT-2 of 124M, {length} tokens"] = {
+        tolerance: by_length[length] for tolerance, by_length in other["results"]["gpt2-dense"]["tolerances"].items()
+    }
+    rows = [
+        [where, tolerance, f"{_percent(row['loss'], 2).removesuffix(' %')} ± {100 * row['error']:.2f} %", f"{100 * row['v_rows_read']:.0f} %"]
+        for where, by_tolerance in found.items()
+        for tolerance, row in by_tolerance.items()
+    ]  # fmt: skip
+    return f"""## Values left out
+
+`value_tolerance` of dense models in 16 bits: what the last {run["settings"]["late"]} tokens of a window lose when each attends as decode does, and the share of V rows that they read of those they see, each row counted where any query head of
+its group needs it. SmolLM2 has three query heads on a kv head, GPT-2 one, of which all tokens are scored. {_where(run, TOLERANCE)} {_where(other, GPT2_FRONTIER)}
+
+{_table(("model", "tolerance", "loss", "V rows read"), rows)}
+
+A longer context reads a smaller share. **Take 0.01**, which the decode tables are timed with."""
 
 
 def _frontier() -> str:
