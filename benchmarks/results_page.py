@@ -1022,6 +1022,7 @@ def _recipe(attention: dict[str, Any]) -> str:
         "gradient to all": attention["gradient"] == "all",
         "equal query features": attention.get("equalize"),
         f"temperature {temperature:g}": temperature != 1.0,
+        f"scores times {attention.get('score_scale', 1.0):g}": attention.get("score_scale", 1.0) != 1.0,
         "annealed": attention["anneal"],
         f"window of {attention['window']}": attention["window"],
         "first layer dense": attention["layers"],

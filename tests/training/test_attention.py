@@ -243,6 +243,33 @@ def test_equal_features_change_no_dense_score(options):
     assert not torch.allclose(model.transformer.h[0].attn.c_attn.weight, weight)
 
 
+SCALED = {
+    "dense": ("gpt2", {}),
+    "features": ("gpt2", {"kind": "sfa", "topk": 4, "topk_query": 16, "equalize": True}),
+    "short": ("gpt2", {"kind": "short", "width": 8, "window": 9}),
+    "dense, norms": ("qwen3", {}),
+    "features, norms": ("qwen3", {"kind": "sfa", "topk": 3, "dense_dims": 4, "positions": "channel"}),
+    "short, norms": ("qwen3", {"kind": "short", "width": 8}),
+}
+
+
+@pytest.mark.parametrize(("architecture", "options"), SCALED.values(), ids=SCALED)
+def test_a_scale_of_scores_stays_and_becomes_part_of_the_weights(architecture, options):
+    model, warm = make(architecture, score_scale=3.0, **options), make(architecture, temperature=3.0, **options)
+    ids = torch.randint(0, VOCABULARY, (2, CONTEXT))
+    torch.testing.assert_close(logits(model, ids), logits(warm, ids))
+    assert not torch.allclose(logits(model, ids), logits(make(architecture, **options), ids), atol=1e-6)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)  # biases that are 0 at the start count, too
+    for _ in range(2):
+        model.train()(ids, labels=ids).loss.backward()
+        optimizer.step()
+        equalize(model)
+    trained = logits(model.eval(), ids)
+    finish(model, recipe.Attention(score_scale=3.0, **options))
+    if "window" not in options:  # which is not GPT-2's
+        torch.testing.assert_close(logits(model, ids), trained, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("architecture", MODELS)
 def test_scores_start_at_their_temperature(architecture):
     channel = {"dense_dims": 4, "positions": "channel"} if architecture == "qwen3" else {"dense_dims": 4}

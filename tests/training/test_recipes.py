@@ -41,6 +41,9 @@ from tiny import QWEN3, VOCABULARY, refused, run, write
         ("attention.query_pattern=2:4 attention.topk_query=12", "attention: a 2:4 pattern keeps at most half"),
         ("attention.query_pattern=2:4 attention.anneal.share=0.5", "anneal: not with query_pattern"),
         ("attention.sparse_temperature=-1", "attention.sparse_temperature must be above 0"),
+        ("attention.score_scale=0", "attention.score_scale must be above 0"),
+        ("attention.kind=int8 attention.topk=null attention.score_scale=2", "attention.score_scale: only for kinds"),
+        ("model.start=/nowhere attention.score_scale=2", "attention.score_scale: what a run of model.start"),
         (
             "attention.kind=dense attention.topk=null attention.train_basis=true",
             "attention.train_basis: only for kind sfa",

@@ -110,13 +110,31 @@ class EqualizedCore(Core):
         size = self.square.sqrt()
         return (size / size.mean(-1, keepdim=True)).clamp(min=1e-3)  # a feature that died must not divide by zero
 
-    @torch.no_grad()
     def fold(self, module: Any) -> None:
         """Change the projections of a GPT-2 attention module so that they do what this does."""
-        size = self.size().flatten()  # [H·D]
-        factors = torch.cat((1 / size, size, torch.ones_like(size)))  # of what queries, keys and values are made of
-        for x in (module.c_attn.weight, module.c_attn.bias):  # [..., 3·H·D]
-            x *= distribute_tensor(factors, x.device_mesh) if isinstance(x, DTensor) else factors
+        size = self.size().flatten()
+        _multiply_projections(module, 1 / size, size)
+
+
+class ScaledCore(Core):
+    """A core whose scores are `factor` times as large. `fold` makes it part of the weights."""
+
+    def __init__(self, core: Core, factor: float) -> None:
+        super().__init__()
+        self.core, self._factor = core, factor
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
+        scaled = Visible(visible.scale * self._factor, visible.window, visible.bounds, visible.longest)
+        return self.core(q, k, v, scaled)
+
+    @torch.no_grad()
+    def fold(self, module: Any) -> None:
+        """Change the queries of an attention module so that they do what this does."""
+        if hasattr(module, "q_norm"):
+            module.q_norm.weight *= self._factor
+        else:
+            ones = torch.ones(module.c_attn.weight.shape[1] // 3, device=module.c_attn.weight.device)
+            _multiply_projections(module, self._factor * ones, ones)
 
 
 class SparseCore(Core):
@@ -297,3 +315,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Visible, budget: FeatureBu
         gradient=gradient,
     )  # fmt: skip
     return out if bounds is None else out.unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+@torch.no_grad()
+def _multiply_projections(module: Any, queries: Tensor, keys: Tensor) -> None:
+    """Multiply what a GPT-2 attention module makes queries and keys of by factors [H·D]."""
+    factors = torch.cat((queries, keys, torch.ones_like(keys)))
+    for x in (module.c_attn.weight, module.c_attn.bias):  # [..., 3·H·D]
+        x *= distribute_tensor(factors, x.device_mesh) if isinstance(x, DTensor) else factors

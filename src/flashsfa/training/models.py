@@ -23,6 +23,7 @@ from .attention import (
     Core,
     DenseCore,
     EqualizedCore,
+    ScaledCore,
     SparseCore,
     TrainedBasis,
     Visible,
@@ -91,6 +92,8 @@ def build(model: Model, attention: Attention, context: int, vocab_size: int | No
             made = PerformerCore(head_dim, attention.width or head_dim, seed + index)
         else:
             made = DenseCore()
+        if attention.score_scale != 1:
+            made = ScaledCore(made, attention.score_scale)
         if attention.equalize:
             made = EqualizedCore(made, heads, head_dim)
         # Qwen3's config has a window of its own.
@@ -106,7 +109,7 @@ def finish(model: Any, attention: Attention) -> None:
     """Make a trained model one that transformers saves and that computes its attention as transformers does."""
     for layer in attention_layers(model):
         for part in layer.sfa_core.modules():  # type: ignore[union-attr]
-            if isinstance(part, EqualizedCore):
+            if isinstance(part, (EqualizedCore, ScaledCore)):
                 part.fold(layer)
     if attention.kind == "sfa":
         uninstall_sparse(model, _own_coordinates(model) if attention.train_basis else None)

@@ -49,6 +49,10 @@ def _pretrain(recipe: PretrainRecipe, place: RunDirectory) -> dict[str, Any]:
     vocab_size = needle.VOCABULARY if is_needle else None if tokenizer is None else len(tokenizer)
     model = build(recipe.model, recipe.attention, recipe.data.context, vocab_size, recipe.training.seed)
     if recipe.model.start is not None:
+        require(
+            recipe.attention.score_scale == 1,
+            "attention.score_scale: what a run of model.start was trained with is part of its weights; leave it out",
+        )
         _begin_from(model, Path(recipe.model.start))
     corpus = load_corpus(recipe.data, recipe.training, tokenizer, model.config.vocab_size)
     callbacks: list[TrainerCallback] = [

@@ -71,6 +71,8 @@ class Attention:
         temperature: scores start so many times as large (Qwen3: its norm of queries begins there).
         sparse_temperature: of "sfa": the same for the features outside the dense channel, to make up for what top-k drops;
             None for `temperature`.
+        score_scale: scores are so many times as large throughout, of "dense", "sfa" and "short": few features make smaller ones, and weights
+            take steps to make up for it. Part of the weights at the end.
         positions: "learned" (GPT-2) or "full", RoPE on the whole head (Qwen3), the defaults; "channel": RoPE on the
             `dense_dims` alone, in place of either.
         train_basis: of "sfa", for models without a channel: learn a linear map of each kv head's keys between RoPE and top-k, which
@@ -92,6 +94,7 @@ class Attention:
     gradient: str = "kept"
     equalize: bool = False
     temperature: float = 1.0
+    score_scale: float = 1.0
     sparse_temperature: float | None = None
     positions: str | None = None
     train_basis: bool = False
@@ -125,7 +128,11 @@ class Attention:
             self.kind in ("dense", "sfa", "short") or not self.equalize,
             "attention.equalize: only for kinds dense, sfa and short",
         )
-        for name in ("temperature", "sparse_temperature"):
+        require(
+            self.kind in ("dense", "sfa", "short") or self.score_scale == 1,
+            "attention.score_scale: only for kinds dense, sfa and short",
+        )
+        for name in ("temperature", "score_scale", "sparse_temperature"):
             value = getattr(self, name)
             require(value is None or value > 0, f"attention.{name} must be above 0, got {value}")
             least, most = _TEMPERATURES
