@@ -466,7 +466,6 @@ class _Held:
     kv: KVView
     input_dtype: torch.dtype
     writers: dict[_Form, _Writer | None] = field(init=False, default_factory=dict)
-    readers: Prepared = field(init=False, default_factory=Prepared)
     _firsts: dict[int, ExactKV | None] = field(init=False, default_factory=dict)  # views of so many first tokens
 
     def __reduce__(self) -> tuple[type[_Held], tuple[KVView, torch.dtype]]:
@@ -503,6 +502,11 @@ class _Held:
         return KVView.deferred(self, tokens.coded, readers, *exact)
 
     @functools.cached_property
+    def readers(self) -> Prepared:
+        """What attention prepared. Made when it is asked for, as a compiler cannot trace how."""
+        return Prepared()
+
+    @functools.cached_property
     def _prepares_steps(self) -> bool:
         return prepares_steps(self.kv.codes.device)
 
@@ -527,7 +531,7 @@ class _Held:
             return Slices(self.kv).values(count)
         return self.kv.values_of([x.tokens(0, count) for x in self._value_layouts])
 
-    @functools.cached_property
+    @property
     def capacity(self) -> int:
         """Coded tokens that there is room for."""
         return self.kv.v.shape[2]
@@ -579,7 +583,8 @@ class _Held:
             held = replace(
                 self, kv=replace(self.kv, recent=self.kv.recent.map(lambda x: _moved(x, start, end, x.shape[2])))
             )
-        held.readers.update(self.readers)
+        if "readers" in vars(self):
+            held.readers.update(self.readers)
         return held
 
 
