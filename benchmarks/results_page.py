@@ -434,6 +434,28 @@ def _coded_bytes(options: dict[str, Any] | None, fit: dict[str, Any] | None) -> 
     return form.key_bytes(64, options["dense_dims"], options["topk"]) + form.v_bytes(64)
 
 
+def _tolerances() -> str:
+    run, other = _read(TOLERANCE), _read(GPT2_FRONTIER)
+    found = {f"SmolLM2-135M, {n} tokens": by_tolerance for n, by_tolerance in run["results"].items()}
+    length, *_ = map(str, other["settings"]["lengths"])
+    found[f"GPT-2 of 124M, {length} tokens"] = {
+        tolerance: by_length[length] for tolerance, by_length in other["results"]["gpt2-dense"]["tolerances"].items()
+    }
+    rows = [
+        [where, tolerance, _with_error(row["loss"], row["error"]), f"{100 * row['v_rows_read']:.0f} %"]
+        for where, by_tolerance in found.items()
+        for tolerance, row in by_tolerance.items()
+    ]  # fmt: skip
+    return f"""## Values left out
+
+`value_tolerance` of dense models, whose keys and values are as they come: what the last {run["settings"]["late"]} tokens of a window lose when each attends as decode does, and the share of V rows that they read of those they see, each row counted where any query head of
+its group needs it. SmolLM2 has three query heads on a kv head, GPT-2 one, of which all tokens are scored. {_where(run, TOLERANCE)} {_where(other, GPT2_FRONTIER)}
+
+{_table(("model", "tolerance", "loss", "V rows read"), rows)}
+
+A longer context reads a smaller share. **Take 0.01**: it costs less than these windows can show, and is what the decode tables are timed with, over data that need 22 % of their values."""
+
+
 def _pressed() -> str:
     run = _read(PRESSED)
     results, settings = run["results"], run["settings"]
@@ -627,28 +649,6 @@ which spares a conversion the loss of turned features, costs a dense model 0.8 t
 {_wide()}"""
 
 
-def _tolerances() -> str:
-    run, other = _read(TOLERANCE), _read(GPT2_FRONTIER)
-    found = {f"SmolLM2-135M, {n} tokens": by_tolerance for n, by_tolerance in run["results"].items()}
-    length, *_ = map(str, other["settings"]["lengths"])
-    found[f"GPT-2 of 124M, {length} tokens"] = {
-        tolerance: by_length[length] for tolerance, by_length in other["results"]["gpt2-dense"]["tolerances"].items()
-    }
-    rows = [
-        [where, tolerance, f"{_percent(row['loss'], 2).removesuffix(' %')} ± {100 * row['error']:.2f} %", f"{100 * row['v_rows_read']:.0f} %"]
-        for where, by_tolerance in found.items()
-        for tolerance, row in by_tolerance.items()
-    ]  # fmt: skip
-    return f"""## Values left out
-
-`value_tolerance` of dense models, whose keys and values are as they come: what the last {run["settings"]["late"]} tokens of a window lose when each attends as decode does, and the share of V rows that they read of those they see, each row counted where any query head of
-its group needs it. SmolLM2 has three query heads on a kv head, GPT-2 one, of which all tokens are scored. {_where(run, TOLERANCE)} {_where(other, GPT2_FRONTIER)}
-
-{_table(("model", "tolerance", "loss", "V rows read"), rows)}
-
-A longer context reads a smaller share. **Take 0.01**: it costs less than these windows can show, and is what the decode tables are timed with, over data that need 22 % of their values."""
-
-
 def _frontier() -> str:
     run = _read(GPT2_FRONTIER)
     length, *_ = map(str, run["settings"]["lengths"])
@@ -689,9 +689,7 @@ by training with `32+k16` from scratch, and less in 4 bits than in fewer feature
 
 def _loss_of(row: dict[str, Any]) -> str:
     """Of a row of a report of `flashsfa convert`, with its standard error; nothing for the dense one."""
-    if row["label"] == "dense":
-        return ""
-    return f"{_percent(row['loss'], 2).removesuffix(' %')} ± {100 * row['loss_error']:.2f} %"
+    return "" if row["label"] == "dense" else _with_error(row["loss"], row["loss_error"])
 
 
 def _wide() -> str:
@@ -715,10 +713,7 @@ as little as anything here; below, bits per axis lose least, and at 98 features 
 
 def _wide_times(label: str) -> list[str]:
     """Decode of one layer at 32k and 128k tokens for a row of a report of `flashsfa convert`."""
-    names = {
-        "dense": "dense", "dense, int8": "dense-int8", "dense, int4": "dense-int4", "bits per axis, 48 bytes a key, values 4 bits": "axes48-int4",
-        "32 dense + top-16, 16 bits": "32+k16", "16 dense + top-16, 16 bits": "16+k16",
-    }  # fmt: skip
+    names = {spelt: name for name, spelt in _WIDE_LABELS.items()}
     if label not in names:
         return [NOT_MEASURED] * 2
     recorded = [row for row in _read(DECODE[0])["rows"] if row["status"] == "ok"]
@@ -919,8 +914,10 @@ def _converted_configuration(name: str, row: dict[str, Any]) -> Configuration:
     return Configuration(64, row["dense_dims"], row["topk"], 8 if row["cache_dtype"] == "int8" else 16)
 
 
+# How a report of `flashsfa convert` spells configurations that have rows in other tables.
 _WIDE_LABELS = {
-    "dense-int8": "dense, int8", "dense-int4": "dense, int4", "16+k16": "16 dense + top-16, 16 bits", "32+k16": "32 dense + top-16, 16 bits"
+    "dense": "dense", "dense-int8": "dense, int8", "dense-int4": "dense, int4", "axes48-int4": "bits per axis, 48 bytes a key, values 4 bits",
+    "16+k16": "16 dense + top-16, 16 bits", "32+k16": "32 dense + top-16, 16 bits",
 }  # fmt: skip
 
 
@@ -1047,6 +1044,10 @@ def _where(run: dict[str, Any], *names: str) -> str:
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def _with_error(loss: float, error: float) -> str:
+    return f"{_percent(loss, 2).removesuffix(' %')} ± {100 * error:.2f} %"
 
 
 def _percent(share: float, digits: int = 1) -> str:

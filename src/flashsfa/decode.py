@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
+from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict, Unpack, overload
 
 import torch
 import torch.nn.functional as F
@@ -296,24 +296,22 @@ def _again(
         kv.first is None, kv.recent is None, padding is None, q.data_ptr() % 16 if has_exact else 0,
         None if factor is None else factor.data_ptr(),  # kept with what reads it, if anything does
     )  # fmt: skip
-    attend = kept.find(form, _prepared, q, kv, budget, window, padding, scale, softcap, factor, value_tolerance)
+
+    def prepare() -> _Attend | None:
+        mask, scores = Mask(True, checked_window(window), padding), ScoreRules.of(q, scale, softcap, None, factor)
+        return _prepared(_Call(q, kv, budget, mask, scores, value_tolerance))
+
+    attend = kept.find(form, prepare)
     return None if attend is None else attend(q, kv, padding, out)
 
 
-def _prepared(
-    q: Tensor,
-    kv: KVView,
-    budget: FeatureBudget,
-    window: int | None,
-    padding: Tensor | None,
-    scale: float | None,
-    softcap: float | None,
-    factor: Tensor | None,
-    value_tolerance: float,
-) -> Callable[[Tensor, KVView, Tensor | None, Tensor | None], Tensor | None] | None:
-    """What attends for queries of the form of these over views of the same buffers, by q, the view, the padding and the place for the
-    output; None where nothing is kept. Raises as `_check` does."""
-    mask, scores = Mask(True, checked_window(window), padding), ScoreRules.of(q, scale, softcap, None, factor)
+# Attends by q, the view, the padding and the place for the output.
+_Attend: TypeAlias = Callable[[Tensor, KVView, Tensor | None, Tensor | None], Tensor | None]
+
+
+def _prepared(call: _Call) -> _Attend | None:
+    """What attends for queries of the form of a call's over views of the same buffers; None where nothing is kept. Raises as `_check` does."""
+    q, kv, budget, mask, scores, value_tolerance = call[:6]
     _check(q, kv, mask, value_tolerance, is_of_cache=True)
     plan, topk_query = plan_decode(q, kv), None if budget.keeps_queries else budget.topk_query
     if plan.backend == "hopper":

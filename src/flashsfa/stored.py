@@ -73,12 +73,12 @@ class Prepared:
         self._by_form: dict[tuple[Any, ...], Any] = {}
         self._last: tuple[tuple[Any, ...], Any] = (), None
 
-    def find(self, form: tuple[Any, ...], make: Callable[..., Any], *arguments: Any) -> Any:
-        """What serves `form`; `make` makes it, of the arguments, when it comes first."""
+    def find(self, form: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """What serves `form`, which `make` makes when it comes first."""
         last, found = self._last
         if last != form:  # as a rule it is the same: to compare costs the host less than to hash
             if form not in self._by_form:
-                self._by_form[form] = make(*arguments)
+                self._by_form[form] = make()
             found = self._by_form[form]
             self._last = form, found
         return found

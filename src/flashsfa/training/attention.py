@@ -127,14 +127,9 @@ class ScaledCore(Core):
         scaled = Visible(visible.scale * self._factor, visible.window, visible.bounds, visible.longest)
         return self.core(q, k, v, scaled)
 
-    @torch.no_grad()
     def fold(self, module: Any) -> None:
         """Change the queries of an attention module so that they do what this does."""
-        if hasattr(module, "q_norm"):
-            module.q_norm.weight *= self._factor
-        else:
-            ones = torch.ones(module.c_attn.weight.shape[1] // 3, device=module.c_attn.weight.device)
-            _multiply_projections(module, self._factor * ones, ones)
+        scale_queries(module, self._factor)
 
 
 class SparseCore(Core):
@@ -315,6 +310,18 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Visible, budget: FeatureBu
         gradient=gradient,
     )  # fmt: skip
     return out if bounds is None else out.unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+@torch.no_grad()
+def scale_queries(module: Any, factor: float | Tensor) -> None:
+    """Make the queries of an attention module `factor` times as large, a number or one for each feature of a head [D]."""
+    if hasattr(module, "q_norm"):
+        module.q_norm.weight *= factor
+        return
+    weight = module.c_attn.weight  # [hidden, 3·H·D]
+    a_head = torch.as_tensor(factor, dtype=weight.dtype, device=weight.device).expand(module.head_dim)
+    queries = a_head.repeat(weight.shape[1] // (3 * module.head_dim))
+    _multiply_projections(module, queries, torch.ones_like(queries))
 
 
 @torch.no_grad()

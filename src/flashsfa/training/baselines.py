@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from ..checks import require
 from ..huggingface.switch import attention_layers
-from .attention import Core, Visible, dense_attention
+from .attention import Core, Visible, dense_attention, scale_queries
 
 _LARGEST_INT8 = 127
 
@@ -81,16 +81,6 @@ def shorten(model: Any, width: int) -> None:
                 weight.unflatten(0, (-1, head_dim))[:, dropped.flatten()] = 0  # [H, D, hidden]
         # Qwen3's norms bring what is left to the length of the whole.
         scale_queries(module, (width / head_dim) ** (0.5 if hasattr(module, "q_norm") else -0.5))
-
-
-@torch.no_grad()
-def scale_queries(module: Any, factor: float | Tensor) -> None:
-    """Let queries of an attention module start `factor` times as large, a number or one for each feature of a head [D]."""
-    if hasattr(module, "q_norm"):
-        module.q_norm.weight *= factor
-    else:
-        rows = _query_key_weights(module)[0].unflatten(0, (-1, module.head_dim))  # [H, D, hidden]
-        rows.mul_(torch.as_tensor(factor).expand(module.head_dim)[:, None])
 
 
 def factorise(model: Any, rank: int) -> None:

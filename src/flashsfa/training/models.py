@@ -28,10 +28,11 @@ from .attention import (
     TrainedBasis,
     Visible,
     install,
+    scale_queries,
     uninstall,
     uninstall_sparse,
 )
-from .baselines import PerformerCore, QuantizedCore, factorise, multiply, scale_queries, shorten
+from .baselines import PerformerCore, QuantizedCore, factorise, multiply, shorten
 from .recipe import Attention, Model
 
 _CONTEXT_FIELD = {"gpt2": "n_positions", "qwen3": "max_position_embeddings"}

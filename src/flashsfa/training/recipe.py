@@ -124,14 +124,12 @@ class Attention:
         ):
             default = getattr(Attention, name)
             require(sparse or getattr(self, name) == default, f"attention.{name}: only for kind sfa")
-        require(
-            self.kind in ("dense", "sfa", "short") or not self.equalize,
-            "attention.equalize: only for kinds dense, sfa and short",
-        )
-        require(
-            self.kind in ("dense", "sfa", "short") or self.score_scale == 1,
-            "attention.score_scale: only for kinds dense, sfa and short",
-        )
+        for name in ("equalize", "score_scale"):
+            is_default = getattr(self, name) == getattr(Attention, name)
+            require(
+                self.kind in ("dense", "sfa", "short") or is_default,
+                f"attention.{name}: only for kinds dense, sfa and short",
+            )
         for name in ("temperature", "score_scale", "sparse_temperature"):
             value = getattr(self, name)
             require(value is None or value > 0, f"attention.{name} must be above 0, got {value}")
