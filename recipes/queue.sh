@@ -8,8 +8,9 @@
 # goes on from its last checkpoint: the same command goes on where it was. At the end, or without any rows, what is finished is
 # compared with each BASELINE: the runs whose names begin as its own does, up to the first hyphen.
 #
-#   JOBS   runs side by side, one per GPU by default; small models do not fill one
-#   GPUS   to spread them over, all by default
+#   COMMAND  of `flashsfa train`, pretrain by default
+#   JOBS     runs side by side, one per GPU by default; small models do not fill one
+#   GPUS     to spread them over, all by default
 set -euo pipefail
 export OUT=$1 SETTINGS="${*:3}" GPUS=${GPUS:-$(nvidia-smi -L 2> /dev/null | wc -l)}
 # accelerate then compiles one block of a model instead of all in a row
@@ -27,7 +28,7 @@ train() {
             set+=(--set "$setting")
         fi
     done
-    if "${start[@]}" train pretrain "recipes/$recipe.yaml" -o "$OUT/$name" ${set[@]+"${set[@]}"} > "$OUT/$name.log" 2>&1; then
+    if "${start[@]}" train "${COMMAND:-pretrain}" "recipes/$recipe.yaml" -o "$OUT/$name" ${set[@]+"${set[@]}"} > "$OUT/$name.log" 2>&1; then
         echo "$name: $((SECONDS - began)) s, $(grep '^validation perplexity' "$OUT/$name.log" | tail -n 1)"
     else
         echo "failed: $name: $(tail -n 1 "$OUT/$name.log")"

@@ -13,14 +13,15 @@ import pytest
 from flashsfa.training import recipe
 
 ROOT = Path(__file__).parents[2]
-STUDIES = sorted(p.name for p in (ROOT / "recipes").glob("*.sh") if p.name not in ("queue.sh", "long.sh"))
+STUDIES = sorted(p.name for p in (ROOT / "recipes").glob("*.sh") if p.name not in ("heal.sh", "long.sh", "queue.sh"))
 pytestmark = pytest.mark.skipif(shutil.which("xargs") is None or shutil.which("bash") is None, reason="needs a shell")
 
 # Stands in for flashsfa, and behind torchrun's options too: notes its arguments, and a run ends with a result.
 COMMAND = """#!/usr/bin/env bash
 echo "${CUDA_VISIBLE_DEVICES:-all} $(basename "$0") $*" >> "$NOTES"
+[[ $1 != convert ]] || { mkdir -p "$4"; exit 0; }
 while [[ $1 != train ]]; do shift; done
-[[ $2 == pretrain ]] || exit 0
+[[ $2 != compare ]] || exit 0
 [[ $* != *broken* ]] || { echo "out of memory" >&2; exit 2; }
 mkdir -p "$5"
 sleep 0.2
@@ -128,3 +129,18 @@ def test_rows_of_a_study_are_picked_by_their_names(tmp_path):
     _, commands = script(tmp_path, "scale.sh", str(tmp_path / "out"), picked="qwen3-dense|gpt2-k8")
     names = {Path(words[words.index("-o") + 1]).name for words in commands if "pretrain" in words}
     assert names == {"qwen3-dense", "gpt2-k8"}
+
+
+def test_a_dense_model_is_converted_once_and_trained_on(tmp_path):
+    out, text = tmp_path / "out", tmp_path / "text"
+    arguments = str(out), "dense-model", str(text), "training.batch=2"
+    _, commands = script(tmp_path, "heal.sh", *arguments, picked="dense|16.*", jobs=1)
+    converted = [words[2:] for words in commands if words[2] == "convert"]
+    names = ["dense", "16+16", "16+8"]
+    assert [words[:4] for words in converted] == [["convert", "dense-model", "-o", f"{out}/converted/{x}"] for x in names]
+    assert all(words[-2:] == ["--calibrate", str(text)] for words in converted)
+    for name, words in zip(names, (words for words in commands if words[2] == "train"), strict=True):
+        assert words[2:7] == ["train", "distill", "recipes/qwen3-d128-distill.yaml", "-o", f"{out}/{name}"]
+        read = recipe.read(recipe.DistillRecipe, ROOT / words[4], words[8::2])
+        assert (read.model, read.training.batch) == (f"{out}/converted/{name}", 2)
+    assert script(tmp_path, "heal.sh", *arguments, picked="dense|16.*", jobs=1)[1] == []
