@@ -173,7 +173,7 @@ def sparse_feature_decode(
         if again is not None:
             return _put(again, out)
     _check(q, kv, mask, value_tolerance)
-    require_no_gradient(q, *kv.form.tensors(), *_exact_tensors(kv))
+    require_no_gradient(q, *kv.form.tensors(), *kv.exact_tensors())
     refuse_transforms("sparse_feature_decode", _DIFFERENTIABLE, q, sinks, *kv.tensors())
     found, lse = _decode(call())
     found = _put(found, out)
@@ -207,7 +207,7 @@ def _place(out: Tensor, q: Tensor, kv: KVView, mask: Mask, sinks: Tensor | None)
     if not (has_values(q) and has_values(out) and out.is_contiguous() and out.data_ptr() % 16 == 0):
         return None
     others = kv.kv_lens, kv.page_table, mask.key_padding_mask, sinks
-    read = [q, *kv.tensors(), *_exact_tensors(kv), *(x for x in others if x is not None)]
+    read = [q, *kv.tensors(), *kv.exact_tensors(), *(x for x in others if x is not None)]
     written = out.untyped_storage().data_ptr()
     return None if any(x.untyped_storage().data_ptr() == written for x in read) else out
 
@@ -251,7 +251,7 @@ def attend_cached(
     mask = Mask(True, checked_window(window), key_padding_mask, kv_lens=kv.kv_lens)
     scores = ScoreRules.of(q, scale, softcap, sinks, exact_factor)
     _check(q, kv, mask, value_tolerance, is_of_cache=True)
-    require_no_gradient(q, *kv.form.tensors(), *_exact_tensors(kv))
+    require_no_gradient(q, *kv.form.tensors(), *kv.exact_tensors())
     if q.shape[2] <= FEW_QUERIES:
         return _decode(_Call(q, kv, budget, mask, scores, value_tolerance))[0]
     if mask.kv_lens is None or kv.exact:
@@ -444,10 +444,6 @@ def _decode_coded(call: _Call, plan: DecodePlan) -> tuple[Tensor, Tensor]:
     with without_autocast(q.device):
         topk_query = None if budget.keeps_queries else budget.topk_query
         return run(q, kv, mask, scores, value_tolerance, topk_query)
-
-
-def _exact_tensors(kv: KVView) -> list[Tensor]:
-    return [x for part in kv.exact for x in (part.k, part.v)]
 
 
 def _check(q: Tensor, kv: KVView, mask: Mask, value_tolerance: float, *, is_of_cache: bool = False) -> None:

@@ -36,6 +36,10 @@ class ExactKV:
         """Bytes of keys and values."""
         return self.k.nbytes + self.v.nbytes
 
+    def tensors(self) -> list[Tensor]:
+        """Keys and values, and positions where there are any."""
+        return [self.k, self.v] if self.positions is None else [self.k, self.v, self.positions]
+
     def map(self, change: Callable[..., Tensor], *others: ExactKV) -> ExactKV:
         """Keys and values changed alike, together with their like of `others`; positions stay."""
         return ExactKV(change(self.k, *(x.k for x in others)), change(self.v, *(x.v for x in others)), self.positions)
@@ -231,6 +235,10 @@ class KVView:
     def tensors(self) -> list[Tensor]:
         """Codes, values and their scales; not the exact tokens."""
         return [*self.codes.tensors(), *self.value_tensors()]
+
+    def exact_tensors(self) -> list[Tensor]:
+        """Those of the exact tokens."""
+        return [x for part in self.exact for x in part.tensors()]
 
     def value_tensors(self) -> list[Tensor]:
         """Values and their scales."""

@@ -388,6 +388,57 @@ def test_generate_compiles_with_a_static_cache(model, chunk):
     assert torch.equal(model.generate(ids, **settings, compile_config=compile_config), expected)
 
 
+@pytest.mark.cpu
+@pytest.mark.parametrize(
+    "options", [{}, {"cache_dtype": "int8"}, {"cache_dtype": "int4", "recent": 3, "first": 2}], ids=str
+)
+def test_what_a_compiled_step_writes_to_has_a_fixed_address(options):
+    """Else torch makes no CUDA graph of it."""
+    torch._dynamo.reset()
+    model, ids, moving = make(**options).float(), tokens(21), []
+
+    def look(module, inputs):
+        given = module.graph.find_nodes(op="placeholder")
+        moving.extend(node.name for node in given if "_dynamo_static_input_type" not in node.meta["tensor_dict"])
+        return module.forward
+
+    cache = StaticSparseCache(model, CAPACITY)
+    run(model, ids[:, :20], cache)
+    run(torch.compile(model, fullgraph=True, backend=look), ids[:, 20:], cache)
+    assert len(moving) == 1  # the token
+
+
+def test_a_copy_of_a_model_that_was_compiled_runs_by_itself():
+    """generate() keeps what it compiled with the model."""
+    dense, ids = flashsfa.disable(make()), tokens(9)
+    dense.get_compiled_call(transformers.CompileConfig(backend="eager", mode=None))
+    model = flashsfa.enable(copy.deepcopy(dense), 3)
+    compiled = model.get_compiled_call(transformers.CompileConfig(backend="eager", mode=None))
+    torch.testing.assert_close(run(compiled, ids, SparseCache(model)), run(model, ids, SparseCache(model)), **CLOSE)
+
+
+@pytest.mark.cpu
+def test_a_shorter_text_is_generated_by_what_a_longer_one_compiled(model):
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    compile_config = transformers.CompileConfig(fullgraph=True, backend=count, mode=None)
+    compile_config._compile_all_devices = True
+    settings = {
+        "cache_implementation": "static",
+        "max_new_tokens": 4,
+        "do_sample": False,
+        "compile_config": compile_config,
+    }
+    for n in (24, 9, 17):
+        model.generate(tokens(n), attention_mask=torch.ones_like(tokens(n)), **settings)
+    assert len(graphs) == 1
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("cache_dtype", [None, "int8"])
 def test_offloaded_equals_dynamic(model, cache_dtype):

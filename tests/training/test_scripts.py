@@ -137,7 +137,9 @@ def test_a_dense_model_is_converted_once_and_trained_on(tmp_path):
     _, commands = script(tmp_path, "heal.sh", *arguments, picked="dense|16.*", jobs=1)
     converted = [words[2:] for words in commands if words[2] == "convert"]
     names = ["dense", "16+16", "16+8"]
-    assert [words[:4] for words in converted] == [["convert", "dense-model", "-o", f"{out}/converted/{x}"] for x in names]
+    assert [words[:4] for words in converted] == [
+        ["convert", "dense-model", "-o", f"{out}/converted/{x}"] for x in names
+    ]
     assert all(words[-2:] == ["--calibrate", str(text)] for words in converted)
     for name, words in zip(names, (words for words in commands if words[2] == "train"), strict=True):
         assert words[2:7] == ["train", "distill", "recipes/qwen3-d128-distill.yaml", "-o", f"{out}/{name}"]

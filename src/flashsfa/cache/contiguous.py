@@ -184,6 +184,9 @@ class SparseKVCache(Coded):
         with lasting_tensors():
             exact = ExactSlots(self.first, self.recent).empty(k, v)
         held = replace(held, kv=replace(held.kv, first=None, recent=exact))
+        if not torch.compiler.is_compiling():  # else no CUDA graph is made of steps that write to them
+            for buffer in (*held.kv.tensors(), *held.kv.exact_tensors()):
+                torch._dynamo.mark_static_address(buffer)
         self._held, self._tokens, self._is_fixed = held, _Tokens(coded=held.kv.v.shape[2]), True
 
     def append_at(self, k: Tensor, v: Tensor, start: Tensor, slot: Tensor | None = None) -> KVView:

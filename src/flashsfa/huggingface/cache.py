@@ -343,10 +343,8 @@ class StaticSparseLayer(_CodedLayer):
         self.store.allocate(key_states.to(self.dtype), value_states)
         with lasting_tensors():
             self._kv_lens = torch.zeros(key_states.shape[0], dtype=torch.int64, device=self.device)  # [B], all the same
-        if not torch.compiler.is_compiling():  # a CUDA graph may rely on their addresses
-            exact = [x for part in self.store.kv.exact for x in (part.k, part.v, part.positions)]
-            for buffer in (*self.store.kv.tensors(), *exact, self._kv_lens):
-                torch._dynamo.mark_static_address(buffer)
+        if not torch.compiler.is_compiling():
+            torch._dynamo.mark_static_address(self._kv_lens)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[CachedKeys, Tensor]:

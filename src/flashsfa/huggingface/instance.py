@@ -77,6 +77,9 @@ def _prepare_cache(
     )
     if implementation == "static":
         longest = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
+        # as transformers does with caches of its own: a shorter one would have the model compiled again
+        longest = max(longest, getattr(model, "_previous_max_cache_length", 0))
+        model._previous_max_cache_length = longest
         cache: Any = StaticSparseCache(model, longest)
         if generation_config.prefill_chunk_size is not None and not hasattr(model, "hf_device_map"):
             # the first chunk may run compiled, and what is allocated there has no fixed address
