@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -59,11 +59,11 @@ class FeatureBudget:
 
     def with_keys_kept(self) -> FeatureBudget:
         """The budget for keys that are sparse already."""
-        return replace(self, topk=self.head_dim)
+        return FeatureBudget(self.head_dim, self.head_dim, self.topk_query, self.dense_dims, self.query_pattern)
 
     def with_queries_kept(self) -> FeatureBudget:
         """The budget for queries that are sparse already."""
-        return replace(self, topk_query=self.head_dim, query_pattern=None)
+        return FeatureBudget(self.head_dim, self.topk, self.head_dim, self.dense_dims)
 
     @property
     def sparse_dims(self) -> int:

@@ -331,15 +331,18 @@ def _prepared(call: _Call) -> _Attend | None:
 def _prefill(q: Tensor, kv: KVView, budget: FeatureBudget, mask: Mask, scores: ScoreRules) -> Tensor:
     """Many queries, over the rows of all tokens. Sparse queries see coded tokens alone, and dense ones the exact tokens."""
     kv = kv if scores.exact_factor is None else _with_factor(kv, scores)
-    rows, exact = kv.rows(q.dtype), budget.with_queries_kept()
+    rows = kv.rows(q.dtype)
 
     def attend(budget: FeatureBudget, mask: Mask, scores: ScoreRules) -> tuple[Tensor, Tensor]:
         if mask.kv_lens is not None:
             return reference.attend(code_queries(q, budget).to_dense(), rows.k, rows.v, mask, scores)
         return operator.attend(q, rows.k, rows.v, budget, mask, scores, gradient_of_all=False, backend="auto")
 
-    if budget == exact or not kv.exact or not kv.n_coded:
-        return attend(exact if kv.exact else budget, mask, scores)[0]
+    if not kv.exact:
+        return attend(budget, mask, scores)[0]
+    exact = budget.with_queries_kept()
+    if budget == exact or not kv.n_coded:
+        return attend(exact, mask, scores)[0]
     is_exact, without_sinks = kv.is_exact().expand(q.shape[0], -1), replace(scores, sinks=None)
     out, lse = attend(budget, mask.hiding(is_exact), without_sinks)
     pieces.merge(out, lse, *attend(exact, mask.hiding(~is_exact), without_sinks))

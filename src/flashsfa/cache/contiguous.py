@@ -386,8 +386,10 @@ class SparseKVCache(Coded):
 
         with lasting_tensors():
             kv = self.coder.empty(capacity, k, v)
-            # with twice the room, the newest tokens move to a new buffer once in `recent` tokens at most
-            return _Held(replace(kv, first=exact(self.first), recent=exact(2 * self.recent)), k.dtype)
+            if self.first or self.recent:
+                # with twice the room, the newest tokens move to a new buffer once in `recent` tokens at most
+                kv = replace(kv, first=exact(self.first), recent=exact(2 * self.recent))
+            return _Held(kv, k.dtype)
 
 
 class _Tokens(NamedTuple):
@@ -526,12 +528,16 @@ class _Held:
         """Of so many tokens: for a third of the host's time of slices, as strides are known and parts that fit one another still do."""
         if torch.compiler.is_compiling():
             return Slices(self.kv).codes(count)
+        if count == self.capacity:  # as after a first prompt
+            return self.kv.codes
         return self.kv.codes.of_views(*(x.tokens(0, count) for x in self._code_layouts))
 
     def values(self, count: int) -> tuple[Tensor | NarrowRows, Tensor | None]:
         """v and v_scale of so many tokens, likewise."""
         if torch.compiler.is_compiling():
             return Slices(self.kv).values(count)
+        if count == self.capacity:
+            return self.kv.v, self.kv.v_scale
         return self.kv.values_of([x.tokens(0, count) for x in self._value_layouts])
 
     @property

@@ -136,7 +136,7 @@ def hopper_is_faster(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) 
     if not hopper.is_hopper(q):
         return False
     _, longest_q, longest_k = hopper.sequences(q, k, mask)
-    visible = hopper.most_visible(longest_k, mask)
+    visible = hopper.most_visible(longest_k, mask.is_causal, mask.window)
     if longest_q < 512 or visible < 256:
         return False
     rival, _ = choose_kernel(q, v, mask)

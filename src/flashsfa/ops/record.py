@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import NamedTuple
 
-import torch
+from ..contexts import constant_in_traces
 
 _log = logging.getLogger("flashsfa")
 
@@ -24,11 +24,12 @@ _last: dict[str, Choice] = {}
 _announced: set[tuple[str, str]] = set()
 
 
+@constant_in_traces  # else a graph would be guarded by what was recorded before
 def record(operation: str, backend: str, reason: str, *, fallback: bool = False) -> None:
-    """Note what `operation` runs on. A `fallback` (slower than what the user may expect) is logged, once each."""
+    """Note what `operation` runs on; of a compiled call when it is traced. A `fallback` (slower than what the user may expect) is logged,
+    once each."""
     _last[operation] = Choice(backend, reason)
-    # a whole-graph compile cannot trace a logger
-    if fallback and (operation, reason) not in _announced and not torch.compiler.is_compiling():
+    if fallback and (operation, reason) not in _announced:
         _announced.add((operation, reason))
         _log.warning("%s runs on the %s backend: %s", operation, backend, reason)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 TENSOR_MAP_BYTES = 128  # sizeof(CUtensorMap), which is aligned to 64
+_Map = ctypes.c_char * TENSOR_MAP_BYTES
 
 
 class CompilationError(RuntimeError):
@@ -116,19 +117,33 @@ def current_graph() -> int | None:
 def tensor_map(x: Tensor, rows: int) -> ctypes.Array:
     """A CUtensorMap of x [B, H, N, D], 16 bits an entry: boxes of `rows` rows of 64 entries, swizzled by 128 bytes,
     zeros past the end. The last dimension is contiguous, the other strides and the address multiples of 16 bytes."""
-    sizes = (ctypes.c_uint64 * 4)(*reversed(x.shape))
+    found = _aligned_map()
+    ctypes.memmove(found, _map_of(x.shape, x.stride(), x.dtype, rows), TENSOR_MAP_BYTES)
+    _driver("cuTensorMapReplaceAddress", found, ctypes.c_void_p(x.data_ptr()))
+    return found
+
+
+@functools.lru_cache(maxsize=1024)  # each layer of a model asks for the same
+def _map_of(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, rows: int) -> ctypes.Array:
+    """That of a tensor of this form which lies nowhere yet."""
+    sizes = (ctypes.c_uint64 * 4)(*reversed(shape))
     # A dimension of one entry has any stride: 16 bytes satisfy the check.
-    strides = (ctypes.c_uint64 * 3)(*(2 * (x.stride(i) if x.shape[i] > 1 else 8) for i in (2, 1, 0)))
+    steps_between = (ctypes.c_uint64 * 3)(*(2 * (strides[i] if shape[i] > 1 else 8) for i in (2, 1, 0)))
     box, steps = (ctypes.c_uint32 * 4)(64, rows, 1, 1), (ctypes.c_uint32 * 4)(1, 1, 1, 1)
-    element = {torch.float16: 6, torch.bfloat16: 9}[x.dtype]  # CU_TENSOR_MAP_DATA_TYPE_*
+    element = {torch.float16: 6, torch.bfloat16: 9}[dtype]  # CU_TENSOR_MAP_DATA_TYPE_*
     interleave_none, swizzle_128b, promotion_l2_128b, fill_zeros = 0, 3, 2, 0
-    space = ctypes.create_string_buffer(TENSOR_MAP_BYTES + 64)
-    aligned = (ctypes.c_char * TENSOR_MAP_BYTES).from_buffer(space, -ctypes.addressof(space) % 64)
+    found = _aligned_map()
     _driver(
-        "cuTensorMapEncodeTiled", aligned, element, 4, ctypes.c_void_p(x.data_ptr()), sizes, strides, box, steps,
-        interleave_none, swizzle_128b, promotion_l2_128b, fill_zeros,
+        "cuTensorMapEncodeTiled", found, element, 4, ctypes.c_void_p(), sizes, steps_between, box, steps, interleave_none,
+        swizzle_128b, promotion_l2_128b, fill_zeros,
     )  # fmt: skip
-    return aligned
+    return found
+
+
+def _aligned_map() -> ctypes.Array:
+    """Room for a map, which the driver wants at a multiple of 64 bytes."""
+    space = ctypes.create_string_buffer(TENSOR_MAP_BYTES + 64)
+    return _Map.from_buffer(space, -ctypes.addressof(space) % 64)
 
 
 class _Bound(threading.local):

@@ -152,8 +152,7 @@ def _run(
     obstacle = plan.obstacle
     if plan.hopper is not None:
         try:
-            codes = q if isinstance(q, FeatureCodes) else all_dense_codes(q)
-            found = hopper.forward(codes, k, v, mask=mask, scale=scores.scale)
+            found = hopper.forward(q, k, v, mask=mask, scale=scores.scale)
             record.record("attention", "hopper", plan.hopper)
             return found
         except CompilationError as error:

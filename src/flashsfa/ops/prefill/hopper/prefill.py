@@ -4,7 +4,9 @@ and V through the copy engine."""
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,7 +73,7 @@ def default_tile(dtype: torch.dtype, head_dim: int, value_dim: int, dense_dims: 
 
 
 def forward(
-    q: FeatureCodes,
+    q: FeatureCodes | Tensor,
     k: Tensor,
     v: Tensor,
     *,
@@ -82,7 +84,7 @@ def forward(
     """softmax(scale · q kᵀ) v for queries in the 2:4 pattern (or all dense), with no `obstacle`.
 
     Args:
-        q: [B, Hq, N_q, ...] of D features, at most two of each aligned group of four after the dense channel.
+        q: [B, Hq, N_q, ...] of D features, at most two of each aligned group of four after the dense channel; or dense queries.
         k: [B, Hkv, N_k, D]; v: [B, Hkv, N_k, Dv]; any strides (a copy is made where the copy engine needs one).
         mask: causality, a window, packed sequences; no padding.
         tile: sizes to measure; `default_tile` by default.
@@ -94,57 +96,98 @@ def forward(
     Raises:
         CompilationError: the kernel cannot be built.
     """
-    batch, heads, n_q, _ = q.shape
-    n_k = k.shape[2]
     count, longest_q, longest_k = sequences(q, k, mask)
-    longest_k = min(longest_k, n_k)  # who packs may name more
-    multiprocessors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    if tile is None:
-        long_context = is_long_context(batch * heads * n_q, most_visible(longest_k, mask), multiprocessors)
-        tile = default_tile(q.dtype, q.head_dim, v.shape[-1], q.dense_dims, long_context=long_context)
-    with torch.cuda.device(q.device):
-        kernel = _load(tile, v.device.index)
+    values = indices = None
+    if isinstance(q, Tensor):
+        channel = q
+    else:
         channel, values, indices = as_24_pattern(q)
-        channel, values, indices = _by_16_bytes(channel), _aligned(values), _aligned(indices)
-        cu_seqlens = [None if x is None else x.contiguous() for x in (mask.cu_seqlens_q, mask.cu_seqlens_k)]
-        k, v = _by_16_bytes(k), _by_16_bytes(v)
-        out = empty_rows(q.values, v.shape[-1])
-        lse = v.new_empty((batch, heads, n_q), dtype=torch.float32)
-        tiles_per_sequence = math.ceil(longest_q / tile.block_m) * heads
-        work_tiles = tiles_per_sequence * count
-        thread_blocks = min(work_tiles, multiprocessors)
-        # A counter must be zero first, 2 us: where a thread block gets two work tiles at most, they are dealt without one.
-        counter = torch.zeros(1, dtype=torch.int32, device=q.device) if work_tiles > 2 * thread_blocks else None
-        head_bytes = longest_k * (k.shape[3] + v.shape[3]) * k.element_size()
-        params = Params(
-            q_dense=channel.data_ptr(),
-            q_dense_batch=2 * channel.stride(0),
-            q_dense_head=2 * channel.stride(1),
-            q_dense_row=2 * channel.stride(2),
-            q_values=values.data_ptr(),
-            q_indices=indices.data_ptr(),
-            out=out.data_ptr(),
-            lse=lse.data_ptr(),
-            out_batch=out.stride(0),
-            out_head=out.stride(1),
-            out_row=out.stride(2),
-            cu_seqlens_q=None if cu_seqlens[0] is None else cu_seqlens[0].data_ptr(),
-            cu_seqlens_k=None if cu_seqlens[1] is None else cu_seqlens[1].data_ptr(),
-            n_q=n_q,
-            n_k=n_k,
-            heads=heads,
-            heads_per_kv_head=heads // k.shape[1],
-            is_causal=mask.is_causal,
-            tiles_per_sequence=tiles_per_sequence,
-            work_tiles=work_tiles,
-            tile_counter=None if counter is None else counter.data_ptr(),
-            window=n_q + n_k if mask.window is None else min(n_q + n_k, mask.window),
-            heads_per_l2_group=heads_per_l2_group(heads, k.shape[1], head_bytes),
-            scale=scale,
-        )
-        maps = [cuda.tensor_map(x, tile.block_n) for x in (k, v)]
-        kernel.launch((thread_blocks, 1, 1), params, *maps)
+        values, indices = _aligned(values), _aligned(indices)
+    channel, k, v = _by_16_bytes(channel), _by_16_bytes(k), _by_16_bytes(v)
+    cu_seqlens = [None if x is None else x.contiguous() for x in (mask.cu_seqlens_q, mask.cu_seqlens_k)]
+    launch = _prepared(
+        channel.device.index, channel.dtype, channel.shape, channel.stride(), k.shape, v.shape[3], count, longest_q,
+        longest_k, mask.is_causal, mask.window, scale, tile,
+    )  # fmt: skip
+    out = empty_rows(channel, v.shape[3])
+    lse = channel.new_empty(channel.shape[:3], dtype=torch.float32)
+    counter = torch.zeros(1, dtype=torch.int32, device=channel.device) if launch.counts else None
+    params = Params.from_buffer_copy(launch.params)
+    params.q_dense, params.out, params.lse = channel.data_ptr(), out.data_ptr(), lse.data_ptr()
+    params.q_values, params.q_indices, params.cu_seqlens_q, params.cu_seqlens_k, params.tile_counter = (
+        None if x is None else x.data_ptr() for x in (values, indices, *cu_seqlens, counter)
+    )
+    maps = [cuda.tensor_map(x, launch.block_n) for x in (k, v)]
+    launch.kernel.launch(launch.grid, params, *maps)
     return out, lse
+
+
+class _Launch(NamedTuple):
+    """What launches over tensors of one form have in common.
+
+    Attributes:
+        params: all but addresses.
+        block_n: keys of a tile.
+        counts: whether work tiles are dealt by a counter, which must be zero first: 2 us.
+    """
+
+    kernel: nvrtc.Kernel
+    grid: tuple[int, int, int]
+    params: Params
+    block_n: int
+    counts: bool
+
+
+@functools.lru_cache(maxsize=1024)  # each layer of a model asks for the same
+def _prepared(
+    device: int,
+    dtype: torch.dtype,
+    q_shape: torch.Size,
+    q_strides: tuple[int, ...],
+    k_shape: torch.Size,
+    value_dim: int,
+    count: int,
+    longest_q: int,
+    longest_k: int,
+    is_causal: bool,
+    window: int | None,
+    scale: float,
+    tile: Tile | None,
+) -> _Launch:
+    """For a dense channel of `q_shape` and `q_strides`, keys of `k_shape` and values as wide as said, in `count` sequences."""
+    batch, heads, n_q, dense_dims = q_shape
+    _, kv_heads, n_k, head_dim = k_shape
+    longest_k = min(longest_k, n_k)  # who packs may name more
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    if tile is None:
+        visible = most_visible(longest_k, is_causal, window)
+        long_context = is_long_context(batch * heads * n_q, visible, multiprocessors)
+        tile = default_tile(dtype, head_dim, value_dim, dense_dims, long_context=long_context)
+    tiles_per_sequence = math.ceil(longest_q / tile.block_m) * heads
+    work_tiles = tiles_per_sequence * count
+    thread_blocks = min(work_tiles, multiprocessors)
+    params = Params(
+        q_dense_batch=2 * q_strides[0],
+        q_dense_head=2 * q_strides[1],
+        q_dense_row=2 * q_strides[2],
+        out_batch=n_q * heads * value_dim,
+        out_head=value_dim,
+        out_row=heads * value_dim,
+        n_q=n_q,
+        n_k=n_k,
+        heads=heads,
+        heads_per_kv_head=heads // kv_heads,
+        is_causal=is_causal,
+        tiles_per_sequence=tiles_per_sequence,
+        work_tiles=work_tiles,
+        window=n_q + n_k if window is None else min(n_q + n_k, window),
+        heads_per_l2_group=heads_per_l2_group(heads, kv_heads, longest_k * (head_dim + value_dim) * dtype.itemsize),
+        scale=scale,
+    )
+    # Where a thread block gets two work tiles at most, they are dealt without a counter.
+    return _Launch(
+        _load(tile, device), (thread_blocks, 1, 1), params, tile.block_n, counts=work_tiles > 2 * thread_blocks
+    )
 
 
 def is_hopper(q: Tensor) -> bool:
@@ -163,11 +206,11 @@ def is_long_context(queries: int, visible: int, multiprocessors: int) -> bool:
     return visible >= _LONG_KEYS and queries >= _LONG_WORK_TILES * 3 * 64 * multiprocessors
 
 
-def most_visible(longest_k: int, mask: Mask) -> int:
+def most_visible(longest_k: int, is_causal: bool, window: int | None) -> int:
     """Keys that a query sees at most."""
-    if mask.window is None:
+    if window is None:
         return longest_k
-    return min(longest_k, mask.window if mask.is_causal else 2 * mask.window)
+    return min(longest_k, window if is_causal else 2 * window)
 
 
 def as_24_pattern(q: FeatureCodes) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,6 +6,7 @@ newest tokens. What a launch passes is ready but for the addresses of keys and v
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -231,22 +232,16 @@ def require_fit(k: Tensor, v: Tensor, form: Form, buffers: Buffers, *, is_paged:
         form.dense_dims + form.kept <= head_dim and (form.kept >= 1) == (form.index_bits >= 1),
         lambda: f"keys of {head_dim} features cannot leave {form.dense_dims} dense and {form.kept} kept ones",
     )
-    recent = buffers.recent_k
-    parts = _parts(k, v, form)
-    expected = {name: ((*rows, *width), dtype) for name, (width, dtype) in parts.items()}
-    expected |= {name: ((heads, *width), dtype) for name, (width, dtype) in _tables(head_dim, form).items()}
-    if recent is not None:
-        expected |= {
-            f"recent_{x}": ((batch, heads, recent.shape[2], y.shape[-1]), y.dtype) for x, y in (("k", k), ("v", v))
-        }
-    given = {name: x for name, x in buffers._asdict().items() if x is not None}
+    recent = None if buffers.recent_k is None else (batch, heads, buffers.recent_k.shape[2])
+    expected, coded = _expected(form, k.dtype, head_dim, v.shape[-1], rows, recent)
+    given = {name: x for name, x in zip(Buffers._fields, buffers, strict=True) if x is not None}
     require(
         given.keys() == expected.keys(),
         lambda: f"the buffers of {form} must be {', '.join(sorted(expected))}; got {', '.join(sorted(given))}",
     )
     for name, buffer in given.items():
         shape, dtype = expected[name]
-        may_lie_apart = is_paged and name in parts and buffer.shape == shape  # pages and heads, anywhere
+        may_lie_apart = is_paged and name in coded and buffer.shape == shape  # pages and heads, anywhere
         whole = buffer[0, 0] if may_lie_apart else buffer
         require(
             whole.is_contiguous() and buffer.shape == shape and buffer.dtype == dtype and buffer.device == k.device,
@@ -256,22 +251,36 @@ def require_fit(k: Tensor, v: Tensor, form: Form, buffers: Buffers, *, is_paged:
 
 
 _Part: TypeAlias = tuple[tuple[int, ...], torch.dtype]
+_Rows: TypeAlias = tuple[int, int, int]
 
 
-def _parts(k: Tensor, v: Tensor, form: Form) -> dict[str, _Part]:
-    """Width and dtype of each buffer of coded tokens."""
-    parts = _row("v", "v_scale", "v_centre", v, form.v_bits)
+@functools.lru_cache(maxsize=1024)  # each layer of each new cache asks for the same
+def _expected(
+    form: Form, dtype: torch.dtype, head_dim: int, v_dim: int, rows: _Rows, recent: _Rows | None
+) -> tuple[dict[str, _Part], frozenset[str]]:
+    """Shape and dtype of each buffer, and the names of those of coded tokens, `rows` [B or P, H, C] of them; `recent` [B, H, R]."""
+    parts = _parts(form, dtype, head_dim, v_dim)
+    expected: dict[str, _Part] = {name: ((*rows, *width), its) for name, (width, its) in parts.items()}
+    expected |= {name: ((rows[1], *width), its) for name, (width, its) in _tables(head_dim, form).items()}
+    if recent is not None:
+        expected |= {"recent_k": ((*recent, head_dim), dtype), "recent_v": ((*recent, v_dim), dtype)}
+    return expected, frozenset(parts)
+
+
+def _parts(form: Form, dtype: torch.dtype, head_dim: int, v_dim: int) -> dict[str, _Part]:
+    """Width and dtype of each buffer of coded tokens, of keys and values of `dtype`."""
+    parts = _row("v", "v_scale", "v_centre", v_dim, dtype, form.v_bits)
     if form.axis_bytes:
         return parts | {"values": ((form.axis_bytes,), torch.uint8)}
     if not form.index_bits:
-        return parts | _row("values", "scale", "centre", k, form.kept_bits)
+        return parts | _row("values", "scale", "centre", head_dim, dtype, form.kept_bits)
     index_bytes = (
-        packed_bytes(k.shape[-1] - form.dense_dims, 1) if form.is_bitmap else packed_bytes(form.kept, form.index_bits)
+        packed_bytes(head_dim - form.dense_dims, 1) if form.is_bitmap else packed_bytes(form.kept, form.index_bits)
     )
-    parts["dense"] = (form.dense_dims,), _stored(k, form.dense_bits)
+    parts["dense"] = (form.dense_dims,), _stored(dtype, form.dense_bits)
     parts["values"] = (
         (packed_bytes(form.kept, form.kept_bits) if form.kept_bits < 8 else form.kept,),
-        _stored(k, form.kept_bits),
+        _stored(dtype, form.kept_bits),
     )
     parts["indices"] = (index_bytes,), torch.uint8
     if form.shares_scale:
@@ -283,17 +292,17 @@ def _parts(k: Tensor, v: Tensor, form: Form) -> dict[str, _Part]:
     return parts
 
 
-def _row(name: str, scale: str, centre: str, x: Tensor, bits: int) -> dict[str, _Part]:
-    """Those of rows [..., C], as of `NarrowRows`."""
-    width = x.shape[-1] // 2 if bits == 4 else x.shape[-1]
-    parts: dict[str, _Part] = {name: ((width,), _stored(x, bits))}
+def _row(name: str, scale: str, centre: str, features: int, dtype: torch.dtype, bits: int) -> dict[str, _Part]:
+    """Those of rows of so many features, as of `NarrowRows`."""
+    width = features // 2 if bits == 4 else features
+    parts: dict[str, _Part] = {name: ((width,), _stored(dtype, bits))}
     if bits < 16:
         parts[scale] = (), torch.float32 if bits == 8 else torch.bfloat16
     return parts | {centre: ((), torch.bfloat16)} if bits == 4 else parts
 
 
-def _stored(x: Tensor, bits: int) -> torch.dtype:
-    return {16: x.dtype, 8: torch.int8, 4: torch.uint8}[bits]
+def _stored(dtype: torch.dtype, bits: int) -> torch.dtype:
+    return {16: dtype, 8: torch.int8, 4: torch.uint8}[bits]
 
 
 def _tables(head_dim: int, form: Form) -> dict[str, _Part]:

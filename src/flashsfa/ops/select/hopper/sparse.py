@@ -6,9 +6,10 @@ Triton's kernels do the same, with fewer instructions per row.
 from __future__ import annotations
 
 import ctypes
+import functools
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -39,32 +40,55 @@ def scatter(dense: Tensor, values: Tensor, indices: Tensor, out: Tensor) -> bool
 
 
 def _run(name: str, topk: int, dense_dims: int, out: Tensor, **parts: Tensor) -> bool:
-    if out.ndim != 4 or out.dtype not in (torch.float16, torch.bfloat16) or not nvrtc.is_hopper(out.device):
+    given = [out if part == "out" else parts.get(part) for part in _PARTS]
+    forms = (None if x is None else (x.dtype, x.shape, x.stride()) for x in given)
+    launch = _prepared(name, topk, dense_dims, out.device, *forms)
+    if launch is None:
         return False
-    batch, heads, n, head_dim = out.shape
+    params = Params.from_buffer_copy(launch.params)
+    params.x, params.values, params.indices, params.out = (None if x is None else x.data_ptr() for x in given)
+    launch.kernel.launch(launch.grid, params)
+    return True
+
+
+_Form: TypeAlias = tuple[torch.dtype, torch.Size, tuple[int, ...]] | None
+
+
+class _Launch(NamedTuple):
+    """What launches over tensors of one form have in common: `params` are all but addresses."""
+
+    kernel: nvrtc.Kernel
+    grid: tuple[int, int, int]
+    params: Params
+
+
+@functools.lru_cache(maxsize=1024)  # each layer of a model asks for the same
+def _prepared(name: str, topk: int, dense_dims: int, device: torch.device, *forms: _Form) -> _Launch | None:
+    """For parts of these `forms`; None for what the kernel is not for."""
+    assert forms[-1] is not None
+    dtype, shape, _ = forms[-1]
+    if len(shape) != 4 or dtype not in (torch.float16, torch.bfloat16) or not nvrtc.is_hopper(device):
+        return None
+    batch, heads, n, head_dim = shape
     if not 0 < batch * heads * n <= MOST_ROWS or batch * heads > MOST_HEADS or head_dim > 256:
-        return False
-    pointers: list[int | None] = []
+        return None
     strides: list[int] = []
-    for part in _PARTS:
-        x = out if part == "out" else parts.get(part)
-        if x is None:
-            pointers.append(None)
+    for part, form in zip(_PARTS, forms, strict=True):
+        if form is None:
             strides += (0, 0, 0)
             continue
-        *of_rows, of_entries = x.stride()
-        dtype = torch.uint8 if part == "indices" else out.dtype
-        if x.shape[:3] != out.shape[:3] or x.dtype != dtype or (of_entries != 1 and x.shape[3] > 1):
-            return False
-        pointers.append(x.data_ptr())
+        its_dtype, its_shape, (*of_rows, of_entries) = form
+        expected = torch.uint8 if part == "indices" else dtype
+        if its_shape[:3] != shape[:3] or its_dtype != expected or (of_entries != 1 and its_shape[3] > 1):
+            return None
         strides += of_rows
     if nvrtc.obstacle() is not None:
-        return False
-    kernel = nvrtc.load_kernel(compile_cubin, Variant(head_dim, dense_dims, topk), name, out.device.index)
+        return None
+    kernel = nvrtc.load_kernel(compile_cubin, Variant(head_dim, dense_dims, topk), name, device.index)
     if isinstance(kernel, str):
-        return False
-    kernel.launch((-(-n * 32 // Variant.threads), batch * heads, 1), Params(*pointers, *strides, n, heads))
-    return True
+        return None
+    grid = -(-n * 32 // Variant.threads), batch * heads, 1
+    return _Launch(kernel, grid, Params(None, None, None, None, *strides, n, heads))
 
 
 class Params(ctypes.Structure):
