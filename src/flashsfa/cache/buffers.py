@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -56,6 +57,14 @@ class PagedKernels:
         if form not in self._prepared:
             self._prepared[form] = prepared_paged(k, v, *buffers_of(pools()), reads=reads)
         return self._prepared[form]
+
+
+def held_form(k: Tensor, v: Tensor, kv: KVView) -> list[int] | None:
+    """The form of the buffers `kv`, as `append_held_op` takes it, where it can be had for tokens such as k and v; else None."""
+    if not has_kernel(k, v):
+        return None
+    form, buffers = buffers_of(kv)
+    return None if prepared_paged(k, v, form, buffers) is None else [int(x) for x in astuple(form)]
 
 
 def put_in_pages(pools: KVView, slots: Tensor, coded: KVView) -> None:

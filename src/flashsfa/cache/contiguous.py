@@ -33,9 +33,17 @@ from ..formats import CodeFormat
 from ..narrow import NarrowRows
 from ..ops.select.hopper.append import Buffers, Ring
 from ..ops.select.hopper.compiler import Form
-from ..ops.select.operators import append, append_8_bit, append_op, has_fused, prepared_append
+from ..ops.select.operators import (
+    append,
+    append_8_bit,
+    append_held,
+    append_held_op,
+    append_op,
+    has_fused,
+    prepared_append,
+)
 from ..stored import ExactKV, KeyCodes, KVView, Prepared, Slices
-from .buffers import buffers_of, has_kernel, has_writer, prepares_steps
+from .buffers import buffers_of, has_kernel, has_writer, held_form, prepares_steps
 from .exact import ExactSlots
 
 _GROWTH_TOKENS = 256
@@ -79,6 +87,7 @@ class SparseKVCache(Coded):
         self._held: _Held | None = None
         self._mark: _Mark | None = None
         self._is_fixed = False
+        self._held_form: list[int] | None = None  # of a cache of fixed size, where one launch codes what comes
 
     def __len__(self) -> int:
         """Tokens held."""
@@ -184,15 +193,17 @@ class SparseKVCache(Coded):
         with lasting_tensors():
             exact = ExactSlots(self.first, self.recent).empty(k, v)
         held = replace(held, kv=replace(held.kv, first=None, recent=exact))
-        if not torch.compiler.is_compiling():  # else no CUDA graph is made of steps that write to them
+        self._held_form = None
+        if not torch.compiler.is_compiling():
             for buffer in (*held.kv.tensors(), *held.kv.exact_tensors()):
-                torch._dynamo.mark_static_address(buffer)
+                torch._dynamo.mark_static_address(buffer)  # else no CUDA graph is made of steps that write there
+            self._held_form = held_form(k, v, replace(held.kv, recent=None))
         self._held, self._tokens, self._is_fixed = held, _Tokens(coded=held.kv.v.shape[2]), True
 
     def append_at(self, k: Tensor, v: Tensor, start: Tensor, slot: Tensor | None = None) -> KVView:
         """Code the keys k [B, Hkv, N, D] and store them with v [B, Hkv, N, Dv] from token `start` ([] int64, on the
-        device) of an allocated cache on, in place and without a host sync, codes and values as they come in one launch on a GPU;
-        return all that is held. Exact tokens take a few launches more, and have their positions in the sequence. `slot` is where in
+        device) of an allocated cache on, in place and without a host sync, in one launch on a Hopper GPU, of codes and values as they come on
+        others too; return all that is held. Exact tokens take a few launches more, and have their positions in the sequence. `slot` is where in
         the buffers the codes go, if not to `start`. Whether they fit is the caller's to know."""
         kv, at = self._buffers().kv, start if slot is None else slot
         self._check_width(k.shape[-1], v)
@@ -201,11 +212,20 @@ class SparseKVCache(Coded):
             assert isinstance(kv.codes, FeatureCodes)
             assert isinstance(kv.v, Tensor)
             require_alike(cache=kv.v, k=k, v=v)
-            append_op(k.detach(), v.detach(), kv.codes.dense, kv.codes.values, kv.codes.indices, kv.v, at)
+            write = append if runs_plainly(k, v) and has_fused(k) else append_op
+            write(k.detach(), v.detach(), kv.codes.dense, kv.codes.values, kv.codes.indices, kv.v, at)
         else:
             _require_like(self._buffers(), k)
             require_alike(k=k, v=v)
-            self.write_at(self.coder.encode(k, v), at + torch.arange(k.shape[2], device=at.device))
+            slots = at + torch.arange(k.shape[2], device=at.device)
+            if self._held_form is None or k.dtype != v.dtype:
+                self.write_at(self.coder.encode(k, v), slots)
+            else:
+                rows = torch.arange(k.shape[0], device=at.device)[:, None] * self.capacity + slots  # [B, N]
+                rows = rows.where(slots < self.capacity, -1)  # not written, rather than to the next sequence
+                _, buffers = buffers_of(replace(kv, recent=None))
+                write = append_held if runs_plainly(k, v) else append_held_op
+                write(_by_feature(k), _by_feature(v), rows, self._held_form, *buffers[:-2])
         self.keep_exact(k, v, start)
         return self.kv
 
@@ -269,6 +289,7 @@ class SparseKVCache(Coded):
 
     def to(self, device: torch.device | str) -> None:
         """Move the buffers to `device`; further tokens must come from there."""
+        self._held_form = None
         self._change(lambda x: x.to(device))
         if self._held is not None:
             recent = self._held.kv.recent
@@ -642,6 +663,12 @@ _Writer: TypeAlias = Callable[..., None]  # an `Append`, for Hopper or the CPU
 def _form(k: Tensor, v: Tensor) -> _Form:
     """All that checks of keys and values look at, but for numbers and gradients."""
     return k.shape, k.stride(), v.shape, v.stride(), k.dtype, v.dtype, k.device, v.device
+
+
+def _by_feature(x: Tensor) -> Tensor:
+    """x [B, H, N, C] without a gradient, features one after another."""
+    x = x.detach()
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _moved(x: Tensor, start: int, end: int, capacity: int) -> Tensor:

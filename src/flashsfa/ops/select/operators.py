@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -283,4 +284,50 @@ def _(k: Tensor, v: Tensor, dense: Tensor, values: Tensor, indices: Tensor, v_bu
 
 @append_op.register_fake
 def _(*_: Tensor) -> None:
+    """Nothing is returned."""
+
+
+def append_held(
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    form: Sequence[int],
+    values: Tensor,
+    stored_v: Tensor,
+    dense: Tensor | None,
+    indices: Tensor | None,
+    scale: Tensor | None,
+    value_scale: Tensor | None,
+    centre: Tensor | None,
+    v_scale: Tensor | None,
+    v_centre: Tensor | None,
+    axis: Tensor | None,
+    is_start: Tensor | None,
+    top: Tensor | None,
+    low: Tensor | None,
+    per_step: Tensor | None,
+) -> None:
+    """What `prepared_paged` prepares, at `slots` [B, N] of buffers whose form is that of `Form`."""
+    from .hopper.append import Buffers
+    from .hopper.compiler import Form
+
+    coded = values, stored_v, dense, indices, scale, value_scale, centre, v_scale, v_centre
+    buffers = Buffers(*coded, axis, is_start, top, low, per_step)
+    write = prepared_paged(k, v, Form(*form), buffers)  # type: ignore[arg-type]
+    assert write is not None  # else the caller was told
+    write(k, v, slots)
+
+
+# For torch.compile.
+append_held_op = torch.library.custom_op(
+    "flashsfa::append_held",
+    append_held,
+    mutates_args=(
+        "values", "stored_v", "dense", "indices", "scale", "value_scale", "centre", "v_scale", "v_centre",
+    ),
+)  # fmt: skip
+
+
+@append_held_op.register_fake
+def _(*_: Any) -> None:
     """Nothing is returned."""

@@ -1,0 +1,59 @@
+"""Caches of fixed size on a Hopper GPU, or in the emulator: one launch codes what comes, as PyTorch does, compiled or not."""
+
+import pytest
+import torch
+
+from append_cases import HEADS, assert_same_view, draw, use_kernel
+from flashsfa import SparseKVCache
+from flashsfa.formats import CodeFormat
+from flashsfa.ops import record
+from held_cases import axis_bits
+
+FORMS = {
+    "8 bits": {"topk": 8, "dense_dims": 4, "dtype": torch.int8},
+    "4 bits": {"topk": 8, "dense_dims": 4, "dtype": CodeFormat()},
+    "8 bits, exact tokens": {"topk": 8, "dense_dims": 4, "dtype": torch.int8, "recent": 3, "first": 2},
+    "whole keys": {"topk": 64, "dtype": CodeFormat(value_bits=8, v_bits=8)},
+}
+CAPACITY = 24
+
+
+def filled(options, k, v, *, compiles=False):
+    """Two appends of several tokens, two of one, and one of which the last two tokens do not fit."""
+    cache = SparseKVCache(**options, capacity=CAPACITY)
+    cache.allocate(k, v)
+    append = torch.compile(cache.append_at, fullgraph=True, backend="eager") if compiles else cache.append_at
+    for start, end in ((0, 7), (7, 8), (8, 9), (9, 20), (20, 26)):
+        append(k[:, :, start:end], v[:, :, start:end], torch.tensor(start, device=k.device))
+    return cache
+
+
+@pytest.mark.parametrize("compiles", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", [*FORMS, "bits per axis"])
+def test_one_launch_writes_what_pytorch_codes(name, compiles, monkeypatch):
+    torch._dynamo.reset()
+    options = FORMS.get(name) or {"axes": axis_bits(HEADS, 64), "dtype": CodeFormat(v_bits=4)}
+    k, v = draw(26)
+    expected = SparseKVCache(**options, capacity=26)
+    expected.allocate(k, v)
+    for start, end in ((0, 9), (9, 26)):
+        expected.write_at(
+            expected.coder.encode(k[:, :, start:end], v[:, :, start:end]), torch.arange(start, end, device=k.device)
+        )
+        expected.keep_exact(k[:, :, start:end], v[:, :, start:end], torch.tensor(start, device=k.device))
+    use_kernel(monkeypatch)
+    found = filled(options, k, v, compiles=compiles)
+    assert_same_view(found.kv, expected.kv.map(lambda x: x[:, :, :CAPACITY].contiguous()))
+    assert record.last_choice("append").backend == "hopper"
+
+
+def test_a_cache_that_was_moved_codes_where_it_is(monkeypatch):
+    k, v = draw(20)
+    with monkeypatch.context() as patch:
+        use_kernel(patch)
+        cache = SparseKVCache(**FORMS["8 bits"], capacity=CAPACITY)
+        cache.allocate(k, v)
+    cache.to("cpu")
+    cache.append_at(k.cpu(), v.cpu(), torch.tensor(0))
+    fresh = cache.coder.encode(k.cpu(), v.cpu())
+    assert_same_view(cache.kv.map(lambda x: x[:, :, :20].contiguous()), fresh)
