@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from numbers import Integral, Real
@@ -194,6 +194,24 @@ def require_keys_and_values(k: Tensor, v: Tensor) -> None:
         k.shape[:3] == v.shape[:3],
         lambda: f"k and v must share [B, Hkv, N], got {tuple(k.shape)} and {tuple(v.shape)}",
     )
+
+
+class Seen:
+    """Forms of inputs that were found to fit, the newest few thousand: to look at them again would take the host longer."""
+
+    def __init__(self) -> None:
+        self._forms: set[Hashable] = set()
+
+    def __contains__(self, form: Hashable) -> bool:
+        return form in self._forms
+
+    def add(self, form: Hashable) -> None:
+        if len(self._forms) >= _MOST_FORMS:
+            self._forms.clear()
+        self._forms.add(form)
+
+
+_MOST_FORMS = 4096  # lengths differ from call to call in some programs
 
 
 def require_page_size(page_size: int) -> None:

@@ -6,6 +6,7 @@ All bytes are per token and kv head, to the last scale and padding bit. Scales t
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 
@@ -63,9 +64,7 @@ class CodeFormat:
 
     def index_form(self, topk: int, sparse_dims: int) -> str:
         """The form that the indices take, with "auto" decided."""
-        if self.index != AUTO:
-            return self.index
-        return min(INDEX_FORMS, key=lambda form: _index_bytes(form, topk, sparse_dims))
+        return _smallest_index(topk, sparse_dims) if self.index == AUTO else self.index
 
     def index_bytes(self, topk: int, sparse_dims: int) -> int:
         """Of the indices of a key."""
@@ -121,6 +120,11 @@ def index_bits(sparse_dims: int) -> int:
 def packed_bytes(count: int, bits: int) -> int:
     """Of `count` numbers of `bits` bits, one after another."""
     return -(-count * bits // 8)
+
+
+@functools.lru_cache(maxsize=256)  # each layer of each new cache asks
+def _smallest_index(topk: int, sparse_dims: int) -> str:
+    return min(INDEX_FORMS, key=lambda form: _index_bytes(form, topk, sparse_dims))
 
 
 def _index_bytes(form: str, topk: int, sparse_dims: int) -> int:

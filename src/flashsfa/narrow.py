@@ -48,7 +48,7 @@ class Rows:
 
     @property
     def device(self) -> torch.device:
-        return self.tensors()[0].device
+        return getattr(self, self._wide[0]).device
 
     def map(self, change: Callable[..., Tensor], *others: Self) -> Self:
         """The same with each tensor changed alike, in leading dimensions or device, together with its like of `others`."""

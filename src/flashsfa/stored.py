@@ -164,6 +164,11 @@ class KVView:
         return self if self._source is None else self._source.kv
 
     @property
+    def is_deferred(self) -> bool:
+        """Whether its codes and values are what a source holds, so that they fit one another."""
+        return self._source is not None
+
+    @property
     def is_narrow(self) -> bool:
         """Whether codes or values are packed in the widths of a format, which `widened` turns into floats."""
         form = self.form

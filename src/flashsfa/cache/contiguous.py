@@ -18,6 +18,7 @@ from torch import Tensor
 from ..axes import AxisBits
 from ..checks import (
     MOST_TOKENS,
+    Seen,
     require,
     require_alike,
     require_int,
@@ -157,9 +158,13 @@ class SparseKVCache(Coded):
         if again is not None:
             return again
         require(not self._is_fixed, "a cache of fixed size is filled by append_at, not append")
-        require_keys_and_values(k, v)
-        require_no_gradient(k, v)
-        self.coder.require_fit(k, v)
+        form = (self.coder, _form(k, v)) if runs_plainly(k, v) else None
+        if form is None or form not in _fitting:
+            require_keys_and_values(k, v)
+            require_no_gradient(k, v)
+            self.coder.require_fit(k, v)
+            if form is not None:
+                _fitting.add(form)
         step = self._tokens.step(k.shape[2], self.first, self.recent)
         coded, held = self._tokens.coded + step.old + step.new, self._held
         if held is None:
@@ -224,8 +229,8 @@ class SparseKVCache(Coded):
                 rows = torch.arange(k.shape[0], device=at.device)[:, None] * self.capacity + slots  # [B, N]
                 rows = rows.where(slots < self.capacity, -1)  # not written, rather than to the next sequence
                 _, buffers = buffers_of(replace(kv, recent=None))
-                write = append_held if runs_plainly(k, v) else append_held_op
-                write(_by_feature(k), _by_feature(v), rows, self._held_form, *buffers[:-2])
+                code = append_held if runs_plainly(k, v) else append_held_op
+                code(_by_feature(k), _by_feature(v), rows, self._held_form, *buffers[:-2])
         self.keep_exact(k, v, start)
         return self.kv
 
@@ -656,6 +661,7 @@ class _Mark:
         return replace(self, since=new if self.since is None else self.since.followed_by(new))
 
 
+_fitting = Seen()  # coders, and forms of keys and values: each layer of each new cache meets the same
 _Form: TypeAlias = tuple[object, ...]
 _Writer: TypeAlias = Callable[..., None]  # an `Append`, for Hopper or the CPU
 
