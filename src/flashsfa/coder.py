@@ -104,12 +104,9 @@ class Coder:
     def empty(self, capacity: int, k: Tensor, v: Tensor) -> KVView:
         """Unfilled buffers of `capacity` tokens for keys such as k and values such as v."""
         form = (self, tuple(k.shape[:2]), k.shape[-1], v.shape[-1], k.dtype, v.dtype, k.device)
-        none = _no_tokens(*form) if has_values(k) else _no_tokens.__wrapped__(*form)
-
-        def room(parts: list[Tensor]) -> list[Tensor]:
-            return [x.new_empty((*x.shape[:2], capacity, *x.shape[3:])) for x in parts]
-
-        return none.of_views(room(none.codes.tensors()), room(none.value_tensors()))
+        none, *parts = _no_tokens(*form) if has_values(k) else _no_tokens.__wrapped__(*form)
+        codes, values = ([x.new_empty((*x.shape[:2], capacity, *x.shape[3:])) for x in part] for part in parts)
+        return none.of_views(codes, values)
 
     def _features(self, k: Tensor) -> FeatureCodes:
         assert self.topk is not None
@@ -125,11 +122,12 @@ def _no_tokens(
     k_dtype: torch.dtype,
     v_dtype: torch.dtype,
     device: torch.device,
-) -> KVView:
-    """Codes and values of no tokens."""
+) -> tuple[KVView, list[Tensor], list[Tensor]]:
+    """Codes and values of no tokens, and the tensors of both."""
     with lasting_tensors():
         k = torch.empty((*heads, 0, head_dim), dtype=k_dtype, device=device)
-        return coder.encode(k, torch.empty((*heads, 0, v_dim), dtype=v_dtype, device=device))
+        none = coder.encode(k, torch.empty((*heads, 0, v_dim), dtype=v_dtype, device=device))
+    return none, none.codes.tensors(), none.value_tensors()
 
 
 class Coded:

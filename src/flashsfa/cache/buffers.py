@@ -60,10 +60,10 @@ class PagedKernels:
 
 
 def held_form(k: Tensor, v: Tensor, kv: KVView) -> list[int] | None:
-    """The form of the buffers `kv`, as `append_held_op` takes it, where it can be had for tokens such as k and v; else None."""
+    """The form of the coded buffers of `kv`, as `append_held_op` takes it, where it can be had for tokens such as k and v; else None."""
     if not has_kernel(k, v):
         return None
-    form, buffers = buffers_of(kv)
+    form, buffers = buffers_of(kv, with_recent=False)
     return None if prepared_paged(k, v, form, buffers) is None else [int(x) for x in astuple(form)]
 
 
@@ -74,8 +74,8 @@ def put_in_pages(pools: KVView, slots: Tensor, coded: KVView) -> None:
         pool[slots // pool.shape[2], :, slots % pool.shape[2]] = new.transpose(1, 2)  # [B, N, H, ...]
 
 
-def buffers_of(kv: KVView) -> tuple[Form, Buffers]:
-    """The form of its codes and values, and the buffers, the tables of its axes among them."""
+def buffers_of(kv: KVView, *, with_recent: bool = True) -> tuple[Form, Buffers]:
+    """The form of its codes and values, and the buffers, the tables of its axes among them, and the newest tokens if there are any."""
     form, buffers = _keys(kv.codes)
     v = kv.v
     if isinstance(v, NarrowRows):
@@ -84,7 +84,7 @@ def buffers_of(kv: KVView) -> tuple[Form, Buffers]:
     else:
         v_bits = 16 if kv.v_scale is None else 8
         buffers |= {"v": v, "v_scale": kv.v_scale}
-    if kv.recent is not None:
+    if with_recent and kv.recent is not None:
         buffers |= {"recent_k": kv.recent.k, "recent_v": kv.recent.v}
     return Form(v_bits, **form), Buffers(**buffers)
 

@@ -202,7 +202,7 @@ class SparseKVCache(Coded):
         if not torch.compiler.is_compiling():
             for buffer in (*held.kv.tensors(), *held.kv.exact_tensors()):
                 torch._dynamo.mark_static_address(buffer)  # else no CUDA graph is made of steps that write there
-            self._held_form = held_form(k, v, replace(held.kv, recent=None))
+            self._held_form = held_form(k, v, held.kv)
         self._held, self._tokens, self._is_fixed = held, _Tokens(coded=held.kv.v.shape[2]), True
 
     def append_at(self, k: Tensor, v: Tensor, start: Tensor, slot: Tensor | None = None) -> KVView:
@@ -228,7 +228,7 @@ class SparseKVCache(Coded):
             else:
                 rows = torch.arange(k.shape[0], device=at.device)[:, None] * self.capacity + slots  # [B, N]
                 rows = rows.where(slots < self.capacity, -1)  # not written, rather than to the next sequence
-                _, buffers = buffers_of(replace(kv, recent=None))
+                _, buffers = buffers_of(kv, with_recent=False)
                 code = append_held if runs_plainly(k, v) else append_held_op
                 code(_by_feature(k), _by_feature(v), rows, self._held_form, *buffers[:-2])
         self.keep_exact(k, v, start)
@@ -374,7 +374,7 @@ class SparseKVCache(Coded):
         """Code k and write it with v at coded token `start`, where nothing is held yet."""
         kv, codes, write = held.kv, held.kv.codes, None
         if has_kernel(k, v):
-            write = prepared_append(k, v, *buffers_of(replace(kv, first=None, recent=None)))
+            write = prepared_append(k, v, *buffers_of(kv, with_recent=False))
         if write is not None:
             write(k, v, start)
             return

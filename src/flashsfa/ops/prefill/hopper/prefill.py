@@ -243,6 +243,12 @@ def _aligned(x: Tensor) -> Tensor:
 
 def _by_16_bytes(x: Tensor) -> Tensor:
     """x [B, H, N, D], copied unless it can be read by 16 bytes: rows in one piece, at addresses that are multiples."""
-    strides = [stride for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
-    aligned = all(stride % 8 == 0 and stride > 0 for stride in strides) and x.data_ptr() % 16 == 0
-    return x if x.stride(-1) == 1 and aligned else x.clone(memory_format=torch.contiguous_format)
+    fits = _lie_by_16_bytes(x.shape, x.stride()) and x.data_ptr() % 16 == 0
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+@functools.lru_cache(maxsize=1024)
+def _lie_by_16_bytes(shape: torch.Size, strides: tuple[int, ...]) -> bool:
+    *of_rows, of_entries = strides
+    between = [stride for stride, size in zip(of_rows, shape[:-1], strict=True) if size > 1]
+    return of_entries == 1 and all(stride % 8 == 0 and stride > 0 for stride in between)
