@@ -5,7 +5,8 @@
 #   recipes/heal.sh runs/heal runs/scale/qwen3-dense/model TEXT [KEY=VALUE ...]
 #
 # TEXT calibrates, so it must not be evaluated on. Each row's log ends with the perplexity of the dense model, and of the codes
-# before and after; all are of codes as they are trained, in 16 bits and none exact. recipes/queue.sh trains them, and further settings are for every run.
+# before and after; all are of codes as they are trained, in 16 bits and none exact. recipes/queue.sh trains them, and further
+# settings are for every run. ROWS="dense|16.*" makes those rows alone whose names match; the dense one is what others are compared with.
 set -euo pipefail
 out=$1 model=$2 text=$3
 

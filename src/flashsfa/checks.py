@@ -197,7 +197,7 @@ def require_keys_and_values(k: Tensor, v: Tensor) -> None:
 
 
 class Seen:
-    """Forms of inputs that were found to fit, the newest few thousand: to look at them again would take the host longer."""
+    """Forms of inputs that were found to fit, some thousands at most: to look at them again would take the host longer."""
 
     def __init__(self) -> None:
         self._forms: set[Hashable] = set()

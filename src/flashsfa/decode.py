@@ -453,31 +453,32 @@ def _decode_coded(call: _Call, plan: DecodePlan) -> tuple[Tensor, Tensor]:
 
 
 def _is_seen_to_fit(q: Tensor, kv: KVView, mask: Mask, value_tolerance: float) -> bool:
-    """Whether q, which runs plainly, fits what a cache holds, at a tenth of the host's time that `_check` takes: only q is new. False where
-    that is left to `_check`."""
-    if (
-        not kv.is_deferred
-        or q.ndim != 4
-        or mask.key_padding_mask is not None
-        or mask.kv_lens is not None
-        or value_tolerance
-    ):
+    """Whether q, which runs plainly, fits what a cache holds, at a tenth of the host's time that `_check` takes: only q is new, and the
+    exact tokens may be. False where that is left to `_check`."""
+    if type(value_tolerance) is not float or value_tolerance:
         return False
-    form, (batch, heads, _, head_dim) = kv.form, q.shape
-    codes, v = form.codes, form.v
-    as_they_came = [part.k for part in kv.exact]
-    if isinstance(codes, FeatureCodes) and codes.scale is None:
-        as_they_came.append(codes.values)
-    if isinstance(v, Tensor) and form.v_scale is None:
-        as_they_came.append(v)
-    return (
-        q.dtype in FLOAT_DTYPES
-        and q.device == v.device
-        and head_dim == codes.shape[-1]
-        and batch == v.shape[0]
-        and heads % v.shape[1] == 0
-        and all(x.dtype == q.dtype for x in as_they_came)
-    )
+    if mask.key_padding_mask is not None or mask.kv_lens is not None or not kv.is_deferred or q.ndim != 4:
+        return False
+    form, (batch, heads, _, head_dim), dtype, device = kv.form, q.shape, q.dtype, q.device
+    codes, v, has_gradient = form.codes, form.v, torch.is_grad_enabled()
+    kv_heads, v_dim = v.shape[1], v.shape[3]
+    if head_dim != codes.shape[-1] or batch != v.shape[0] or not kv_heads or heads % kv_heads:
+        return False
+    if device != v.device or dtype not in FLOAT_DTYPES:
+        return False
+    if isinstance(codes, FeatureCodes) and codes.scale is None and codes.dtype != dtype:
+        return False
+    if isinstance(v, Tensor) and form.v_scale is None and v.dtype != dtype:
+        return False
+    for part in kv.exact:
+        k, rows = part.k, (batch, kv_heads, part.k.shape[2])
+        if (
+            part.positions is not None or k.shape != (*rows, head_dim) or part.v.shape != (*rows, v_dim)
+            or not (k.dtype == part.v.dtype == dtype and k.device == part.v.device == device)
+            or (has_gradient and (k.requires_grad or part.v.requires_grad))
+        ):  # fmt: skip
+            return False
+    return True
 
 
 def _check(q: Tensor, kv: KVView, mask: Mask, value_tolerance: float, *, is_of_cache: bool = False) -> None:

@@ -64,7 +64,10 @@ class CodeFormat:
 
     def index_form(self, topk: int, sparse_dims: int) -> str:
         """The form that the indices take, with "auto" decided."""
-        return _smallest_index(topk, sparse_dims) if self.index == AUTO else self.index
+        if self.index != AUTO:
+            return self.index
+        smallest = _smallest_index.__wrapped__ if torch.compiler.is_compiling() else _smallest_index
+        return smallest(topk, sparse_dims)
 
     def index_bytes(self, topk: int, sparse_dims: int) -> int:
         """Of the indices of a key."""

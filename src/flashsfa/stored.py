@@ -165,7 +165,7 @@ class KVView:
 
     @property
     def is_deferred(self) -> bool:
-        """Whether its codes and values are what a source holds, so that they fit one another."""
+        """Whether its codes and values are what a source holds, so that they fit one another. Its exact tokens may be anyone's."""
         return self._source is not None
 
     @property

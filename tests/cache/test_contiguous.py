@@ -6,7 +6,9 @@ import torch
 import flashsfa
 from decode_cases import attend_cached
 from flashsfa import FeatureCodes, SparseKVCache, sparse_feature_attention, sparse_feature_decode, topk_codes
-from flashsfa.stored import KVView
+from flashsfa.budget import FeatureBudget
+from flashsfa.decode import attend_cached as attend_held
+from flashsfa.stored import ExactKV, KVView
 
 B, HKV, N, D = 2, 2, 40, 16
 EXACT = {"rtol": 0, "atol": 0}
@@ -301,3 +303,38 @@ def test_batches_are_selected_by_row_numbers(index):
     cache.append(k, v)
     with pytest.raises((TypeError, ValueError), match="index must be"):
         cache.select_batch(index)
+
+
+def test_a_prompt_over_tokens_of_its_own_is_looked_at():
+    """Views of a cache beside exact tokens that are anyone's: what does not fit is refused as over any view, plainly called or not."""
+    k, v = torch.randn(2, 2, 2, 40, 16).unbind()
+    q, budget = torch.randn(2, 4, 40, 16), FeatureBudget.of(16, 4)
+    cache = SparseKVCache(4, capacity=64)
+    view = cache.append(k, v)
+
+    def attend(q=q, k=k, v=v, **options):
+        return attend_held(q, view.exact_alone(ExactKV(k, v)), budget, **options)
+
+    expected = sparse_feature_attention(q, k, v, topk=16, is_causal=True)
+    torch.testing.assert_close(attend(), expected)
+    with pytest.raises(ValueError, match="carry no gradient"):
+        attend(k=k.clone().requires_grad_())
+    with pytest.raises(ValueError, match="do not fit codes"):
+        attend(k=k[:1], v=v[:1])
+    with pytest.raises(TypeError, match="cast them to one dtype"):
+        attend(v=v.half())
+    with pytest.raises(TypeError, match="value_tolerance"):
+        attend(value_tolerance=None)
+    with pytest.raises(ValueError, match="multiple of kv heads"):
+        attend(q=q[:, :3])
+    with pytest.raises(ValueError, match="head_dim"):
+        attend(q=q[..., :8])
+
+
+def test_a_view_of_all_there_is_room_for_is_no_buffer():
+    k, v = torch.randn(2, 1, 2, 16, 8).unbind()
+    cache = SparseKVCache(4, capacity=16)
+    cache.append(k, v)
+    cache.v.requires_grad_()
+    cache.crop(4)
+    assert not cache.append(k[:, :, :12], v[:, :, :12]).v.requires_grad

@@ -1,8 +1,11 @@
 """Caches of fixed size on a Hopper GPU, or in the emulator: one launch codes what comes, as PyTorch does, compiled or not."""
 
+import pickle
+
 import pytest
 import torch
 
+import flashsfa
 from append_cases import HEADS, assert_same_view, draw, use_kernel
 from flashsfa import SparseKVCache
 from flashsfa.formats import CodeFormat
@@ -45,6 +48,45 @@ def test_one_launch_writes_what_pytorch_codes(name, compiles, monkeypatch):
     found = filled(options, k, v, compiles=compiles)
     assert_same_view(found.kv, expected.kv.map(lambda x: x[:, :, :CAPACITY].contiguous()))
     assert record.last_choice("append").backend == "hopper"
+
+
+@pytest.mark.parametrize("compiles", [False, True], ids=["eager", "compiled"])
+def test_what_does_not_fit_is_refused_or_left_out(compiles, monkeypatch):
+    torch._dynamo.reset()
+    use_kernel(monkeypatch)
+    k, v = draw(8)
+    cache = SparseKVCache(**FORMS["8 bits"], capacity=CAPACITY)
+    cache.allocate(k, v)
+    before = [x.clone() for x in cache.kv.tensors()]
+    append = torch.compile(cache.append_at, backend="eager") if compiles else cache.append_at
+    append(k[:, :, :3], v[:, :, :3], torch.tensor(-3, device=k.device))
+    assert all(torch.equal(x, y) for x, y in zip(cache.kv.tensors(), before, strict=True))
+    start = torch.tensor(0, device=k.device)
+    for k_wrong, v_wrong in (
+        (k[:1], v[:1]),
+        (k.repeat(2, 1, 1, 1), v.repeat(2, 1, 1, 1)),
+        (k[:, :1], v[:, :1]),
+        (k[0], v[0]),
+        (k, v[:, :, 1:]),
+    ):
+        with pytest.raises(ValueError, match="do not fit a cache of"):
+            cache.append_at(k_wrong, v_wrong, start)
+    k[0, 0, 0, 0] = torch.nan
+    with flashsfa.checked(), pytest.raises(ValueError, match="NaN"):
+        cache.append_at(k, v, start)
+
+
+def test_a_pickled_cache_codes_without_the_kernel(monkeypatch):
+    k, v = draw(20)
+    with monkeypatch.context() as patch:
+        use_kernel(patch)
+        cache = SparseKVCache(**FORMS["4 bits"], capacity=CAPACITY)
+        cache.allocate(k, v)
+        cache.append_at(k[:, :, :5], v[:, :, :5], torch.tensor(0, device=k.device))
+        found = pickle.loads(pickle.dumps(cache))
+    found.append_at(k[:, :, 5:], v[:, :, 5:], torch.tensor(5, device=k.device))
+    fresh = cache.coder.encode(k, v)
+    assert_same_view(found.kv.map(lambda x: x[:, :, :20].contiguous()), fresh)
 
 
 def test_a_cache_that_was_moved_codes_where_it_is(monkeypatch):

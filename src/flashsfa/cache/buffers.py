@@ -59,12 +59,12 @@ class PagedKernels:
         return self._prepared[form]
 
 
-def held_form(k: Tensor, v: Tensor, kv: KVView) -> list[int] | None:
+def traced_form(k: Tensor, v: Tensor, kv: KVView) -> tuple[int, ...] | None:
     """The form of the coded buffers of `kv`, as `append_held_op` takes it, where it can be had for tokens such as k and v; else None."""
-    if not has_kernel(k, v):
+    if not nvrtc.is_hopper(k.device):
         return None
     form, buffers = buffers_of(kv, with_recent=False)
-    return None if prepared_paged(k, v, form, buffers) is None else [int(x) for x in astuple(form)]
+    return None if prepared_paged(k, v, form, buffers) is None else tuple(int(x) for x in astuple(form))
 
 
 def put_in_pages(pools: KVView, slots: Tensor, coded: KVView) -> None:

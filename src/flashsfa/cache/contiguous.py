@@ -32,19 +32,19 @@ from ..codes import FeatureCodes
 from ..contexts import lasting_tensors
 from ..formats import CodeFormat
 from ..narrow import NarrowRows
+from ..ops import nvrtc
 from ..ops.select.hopper.append import Buffers, Ring
 from ..ops.select.hopper.compiler import Form
 from ..ops.select.operators import (
     append,
     append_8_bit,
-    append_held,
     append_held_op,
     append_op,
     has_fused,
     prepared_append,
 )
 from ..stored import ExactKV, KeyCodes, KVView, Prepared, Slices
-from .buffers import buffers_of, has_kernel, has_writer, held_form, prepares_steps
+from .buffers import PagedKernels, buffers_of, has_kernel, has_writer, prepares_steps, traced_form
 from .exact import ExactSlots
 
 _GROWTH_TOKENS = 256
@@ -88,7 +88,6 @@ class SparseKVCache(Coded):
         self._held: _Held | None = None
         self._mark: _Mark | None = None
         self._is_fixed = False
-        self._held_form: list[int] | None = None  # of a cache of fixed size, where one launch codes what comes
 
     def __len__(self) -> int:
         """Tokens held."""
@@ -158,7 +157,7 @@ class SparseKVCache(Coded):
         if again is not None:
             return again
         require(not self._is_fixed, "a cache of fixed size is filled by append_at, not append")
-        form = (self.coder, _form(k, v)) if runs_plainly(k, v) else None
+        form = (self.coder, _form(k, v)) if self.coder.axes is None and runs_plainly(k, v) else None
         if form is None or form not in _fitting:
             require_keys_and_values(k, v)
             require_no_gradient(k, v)
@@ -198,20 +197,19 @@ class SparseKVCache(Coded):
         with lasting_tensors():
             exact = ExactSlots(self.first, self.recent).empty(k, v)
         held = replace(held, kv=replace(held.kv, first=None, recent=exact))
-        self._held_form = None
         if not torch.compiler.is_compiling():
             for buffer in (*held.kv.tensors(), *held.kv.exact_tensors()):
                 torch._dynamo.mark_static_address(buffer)  # else no CUDA graph is made of steps that write there
-            self._held_form = held_form(k, v, held.kv)
+            held = replace(held, traced_form=traced_form(k, v, held.kv))
         self._held, self._tokens, self._is_fixed = held, _Tokens(coded=held.kv.v.shape[2]), True
 
     def append_at(self, k: Tensor, v: Tensor, start: Tensor, slot: Tensor | None = None) -> KVView:
         """Code the keys k [B, Hkv, N, D] and store them with v [B, Hkv, N, Dv] from token `start` ([] int64, on the
         device) of an allocated cache on, in place and without a host sync, in one launch on a Hopper GPU, of codes and values as they come on
         others too; return all that is held. Exact tokens take a few launches more, and have their positions in the sequence. `slot` is where in
-        the buffers the codes go, if not to `start`. Whether they fit is the caller's to know."""
+        the buffers the codes go, if not to `start`. Whether there is room is the caller's to know: on a GPU what finds none may be left out."""
         kv, at = self._buffers().kv, start if slot is None else slot
-        self._check_width(k.shape[-1], v)
+        self._check_shapes(k, v)
         require_no_gradient(k, v)
         if self.coder.bits is None and self.coder.axes is None:
             assert isinstance(kv.codes, FeatureCodes)
@@ -223,14 +221,8 @@ class SparseKVCache(Coded):
             _require_like(self._buffers(), k)
             require_alike(k=k, v=v)
             slots = at + torch.arange(k.shape[2], device=at.device)
-            if self._held_form is None or k.dtype != v.dtype:
+            if not self._write_in_one_launch(k, v, slots):
                 self.write_at(self.coder.encode(k, v), slots)
-            else:
-                rows = torch.arange(k.shape[0], device=at.device)[:, None] * self.capacity + slots  # [B, N]
-                rows = rows.where(slots < self.capacity, -1)  # not written, rather than to the next sequence
-                _, buffers = buffers_of(kv, with_recent=False)
-                code = append_held if runs_plainly(k, v) else append_held_op
-                code(_by_feature(k), _by_feature(v), rows, self._held_form, *buffers[:-2])
         self.keep_exact(k, v, start)
         return self.kv
 
@@ -294,7 +286,6 @@ class SparseKVCache(Coded):
 
     def to(self, device: torch.device | str) -> None:
         """Move the buffers to `device`; further tokens must come from there."""
-        self._held_form = None
         self._change(lambda x: x.to(device))
         if self._held is not None:
             recent = self._held.kv.recent
@@ -389,13 +380,37 @@ class SparseKVCache(Coded):
         for buffer, new in zip(kv.tensors(), self.coder.encode(k, v).tensors(), strict=True):
             buffer[:, :, start : start + new.shape[2]] = new
 
-    def _check_width(self, head_dim: int, v: Tensor) -> None:
+    def _write_in_one_launch(self, k: Tensor, v: Tensor, slots: Tensor) -> bool:
+        """Code k and write it with v at `slots` [N] of buffers of fixed size, on a Hopper GPU; False, with nothing written, elsewhere."""
+        held, (batch, capacity) = self._buffers(), (k.shape[0], self.capacity)
+        traced = torch.compiler.is_compiling()
+        if not nvrtc.is_hopper(k.device) or (traced and held.traced_form is None):
+            return False
+        rows = (
+            torch.arange(batch, device=slots.device)[:, None] * capacity + slots
+        )  # [B, N], as of a pool with a page per sequence
+        rows = rows.where((slots >= 0) & (slots < capacity), -1)  # not written, rather than to another sequence
+        k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k.detach(), v.detach()))
+        if traced:
+            _, buffers = buffers_of(held.kv, with_recent=False)
+            append_held_op(k, v, rows, list(held.traced_form or ()), *buffers[:-2])
+            return True
+        write = held.pools.find((), lambda: replace(held.kv, recent=None), k, v)
+        if write is not None:
+            write(k, v, rows)
+        return write is not None
+
+    def _check_shapes(self, k: Tensor, v: Tensor) -> None:
         kv = self._buffers().kv
+        batch, heads, _, head_dim = kv.codes.shape
+        v_dim = kv.v.shape[-1]
         require(
-            head_dim == kv.codes.shape[-1] and v.shape[-1] == kv.v.shape[-1],
+            k.ndim == v.ndim == 4
+            and k.shape[:3] == v.shape[:3]
+            and (*k.shape[:2], k.shape[3], v.shape[3]) == (batch, heads, head_dim, v_dim),
             lambda: (
-                f"keys of head_dim {head_dim} and v {tuple(v.shape)} do not fit a cache of {kv.codes.shape[-1]} and "
-                f"{tuple(kv.v.shape)}"
+                f"k {tuple(k.shape)} and v {tuple(v.shape)} do not fit a cache of [B, Hkv, D] = {[batch, heads, head_dim]} and "
+                f"Dv = {v_dim}"
             ),
         )
 
@@ -491,11 +506,12 @@ class _Held:
     """Buffers of `capacity` coded tokens and of the exact ones, and the dtype that keys and values come in.
 
     `writers` are what was prepared for tokens of a form that fits, None for those that are written otherwise; `readers` what attention
-    prepared.
+    prepared; `pools` what writes to buffers of fixed size, and `traced_form` their form for torch.compile.
     """
 
     kv: KVView
     input_dtype: torch.dtype
+    traced_form: tuple[int, ...] | None = None
     writers: dict[_Form, _Writer | None] = field(init=False, default_factory=dict)
     _firsts: dict[int, ExactKV | None] = field(init=False, default_factory=dict)  # views of so many first tokens
 
@@ -538,6 +554,11 @@ class _Held:
         return Prepared()
 
     @functools.cached_property
+    def pools(self) -> PagedKernels:
+        """What writes to buffers of fixed size."""
+        return PagedKernels()
+
+    @functools.cached_property
     def _prepares_steps(self) -> bool:
         return prepares_steps(self.kv.codes.device)
 
@@ -555,7 +576,7 @@ class _Held:
         if torch.compiler.is_compiling():
             return Slices(self.kv).codes(count)
         if count == self.capacity:  # as after a first prompt
-            return self.kv.codes
+            return self.kv.codes.of_views(*(x.detach() for x in self.kv.codes.tensors()))
         return self.kv.codes.of_views(*(x.tokens(0, count) for x in self._code_layouts))
 
     def values(self, count: int) -> tuple[Tensor | NarrowRows, Tensor | None]:
@@ -563,7 +584,7 @@ class _Held:
         if torch.compiler.is_compiling():
             return Slices(self.kv).values(count)
         if count == self.capacity:
-            return self.kv.v, self.kv.v_scale
+            return self.kv.values_of([x.detach() for x in self.kv.value_tensors()])
         return self.kv.values_of([x.tokens(0, count) for x in self._value_layouts])
 
     @property
@@ -661,7 +682,9 @@ class _Mark:
         return replace(self, since=new if self.since is None else self.since.followed_by(new))
 
 
-_fitting = Seen()  # coders, and forms of keys and values: each layer of each new cache meets the same
+_fitting = (
+    Seen()
+)  # coders, and forms of keys and values: each layer of each new cache meets the same, but for axes, of one layer alone
 _Form: TypeAlias = tuple[object, ...]
 _Writer: TypeAlias = Callable[..., None]  # an `Append`, for Hopper or the CPU
 
@@ -669,12 +692,6 @@ _Writer: TypeAlias = Callable[..., None]  # an `Append`, for Hopper or the CPU
 def _form(k: Tensor, v: Tensor) -> _Form:
     """All that checks of keys and values look at, but for numbers and gradients."""
     return k.shape, k.stride(), v.shape, v.stride(), k.dtype, v.dtype, k.device, v.device
-
-
-def _by_feature(x: Tensor) -> Tensor:
-    """x [B, H, N, C] without a gradient, features one after another."""
-    x = x.detach()
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _moved(x: Tensor, start: int, end: int, capacity: int) -> Tensor:

@@ -35,7 +35,6 @@ def extend(model: Any, basis: FeatureBasis | None) -> None:
     )
     for name, function in zip(_METHODS, functions, strict=True):
         setattr(model, name, functools.partial(function, model))
-    model._sfa_longest_cache = 0
     model._sfa_hook = model.base_model.register_forward_pre_hook(
         _CallCheck(model.config.sfa["first"] > 0), with_kwargs=True
     )
@@ -79,7 +78,7 @@ def _prepare_cache(
     if implementation == "static":
         longest = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
         # as transformers does with caches of its own: a shorter one would have the model compiled again
-        longest = model._sfa_longest_cache = max(longest, model._sfa_longest_cache)
+        longest = model._sfa_longest_cache = max(longest, getattr(model, "_sfa_longest_cache", 0))
         cache: Any = StaticSparseCache(model, longest)
         if generation_config.prefill_chunk_size is not None and not hasattr(model, "hf_device_map"):
             # the first chunk may run compiled, and what is allocated there has no fixed address

@@ -64,9 +64,8 @@ def own_config(model: Any) -> None:
 def set_attention(model: Any, name: str) -> None:
     """Change the attention implementation of the part that generates; a vision tower keeps its own."""
     text_part(model).set_attn_implementation(name)
-    vars(model).pop(
-        "_compiled_call", None
-    )  # generate()'s, with the other attention; in a copy of a model, that of the original
+    # What generate() compiled has the other attention; and in a copy of a model it is that of the original.
+    vars(unwrap(model)).pop("_compiled_call", None)
 
 
 @contextmanager

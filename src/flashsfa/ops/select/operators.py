@@ -314,7 +314,7 @@ def append_held(
     coded = values, stored_v, dense, indices, scale, value_scale, centre, v_scale, v_centre
     buffers = Buffers(*coded, axis, is_start, top, low, per_step)
     write = prepared_paged(k, v, Form(*form), buffers)  # type: ignore[arg-type]
-    assert write is not None  # else the caller was told
+    assert write is not None  # it was when this was traced
     write(k, v, slots)
 
 
