@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
@@ -22,6 +23,17 @@ def lasting_tensors() -> AbstractContextManager:
     if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():  # a graph is made outside of the mode
         return nullcontext()
     return torch.inference_mode(False)
+
+
+def asked_once(function: _Function) -> _Function:
+    """`functools.cache` for what cannot be traced: torch.compile calls it at its trace, too."""
+    known = functools.cache(function)  # which a trace would look behind, and warn of
+
+    @functools.wraps(function)
+    def ask(*args: Any) -> Any:
+        return known(*args)
+
+    return constant_in_traces(ask)  # type: ignore[return-value]
 
 
 def constant_in_traces(function: _Function) -> _Function:

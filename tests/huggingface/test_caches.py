@@ -388,6 +388,7 @@ def test_generate_compiles_with_a_static_cache(model, chunk):
     assert torch.equal(model.generate(ids, **settings, compile_config=compile_config), expected)
 
 
+@pytest.mark.filterwarnings("error:Dynamo detected")
 @pytest.mark.cpu
 @pytest.mark.parametrize(
     "options", [{}, {"cache_dtype": "int8"}, {"cache_dtype": "int4", "recent": 3, "first": 2}], ids=str

@@ -164,7 +164,8 @@ class DecodePlan:
 def plan_decode(q: Tensor, kv: KVView) -> DecodePlan:
     """The plan for q [B, Hq, M, D] over stored keys and values; recorded for `explain()`."""
     is_compiling = torch.compiler.is_compiling()
-    plan = _plan_decode(q.device.type, q.dtype, is_compiling or has_values(q), kv.is_narrow, is_compiling)
+    ask = _plan_decode.__wrapped__ if is_compiling else _plan_decode  # a trace warns of what is kept
+    plan = ask(q.device.type, q.dtype, is_compiling or has_values(q), kv.is_narrow, is_compiling)
     if plan.backend == "numba":
         plan = _plan_numba(q.dtype, kv)
     elif plan.backend == "triton":

@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from ...contexts import constant_in_traces
+from ...contexts import asked_once
 from ...files import is_private, write_whole
 from .. import compiled
 from . import cuda
@@ -26,14 +26,12 @@ from . import cuda
 _OPTIONS = ("--gpu-architecture=sm_90a", "--std=c++17", "--device-as-default-execution-space")
 
 
-@functools.cache
-@constant_in_traces  # what is asked of a device cannot be traced
+@asked_once
 def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-@functools.cache
-@constant_in_traces
+@asked_once
 def obstacle() -> str | None:
     """Why nothing can be compiled at run time, or None if it can."""
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...checks import runs_plainly
-from ...contexts import constant_in_traces
+from ...contexts import asked_once
 from .. import nvrtc, record
 from .hopper import sparse
 from .plain import at_support, empty_code, empty_rows, plain_prune_24, plain_scatter, plain_topk
@@ -194,8 +193,7 @@ def has_fused(x: Tensor) -> bool:
     return False
 
 
-@functools.cache
-@constant_in_traces  # what imports look at cannot be traced
+@asked_once
 def triton_is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
