@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable
 from dataclasses import astuple
 from typing import Any
@@ -64,7 +65,12 @@ def traced_form(k: Tensor, v: Tensor, kv: KVView) -> tuple[int, ...] | None:
     if not nvrtc.is_hopper(k.device):
         return None
     form, buffers = buffers_of(kv, with_recent=False)
-    return None if prepared_paged(k, v, form, buffers) is None else tuple(int(x) for x in astuple(form))
+    return None if prepared_paged(k, v, form, buffers) is None else _numbers(form)
+
+
+@functools.lru_cache(maxsize=256)  # each layer of each new cache asks
+def _numbers(form: Form) -> tuple[int, ...]:
+    return tuple(int(x) for x in astuple(form))
 
 
 def put_in_pages(pools: KVView, slots: Tensor, coded: KVView) -> None:

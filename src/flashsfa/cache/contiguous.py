@@ -33,6 +33,7 @@ from ..contexts import lasting_tensors
 from ..formats import CodeFormat
 from ..narrow import NarrowRows
 from ..ops import nvrtc
+from ..ops.select.hopper import MOST_ROWS
 from ..ops.select.hopper.append import Buffers, Ring
 from ..ops.select.hopper.compiler import Form
 from ..ops.select.operators import (
@@ -200,7 +201,8 @@ class SparseKVCache(Coded):
         if not torch.compiler.is_compiling():
             for buffer in (*held.kv.tensors(), *held.kv.exact_tensors()):
                 torch._dynamo.mark_static_address(buffer)  # else no CUDA graph is made of steps that write there
-            held = replace(held, traced_form=traced_form(k, v, held.kv))
+            if not self._is_wide:  # `append_op` takes those
+                held = replace(held, traced_form=traced_form(k, v, held.kv))
         self._held, self._tokens, self._is_fixed = held, _Tokens(coded=held.kv.v.shape[2]), True
 
     def append_at(self, k: Tensor, v: Tensor, start: Tensor, slot: Tensor | None = None) -> KVView:
@@ -211,18 +213,18 @@ class SparseKVCache(Coded):
         kv, at = self._buffers().kv, start if slot is None else slot
         self._check_shapes(k, v)
         require_no_gradient(k, v)
-        if self.coder.bits is None and self.coder.axes is None:
+        _require_like(self._buffers(), k)
+        require_alike(k=k, v=v)
+        slots = at + torch.arange(k.shape[2], device=at.device)
+        if self._write_in_one_launch(k, v, slots):
+            pass
+        elif self._is_wide:
             assert isinstance(kv.codes, FeatureCodes)
             assert isinstance(kv.v, Tensor)
-            require_alike(cache=kv.v, k=k, v=v)
             write = append if runs_plainly(k, v) and has_fused(k) else append_op
             write(k.detach(), v.detach(), kv.codes.dense, kv.codes.values, kv.codes.indices, kv.v, at)
         else:
-            _require_like(self._buffers(), k)
-            require_alike(k=k, v=v)
-            slots = at + torch.arange(k.shape[2], device=at.device)
-            if not self._write_in_one_launch(k, v, slots):
-                self.write_at(self.coder.encode(k, v), slots)
+            self.write_at(self.coder.encode(k, v), slots)
         self.keep_exact(k, v, start)
         return self.kv
 
@@ -386,6 +388,8 @@ class SparseKVCache(Coded):
         traced = torch.compiler.is_compiling()
         if not nvrtc.is_hopper(k.device) or (traced and held.traced_form is None):
             return False
+        if self._is_wide and k.shape[:3].numel() > MOST_ROWS:
+            return False  # Triton's kernel is faster
         rows = (
             torch.arange(batch, device=slots.device)[:, None] * capacity + slots
         )  # [B, N], as of a pool with a page per sequence
@@ -399,6 +403,11 @@ class SparseKVCache(Coded):
         if write is not None:
             write(k, v, rows)
         return write is not None
+
+    @property
+    def _is_wide(self) -> bool:
+        """Whether codes and values are kept as they come."""
+        return self.coder.bits is None and self.coder.axes is None
 
     def _check_shapes(self, k: Tensor, v: Tensor) -> None:
         kv = self._buffers().kv
