@@ -24,6 +24,7 @@ qwen3-dense         qwen3-d128 $dense $full
 qwen3-32+16         qwen3-d128
 gpt2-dense          gpt2-124m
 gpt2-k8-best        gpt2-124m  $best
+qwen3-32+16-scaled  qwen3-d128 attention.score_scale=2
 qwen3-k16-map       qwen3-d128 $plain $full attention.train_basis=true
 qwen3-short64       qwen3-d128 $dense $full $short=64
 qwen3-40+16         qwen3-d128 attention.dense_dims=40
