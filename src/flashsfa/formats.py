@@ -127,7 +127,11 @@ def packed_bytes(count: int, bits: int) -> int:
 
 @functools.lru_cache(maxsize=256)  # each layer of each new cache asks
 def _smallest_index(topk: int, sparse_dims: int) -> str:
-    return min(INDEX_FORMS, key=lambda form: _index_bytes(form, topk, sparse_dims))
+    smallest = INDEX_FORMS[0]
+    for form in INDEX_FORMS[1:]:  # a trace knows no `min` by a key
+        if _index_bytes(form, topk, sparse_dims) < _index_bytes(smallest, topk, sparse_dims):
+            smallest = form
+    return smallest
 
 
 def _index_bytes(form: str, topk: int, sparse_dims: int) -> int:

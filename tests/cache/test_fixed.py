@@ -8,8 +8,10 @@ import torch
 import flashsfa
 from append_cases import HEADS, assert_same_view, draw, use_kernel
 from flashsfa import SparseKVCache
+from flashsfa.cache import contiguous
 from flashsfa.formats import CodeFormat
 from flashsfa.ops import record
+from flashsfa.ops.select.hopper import append
 from held_cases import axis_bits
 
 FORMS = {
@@ -72,8 +74,26 @@ def test_what_does_not_fit_is_refused_or_left_out(compiles, monkeypatch):
         with pytest.raises(ValueError, match="do not fit a cache of"):
             cache.append_at(k_wrong, v_wrong, start)
     k[0, 0, 0, 0] = torch.nan
-    with flashsfa.checked(), pytest.raises(ValueError, match="NaN"):
-        cache.append_at(k, v, start)
+    wide = SparseKVCache(8, capacity=CAPACITY)
+    wide.allocate(k, v)
+    for filled_so in (cache, wide):
+        with flashsfa.checked(), pytest.raises(ValueError, match="NaN"):
+            filled_so.append_at(k, v, start)
+
+
+def test_more_heads_than_a_launch_takes(monkeypatch):
+    """As after a batch that was repeated; compiled, the kernel is not asked again whether it takes them."""
+    torch._dynamo.reset()
+    use_kernel(monkeypatch)
+    monkeypatch.setattr(contiguous, "MOST_HEADS", 6)
+    monkeypatch.setattr(append, "MOST_HEADS", 6)
+    k, v = draw(4)
+    cache = SparseKVCache(**FORMS["8 bits"], capacity=4)
+    cache.allocate(k, v)
+    cache.select_batch(torch.tensor([0, 1, 1, 0], device=k.device))
+    k, v = (x[[0, 1, 1, 0]] for x in (k, v))
+    torch.compile(cache.append_at, fullgraph=True, backend="eager")(k, v, torch.tensor(0, device=k.device))
+    assert_same_view(cache.kv, cache.coder.encode(k, v))
 
 
 def test_a_pickled_cache_codes_without_the_kernel(monkeypatch):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..axes import AxisCodes
-from ..checks import runs_plainly
+from ..checks import has_values, runs_plainly
 from ..codes import FeatureCodes
 from ..formats import index_bits
 from ..narrow import NarrowRows
@@ -62,7 +62,7 @@ class PagedKernels:
 
 def traced_form(k: Tensor, v: Tensor, kv: KVView) -> tuple[int, ...] | None:
     """The form of the coded buffers of `kv`, as `append_held_op` takes it, where it can be had for tokens such as k and v; else None."""
-    if not nvrtc.is_hopper(k.device):
+    if not nvrtc.is_hopper(k.device) or not has_values(k):
         return None
     form, buffers = buffers_of(kv, with_recent=False)
     return None if prepared_paged(k, v, form, buffers) is None else _numbers(form)

@@ -19,6 +19,7 @@ from ..axes import AxisBits
 from ..checks import (
     MOST_TOKENS,
     Seen,
+    is_checked,
     require,
     require_alike,
     require_int,
@@ -32,8 +33,8 @@ from ..codes import FeatureCodes
 from ..contexts import lasting_tensors
 from ..formats import CodeFormat
 from ..narrow import NarrowRows
-from ..ops import nvrtc
-from ..ops.select.hopper import MOST_ROWS
+from ..ops import nvrtc, record
+from ..ops.select.hopper import MOST_HEADS, MOST_ROWS
 from ..ops.select.hopper.append import Buffers, Ring
 from ..ops.select.hopper.compiler import Form
 from ..ops.select.operators import (
@@ -207,7 +208,7 @@ class SparseKVCache(Coded):
 
     def append_at(self, k: Tensor, v: Tensor, start: Tensor, slot: Tensor | None = None) -> KVView:
         """Code the keys k [B, Hkv, N, D] and store them with v [B, Hkv, N, Dv] from token `start` ([] int64, on the
-        device) of an allocated cache on, in place and without a host sync, in one launch on a Hopper GPU, of codes and values as they come on
+        device) of an allocated cache on, in place and without a host sync, by one kernel on a Hopper GPU, of codes and values as they come on
         others too; return all that is held. Exact tokens take a few launches more, and have their positions in the sequence. `slot` is where in
         the buffers the codes go, if not to `start`. Whether there is room is the caller's to know: on a GPU what finds none may be left out."""
         kv, at = self._buffers().kv, start if slot is None else slot
@@ -215,16 +216,18 @@ class SparseKVCache(Coded):
         require_no_gradient(k, v)
         _require_like(self._buffers(), k)
         require_alike(k=k, v=v)
-        slots = at + torch.arange(k.shape[2], device=at.device)
-        if self._write_in_one_launch(k, v, slots):
+        if is_checked():
+            require_keys_and_values(k, v)
+        if self._write_in_one_launch(k, v, at):
             pass
         elif self._is_wide:
             assert isinstance(kv.codes, FeatureCodes)
             assert isinstance(kv.v, Tensor)
+            record.record("append", "triton" if has_fused(k) else "torch", "into a cache of fixed size")
             write = append if runs_plainly(k, v) and has_fused(k) else append_op
             write(k.detach(), v.detach(), kv.codes.dense, kv.codes.values, kv.codes.indices, kv.v, at)
         else:
-            self.write_at(self.coder.encode(k, v), slots)
+            self.write_at(self.coder.encode(k, v), at + torch.arange(k.shape[2], device=at.device))
         self.keep_exact(k, v, start)
         return self.kv
 
@@ -382,22 +385,26 @@ class SparseKVCache(Coded):
         for buffer, new in zip(kv.tensors(), self.coder.encode(k, v).tensors(), strict=True):
             buffer[:, :, start : start + new.shape[2]] = new
 
-    def _write_in_one_launch(self, k: Tensor, v: Tensor, slots: Tensor) -> bool:
-        """Code k and write it with v at `slots` [N] of buffers of fixed size, on a Hopper GPU; False, with nothing written, elsewhere."""
-        held, (batch, capacity) = self._buffers(), (k.shape[0], self.capacity)
-        traced = torch.compiler.is_compiling()
-        if not nvrtc.is_hopper(k.device) or (traced and held.traced_form is None):
+    def _write_in_one_launch(self, k: Tensor, v: Tensor, at: Tensor) -> bool:
+        """Code k and write it with v at slot `at` and the next of buffers of fixed size, on a Hopper GPU; False, with nothing written,
+        elsewhere."""
+        (batch, heads, n, _), held, capacity = k.shape, self._buffers(), self.capacity
+        if not nvrtc.is_hopper(k.device) or batch * heads > MOST_HEADS:
             return False
-        if self._is_wide and k.shape[:3].numel() > MOST_ROWS:
+        if self._is_wide and batch * heads * n > MOST_ROWS:
             return False  # Triton's kernel is faster
+        traced, form = torch.compiler.is_compiling(), held.traced_form
+        if traced and form is None:
+            return False
+        slots = at + torch.arange(n, device=at.device)
         rows = (
-            torch.arange(batch, device=slots.device)[:, None] * capacity + slots
+            torch.arange(batch, device=at.device)[:, None] * capacity + slots
         )  # [B, N], as of a pool with a page per sequence
         rows = rows.where((slots >= 0) & (slots < capacity), -1)  # not written, rather than to another sequence
         k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k.detach(), v.detach()))
-        if traced:
+        if form is not None and traced:
             _, buffers = buffers_of(held.kv, with_recent=False)
-            append_held_op(k, v, rows, list(held.traced_form or ()), *buffers[:-2])
+            append_held_op(k, v, rows, list(form), *buffers[:-2])
             return True
         write = held.pools.find((), lambda: replace(held.kv, recent=None), k, v)
         if write is not None:
@@ -691,9 +698,8 @@ class _Mark:
         return replace(self, since=new if self.since is None else self.since.followed_by(new))
 
 
-_fitting = (
-    Seen()
-)  # coders, and forms of keys and values: each layer of each new cache meets the same, but for axes, of one layer alone
+# Coders, and forms of keys and values: each layer of each new cache meets the same, but for axes, which are of one layer.
+_fitting = Seen()
 _Form: TypeAlias = tuple[object, ...]
 _Writer: TypeAlias = Callable[..., None]  # an `Append`, for Hopper or the CPU
 

@@ -312,7 +312,7 @@ def append_held(
     coded = values, stored_v, dense, indices, scale, value_scale, centre, v_scale, v_centre
     buffers = Buffers(*coded, axis, is_start, top, low, per_step)
     write = prepared_paged(k, v, Form(*form), buffers)  # type: ignore[arg-type]
-    assert write is not None  # it was when this was traced
+    assert write is not None  # so it was found for such tokens when the buffers were made
     write(k, v, slots)
 
 
