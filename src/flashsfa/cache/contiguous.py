@@ -211,23 +211,15 @@ class SparseKVCache(Coded):
         device) of an allocated cache on, in place and without a host sync, by one kernel on a Hopper GPU, of codes and values as they come on
         others too; return all that is held. Exact tokens take a few launches more, and have their positions in the sequence. `slot` is where in
         the buffers the codes go, if not to `start`. Whether there is room is the caller's to know: on a GPU what finds none may be left out."""
-        kv, at = self._buffers().kv, start if slot is None else slot
+        at = start if slot is None else slot
         self._check_shapes(k, v)
         require_no_gradient(k, v)
         _require_like(self._buffers(), k)
         require_alike(k=k, v=v)
         if is_checked():
             require_keys_and_values(k, v)
-        if self._write_in_one_launch(k, v, at):
-            pass
-        elif self._is_wide:
-            assert isinstance(kv.codes, FeatureCodes)
-            assert isinstance(kv.v, Tensor)
-            record.record("append", "triton" if has_fused(k) else "torch", "into a cache of fixed size")
-            write = append if runs_plainly(k, v) and has_fused(k) else append_op
-            write(k.detach(), v.detach(), kv.codes.dense, kv.codes.values, kv.codes.indices, kv.v, at)
-        else:
-            self.write_at(self.coder.encode(k, v), at + torch.arange(k.shape[2], device=at.device))
+        if not self._write_in_one_launch(k, v, at):
+            self._write_elsewhere(k, v, at)
         self.keep_exact(k, v, start)
         return self.kv
 
@@ -397,9 +389,8 @@ class SparseKVCache(Coded):
         if traced and form is None:
             return False
         slots = at + torch.arange(n, device=at.device)
-        rows = (
-            torch.arange(batch, device=at.device)[:, None] * capacity + slots
-        )  # [B, N], as of a pool with a page per sequence
+        # [B, N], as of a pool with a page per sequence
+        rows = torch.arange(batch, device=at.device)[:, None] * capacity + slots
         rows = rows.where((slots >= 0) & (slots < capacity), -1)  # not written, rather than to another sequence
         k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k.detach(), v.detach()))
         if form is not None and traced:
@@ -410,6 +401,18 @@ class SparseKVCache(Coded):
         if write is not None:
             write(k, v, rows)
         return write is not None
+
+    def _write_elsewhere(self, k: Tensor, v: Tensor, at: Tensor) -> None:
+        """As `_write_in_one_launch`, on other devices, and for what its kernel is not for."""
+        if not self._is_wide:
+            self.write_at(self.coder.encode(k, v), at + torch.arange(k.shape[2], device=at.device))
+            return
+        kv = self._buffers().kv
+        assert isinstance(kv.codes, FeatureCodes)
+        assert isinstance(kv.v, Tensor)
+        record.record("append", "triton" if has_fused(k) else "torch", "into a cache of fixed size")
+        write = append if runs_plainly(k, v) and has_fused(k) else append_op
+        write(k.detach(), v.detach(), kv.codes.dense, kv.codes.values, kv.codes.indices, kv.v, at)
 
     @property
     def _is_wide(self) -> bool:
