@@ -96,26 +96,24 @@ def test_more_heads_than_a_launch_takes(monkeypatch):
     assert_same_view(cache.kv, cache.coder.encode(k, v))
 
 
-def test_a_pickled_cache_codes_without_the_kernel(monkeypatch):
+def moved(cache):
+    cache.to("cpu")
+    return cache
+
+
+@pytest.mark.parametrize(
+    ("name", "leave"),
+    [("4 bits", lambda cache: pickle.loads(pickle.dumps(cache))), ("8 bits", moved)],
+    ids=["pickled", "moved"],
+)
+def test_a_cache_that_left_its_kernel_codes_where_it_is(name, leave, monkeypatch):
     k, v = draw(20)
     with monkeypatch.context() as patch:
         use_kernel(patch)
-        cache = SparseKVCache(**FORMS["4 bits"], capacity=CAPACITY)
+        cache = SparseKVCache(**FORMS[name], capacity=CAPACITY)
         cache.allocate(k, v)
         cache.append_at(k[:, :, :5], v[:, :, :5], torch.tensor(0, device=k.device))
-        found = pickle.loads(pickle.dumps(cache))
-    found.append_at(k[:, :, 5:], v[:, :, 5:], torch.tensor(5, device=k.device))
-    fresh = cache.coder.encode(k, v)
-    assert_same_view(found.kv.map(lambda x: x[:, :, :20].contiguous()), fresh)
-
-
-def test_a_cache_that_was_moved_codes_where_it_is(monkeypatch):
-    k, v = draw(20)
-    with monkeypatch.context() as patch:
-        use_kernel(patch)
-        cache = SparseKVCache(**FORMS["8 bits"], capacity=CAPACITY)
-        cache.allocate(k, v)
-    cache.to("cpu")
-    cache.append_at(k.cpu(), v.cpu(), torch.tensor(0))
-    fresh = cache.coder.encode(k.cpu(), v.cpu())
-    assert_same_view(cache.kv.map(lambda x: x[:, :, :20].contiguous()), fresh)
+        cache = leave(cache)
+    k, v = (x.to(cache.v.device) for x in (k, v))
+    cache.append_at(k[:, :, 5:], v[:, :, 5:], torch.tensor(5, device=k.device))
+    assert_same_view(cache.kv.map(lambda x: x[:, :, :20].contiguous()), cache.coder.encode(k, v))

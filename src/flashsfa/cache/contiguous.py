@@ -19,7 +19,6 @@ from ..axes import AxisBits
 from ..checks import (
     MOST_TOKENS,
     Seen,
-    is_checked,
     require,
     require_alike,
     require_int,
@@ -215,9 +214,7 @@ class SparseKVCache(Coded):
         self._check_shapes(k, v)
         require_no_gradient(k, v)
         _require_like(self._buffers(), k)
-        require_alike(k=k, v=v)
-        if is_checked():
-            require_keys_and_values(k, v)
+        require_keys_and_values(k, v)
         if not self._write_in_one_launch(k, v, at):
             self._write_elsewhere(k, v, at)
         self.keep_exact(k, v, start)
