@@ -38,10 +38,10 @@ gpt2-k8-best-1      gpt2-124m  $best training.seed=1
 qwen3-dense-1       qwen3-d128 $dense $full training.seed=1
 qwen3-32+16-1       qwen3-d128 training.seed=1
 gpt2-k8-scaled      gpt2-124m  $k8 attention.topk_query=64 attention.score_scale=3
-gpt2-k8-scaled-all  gpt2-124m  $k8 attention.topk_query=64 attention.score_scale=3 attention.gradient=all
 gpt2-dense-scaled   gpt2-124m  attention.score_scale=2
 gpt2-int8           gpt2-124m  attention.kind=int8
 qwen3-k16           qwen3-d128 $plain $full
+gpt2-k8-scaled-all  gpt2-124m  $k8 attention.topk_query=64 attention.score_scale=3 attention.gradient=all
 END
 }
 
