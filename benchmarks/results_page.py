@@ -286,7 +286,8 @@ def _plain() -> str:
         for row in _read(name)["rows"]
     ]
     further = " ".join(
-        f"And commit `{_read(name)['environment']['commit']}` (`{name}.json`): {_read(name)['note']}" for name in STATIC[1:]
+        f"And commit `{_read(name)['environment']['commit']}` (`{name}.json`): {_read(name)['note']}"
+        for name in STATIC[1:]
     )
     return f"""### Plain `generate()`
 
@@ -1060,9 +1061,10 @@ def _queries(attention: dict[str, Any], head_dim: int) -> str:
 
 
 def _recipe(attention: dict[str, Any]) -> str:
-    temperature = attention.get("temperature", 1.0)
+    temperature, ends = attention.get("temperature", 1.0), attention.get("gradient_share", 1.0)
     parts = {
-        "gradient to all": attention["gradient"] == "all",
+        "gradient to all": attention["gradient"] == "all" and ends == 1.0,
+        f"gradient to all for the first {100 * ends:g} %": ends != 1.0,
         "equal query features": attention.get("equalize"),
         f"temperature {temperature:g}": temperature != 1.0,
         f"scores times {attention.get('score_scale', 1.0):g}": attention.get("score_scale", 1.0) != 1.0,

@@ -35,6 +35,8 @@ from tiny import QWEN3, VOCABULARY, refused, run, write
         ("attention.topk=null", "attention.topk: missing"),
         ("attention.layers=[2]", "attention: layers [2] do not exist"),
         ("attention.gradient=some", "attention.gradient: must be one of"),
+        ("attention.gradient=all attention.gradient_share=0", "attention.gradient_share must be in (0, 1]"),
+        ("attention.gradient_share=0.5", "attention.gradient_share: only for gradient all"),
         ("attention.temperature=0", "attention.temperature must be above 0"),
         ("attention.width=4", "attention.width: only for kinds"),
         ("attention.kind=int8 attention.topk=null attention.equalize=true", "attention.equalize: only for kinds dense"),

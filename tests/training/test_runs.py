@@ -209,6 +209,32 @@ def test_annealing_halves_the_budget_down_to_its_own():
     assert seen == [(14, 14, 14)] * 3 + [(7, 7, 8)] * 3 + [(3, 3, 8)] * 6
 
 
+def test_a_gradient_to_all_features_ends_when_it_is_said_to(tmp_path, content, monkeypatch):
+    """Until then losses are those of a run with it throughout; then they part, and a run that was stopped there goes on alike."""
+    content["attention"] |= {"topk": 2, "topk_query": 16, "gradient": "all"}
+    content["training"] |= {"tokens": 6 * 4 * CONTEXT, "learning_rate": 0.03, "warmup": 1}
+    assert run(tmp_path, content, name="throughout") == 0
+    content["attention"]["gradient_share"] = 0.5
+    assert run(tmp_path, content) == 0
+    ended, throughout = losses(tmp_path), losses(tmp_path, "throughout")
+    assert len(ended) == 6
+    assert ended[:4] == throughout[:4]  # that of step four is found before its own gradient
+    assert ended[4] != throughout[4]
+
+    step = RunTrainer.training_step
+
+    def killed(self, *args, **kwargs):
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(RunTrainer, "training_step", killed)
+    assert run(tmp_path, content, name="stopped") == 130
+    monkeypatch.undo()
+    assert run(tmp_path, content, name="stopped") == 0
+    assert losses(tmp_path, "stopped") == ended
+
+
 def test_a_budget_that_shrinks_to_the_end_is_evaluated_as_it_is_saved(tmp_path, content, tokens):
     content["attention"] |= {"topk": 2, "anneal": {"share": 1.0}}
     content["model"]["config"]["initializer_range"] = 0.3  # so that a budget matters

@@ -137,13 +137,13 @@ class SparseCore(Core):
 
     Args:
         coding: the budgets; read at each call, so that they may change during training.
-        gradient: as in `flashsfa.sparse_feature_attention`.
+        gradient: as in `flashsfa.sparse_feature_attention`; read at each call, too.
         trained: the basis to use in place of the coding's.
     """
 
     def __init__(self, coding: LayerCoding, gradient: str = "kept", trained: TrainedBasis | None = None) -> None:
         super().__init__()
-        self.coding, self.trained, self._gradient = coding, trained, gradient
+        self.coding, self.trained, self.gradient = coding, trained, gradient
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
         if self.trained is not None:
@@ -155,7 +155,7 @@ class SparseCore(Core):
         # projects together.
         budget = self.coding.budget
         q, k = by_token(q) if budget.keeps_queries else q, by_token(k) if budget.keeps_keys else k
-        return _attend(q, k, by_token(v), visible, budget, self._gradient)
+        return _attend(q, k, by_token(v), visible, budget, self.gradient)
 
 
 class TargetCore(DenseCore):

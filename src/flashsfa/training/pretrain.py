@@ -20,7 +20,7 @@ from .data import Collator, TokenStream, Windows, check_stream, read_stream
 from .models import build, can_load, finish
 from .needle import NeedleWindows, needle_accuracy
 from .recipe import Data, DistillRecipe, PretrainRecipe, Training
-from .run import MODEL, Annealing, Equalizing, RunDirectory, RunTrainer, fit, prepare, total_steps
+from .run import MODEL, Annealing, Equalizing, RunDirectory, RunTrainer, Settling, fit, prepare, total_steps
 
 _NEEDLES_A_LENGTH = 200
 
@@ -55,8 +55,10 @@ def _pretrain(recipe: PretrainRecipe, place: RunDirectory) -> dict[str, Any]:
         )
         _begin_from(model, Path(recipe.model.start))
     corpus = load_corpus(recipe.data, recipe.training, tokenizer, model.config.vocab_size)
+    steps = total_steps(recipe.training, recipe.data.context)
     callbacks: list[TrainerCallback] = [
-        *Annealing.of(model, recipe.attention.anneal, total_steps(recipe.training, recipe.data.context)),
+        *Annealing.of(model, recipe.attention.anneal, steps),
+        *Settling.of(model, recipe.attention, steps),
         *Equalizing.of(model),
     ]
     trainer = prepare(

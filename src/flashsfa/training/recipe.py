@@ -65,6 +65,8 @@ class Attention:
         topk, topk_query, dense_dims, query_pattern: budgets of "sfa", as in `flashsfa.sparse_feature_attention`.
         layers: those that are sparse, the others stay dense; None for all.
         gradient: of "sfa": "kept" or "all", as in `flashsfa.sparse_feature_attention`.
+        gradient_share: a gradient to "all" ends after this share of the training, and is one to the "kept" from then on: it helps while
+            supports are being found, and is not the loss's own.
         equalize: of "dense", "short", or "sfa" with dense queries, in a GPT-2 with learned positions: keep the features of a
             head's queries at one size, and let the keys' take it up, so that top-k of keys drops what scores need least.
             Dense scores stay as they are, and learn at other speeds. Part of the weights at the end.
@@ -92,6 +94,7 @@ class Attention:
     query_pattern: str | None = None
     layers: list[int] | None = None
     gradient: str = "kept"
+    gradient_share: float = 1.0
     equalize: bool = False
     temperature: float = 1.0
     score_scale: float = 1.0
@@ -113,6 +116,11 @@ class Attention:
             f"attention.width: {'missing' if wide else 'only for kinds short, low_rank and performer'}",
         )
         _one_of("attention.gradient", self.gradient, GRADIENTS)
+        require(0 < self.gradient_share <= 1, f"attention.gradient_share must be in (0, 1], got {self.gradient_share}")
+        require(
+            self.gradient == "all" or self.gradient_share == 1,
+            "attention.gradient_share: only for gradient all, which it ends",
+        )
         for name in (
             "topk_query",
             "anneal",

@@ -31,9 +31,9 @@ from ..checks import require
 from ..files import follow_umask, require_place, write_whole
 from ..huggingface.attention import LayerCoding
 from ..huggingface.switch import attention_layers
-from .attention import EqualizedCore
+from .attention import EqualizedCore, SparseCore
 from .data import IGNORED
-from .recipe import Anneal, Training, differences, read, write
+from .recipe import Anneal, Attention, Training, differences, read, write
 
 RECIPE, RESULT, MODEL = "recipe.yaml", "result.json", "model"
 _CHECKPOINT, _PARTIAL = "checkpoint-", ".partial"
@@ -172,6 +172,25 @@ class Annealing(TrainerCallback):
     def _set(self, least: int) -> None:
         for coding, goal in zip(self._codings, self._goals, strict=True):
             coding.budget = replace(goal, topk=max(goal.topk, least), topk_query=max(goal.topk_query, least))
+
+
+class Settling(TrainerCallback):
+    """Ends a gradient to all features after a share of the steps."""
+
+    def __init__(self, cores: Sequence[SparseCore], share: float, steps: int) -> None:
+        self._cores, self._until = cores, max(1, round(share * steps))
+
+    @classmethod
+    def of(cls, model: Any, attention: Attention, steps: int) -> list[Settling]:
+        """The callbacks that a model trained so needs: one, or none for one gradient throughout."""
+        if attention.gradient_share == 1:
+            return []
+        cores = [module for module in model.modules() if isinstance(module, SparseCore)]
+        return [cls(cores, attention.gradient_share, steps)]
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for core in self._cores:
+            core.gradient = "all" if state.global_step < self._until else "kept"
 
 
 class Equalizing(TrainerCallback):
