@@ -15,6 +15,7 @@ set -euo pipefail
 rows() {
     k8="attention.kind=sfa attention.topk=8"
     best="$k8 attention.topk_query=64 attention.gradient=all attention.equalize=true"
+    mixed="attention.kind=sfa attention.topk=4 attention.dense_dims=6 attention.topk_query=64 attention.score_scale=3"
     plain="attention.topk_query=null attention.gradient=kept attention.sparse_temperature=null"
     dense="attention.kind=dense attention.topk=null $plain"
     full="attention.positions=full attention.dense_dims=0"
@@ -38,6 +39,8 @@ gpt2-k8-best-1      gpt2-124m  $best training.seed=1
 qwen3-dense-1       qwen3-d128 $dense $full training.seed=1
 qwen3-32+16-1       qwen3-d128 training.seed=1
 gpt2-k8-scaled      gpt2-124m  $k8 attention.topk_query=64 attention.score_scale=3
+gpt2-6+4-scaled     gpt2-124m  $mixed
+gpt2-6+4-early      gpt2-124m  $mixed attention.gradient=all attention.gradient_share=0.1
 gpt2-dense-scaled   gpt2-124m  attention.score_scale=2
 gpt2-int8           gpt2-124m  attention.kind=int8
 qwen3-k16           qwen3-d128 $plain $full
