@@ -276,8 +276,10 @@ class Moments:
         self.query_outer = torch.zeros(square, dtype=torch.float64, device="cpu")
         self.key_sum = torch.zeros(num_kv_heads, head_dim, dtype=torch.float64, device="cpu")
         self.count = self.query_count = 0
-        self.sample = torch.zeros(num_kv_heads, 0, head_dim, device="cpu")  # [H, S, D] keys
-        self._lots = torch.zeros(0, device="cpu")  # [S] each token draws a lot, and the highest stay
+        self.sample = torch.zeros(num_kv_heads, 0, head_dim, dtype=torch.float32, device="cpu")  # [H, S, D] keys
+        self._lots = torch.zeros(
+            0, dtype=torch.float32, device="cpu"
+        )  # [S] each token draws a lot, and the highest stay
         self.axes: dict[str, tuple[Tensor, Tensor, AxisErrors]] = {}  # Q, K and what axes lose, by the kind of a basis
         self._generator = torch.Generator().manual_seed(0)
 
@@ -299,7 +301,8 @@ class Moments:
         self.query_outer += (queries.mT @ queries).cpu()
         self.count += keys.shape[1]
         self.query_count += queries.shape[1]
-        lots = torch.cat((self._lots, torch.rand(keys.shape[1], generator=self._generator, device="cpu")))
+        new = torch.rand(keys.shape[1], generator=self._generator, dtype=torch.float32, device="cpu")
+        lots = torch.cat((self._lots, new))
         self._lots, kept = lots.topk(min(_SAMPLE_KEYS, len(lots)))
         self.sample = torch.cat((self.sample, keys.float().cpu()), dim=1)[:, kept]
 

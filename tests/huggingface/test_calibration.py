@@ -36,6 +36,19 @@ def test_bits_per_axis(model, windows, options, tmp_path):
     assert codes.packed.shape == (1, 2, 5, 3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_changes_nothing(model, windows, dtype):
+    expected = flashsfa.calibrate(model, windows, key_bytes=3)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        basis = flashsfa.calibrate(model, windows, key_bytes=3)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(basis.axes.bits, expected.axes.bits)
+    torch.testing.assert_close(basis.key, expected.key)
+
+
 def test_a_budget_makes_a_dictionary_without_bits(model, windows):
     basis = flashsfa.calibrate(model, windows, 3, dense_dims=2)
     assert basis.axes is None

@@ -144,12 +144,46 @@ def test_left_padding():
         run(make(), ids, attention_mask=mask, position_ids=position_ids)
     with pytest.raises(ValueError, match="first=0"):
         make().generate(ids, attention_mask=mask, max_new_tokens=2)
+    for kind in ("dynamic", "static"):  # where a prompt's first call has one token, as a step has
+        with pytest.raises(ValueError, match="first=0"):
+            make().generate(
+                ids,
+                attention_mask=mask,
+                max_new_tokens=2,
+                prefill_chunk_size=1,
+                cache_implementation=kind,
+                disable_compile=True,
+            )
+    with pytest.raises(ValueError, match="first=0"):
+        make().model(ids, mask, position_ids)  # by place
     model = make(first=0)
     found = run(model, ids, attention_mask=mask, position_ids=position_ids)
     torch.testing.assert_close(found[:1, 4:], run(model, ids[:1, 4:]), **CLOSE)
     found = model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
     alone = model.generate(ids[:1, 4:], attention_mask=mask[:1, 4:], max_new_tokens=4, do_sample=False)
     assert torch.equal(found[:1, 4:], alone)
+
+
+def test_a_dense_cache_that_drops_the_first_tokens():
+    """What it has left of a layer with a window begins anywhere: refused once tokens are gone, where first tokens are kept."""
+    ids = tokens(26)
+    for options in ({"first": 0}, {"first": 0, "recent": 0}, {"layers": [1]}):  # the window is that of layer 0
+        model = make(True, **options)
+        windows = [
+            layer.sliding_window for layer in transformers.DynamicCache(config=model.config).layers if layer.is_sliding
+        ]
+        cache = transformers.DynamicCache(config=model.config)
+        parts = [run(model, part, cache) for part in ids.split(5, dim=1)]
+        torch.testing.assert_close(torch.cat(parts, dim=1), run(model, ids), **CLOSE)
+    model = make(True)
+    cache = transformers.DynamicCache(config=model.config)
+    held = min(windows) - 1
+    begin = [run(model, part, cache) for part in (ids[:, :2], ids[:, 2:held], ids[:, held : held + 3])]
+    torch.testing.assert_close(torch.cat(begin, dim=1), run(model, ids[:, : held + 3]), **CLOSE)
+    with pytest.raises(ValueError, match=r"drops the first tokens .* pass past_key_values=flashsfa"):
+        run(model, ids[:, held + 3 :], cache)
+    with pytest.raises(ValueError, match="drops the first tokens"):
+        model.generate(ids, max_new_tokens=12, guidance_scale=1.5)  # makes a cache of its own
 
 
 @pytest.mark.parametrize("queries", [{}, {"topk_query": "dense"}], ids=str)

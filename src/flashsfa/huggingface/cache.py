@@ -13,7 +13,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
+)
 
 from ..cache.contiguous import SparseKVCache
 from ..checks import require, require_int
@@ -124,6 +130,29 @@ def require_readable(cache: Any) -> None:
                 f"a {type(cache).__name__} of {getattr(kind, '__name__', kind)} holds dense keys in a form that sfa does not read: "
                 "pass flashsfa.huggingface.SparseCache(model) or StaticSparseCache(model, max_cache_len), or no cache"
             )
+
+
+def require_first_tokens(model: Any, cache: Any) -> None:
+    """Raise `ValueError` if a dense cache that a switched model is called with has dropped tokens from the front of a layer that keeps the
+    first ones as they came: which those are its keys do not tell."""
+    if not isinstance(cache, Cache):
+        return
+    if isinstance(cache, EncoderDecoderCache):
+        require_first_tokens(model, cache.self_attention_cache)
+        return
+    dropped = {
+        index for index, layer in enumerate(cache.layers)
+        if isinstance(layer, DynamicSlidingWindowLayer) and layer.get_mask_sizes(1)[1]
+    }  # fmt: skip
+    if dropped:
+        kept = [index for index, coding in _codings(model).items() if index in dropped and coding.settings.first]
+        require(
+            not kept,
+            lambda: (
+                f"a {type(cache).__name__} drops the first tokens of layers with a sliding window (here {kept}), and first keeps them as they "
+                "came: pass past_key_values=flashsfa.huggingface.SparseCache(model), or enable the model with first=0"
+            ),
+        )
 
 
 def _is_readable(kind: Any) -> bool:

@@ -4,6 +4,7 @@ called with. All of it can be pickled and copied with the model."""
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 import warnings
 from pathlib import Path
@@ -16,9 +17,10 @@ from transformers.generation import GenerationMode
 
 from ..basis import FeatureBasis
 from ..checks import require
+from ..contexts import asked_once
 from ..ops import record
 from .attention import NAME, OtherMask
-from .cache import SparseCache, StaticSparseCache, require_readable
+from .cache import SparseCache, StaticSparseCache, require_first_tokens, require_readable
 from .settings import BASIS_FILE
 from .structure import attention_of, attention_shape, text_config
 
@@ -60,6 +62,8 @@ def _prepare_cache(
     """`_prepare_cache_for_generation` of transformers, with caches of codes."""
     given = model_kwargs.get("past_key_values")
     is_ours = attention_of(model) == NAME
+    if is_ours and model.config.sfa["first"]:  # a call with one token of a prompt looks like a step
+        _require_no_padding_first(model_kwargs.get("attention_mask"), model_kwargs)
     guesses = generation_mode == GenerationMode.ASSISTED_GENERATION
     if (guesses or generation_config.is_assistant) and is_ours:
         _require_guesses(model, given, generation_config)
@@ -177,10 +181,14 @@ class _CallCheck:
         for argument in (*args, *kwargs.values()):
             require_readable(argument)
             _say_cache(argument)
+            if self._keeps_first:
+                require_first_tokens(module, argument)
         _require_no_press(module)
+        if args:
+            kwargs = dict(zip(_parameters(type(module)), args, strict=False)) | kwargs
         mask = kwargs.get("attention_mask")
         if self._keeps_first:
-            _require_first_tokens(mask, kwargs)
+            _require_no_padding_first(mask, kwargs)
         if (
             self.warned
             or torch.compiler.is_compiling()
@@ -196,6 +204,12 @@ class _CallCheck:
             "them. Pass position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0), as generate() does",
             stacklevel=2,
         )
+
+
+@asked_once
+def _parameters(kind: type[nn.Module]) -> list[str]:
+    """Names of what a model of this class takes, in their places."""
+    return list(inspect.signature(kind.forward).parameters)[1:]
 
 
 def _say_cache(cache: Any) -> None:
@@ -225,7 +239,7 @@ def _require_no_press(module: nn.Module) -> None:
         )
 
 
-def _require_first_tokens(mask: Any, kwargs: dict[str, Any]) -> None:
+def _require_no_padding_first(mask: Any, kwargs: dict[str, Any]) -> None:
     """Raise `ValueError` if a prompt begins with padding, which would be kept in place of the first tokens of its sequence. For a
     static cache `generate` hands over what `attention_mask` made of the mask, by kind of layer where there are several."""
     if isinstance(mask, dict):
