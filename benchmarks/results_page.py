@@ -301,7 +301,7 @@ def _plain() -> str:
 {_table(head, rows)}
 
 Per token codes are some 5 % slower with the small model, by what the host does in each layer, and level with the larger one within what this machine's times spread. A first token after 4k of the small model takes half as long
-again, for the same reason; from 8k on it is level, and faster with the larger model. On an H200 even four sequences of 32k are too little to be bound by the GPU here: **pass `cache_implementation="static"`**, below. What captured steps gain is in the table above, and what many requests gain under [vLLM](#served-by-vllm).
+again, for the same reason; after 8k it is level but for one row, and faster with the larger model. On an H200 even four sequences of 32k are too little to be bound by the GPU here: **pass `cache_implementation="static"`**, below. What captured steps gain is in the table above, and what many requests gain under [vLLM](#served-by-vllm).
 
 **`generate(cache_implementation="static")`**, which transformers compiles by itself. {_where(_read(STATIC[0]), STATIC[0])} {further}
 

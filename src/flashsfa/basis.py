@@ -277,9 +277,7 @@ class Moments:
         self.key_sum = torch.zeros(num_kv_heads, head_dim, dtype=torch.float64, device="cpu")
         self.count = self.query_count = 0
         self.sample = torch.zeros(num_kv_heads, 0, head_dim, dtype=torch.float32, device="cpu")  # [H, S, D] keys
-        self._lots = torch.zeros(
-            0, dtype=torch.float32, device="cpu"
-        )  # [S] each token draws a lot, and the highest stay
+        self._lots = torch.zeros(0, dtype=torch.float32, device="cpu")  # [S] each token draws one, the highest stay
         self.axes: dict[str, tuple[Tensor, Tensor, AxisErrors]] = {}  # Q, K and what axes lose, by the kind of a basis
         self._generator = torch.Generator().manual_seed(0)
 
