@@ -652,7 +652,7 @@ its rows here: `gpt2-int8` and `qwen3-int8-warm`, trained with queries and keys 
 Rows of `recipes/scale.sh`. What is lost here is far more than on the small models, and more the longer a model is trained: the aim of 1 % is missed, by `k8` and by others.
 
 A GPT-2 of 124M, 12 heads of 64, one pass over 150M tokens. By the paper's rule `k8` loses three times as much as heads of 12, which take the same bytes. Up to step 600 of 3,052 all are level. Then the dense model pulls away while its loss falls from
-4.8 to 4.3, and from step 1,500 on the distance stays. What we train by (dense queries, a gradient to all features, query features of one size) is ahead of the paper's rule until step 1,500, and behind it at the end.
+4.8 to 4.3, and from step 1,500 on the distance stays. Our recipe of the small models (dense queries, a gradient to all features, query features of one size) is ahead of the paper's rule until step 1,500, and behind it at the end.
 
 {_trained_table("GPT-2, 150M tokens", GPT2_LARGE, 64)}
 

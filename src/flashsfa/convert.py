@@ -37,6 +37,7 @@ from .presets import DEFAULT_CACHE_DTYPE, PRESETS, require_key_bytes, require_on
 from .stored import KVView
 
 _PROMPT = "The history of science is"
+_CONTINUED = 32  # tokens, as far as the model has positions
 _WINDOW = 2048
 _LONGEST_PREFILL = 4096  # prefill is quadratic: longer contexts are timed for decode alone
 # What transformers reads images and videos by.
@@ -163,7 +164,11 @@ def convert(
             "attention_ms": _attention_times(model, settings.contexts, progress),
         }
         _write(model, tokenizer, report, settings.model, output)
-    except Exception:  # what stops it from outside leaves the measurements
+    except KeyboardInterrupt as stop:
+        if kept.path.exists():
+            stop.add_note(f"what was measured is kept in {kept.path}: the same command goes on from there")
+        raise
+    except Exception:
         kept.remove()
         raise
     kept.remove()
@@ -214,7 +219,12 @@ def _windows(
 def _continued(model: Any, tokenizer: Any, progress: Callable[[], None]) -> str:
     """A greedy continuation."""
     inputs = tokenizer(_PROMPT, return_tensors="pt").to(model.device)
-    ids = model.generate(**inputs, max_new_tokens=32, do_sample=False)[0]
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    room = _CONTINUED if limit is None else min(_CONTINUED, limit - inputs["input_ids"].shape[1])
+    if room < 1:
+        progress()
+        return _PROMPT
+    ids = model.generate(**inputs, max_new_tokens=room, do_sample=False)[0]
     progress()
     return tokenizer.decode(ids, skip_special_tokens=True)
 

@@ -242,3 +242,16 @@ def test_a_large_loss_is_said_with_what_would_be_better(loss, topk_query, tmp_pa
     assert ("--dense-dims 28 --topk 12" in out) == is_large
     assert "--dense-dims 24 --topk 8" not in out  # fewer bytes than the budget has
     assert ("--topk-query dense" in out) == (topk_query != 64)
+
+
+def test_a_model_of_few_positions(tiny, text, tmp_path):
+    """Its continuation ends where its positions do."""
+    sizes = {"vocab_size": 67, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)
+    ).save_pretrained(tmp_path / "short")
+    transformers.AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "short")
+    more = ("--window", "32", "--topk", "4", "--cache-dtype", "int8")
+    assert main(arguments(tmp_path / "short", text, tmp_path / "out", *more)) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert len(report["texts"]["sfa"].split()) <= 32

@@ -202,6 +202,7 @@ def test_the_table_of_a_context(tmp_path, capsys):
     assert main(["info", str(tmp_path), "--context", "4096"]) == 0
     out = capsys.readouterr().out
     assert "forget a quarter of it at a time" in out
+    assert "it was made for" not in out
     found, held = table(out), 1023 + 4096  # a layer keeps what the next token sees beside itself
     pairs = 4096 * 4097 // 2 + 1024 * 1025 // 2 + 3072 * 1024
     assert found["dense"] == [
@@ -213,6 +214,13 @@ def test_the_table_of_a_context(tmp_path, capsys):
         f"{nbytes / 2**20:.1f} MiB", f"{100 * nbytes / (held * 512):.0f} %", f"{4 * held * 128:.3g}", "100 %"
     ]  # fmt: skip
     assert found["preset half"][1] == "53 %"
+
+
+def test_a_context_past_the_model_s_positions_is_said(tmp_path, capsys):
+    transformers.Qwen3Config(**SIZES | {"max_position_embeddings": 64}).save_pretrained(tmp_path)
+    capsys.readouterr()
+    assert main(["info", str(tmp_path), "--context", "100"]) == 0
+    assert "it was made for 64 positions: for 100 tokens what follows is by formula alone" in capsys.readouterr().out
 
 
 def test_the_table_of_a_converted_model_with_exact_tokens(tiny, tmp_path, capsys):

@@ -242,7 +242,7 @@ def test_forms_of_wide_heads_have_four_bits():
         (("dense",), ["--lengths", "1"], "--lengths must be 2 to"),
         (("dense",), ["--windows", "0"], "--windows must be"),
         (("dense",), ["--trials", "-1"], "--trials must be"),
-        (("dense",), ["--tolerances", "1.5"], "value_tolerance must be"),
+        (("dense",), ["--tolerances", "1.5"], "each of --tolerances must be"),
         (("dense",), ["--decode", "none.json"], "none.json does not exist"),
         (("dense",), ["--decode", "text.txt"], "holds no results of flashsfa bench decode"),
         (("dense",), ["--text", "nowhere.txt"], "does not exist"),
@@ -254,6 +254,13 @@ def test_what_does_not_fit_is_refused_in_one_line(models, tmp_path, capsys, monk
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert message in line
     assert not (tmp_path / "out").exists()
+
+
+def test_times_of_another_benchmark_are_no_decode_times(models, tmp_path, capsys):
+    path = recorded(tmp_path / "times.json", {case("dense", 64): 1.0}, {"sdpa": 1.0})
+    path.write_text(path.read_text().replace('"decode"', '"prefill"', 1))
+    assert frontier(models, tmp_path / "out", "--lengths", "64", "--decode", str(path), names=("dense",)) == 2
+    assert "holds no results of flashsfa bench decode" in capsys.readouterr().err
 
 
 def test_models_of_other_tokenizers_are_not_compared(models, tmp_path, capsys, monkeypatch):

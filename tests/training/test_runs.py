@@ -13,7 +13,7 @@ import flashsfa
 from flashsfa.budget import FeatureBudget
 from flashsfa.training import needle, pretrain, recipe
 from flashsfa.training.run import Annealing, RunDirectory, RunTrainer
-from tiny import CONTEXT, GPT2, QWEN3, VOCABULARY, Coding, losses, refused, result, run
+from tiny import CONTEXT, GPT2, MODELS, QWEN3, VOCABULARY, Coding, losses, refused, result, run
 
 
 def test_a_run_that_was_killed_goes_on_with_the_same_losses(tmp_path, content, monkeypatch):
@@ -207,6 +207,55 @@ def test_annealing_halves_the_budget_down_to_its_own():
         annealing.on_step_begin(None, type("State", (), {"global_step": step}), None)
         seen.append((codings[0].budget.topk, codings[0].budget.topk_query, codings[1].budget.topk_query))
     assert seen == [(14, 14, 14)] * 3 + [(7, 7, 8)] * 3 + [(3, 3, 8)] * 6
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "parts"),
+    [
+        ({}, {"attention": {"kind": "short", "width": 4, "topk": None}}, ("attention.width", "are not as short")),
+        ({}, {"config": {"n_head": 4}}, ("model.start", "another n_head, 2 and not 4")),
+        ({}, {"config": {"layer_norm_epsilon": 0.1}}, ("model.start", "another layer_norm_epsilon")),
+        ({}, {"attention": {"temperature": 2.0}}, ("attention.temperature", "set it to 1")),
+        ({}, {"attention": {"sparse_temperature": 2.0}}, ("attention.sparse_temperature", "set it to null")),
+        ({}, {"data": {"context": 2 * CONTEXT}}, ("data.context", "wpe")),
+    ],
+    ids=lambda x: next(iter(x)) if x and isinstance(x, dict) else None,
+)
+def test_a_start_that_would_compute_something_else_is_refused(tmp_path, content, capsys, before, after, parts):
+    assert run(tmp_path, content, name="before") == 0
+    content["model"]["start"] = str(tmp_path / "before")
+    content["model"]["config"] = {**content["model"]["config"], **after.get("config", {})}
+    content["attention"] |= after.get("attention", {})
+    content["data"] |= after.get("data", {})
+    capsys.readouterr()
+    refused(capsys, run(tmp_path, content), *parts)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
+def test_short_heads_go_on_with_short_heads(tmp_path, content, architecture):
+    content["model"] = {"architecture": architecture, "config": {**MODELS[architecture], "vocab_size": VOCABULARY}}
+    content["attention"] = {"kind": "short", "width": 4}
+    assert run(tmp_path, content, name="before") == 0
+    content["model"]["start"] = str(tmp_path / "before")
+    assert run(tmp_path, content) == 0
+    assert losses(tmp_path)[0] < losses(tmp_path, "before")[0]
+
+
+@pytest.mark.parametrize("attention", [{"window": 8}, {"kind": "int8", "topk": None}], ids=str)
+def test_a_run_that_keeps_no_model_says_so_first(tmp_path, content, attention, caplog):
+    content["attention"] |= attention
+    content["training"]["warmup"] = 5
+    assert run(tmp_path, content) == 0
+    assert "no model: nothing loads one with attention." in caplog.text
+    assert "the learning rate rises for 5 steps, and this run has 5" in caplog.text
+    assert result(tmp_path)["model"] is None
+
+
+def test_shards_want_processes(tmp_path, content, capsys):
+    content["training"]["fsdp"] = True
+    refused(capsys, run(tmp_path, content), "training.fsdp", "torchrun --standalone --nproc-per-node")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_gradient_to_all_features_ends_when_it_is_said_to(tmp_path, content, monkeypatch):

@@ -44,11 +44,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "-o", "--output", type=some_path, required=True, metavar="DIR", help="new directory for model and report"
     )
     parser.add_argument(
-        "--max-loss", type=percents, metavar="P%%",
+        "--max-loss", type=percents, metavar="P%",
         help="choose: of some ten ways to keep the cache that are measured, the one of fewest bytes that loses at most so much of perplexity",
     )  # fmt: skip
     parser.add_argument(
-        "--bytes", type=percents, metavar="P%%", dest="max_bytes",
+        "--bytes", type=percents, metavar="P%", dest="max_bytes",
         help="choose: the least loss with at most so much of the bytes that a dense key and value take in --dtype",
     )  # fmt: skip
     parser.add_argument(

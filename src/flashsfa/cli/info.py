@@ -173,6 +173,9 @@ def _print_model(source: str, context: int | None) -> None:
     if own.coder is not None and "sfa" not in stored:
         print(f"  {_cache(own, model)}, as {own.label} keeps it")
         print(f"  what it loses: flashsfa convert {source} -o DIR --max-loss 1% measures and chooses")
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and limit is not None and context > limit:
+        print(f"  it was made for {limit} positions: for {context} tokens what follows is by formula alone")
     if context is not None and model.has_bytes:
         _print_context(model, found, context)
     if own.coder is not None and model.shape is not None:

@@ -122,8 +122,10 @@ def _tokenize(options: argparse.Namespace) -> None:
     from ..training.data import require_tokenizer_folder, text_documents, tokenize, write_tokens
 
     output: Path = options.output
-    if output.suffix != ".npy" or os.path.lexists(output):
-        raise ValueError(f"-o {output}: name a new file that ends in .npy")
+    if output.suffix != ".npy":
+        raise ValueError(f"-o {output}: name a file that ends in .npy")
+    if os.path.lexists(output):
+        raise ValueError(f"-o {output} exists already: name a new file, or remove it first")
     require_place(output.parent)
     tokenizer = load_tokenizer(options.tokenizer or bundled_model())
     require_tokenizer_folder(output, tokenizer)

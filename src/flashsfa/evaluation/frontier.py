@@ -150,6 +150,8 @@ def read_recorded(files: Sequence[Path]) -> tuple[list[dict[str, Any]], str]:
         require(file.is_file(), f"--decode {file} does not exist: name the JSON that flashsfa bench decode wrote")
         try:
             content = json.loads(file.read_bytes())
+            if content["operation"] != "decode":
+                raise KeyError(content["operation"])
             timed = [row for row in content["rows"] if row["status"] == "ok" and row["timing"] and row["baselines"]]
             rows += timed
             device = content["environment"]["device"]

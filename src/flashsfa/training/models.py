@@ -119,10 +119,16 @@ def finish(model: Any, attention: Attention) -> None:
     multiply(model)
 
 
-def can_load(architecture: str, attention: Attention) -> bool:
-    """Whether transformers or `flashsfa.from_pretrained` loads what was trained; nobody else knows some baselines."""
-    ours_alone = attention.window is not None or (attention.positions == "channel" and attention.kind != "sfa")
-    return attention.kind not in ("int8", "performer") and not (architecture == "gpt2" and ours_alone)
+def why_not_kept(architecture: str, attention: Attention) -> str | None:
+    """What of a recipe neither transformers nor `flashsfa.from_pretrained` would load again, so that no model is written; None for all
+    others."""
+    if attention.kind in ("int8", "performer"):
+        return f"attention.kind {attention.kind}"
+    if architecture == "gpt2" and attention.window is not None:
+        return "attention.window of a GPT-2"
+    if architecture == "gpt2" and attention.positions == "channel" and attention.kind != "sfa":
+        return f"attention.positions channel of a GPT-2 of kind {attention.kind}"
+    return None
 
 
 class _Windowed(Core):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,12 @@ from ..huggingface.settings import BASIS_FILE
 from . import needle
 from .card import write_card
 from .data import Collator, TokenStream, Windows, check_stream, read_stream
-from .models import build, can_load, finish
+from .models import build, finish, why_not_kept
 from .needle import NeedleWindows, needle_accuracy
-from .recipe import Data, DistillRecipe, PretrainRecipe, Training
+from .recipe import Attention, Data, DistillRecipe, PretrainRecipe, Training
 from .run import MODEL, Annealing, Equalizing, RunDirectory, RunTrainer, Settling, fit, prepare, total_steps
 
+_log = logging.getLogger("flashsfa")
 _NEEDLES_A_LENGTH = 200
 
 
@@ -49,11 +51,7 @@ def _pretrain(recipe: PretrainRecipe, place: RunDirectory) -> dict[str, Any]:
     vocab_size = needle.VOCABULARY if is_needle else None if tokenizer is None else len(tokenizer)
     model = build(recipe.model, recipe.attention, recipe.data.context, vocab_size, recipe.training.seed)
     if recipe.model.start is not None:
-        require(
-            recipe.attention.score_scale == 1,
-            "attention.score_scale: what a run of model.start was trained with is part of its weights; leave it out",
-        )
-        _begin_from(model, Path(recipe.model.start))
+        _begin_from(model, Path(recipe.model.start), recipe.attention)
     corpus = load_corpus(recipe.data, recipe.training, tokenizer, model.config.vocab_size)
     steps = total_steps(recipe.training, recipe.data.context)
     callbacks: list[TrainerCallback] = [
@@ -65,21 +63,29 @@ def _pretrain(recipe: PretrainRecipe, place: RunDirectory) -> dict[str, Any]:
         RunTrainer, place, model, corpus.train, corpus.validation, corpus.collate, recipe.training, recipe.data.context,
         callbacks,
     )  # fmt: skip
+    not_kept = why_not_kept(recipe.model.architecture, recipe.attention)
+    if not_kept is not None and trainer.args.should_save:
+        _log.warning("this run will keep its figures and curve, and no model: nothing loads one with %s", not_kept)
     result = fit(trainer, place)
     if is_needle and trainer.args.should_save and not recipe.training.fsdp:
         lengths = [recipe.data.context >> i for i in range(4) if recipe.data.context >> i >= needle.SHORTEST]
         result["needle"] = needle_accuracy(model.eval(), lengths, _NEEDLES_A_LENGTH, recipe.training.seed + 1)
-    loads = can_load(recipe.model.architecture, recipe.attention)
-    fold = (lambda: finish(model, recipe.attention)) if loads else None
-    save(trainer, place, recipe, result, tokenizer if loads else None, fold)
+    fold = None if not_kept is not None else (lambda: finish(model, recipe.attention))
+    save(trainer, place, recipe, result, None if not_kept is not None else tokenizer, fold)
     return result
 
 
-def _begin_from(model: Any, run: Path) -> None:
+def _begin_from(model: Any, run: Path, attention: Attention) -> None:
     """Give a `build`-ed model the weights that an earlier run wrote.
 
     Raises `ValueError` that names the key of the recipe if there are none, or they do not fit.
     """
+    for name, nothing in (("score_scale", 1.0), ("temperature", 1.0), ("sparse_temperature", None)):
+        require(
+            getattr(attention, name) == nothing,
+            f"attention.{name}: what a run of model.start was trained with is part of its weights; set it to "
+            f"{'null' if nothing is None else '1'}",
+        )
     files = sorted((run / MODEL).glob("*.safetensors"))
     require(
         bool(files),
@@ -89,6 +95,7 @@ def _begin_from(model: Any, run: Path) -> None:
         not (run / MODEL / BASIS_FILE).exists(),
         f"model.start: the model of {run} has a basis, which a run cannot go on with",
     )
+    _require_same_function(model.config, run)
     weights = {name: x for file in files for name, x in load_file(file).items()}
     own = model.state_dict()
     unlike = [name for name, x in weights.items() if name not in own or own[name].shape != x.shape]
@@ -98,10 +105,43 @@ def _begin_from(model: Any, run: Path) -> None:
         not unlike and not lacking,
         lambda: (
             f"model.start: the weights of {run} are not those of this recipe ({', '.join((*unlike, *lacking)[:3])}): give "
-            "model.config and attention the sizes of that run"
+            "model.config, attention and, for learned positions, data.context the sizes of that run"
         ),
     )
+    if attention.kind == "short":  # what a short head leaves out is zero
+        whole = [name for name, x in weights.items() if x.ndim == 2 and bool(x[own[name] == 0].any())]
+        require(
+            not whole,
+            lambda: (
+                f"attention.width: the heads of {run} are not as short ({whole[0]}): begin with a run of kind short and width "
+                f"{attention.width}, or leave model.start out"
+            ),
+        )
     model.load_state_dict(weights, strict=False)
+
+
+def _require_same_function(config: Any, run: Path) -> None:
+    """Raise `ValueError` if a model of `config` would compute something else by the weights of an earlier run, though their shapes fit."""
+    try:
+        before = type(config).from_json_file(run / MODEL / "config.json").to_dict()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.start: the model of {run} has no config that can be read: {error}") from error
+    own = config.to_dict()
+    unlike = [name for name in _FUNCTION if own.get(name) != before.get(name)]
+    require(
+        not unlike,
+        lambda: (
+            f"model.start: the model of {run} has another {unlike[0]}, {before.get(unlike[0])} and not {own.get(unlike[0])}: give "
+            "model.config what that run had"
+        ),
+    )
+
+
+# What no shape of a weight tells.
+_FUNCTION = (
+    "n_head", "num_attention_heads", "num_key_value_heads", "activation_function", "hidden_act", "rope_parameters", "layer_norm_epsilon",
+    "rms_norm_eps", "scale_attn_by_inverse_layer_idx", "sliding_window",
+)  # fmt: skip
 
 
 def save(

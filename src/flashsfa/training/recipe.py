@@ -34,7 +34,8 @@ class Model:
         config: fields of transformers' config that differ from its defaults. The context is the data's; GPT-2's dropout
             is 0 unless given; the vocabulary is the tokenizer's unless `vocab_size` is given.
         start: folder of an earlier run, whose weights it begins with in place of random ones: on longer contexts, say. They must be those
-            of the same architecture and sizes; what attention makes of them is the recipe's own.
+            of the same architecture and sizes; what attention makes of them is the recipe's own, but for the size of scores, which is in
+            the weights.
     """
 
     architecture: str
@@ -67,7 +68,7 @@ class Attention:
         gradient: of "sfa": "kept" or "all", as in `flashsfa.sparse_feature_attention`.
         gradient_share: a gradient to "all" ends after this share of the training, and is one to the "kept" from then on: it helps while
             supports are being found, and is not the loss's own.
-        equalize: of "dense", "short", or "sfa" with dense queries, in a GPT-2 with learned positions: keep the features of a
+        equalize: of "dense", "short" or "sfa", in a GPT-2 with learned positions, best with dense queries: keep the features of a
             head's queries at one size, and let the keys' take it up, so that top-k of keys drops what scores need least.
             Dense scores stay as they are, and learn at other speeds. Part of the weights at the end.
         temperature: scores start so many times as large (Qwen3: its norm of queries begins there).

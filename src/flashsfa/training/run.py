@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import logging
 import math
 import os
 import shutil
@@ -34,6 +35,8 @@ from ..huggingface.switch import attention_layers
 from .attention import EqualizedCore, SparseCore
 from .data import IGNORED
 from .recipe import Anneal, Attention, Training, differences, read, write
+
+_log = logging.getLogger("flashsfa")
 
 RECIPE, RESULT, MODEL = "recipe.yaml", "result.json", "model"
 _CHECKPOINT, _PARTIAL = "checkpoint-", ".partial"
@@ -337,6 +340,11 @@ def arguments(training: Training, context: int, validation_windows: int, directo
         f"training.tokens {training.tokens} are less than one step of training.batch {training.batch} windows of data.context "
         f"{context}",
     )
+    require(
+        not training.fsdp or "LOCAL_RANK" in os.environ,
+        "training.fsdp: shards over the processes of torchrun, and this is none: torchrun --standalone --nproc-per-node GPUS -m "
+        "flashsfa.cli train ...",
+    )
     share, rest = divmod(training.batch, processes)
     require(rest == 0, f"training.batch {training.batch} must be a multiple of the {processes} processes")
     micro = training.micro_batch or share
@@ -385,6 +393,13 @@ def fit(trainer: RunTrainer, place: RunDirectory) -> dict[str, Any]:
     if trainer.args.should_save:
         place.open()
     trainer.accelerator.wait_for_everyone()
+    steps, warmup = trainer.args.max_steps, trainer.args.warmup_steps
+    if warmup >= steps and trainer.args.should_save:
+        _log.warning(
+            "training.warmup: the learning rate rises for %d steps, and this run has %d: it ends below it",
+            warmup,
+            steps,
+        )
     checkpoint = place.checkpoint
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
