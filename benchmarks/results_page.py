@@ -28,8 +28,8 @@ from flashsfa.formats import CodeFormat, cache_bits
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE, INDEX = ROOT / "docs" / "results.md", RESULTS / "README.md"
-DECODE_PICTURE, SERVED_PICTURE, TRAINING_PICTURE = (
-    ROOT / "docs" / "images" / name for name in ("decode-speed.png", "served.png", "gpt2-124m.png")
+DECODE_PICTURE, BYTES_PICTURE, SERVED_PICTURE, TRAINING_PICTURE = (
+    ROOT / "docs" / "images" / name for name in ("decode-speed.png", "decode-bytes.png", "served.png", "gpt2-124m.png")
 )
 
 
@@ -94,6 +94,7 @@ def main() -> None:
     for path, text in pages().items():
         path.write_text(text)
     draw_decode(DECODE_PICTURE)
+    draw_bytes(BYTES_PICTURE)
     draw_served(SERVED_PICTURE)
     draw_training(TRAINING_PICTURE)
 
@@ -210,7 +211,9 @@ def _decode() -> str:
 
 _DECODE_INTRODUCTION = """Time of one new token's attention over the tokens in the cache. Keys, values and queries are random; sparse queries keep as many
 features as keys. In the `-skip` rows queries are shaped so
-that about a fifth of the values carry the weight, as in a trained model; a text that needs more of them gains less."""
+that about a fifth of the values carry the weight, as in a trained model; a text that needs more of them gains less.
+
+![Time of a token over the tokens in the cache, and over its bytes](images/decode-bytes.png)"""
 
 
 def _prefill() -> str:
@@ -944,6 +947,78 @@ def draw_decode(path: Path) -> None:
     speedup_bars(path, groups, title=title, rivals=tuple(rivals))
 
 
+def draw_bytes(path: Path) -> None:
+    """Time of decode over the tokens in the cache, and at the longest over the bytes of a token, beside what reading them takes."""
+    plt = _pyplot()
+    run, times = _read(DECODE[0]), _decode_times(DECODE[0])
+    where, by_name = run["environment"], dict[str, dict[int, float]]()
+    for (name, width, heads, _), row in times.items():
+        if (width, heads) == (128, "16/16"):
+            by_name.setdefault(name, {})[row["n"]] = row["timing"]["median_ms"]
+            fastest = min(x["timing"]["median_ms"] for x in row["baselines"].values())
+            dense = by_name.setdefault("dense", {})
+            dense[row["n"]] = min(fastest, dense.get(row["n"], math.inf))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    shown = (
+        "dense",
+        "16+k16",
+        "k16",
+        "dense-int8",
+        "16+k16-int8",
+        "dense-int4",
+        "axes48-int4",
+        "k16-int4",
+        "k16-int4-skip",
+    )
+    for name in shown:
+        left.plot(list(by_name[name]), list(by_name[name].values()), marker="o", ms=3, lw=1.4, label=name)
+    lengths = list(by_name["dense"])
+    left.set(
+        xscale="log", yscale="log", xlabel="tokens in the cache", ylabel="ms", title="One new token, over the context"
+    )
+    left.set_xticks(lengths, [f"{n // 1024}k" for n in lengths])
+    left.set_yticks(marks := (0.05, 0.1, 0.2, 0.5, 1, 2), [f"{x:g}" for x in marks])
+    left.minorticks_off()
+    left.legend(fontsize=8)
+    longest, beside = max(lengths), (6, -9)
+    labelled = dict.fromkeys(
+        ("dense", "32+k16", "16+k16", "k16", "dense-int8", "16+k16-int8", "dense-int4", "k16-int8-skip", "k16-skip"),
+        beside,
+    )
+    labelled |= {"32+k16-int4": (-6, 7), "axes48-int4": (-62, 3), "k16-int4": (-46, 2), "k16-int4-skip": (-40, -13)}
+    for name, by_length in by_name.items():
+        token_bytes, is_skip = Configuration.named(name, 128).bytes, name.endswith("-skip")
+        right.scatter(
+            token_bytes, by_length[longest], color="C1" if is_skip else "C3" if name.startswith("dense") else "C0", s=18
+        )
+        if name in labelled:
+            right.annotate(
+                name, (token_bytes, by_length[longest]), fontsize=8, xytext=labelled[name], textcoords="offset points"
+            )
+    floor = [8 * 16 * longest * x / run["copy_gb_per_s"] / 1e6 for x in (0, 512)]
+    right.plot(
+        (0, 512),
+        floor,
+        color="grey",
+        lw=1,
+        ls="--",
+        label=f"bytes at {run['copy_gb_per_s']:.0f} GB/s, as a copy moves them",
+    )
+    right.set(
+        xlabel="bytes of a token per kv head, of all that is stored", ylabel="ms", title=f"At {longest // 1024}k tokens, over the bytes",
+        xlim=(0, 570), ylim=(0, None),
+    )  # fmt: skip
+    right.legend(fontsize=8)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.suptitle(
+        f"Attention of one new token, 16 heads of 128, batch 8: {where['device']}, commit {where['commit']}",
+        fontsize=11,
+    )
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def draw_served(path: Path) -> None:
     """Tokens per second of vLLM's servers beside those of a 16-bit cache, a bar a cache and number of requests."""
     where = _read(SERVED)["environment"]
@@ -959,11 +1034,7 @@ def draw_served(path: Path) -> None:
 
 def draw_training(path: Path) -> None:
     """How far GPT-2s of 124M lie above the dense one while they are trained."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = _pyplot()
     curves, where = _curves((*GPT2_LARGE, GPT2_CUT)), _read(GPT2_CUT)["environment"]
     labels = {
         "gpt2-k8-best": "k8, our former recipe", "gpt2-k8": "k8, the paper's rule", "gpt2-k8-scaled": "k8, scores times 3",
@@ -991,6 +1062,16 @@ def draw_training(path: Path) -> None:
 
 
 _SMOOTHED_STEPS = 150  # that a point of a curve is the mean of
+
+
+def _pyplot() -> Any:
+    """matplotlib's, of a machine without a screen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
 
 
 # --- reading
