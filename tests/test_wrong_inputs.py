@@ -149,8 +149,8 @@ def test_names_are_no_markup(work, capfd):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("line", ["convert dense -o new/out", "perplexity converted -o new/out"])
 def test_signals_leave_no_results(line, number, code, work, capfd, monkeypatch):
-    """They come while results are written, and SIGTERM again while these are removed. What convert has measured is kept for the next
-    run, which removes it."""
+    """They come while results are written, and SIGTERM again while these are removed. What convert has measured is kept, as it says, for
+    the next run, which removes it."""
 
     stopped = []
 
@@ -172,8 +172,9 @@ def test_signals_leave_no_results(line, number, code, work, capfd, monkeypatch):
     before = everything()
     handler = signal.getsignal(signal.SIGTERM)
     assert main(command(line)) == code
-    assert capfd.readouterr().err.strip() == "flashsfa: stopped"
     kept = ["./new", "./new/.out.measured.json"] if line.startswith("convert") else []
+    said = f"; what was measured is kept in {work / kept[1]}: the same command goes on from there" if kept else ""
+    assert capfd.readouterr().err.strip() == f"flashsfa: stopped{said}"
     assert everything() == sorted([*before, *kept])
     assert signal.getsignal(signal.SIGTERM) == handler
     if kept:

@@ -67,33 +67,6 @@ def test_the_choice_is_written_with_the_frontier(tiny, text, tmp_path, capsys):
     )
 
 
-def test_what_was_measured_before_a_stop_is_kept_and_said(tiny, text, tmp_path, capsys, monkeypatch):
-    output, measured = tmp_path / "out", []
-    measure = flashsfa.choose.window_losses
-
-    def counted(*arguments, **options):
-        measured.append(1)
-        return measure(*arguments, **options)
-
-    def stopped(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(flashsfa.choose, "window_losses", counted)
-    continued = flashsfa.convert._continued
-    monkeypatch.setattr(flashsfa.convert, "_continued", stopped)
-    assert main(arguments(tiny, text, output, "--preset", "half")) == 130
-    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
-    assert line.startswith("flashsfa: stopped; what was measured is kept in")
-    assert line.endswith("the same command goes on from there")
-    assert not output.exists()
-    before = len(measured)
-    assert before
-    monkeypatch.setattr(flashsfa.convert, "_continued", continued)
-    assert main(arguments(tiny, text, output, "--preset", "half")) == 0
-    assert len(measured) == before
-    assert {p.name for p in tmp_path.iterdir()} == {"out", "text.txt"}
-
-
 def test_what_nothing_meets_is_refused_with_the_nearest(tiny, text, tmp_path, capsys, monkeypatch):
     lost = {"loss": 0.1, "loss_error": 0.01, "share": 0.5}
     monkeypatch.setattr(flashsfa.choose, "_against", lambda row, dense: lost)
