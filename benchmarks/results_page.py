@@ -23,6 +23,7 @@ from flashsfa.benchmarking.plots import speedup_bars
 from flashsfa.benchmarking.results import compared
 from flashsfa.evaluation.frontier import decode_ms
 from flashsfa.evaluation.perplexity import spread
+from flashsfa.extras import pyplot
 from flashsfa.formats import CodeFormat, cache_bits
 
 ROOT = Path(__file__).parents[1]
@@ -949,7 +950,7 @@ def draw_decode(path: Path) -> None:
 
 def draw_bytes(path: Path) -> None:
     """Time of decode over the tokens in the cache, and at the longest over the bytes of a token, beside what reading them takes."""
-    plt = _pyplot()
+    plt = pyplot()
     run, times = _read(DECODE[0]), _decode_times(DECODE[0])
     where, by_name = run["environment"], dict[str, dict[int, float]]()
     for (name, width, heads, _), row in times.items():
@@ -1034,7 +1035,7 @@ def draw_served(path: Path) -> None:
 
 def draw_training(path: Path) -> None:
     """How far GPT-2s of 124M lie above the dense one while they are trained."""
-    plt = _pyplot()
+    plt = pyplot()
     curves, where = _curves((*GPT2_LARGE, GPT2_CUT)), _read(GPT2_CUT)["environment"]
     labels = {
         "gpt2-k8-best": "k8, our former recipe", "gpt2-k8": "k8, the paper's rule", "gpt2-k8-scaled": "k8, scores times 3",
@@ -1062,16 +1063,6 @@ def draw_training(path: Path) -> None:
 
 
 _SMOOTHED_STEPS = 150  # that a point of a curve is the mean of
-
-
-def _pyplot() -> Any:
-    """matplotlib's, of a machine without a screen."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
 
 
 # --- reading

@@ -139,10 +139,10 @@ def require_choice(name: str, value: Any, choices: tuple[str | None, ...]) -> No
         raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}")
 
 
-def require_tolerance(value_tolerance: float) -> None:
+def require_tolerance(value_tolerance: float, name: str = "value_tolerance") -> None:
     """0 <= value_tolerance < 1."""
-    require_number("value_tolerance", value_tolerance)
-    require(0 <= value_tolerance < 1, lambda: f"value_tolerance must be in [0, 1), got {value_tolerance}")
+    require_number(name, value_tolerance)
+    require(0 <= value_tolerance < 1, lambda: f"{name} must be in [0, 1), got {value_tolerance}")
 
 
 def require_float(name: str, x: Tensor, *, may_hold_nan: bool = False) -> None:

@@ -31,7 +31,7 @@ from .formats import AUTO
 from .huggingface import disable
 from .huggingface.attention import LayerCoding
 from .huggingface.loading import find_file
-from .huggingface.structure import attention_shape, require_whole
+from .huggingface.structure import attention_shape, most_positions, require_whole
 from .models import BUNDLED_NAME, is_converted, load_model
 from .presets import DEFAULT_CACHE_DTYPE, PRESETS, require_key_bytes, require_one_way, require_width
 from .stored import KVView
@@ -198,7 +198,7 @@ def _windows(
     settings: ConvertSettings, texts: tuple[str, str], model: Any, tokenizer: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Windows of the texts to calibrate and to evaluate on. Raises `ValueError` if they, or `max_position`, do not fit the model."""
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = most_positions(model)
     length = settings.window or min(_WINDOW, limit or _WINDOW)
     require(limit is None or length <= limit, f"--window must be at most the model's {limit} positions, got {length}")
     furthest = settings.max_position
@@ -219,7 +219,7 @@ def _windows(
 def _continued(model: Any, tokenizer: Any, progress: Callable[[], None]) -> str:
     """A greedy continuation."""
     inputs = tokenizer(_PROMPT, return_tensors="pt").to(model.device)
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = most_positions(model)
     room = _CONTINUED if limit is None else min(_CONTINUED, limit - inputs["input_ids"].shape[1])
     if room < 1:
         progress()

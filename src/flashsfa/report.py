@@ -5,16 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .extras import pyplot
+
 _DENSE, _SPARSE, _OTHER, _GREY = "#4c566a", "#2a9d8f", "#8fa3b0", "#c9ced6"
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
     """Write the four panels of a `convert` report as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     figure, ((quality, memory), (prefill, decode)) = plt.subplots(
         2, 2, figsize=(12, 5 + 0.6 * max(5, len(report["variants"]))), layout="constrained"
     )
@@ -32,11 +30,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 def draw_frontier(report: dict[str, Any], path: Path) -> None:
     """Write the loss of each candidate over its bytes as a PNG: the choice marked, the limits as lines, dense caches beside."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     rows, chosen = report["variants"], report["chosen"]
     figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
     for name, row in rows.items():

@@ -14,6 +14,7 @@ pytest.importorskip("rich")
 yaml = pytest.importorskip("yaml")
 from flashsfa.training import recipe  # noqa: E402
 from flashsfa.training.models import build  # noqa: E402
+from flashsfa.training.run import RunTrainer  # noqa: E402
 
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 2}
 QWEN3 = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -42,6 +43,18 @@ def refused(capsys, code, *parts):
 
 def result(tmp_path, name="run"):
     return json.loads((tmp_path / name / "result.json").read_text())
+
+
+def kill_at(monkeypatch, count):
+    """Have a run be stopped from outside in the step after `count`."""
+    step = RunTrainer.training_step
+
+    def killed(self, *args, **kwargs):
+        if self.state.global_step == count:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(RunTrainer, "training_step", killed)
 
 
 def losses(tmp_path, name="run"):

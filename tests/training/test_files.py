@@ -10,21 +10,14 @@ import torch
 
 import flashsfa
 from flashsfa.training.run import RunTrainer
-from tiny import distill_content, losses, refused, result, run
+from tiny import distill_content, kill_at, losses, refused, result, run
 
 
 @pytest.fixture
 def stopped(tmp_path, content, monkeypatch, capsys):
     """A run that was stopped after its checkpoint of step 2."""
-    step = RunTrainer.training_step
-
-    def killed(self, *args, **kwargs):
-        if self.state.global_step == 3:
-            raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
-
     with monkeypatch.context() as patch:
-        patch.setattr(RunTrainer, "training_step", killed)
+        kill_at(patch, 3)
         assert run(tmp_path, content) == 130
     capsys.readouterr()
     return tmp_path / "run"

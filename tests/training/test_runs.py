@@ -13,21 +13,14 @@ import flashsfa
 from flashsfa.budget import FeatureBudget
 from flashsfa.training import needle, pretrain, recipe
 from flashsfa.training.run import Annealing, RunDirectory, RunTrainer
-from tiny import CONTEXT, GPT2, MODELS, QWEN3, VOCABULARY, Coding, losses, refused, result, run
+from tiny import CONTEXT, GPT2, MODELS, QWEN3, VOCABULARY, Coding, kill_at, losses, refused, result, run
 
 
 def test_a_run_that_was_killed_goes_on_with_the_same_losses(tmp_path, content, monkeypatch):
     content["attention"] |= {"anneal": {"share": 0.8}, "topk_query": 16, "equalize": True}
     content["model"]["config"]["resid_pdrop"] = 0.1  # random numbers go on too
     assert run(tmp_path, content, name="whole") == 0
-    step = RunTrainer.training_step
-
-    def killed(self, *args, **kwargs):
-        if self.state.global_step == 3:
-            raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr(RunTrainer, "training_step", killed)
+    kill_at(monkeypatch, 3)
     assert run(tmp_path, content) == 130
     assert sorted(p.name for p in (tmp_path / "run").iterdir() if "runs" not in p.name) == [
         "checkpoint-2",
@@ -88,14 +81,7 @@ def test_a_run_killed_after_its_last_step_is_finished(tmp_path, content, monkeyp
 def test_a_trained_basis_goes_on_after_a_kill_and_is_in_the_model(tmp_path, content, tokens, monkeypatch):
     content["attention"]["train_basis"] = True
     assert run(tmp_path, content, name="whole") == 0
-    step = RunTrainer.training_step
-
-    def killed(self, *args, **kwargs):
-        if self.state.global_step == 3:
-            raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr(RunTrainer, "training_step", killed)
+    kill_at(monkeypatch, 3)
     assert run(tmp_path, content) == 130
     monkeypatch.undo()
     assert run(tmp_path, content) == 0
@@ -210,23 +196,23 @@ def test_annealing_halves_the_budget_down_to_its_own():
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "parts"),
+    ("change", "parts"),
     [
-        ({}, {"attention": {"kind": "short", "width": 4, "topk": None}}, ("attention.width", "are not as short")),
-        ({}, {"config": {"n_head": 4}}, ("model.start", "another n_head, 2 and not 4")),
-        ({}, {"config": {"layer_norm_epsilon": 0.1}}, ("model.start", "another layer_norm_epsilon")),
-        ({}, {"attention": {"temperature": 2.0}}, ("attention.temperature", "set it to 1")),
-        ({}, {"attention": {"sparse_temperature": 2.0}}, ("attention.sparse_temperature", "set it to null")),
-        ({}, {"data": {"context": 2 * CONTEXT}}, ("data.context", "wpe")),
+        ({"attention": {"kind": "short", "width": 4, "topk": None}}, ("attention.width", "are not as short")),
+        ({"config": {"n_head": 4}}, ("model.start", "another n_head, 2 and not 4")),
+        ({"config": {"layer_norm_epsilon": 0.1}}, ("model.start", "another layer_norm_epsilon")),
+        ({"attention": {"temperature": 2.0}}, ("attention.temperature", "set it to 1")),
+        ({"attention": {"sparse_temperature": 2.0}}, ("attention.sparse_temperature", "set it to null")),
+        ({"data": {"context": 2 * CONTEXT}}, ("data.context", "wpe")),
     ],
     ids=lambda x: next(iter(x)) if x and isinstance(x, dict) else None,
 )
-def test_a_start_that_would_compute_something_else_is_refused(tmp_path, content, capsys, before, after, parts):
+def test_a_start_that_would_compute_something_else_is_refused(tmp_path, content, capsys, change, parts):
     assert run(tmp_path, content, name="before") == 0
     content["model"]["start"] = str(tmp_path / "before")
-    content["model"]["config"] = {**content["model"]["config"], **after.get("config", {})}
-    content["attention"] |= after.get("attention", {})
-    content["data"] |= after.get("data", {})
+    content["model"]["config"] = {**content["model"]["config"], **change.get("config", {})}
+    content["attention"] |= change.get("attention", {})
+    content["data"] |= change.get("data", {})
     capsys.readouterr()
     refused(capsys, run(tmp_path, content), *parts)
     assert not (tmp_path / "run").exists()
@@ -270,14 +256,7 @@ def test_a_gradient_to_all_features_ends_when_it_is_said_to(tmp_path, content, m
     assert ended[:4] == throughout[:4]  # that of step four is found before its own gradient
     assert ended[4] != throughout[4]
 
-    step = RunTrainer.training_step
-
-    def killed(self, *args, **kwargs):
-        if self.state.global_step == 5:
-            raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr(RunTrainer, "training_step", killed)
+    kill_at(monkeypatch, 5)
     assert run(tmp_path, content, name="stopped") == 130
     monkeypatch.undo()
     assert run(tmp_path, content, name="stopped") == 0

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from ..extras import pyplot
 from .cases import rival_name, tokens_label
 from .results import Results
 
@@ -42,12 +43,9 @@ def draw(results: Results, file: Path | IO[bytes]) -> None:
 def speedup_bars(file: Path | IO[bytes], groups: Groups, *, title: str, rivals: Sequence[str]) -> None:
     """Write a PNG of horizontal bars, one a length: a ratio of times by group, label and tokens. Bars below 1, where it is
     slower, have a colour of their own."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
     from matplotlib.patches import Patch
 
+    plt = pyplot()
     lengths = sorted({n for bars in groups.values() for of_label in bars.values() for n in of_label}, reverse=True)
     colors = {n: _COLORS[i % len(_COLORS)] for i, n in enumerate(lengths)}
     places, labels, heads, at = [], [], [], 0.0

@@ -185,14 +185,14 @@ def _support(options: argparse.Namespace) -> None:
     from ..evaluation.results import document, save
     from ..files import require_place
     from ..huggingface import from_pretrained
-    from ..huggingface.structure import text_config
+    from ..huggingface.structure import most_positions
     from ..training.support import draw, support_statistics
 
     require(options.window >= 2 and options.windows >= 1, "--window must be at least 2 tokens and --windows at least 1")
     need("train", "matplotlib")
     require_place(options.output)
     model = from_pretrained(options.model).eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    limit = getattr(text_config(model), "max_position_embeddings", None) or options.window
+    limit = most_positions(model) or options.window
     require(options.window <= limit, f"--window {options.window}: the model has {limit} positions")
     windows = _windows(options, model.get_input_embeddings().num_embeddings)
     with progress() as bars:

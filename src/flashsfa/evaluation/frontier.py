@@ -20,6 +20,7 @@ from ..benchmarking.configuration import Configuration
 from ..benchmarking.decode import DecodeCase
 from ..candidates import Exact, rivals
 from ..checks import require
+from ..extras import pyplot
 from ..formats import ROTATION_WIDTH
 from ..huggingface import SFASettings, attention_shape, disable, enable
 from .haystack import Sample
@@ -187,11 +188,7 @@ def decode_ms(
 def draw(title: str, results: Results, length: int, device: str, path: Path) -> None:
     """Write the losses at windows of `length` tokens as a PNG: over bytes, and over the decode times of `device`, its name and the batch, at
     the two longest caches."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     timed = sorted({n for model in results.values() for form in model["forms"].values() for n in form["decode_ms"]})[
         -2:
     ]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..benchmarking.results import incomplete_note
-from ..checks import MOST_TOKENS, require, require_int
+from ..checks import MOST_TOKENS, require, require_int, require_tolerance
 from ..files import require_place
 from ..huggingface.loading import read_config
 from ..huggingface.settings import SFASettings
@@ -131,7 +131,7 @@ def measure_frontier(
     for length in lengths:
         require_int("each of --lengths", length, 2, MOST_TOKENS)
     for tolerance in tolerances:
-        require(0 <= tolerance < 1, f"each of --tolerances must be at least 0 and less than 1, got {tolerance}")
+        require_tolerance(tolerance, "each of --tolerances")
     require(
         not is_converted(models[0]),
         f"{models[0]} is switched: name the dense model first, which the others are compared with",

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..extras import pyplot
 from . import VARIANTS
 from .haystack import Sample
 
@@ -74,11 +75,7 @@ class ScoreGrid:
 
 def draw(title: str, grids: Mapping[str, ScoreGrid], path: Path) -> None:
     """Write a heat map of depth over length as a PNG, a panel a variant, named by the key of its grid."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     any_grid = next(iter(grids.values()))
     width, height = 2.2 + 0.8 * len(any_grid.lengths), 1.8 + 0.5 * len(any_grid.depths)
     figure, panels = plt.subplots(

@@ -13,7 +13,7 @@ from ..basis import default_kind
 from ..budget import DENSE, query_features
 from ..checks import require
 from ..huggingface import calibrate, disable, enable
-from ..huggingface.structure import require_whole
+from ..huggingface.structure import most_positions, require_whole
 from ..huggingface.switch import attention_shape
 from ..models import BUNDLED_NAME, is_converted, load_model
 from ..presets import default_budget, require_key_bytes, require_one_way, require_width
@@ -176,7 +176,7 @@ class Subject:
 
     @property
     def _limit(self) -> int | None:
-        return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return most_positions(self.model)
 
     def _options(self) -> dict[str, Any]:
         """`enable`'s, the basis apart."""

@@ -116,10 +116,8 @@ def cache_nbytes(cache: Cache) -> dict[str, int]:
 def require_readable(cache: Any) -> None:
     """Raise `ValueError` if a cache that a switched model is called with, of whichever class, has layers that hold keys neither
     as codes nor all of them as they are: layers of fixed size, in fewer bits, or unknown."""
-    if not isinstance(cache, Cache):
-        return
-    if isinstance(cache, EncoderDecoderCache):
-        require_readable(cache.self_attention_cache)
+    cache = _of_self_attention(cache)
+    if cache is None:
         return
     kinds = {type(layer) for layer in cache.layers}
     if cache.layer_class_to_replicate is not None:
@@ -135,10 +133,8 @@ def require_readable(cache: Any) -> None:
 def require_first_tokens(model: Any, cache: Any) -> None:
     """Raise `ValueError` if a dense cache that a switched model is called with has dropped tokens from the front of a layer that keeps the
     first ones as they came: which those are its keys do not tell."""
-    if not isinstance(cache, Cache):
-        return
-    if isinstance(cache, EncoderDecoderCache):
-        require_first_tokens(model, cache.self_attention_cache)
+    cache = _of_self_attention(cache)
+    if cache is None:
         return
     dropped = {
         index for index, layer in enumerate(cache.layers)
@@ -153,6 +149,13 @@ def require_first_tokens(model: Any, cache: Any) -> None:
                 "came: pass past_key_values=flashsfa.huggingface.SparseCache(model), or enable the model with first=0"
             ),
         )
+
+
+def _of_self_attention(argument: Any) -> Cache | None:
+    """The cache among what a model is called with, of an encoder and a decoder that of the latter; None for all else."""
+    if isinstance(argument, EncoderDecoderCache):
+        argument = argument.self_attention_cache
+    return argument if isinstance(argument, Cache) else None
 
 
 def _is_readable(kind: Any) -> bool:

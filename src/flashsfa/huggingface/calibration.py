@@ -20,6 +20,7 @@ from .structure import (
     attention_shape,
     default_dense_dims,
     evaluating,
+    most_positions,
     require_switchable,
     tensor_device,
     text_config,
@@ -91,7 +92,7 @@ _WINDOW, _WINDOWS, _FEWEST_TOKENS = 1024, 16, 4000
 def _windows(model: Any, text: str, tokenizer: Any) -> Tensor:
     """[S, W] token ids, evenly from a text."""
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], device="cpu")
-    length = min(_WINDOW, getattr(text_config(model), "max_position_embeddings", None) or _WINDOW)
+    length = min(_WINDOW, most_positions(model) or _WINDOW)
     require(
         ids.numel() >= max(length, _FEWEST_TOKENS),
         f"the text has {ids.numel()} tokens, and calibration needs {max(length, _FEWEST_TOKENS)} or more: give a longer text like "
@@ -136,7 +137,7 @@ def gather_moments(
     model = unwrap(model)
     modules: list[Any] = attention_layers(model)
     require_switchable(model, modules)
-    limit = getattr(text_config(model), "max_position_embeddings", None)
+    limit = most_positions(model)
     furthest = max_position if max_position is not None else max(length, limit or length)
     require(
         length <= furthest and (limit is None or furthest <= limit),

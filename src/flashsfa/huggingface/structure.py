@@ -133,6 +133,11 @@ def text_config(model: Any) -> Any:
     return unwrap(model).config.get_text_config(decoder=True)
 
 
+def most_positions(model: Any) -> int | None:
+    """Tokens that a model was made for; None where its config does not say."""
+    return getattr(text_config(model), "max_position_embeddings", None)
+
+
 def dense_cache_layers(model: Any) -> list[Any]:
     """The layers that transformers itself would cache in."""
     return DynamicCache(config=text_config(model)).layers
@@ -283,7 +288,7 @@ def _require_plain_attention(name: str, module: Any, group: int) -> None:
 def _require_windows(name: str, model: Any, modules: list[Any]) -> None:
     """Windows that hide keys are handed to the attention function, which gets no mask for them. Chunks are another matter."""
     caching, chunked = dense_cache_layers(model), _chunked(model, (module.layer_idx for module in modules))
-    longest = getattr(text_config(model), "max_position_embeddings", None) or math.inf
+    longest = most_positions(model) or math.inf
     for module in modules:
         window = getattr(caching[module.layer_idx], "sliding_window", None)
         hides = window is not None and window < longest and module.layer_idx not in chunked

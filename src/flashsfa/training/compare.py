@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checks import require
+from ..extras import pyplot
 from .run import RESULT
 
 _LARGEST_GAP = 100.0  # between the logarithms of two perplexities: more is drawn as this
@@ -158,11 +159,7 @@ def has_curves(runs: Sequence[Run]) -> bool:
 
 def draw(runs: Sequence[Run], path: Path) -> None:
     """Write two pictures as a PNG: training losses, and how far each lies above that of the first kind with its seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     data, training = runs[0].recipe["data"], runs[0].recipe["training"]
     tokens = data["context"] * training["batch"] / 1e6
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")

@@ -18,7 +18,7 @@ from ..basis import FeatureBasis
 from ..checks import require
 from ..extras import install_hint
 from ..huggingface import SFASettings, disable, from_pretrained
-from ..huggingface.structure import attention_layers, text_config
+from ..huggingface.structure import attention_layers, most_positions, text_config
 from ..huggingface.switch import load_basis
 from .attention import Core, DenseCore, DistillCore, TargetCore, TrainedBasis, install, uninstall_sparse
 from .data import IGNORED
@@ -53,7 +53,7 @@ def _distill(recipe: DistillRecipe, place: RunDirectory) -> dict[str, Any]:
         f"distill.lora.rank must be at most the model's hidden size of {widest}, got {lora and lora.rank}",
     )
     tokenizer = load_tokenizer(recipe.data.tokenizer or recipe.model)
-    limit = getattr(text_config(model), "max_position_embeddings", recipe.data.context)
+    limit = most_positions(model) or recipe.data.context
     require(recipe.data.context <= limit, f"data.context: the model has {limit} positions, got {recipe.data.context}")
     warmup = recipe.distill.warmup
     corpus = load_corpus(

@@ -70,8 +70,8 @@ def _pretrain(recipe: PretrainRecipe, place: RunDirectory) -> dict[str, Any]:
     if is_needle and trainer.args.should_save and not recipe.training.fsdp:
         lengths = [recipe.data.context >> i for i in range(4) if recipe.data.context >> i >= needle.SHORTEST]
         result["needle"] = needle_accuracy(model.eval(), lengths, _NEEDLES_A_LENGTH, recipe.training.seed + 1)
-    fold = None if not_kept is not None else (lambda: finish(model, recipe.attention))
-    save(trainer, place, recipe, result, None if not_kept is not None else tokenizer, fold)
+    fold = (lambda: finish(model, recipe.attention)) if not_kept is None else None
+    save(trainer, place, recipe, result, tokenizer if not_kept is None else None, fold)
     return result
 
 

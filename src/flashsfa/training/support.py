@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..checks import checked, require
 from ..codes import code_queries, topk_codes
+from ..extras import pyplot
 from ..huggingface.attention import attention_forward, attention_mask
 from ..huggingface.structure import attending_by, text_config
 from ..huggingface.switch import is_enabled
@@ -130,11 +131,7 @@ def support_statistics(model: Any, windows: Tensor, progress: Callable[[], None]
 
 def draw(title: str, statistics: SupportStatistics, path: Path) -> None:
     """Write three maps, layers over heads, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     layers, heads = statistics.entropy.shape
     figure, panels = plt.subplots(1, 3, figsize=(10, 1.8 + 0.16 * max(layers, 8)), layout="constrained", sharey=True)
     figure.suptitle(title, fontsize=11)
