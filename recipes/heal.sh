@@ -15,6 +15,7 @@ rows() {
 dense  --topk 1 --dense-dims 127 --basis identity --cache-dtype int8
 16+16  --topk 16 --dense-dims 16
 32+16  --topk 16 --dense-dims 32
+40+16  --topk 16 --dense-dims 40
 16+8   --topk 8 --dense-dims 16
 k16    --topk 16 --dense-dims 0
 END
