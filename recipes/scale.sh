@@ -17,6 +17,7 @@ rows() {
     best="$k8 attention.topk_query=64 attention.gradient=all attention.equalize=true"
     mixed="attention.kind=sfa attention.topk=4 attention.dense_dims=6 attention.topk_query=64 attention.score_scale=3"
     plain="attention.topk_query=null attention.gradient=kept attention.sparse_temperature=null"
+    late="attention.kind=sfa attention.topk_query=64 attention.dense_share=0.5"
     dense="attention.kind=dense attention.topk=null $plain"
     full="attention.positions=full attention.dense_dims=0"
     short="attention.kind=short attention.width"
@@ -43,6 +44,8 @@ gpt2-6+4-scaled     gpt2-124m  $mixed
 gpt2-6+4-early      gpt2-124m  $mixed attention.gradient=all attention.gradient_share=0.1
 gpt2-dense-scaled   gpt2-124m  attention.score_scale=2
 gpt2-int8           gpt2-124m  attention.kind=int8
+gpt2-6+4-late       gpt2-124m  $late attention.topk=4 attention.dense_dims=6
+gpt2-k8-late        gpt2-124m  $late attention.topk=8
 qwen3-k16           qwen3-d128 $plain $full
 gpt2-k8-scaled-all  gpt2-124m  $k8 attention.topk_query=64 attention.score_scale=3 attention.gradient=all
 END

@@ -57,7 +57,7 @@ def test_a_trained_basis_begins_as_the_identity_and_goes_with_the_model(tmp_path
     model, plain = make(architecture, train_basis=True, **options), make(architecture, **options)
     ids = torch.randint(1, VOCABULARY, (2, CONTEXT))  # generate takes 0 for padding
     torch.testing.assert_close(logits(model, ids), logits(plain, ids))
-    maps = [x for name, x in model.named_parameters() if name.endswith("trained.factors")]
+    maps = [x for name, x in model.named_parameters() if name.endswith("basis.factors")]
     assert len(maps) == len(options.get("layers", (0, 1)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     for _ in range(3):

@@ -37,6 +37,17 @@ from tiny import QWEN3, VOCABULARY, refused, run, write
         ("attention.gradient=some", "attention.gradient: must be one of"),
         ("attention.gradient=all attention.gradient_share=0", "attention.gradient_share must be in (0, 1]"),
         ("attention.gradient_share=0.5", "attention.gradient_share: only for gradient all"),
+        ("attention.dense_share=1", "attention.dense_share must be at least 0 and less than 1, got 1.0"),
+        (
+            "attention.kind=dense attention.topk=null attention.dense_share=0.5",
+            "attention.dense_share: only for kind sfa",
+        ),
+        ("attention.dense_share=0.5 attention.anneal.share=0.5", "attention.dense_share: not with attention.anneal"),
+        ("attention.dense_share=0.5 attention.equalize=true", "attention.dense_share: not with attention.equalize"),
+        (
+            "attention.dense_share=0.5 attention.gradient=all attention.gradient_share=0.5",
+            "codes begin after dense_share=0.5",
+        ),
         ("attention.temperature=0", "attention.temperature must be above 0"),
         ("attention.width=4", "attention.width: only for kinds"),
         ("attention.kind=int8 attention.topk=null attention.equalize=true", "attention.equalize: only for kinds dense"),

@@ -263,6 +263,48 @@ def test_a_gradient_to_all_features_ends_when_it_is_said_to(tmp_path, content, m
     assert losses(tmp_path, "stopped") == ended
 
 
+@pytest.mark.parametrize(
+    ("architecture", "attention"),
+    [("gpt2", {}), ("gpt2", {"window": 8, "topk_query": 2}), ("qwen3", {"layers": [1]})],
+    ids=str,
+)
+def test_codes_that_begin_after_a_dense_start(tmp_path, content, tokens, monkeypatch, architecture, attention):
+    """Until then losses are those of a dense run. Then a basis is fitted, from which nothing changes with every feature kept. A run that
+    was stopped before or after goes on alike, and what is saved computes what was trained."""
+    if architecture == "qwen3":
+        content["model"] = {"architecture": "qwen3", "config": {**QWEN3, "vocab_size": VOCABULARY}}
+    content["training"] |= {"tokens": 6 * 4 * CONTEXT, "learning_rate": 0.03, "warmup": 1, "save_every": 1}
+    content["model"]["config"]["initializer_range"] = 0.3  # so that a budget matters
+    window = {name: value for name, value in attention.items() if name == "window"}
+    runs = {
+        "dense": {"kind": "dense", **window},
+        "all": {"kind": "sfa", "topk": 16, "dense_share": 0.5, **window},
+        "run": {"kind": "sfa", "topk": 3, "dense_dims": 2, "topk_query": 14, "dense_share": 0.5, **attention},
+    }
+    for name, of_run in runs.items():
+        content["attention"] = of_run
+        assert run(tmp_path, content, name=name) == 0
+    dense, whole, sparse = (losses(tmp_path, name) for name in runs)
+    assert len(dense) == 6
+    assert dense[:3] == whole[:3] == sparse[:3]
+    assert whole == pytest.approx(dense, rel=1e-4)
+    assert sparse[3] != pytest.approx(dense[3], rel=1e-4)
+    for step in (2, 3, 4):
+        kill_at(monkeypatch, step)
+        assert run(tmp_path, content, name=f"stopped{step}") == 130
+        monkeypatch.undo()
+        assert run(tmp_path, content, name=f"stopped{step}") == 0
+        assert losses(tmp_path, f"stopped{step}") == sparse
+    if attention.get("window"):
+        return
+    model = flashsfa.from_pretrained(tmp_path / "run" / "model").eval()
+    assert flashsfa.huggingface.switch.load_basis(tmp_path / "run" / "model") is not None
+    ids = torch.from_numpy(np.load(tokens)[: 8 * CONTEXT].astype(np.int64)).view(8, CONTEXT).to(model.device)
+    with torch.no_grad():
+        loss = model(ids, labels=ids, use_cache=False).loss
+    assert float(loss) == pytest.approx(result(tmp_path)["validation_loss"], rel=1e-4)
+
+
 def test_a_budget_that_shrinks_to_the_end_is_evaluated_as_it_is_saved(tmp_path, content, tokens):
     content["attention"] |= {"topk": 2, "anneal": {"share": 1.0}}
     content["model"]["config"]["initializer_range"] = 0.3  # so that a budget matters

@@ -6,7 +6,7 @@ are switched (`flashsfa.enable`) keep their settings, so that what is saved load
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +18,11 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from ..attention import sparse_feature_attention
-from ..basis import FeatureBasis
+from ..basis import FeatureBasis, Moments, default_kind
 from ..budget import FeatureBudget
 from ..huggingface import SFASettings, enable
 from ..huggingface.attention import LayerCoding
-from ..huggingface.structure import attention_layers, set_attention
+from ..huggingface.structure import attention_layers, evaluating, set_attention
 from ..ops.select.plain import by_token
 
 NAME = "sfa_training"
@@ -133,22 +133,33 @@ class ScaledCore(Core):
 
 
 class SparseCore(Core):
-    """Sparse Feature Attention in the coordinates of the layer's coding, or in those of a basis that is trained.
+    """Sparse Feature Attention in the coordinates of the layer's coding, or in those of a basis that the run finds.
 
-    Args:
-        coding: the budgets; read at each call, so that they may change during training.
-        gradient: as in `flashsfa.sparse_feature_attention`; read at each call, too.
-        trained: the basis to use in place of the coding's.
+    All attributes are read at each call, so that they may change during training.
+
+    Attributes:
+        coding: the budgets.
+        gradient: as in `flashsfa.sparse_feature_attention`.
+        basis: the basis to use in place of the coding's.
+        is_dense: all features count for now, in the model's own coordinates.
+        seen: takes in the queries and keys of each call; None for no need.
     """
 
-    def __init__(self, coding: LayerCoding, gradient: str = "kept", trained: TrainedBasis | None = None) -> None:
+    def __init__(
+        self, coding: LayerCoding, gradient: str = "kept", basis: TrainedBasis | FittedBasis | None = None
+    ) -> None:
         super().__init__()
-        self.coding, self.trained, self.gradient = coding, trained, gradient
+        self.coding, self.basis, self.gradient = coding, basis, gradient
+        self.is_dense = False
+        self.seen: Moments | None = None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
-        if self.trained is not None:
-            basis = self.trained()
-            q, k = basis.transform(q, k)
+        if self.seen is not None:
+            self.seen.update(q, k)
+        if self.is_dense:
+            return dense_attention(q, k, v, visible)
+        if self.basis is not None:
+            q, k = self.basis().transform(q, k)
         else:
             q, k = self.coding.queries(q), self.coding.keys(k)
         # Rows that are kept whole for the backward pass are kept by themselves: as views they would hold all that GPT-2
@@ -183,7 +194,7 @@ class DistillCore(SparseCore):
     """
 
     def __init__(self, coding: LayerCoding, trained: TrainedBasis | None = None) -> None:
-        super().__init__(coding, trained=trained)
+        super().__init__(coding, basis=trained)
         self.target: Tensor | None = None
         self.distance: Tensor | None = None
 
@@ -229,6 +240,51 @@ class TrainedBasis(nn.Module):
         return FeatureBasis(query.float(), key.float())
 
 
+class FittedBasis(nn.Module):
+    """A basis of one layer that `fit_bases` finds during the run, the identity before. Its sides [H, D, D] are part of a checkpoint."""
+
+    query: Tensor
+    key: Tensor
+
+    def __init__(self, num_kv_heads: int, head_dim: int) -> None:
+        super().__init__()
+        one = FeatureBasis.identity(num_kv_heads, head_dim)
+        self.register_buffer("query", one.query)
+        self.register_buffer("key", one.key)
+
+    def forward(self) -> FeatureBasis:
+        return FeatureBasis(self.query, self.key)
+
+    @torch.no_grad()
+    def take(self, basis: FeatureBasis) -> None:
+        """Be `basis`: that of the first process, in all of them."""
+        for own, found in ((self.query, basis.query), (self.key, basis.key)):
+            own.copy_(found)
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.broadcast(own, 0)
+
+
+@torch.no_grad()
+def fit_bases(model: Any, batches: Iterable[dict[str, Any]]) -> None:
+    """Fit the bases of a model's sparse layers to the queries and keys of `batches`, as `flashsfa.calibrate` does."""
+    layers: list[tuple[SparseCore, FittedBasis, Moments]] = []
+    for core in model.modules():
+        if isinstance(core, SparseCore) and isinstance(core.basis, FittedBasis):
+            core.seen = Moments(*core.basis.key.shape[:2])
+            layers.append((core, core.basis, core.seen))
+    # Moments lie on the CPU and grow: nothing for a compiled graph.
+    with evaluating(model), torch.compiler.set_stance("force_eager"):
+        for batch in batches:
+            model(**batch, use_cache=False)
+    budget, head_dim = layers[0][0].coding.budget, layers[0][1].key.shape[-1]
+    kind = default_kind(budget.topk_query, head_dim)
+    moments = [seen for _, _, seen in layers]
+    found = FeatureBasis.from_layers(moments, kind, topk=budget.topk, dense_dims=budget.dense_dims)
+    for index, (core, basis, _) in enumerate(layers):
+        core.seen = None
+        basis.take(found[index])
+
+
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
     """Causal dense attention: SDPA where it knows the mask."""
     if visible.window is None and visible.bounds is None:
@@ -254,18 +310,20 @@ def uninstall(model: Any, implementation: str) -> None:
 
 
 def uninstall_sparse(model: Any, basis: FeatureBasis | None) -> None:
-    """Take the cores off a switched model; if they have trained a basis, what they have learned goes into their layers of `basis`,
-    and `basis` to the model."""
+    """Take the cores off a switched model; if they have found a basis, theirs goes into their layers of `basis`, and `basis` to the model."""
     modules: list[Any] = attention_layers(model)
-    learned = [
-        (i, part) for i, m in enumerate(modules) for part in m.sfa_core.modules() if isinstance(part, TrainedBasis)
+    own = [
+        (i, part)
+        for i, m in enumerate(modules)
+        for part in m.sfa_core.modules()
+        if isinstance(part, (TrainedBasis, FittedBasis))
     ]
     uninstall(model, "sfa")
-    if basis is None or not learned:
+    if basis is None or not own:
         return
     with torch.no_grad():
-        for index, trained in learned:
-            sides = trained()
+        for index, found in own:
+            sides = found()
             basis.query[index], basis.key[index] = sides.query.cpu(), sides.key.cpu()
     enable(model, basis=basis, **SFASettings.from_config(model.config.sfa).arguments())
 

@@ -23,6 +23,7 @@ from .attention import (
     Core,
     DenseCore,
     EqualizedCore,
+    FittedBasis,
     ScaledCore,
     SparseCore,
     TrainedBasis,
@@ -83,10 +84,12 @@ def build(model: Model, attention: Attention, context: int, vocab_size: int | No
         made: Core
         if hasattr(module, "sfa"):
             coding: LayerCoding = module.sfa  # type: ignore[assignment]
-            trained = None
+            basis: TrainedBasis | FittedBasis | None = None
             if attention.train_basis:
-                trained = TrainedBasis(FeatureBasis.identity(kv_heads, head_dim), head_dim**-0.5)
-            made = SparseCore(coding, attention.gradient, trained)
+                basis = TrainedBasis(FeatureBasis.identity(kv_heads, head_dim), head_dim**-0.5)
+            elif attention.dense_share:
+                basis = FittedBasis(kv_heads, head_dim)
+            made = SparseCore(coding, attention.gradient, basis)
         elif attention.kind == "int8":
             made = QuantizedCore()
         elif attention.kind == "performer":
@@ -113,7 +116,7 @@ def finish(model: Any, attention: Attention) -> None:
             if isinstance(part, (EqualizedCore, ScaledCore)):
                 part.fold(layer)
     if attention.kind == "sfa":
-        uninstall_sparse(model, _own_coordinates(model) if attention.train_basis else None)
+        uninstall_sparse(model, _own_coordinates(model) if attention.train_basis or attention.dense_share else None)
     else:
         uninstall(model, _DENSE)
     multiply(model)

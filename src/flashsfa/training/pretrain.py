@@ -21,7 +21,7 @@ from .data import Collator, TokenStream, Windows, check_stream, read_stream
 from .models import build, finish, why_not_kept
 from .needle import NeedleWindows, needle_accuracy
 from .recipe import Attention, Data, DistillRecipe, PretrainRecipe, Training
-from .run import MODEL, Annealing, Equalizing, RunDirectory, RunTrainer, Settling, fit, prepare, total_steps
+from .run import MODEL, Annealing, DenseStart, Equalizing, RunDirectory, RunTrainer, Settling, fit, prepare, total_steps
 
 _log = logging.getLogger("flashsfa")
 _NEEDLES_A_LENGTH = 200
@@ -57,6 +57,7 @@ def _pretrain(recipe: PretrainRecipe, place: RunDirectory) -> dict[str, Any]:
     callbacks: list[TrainerCallback] = [
         *Annealing.of(model, recipe.attention.anneal, steps),
         *Settling.of(model, recipe.attention, steps),
+        *DenseStart.of(model, recipe.attention, steps, corpus.train, corpus.collate),
         *Equalizing.of(model),
     ]
     trainer = prepare(

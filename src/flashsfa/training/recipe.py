@@ -84,6 +84,9 @@ class Attention:
             drops, and with every feature kept all scores are those of the dense model, which depend on distances alone. At the end it
             is the model's basis.
         window: see the `window` most recent tokens only.
+        dense_share: of "sfa": train dense for this share of the steps. Then a basis is fitted to the model's queries and keys, as `flashsfa
+            convert` does, and the rest is trained with codes in it. The best that is known here: dense features find out what to attend to,
+            and what codes drop in a basis the rest of the training makes up for.
         width: of a baseline, see `kind`.
         anneal: shrink the budget of "sfa" during training.
     """
@@ -102,6 +105,7 @@ class Attention:
     sparse_temperature: float | None = None
     positions: str | None = None
     train_basis: bool = False
+    dense_share: float = 0.0
     window: int | None = None
     width: int | None = None
     anneal: Anneal | None = None
@@ -130,6 +134,7 @@ class Attention:
             "gradient",
             "sparse_temperature",
             "train_basis",
+            "dense_share",
         ):
             default = getattr(Attention, name)
             require(sparse or getattr(self, name) == default, f"attention.{name}: only for kind sfa")
@@ -155,8 +160,27 @@ class Attention:
             not self.train_basis or self.positions != "channel",
             "attention.train_basis: not with positions channel, whose features stay in their places",
         )
+        self._check_dense_share()
         require(self.dense_dims >= 0, f"attention.dense_dims must not be negative, got {self.dense_dims}")
         require(self.kind != "performer" or self.window is None, "attention.window: not with kind performer")
+
+    def _check_dense_share(self) -> None:
+        share = self.dense_share
+        require(0 <= share < 1, f"attention.dense_share must be at least 0 and less than 1, got {share}")
+        other = {
+            "attention.positions channel, whose features stay in their places": self.positions == "channel",
+            "attention.train_basis, which learns one from the start": self.train_basis,
+            "attention.equalize, which the basis takes the place of": self.equalize,
+            "attention.anneal: from a basis on a budget need not shrink": self.anneal is not None,
+            "attention.sparse_temperature, as no feature is sparse at the start": self.sparse_temperature is not None,
+        }
+        for name, is_there in other.items():
+            require(not (share and is_there), f"attention.dense_share: not with {name}")
+        require(
+            self.gradient == "kept" or self.gradient_share > share,
+            f"attention.gradient_share: a gradient to all ends after {self.gradient_share} of the steps, and codes begin after "
+            f"dense_share={share}",
+        )
 
 
 @dataclass(frozen=True)

@@ -32,13 +32,14 @@ from ..checks import require
 from ..files import follow_umask, require_place, write_whole
 from ..huggingface.attention import LayerCoding
 from ..huggingface.switch import attention_layers
-from .attention import EqualizedCore, SparseCore
+from .attention import EqualizedCore, SparseCore, fit_bases
 from .data import IGNORED
 from .recipe import Anneal, Attention, Training, differences, read, write
 
 _log = logging.getLogger("flashsfa")
 
 RECIPE, RESULT, MODEL = "recipe.yaml", "result.json", "model"
+_FITTED_TOKENS = 16384  # that a basis is fitted to, as a calibration takes
 _CHECKPOINT, _PARTIAL = "checkpoint-", ".partial"
 _LARGEST_EXPONENT = 709  # of a float
 _STATE = "trainer_state.json"
@@ -194,6 +195,38 @@ class Settling(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for core in self._cores:
             core.gradient = "all" if state.global_step < self._until else "kept"
+
+
+class DenseStart(TrainerCallback):
+    """Trains dense for a share of the steps, then fits the bases of the model to what it is trained on and goes on with codes."""
+
+    def __init__(self, cores: Sequence[SparseCore], until: int, windows: Any, collate: Callable[..., Any]) -> None:
+        self._cores, self._until, self._windows, self._collate = cores, until, windows, collate
+
+    @classmethod
+    def of(
+        cls, model: Any, attention: Attention, steps: int, windows: Dataset, collate: Callable[..., Any]
+    ) -> list[DenseStart]:
+        """The callbacks that a model trained so needs: one, or none for codes throughout. `windows` are those that it is trained on."""
+        if not attention.dense_share:
+            return []
+        cores = [module for module in model.modules() if isinstance(module, SparseCore)]
+        return [cls(cores, min(round(attention.dense_share * steps), steps - 1), windows, collate)]
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        for core in self._cores:
+            core.is_dense = state.global_step < self._until
+        if state.global_step == self._until:
+            fit_bases(model, self._batches(args))
+            _log.info("step %d: from here on with codes, in a basis fitted to the model", state.global_step)
+
+    def _batches(self, args: Any) -> Iterator[dict[str, Any]]:
+        """The first windows, the same ones in every process."""
+        context, at_a_time = len(self._windows[0]["input_ids"]), args.per_device_train_batch_size
+        windows = range(min(len(self._windows), -(-_FITTED_TOKENS // context)))
+        for start in windows[::at_a_time]:
+            batch = self._collate([self._windows[i] for i in windows[start : start + at_a_time]])
+            yield {name: x.to(args.device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
 
 
 class Equalizing(TrainerCallback):
