@@ -17,7 +17,7 @@ rows() {
     best="$k8 attention.topk_query=64 attention.gradient=all attention.equalize=true"
     mixed="attention.kind=sfa attention.topk=4 attention.dense_dims=6 attention.topk_query=64 attention.score_scale=3"
     plain="attention.topk_query=null attention.gradient=kept attention.sparse_temperature=null"
-    late="attention.kind=sfa attention.topk_query=64 attention.dense_share=0.5"
+    late="attention.kind=sfa attention.dense_share=0.5 attention.topk_query"
     dense="attention.kind=dense attention.topk=null $plain"
     full="attention.positions=full attention.dense_dims=0"
     short="attention.kind=short attention.width"
@@ -44,8 +44,10 @@ gpt2-6+4-scaled     gpt2-124m  $mixed
 gpt2-6+4-early      gpt2-124m  $mixed attention.gradient=all attention.gradient_share=0.1
 gpt2-dense-scaled   gpt2-124m  attention.score_scale=2
 gpt2-int8           gpt2-124m  attention.kind=int8
-gpt2-6+4-late       gpt2-124m  $late attention.topk=4 attention.dense_dims=6
-gpt2-k8-late        gpt2-124m  $late attention.topk=8
+gpt2-6+4-late       gpt2-124m  $late=64 attention.topk=4 attention.dense_dims=6
+gpt2-k8-late        gpt2-124m  $late=64 attention.topk=8
+qwen3-16+8-late     qwen3-d128 $plain $full $late=128 attention.topk=8 attention.dense_dims=16
+qwen3-32+16-late    qwen3-d128 $plain $full $late=128 attention.dense_dims=32
 qwen3-k16           qwen3-d128 $plain $full
 gpt2-k8-scaled-all  gpt2-124m  $k8 attention.topk_query=64 attention.score_scale=3 attention.gradient=all
 END
