@@ -18,10 +18,14 @@ pytest.importorskip("accelerate")
 yaml = pytest.importorskip("yaml")
 
 
+SHARDED = Path(__file__).parents[1] / "support" / "sharded_cli.py"
+
+
 def start(folder, name, *more):
     """Start the run of `folder` in two processes, with its output in `name`."""
+    program = [str(SHARDED)] if "training.fsdp=true" in more else ["-m", "flashsfa.cli"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", "localhost:0", "-m", "flashsfa.cli", "train", "pretrain", str(folder / "run.yaml")]
+    command += ["--rdzv-endpoint", "localhost:0", *program, "train", "pretrain", str(folder / "run.yaml")]
     quiet = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
     source = str(Path(__file__).parents[2] / "src")
     path = os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH"))))
@@ -39,7 +43,10 @@ def losses(output):
 
 
 @pytest.mark.cpu
-def test_two_processes_train_as_one_does(tmp_path):
+@pytest.mark.parametrize(
+    "attention", [{"gradient": "all", "equalize": True}, {"dense_dims": 2, "dense_share": 0.5}], ids=["all", "late"]
+)
+def test_two_processes_train_as_one_does(tmp_path, attention):
     random = np.random.default_rng(0)
     ids = random.integers(1, 40, 40)[np.arange(1500) % 37]
     ids[random.integers(0, 1500, 150)] = 0  # documents of many lengths, so that no two batches predict as many tokens
@@ -56,7 +63,7 @@ def test_two_processes_train_as_one_does(tmp_path):
     training |= {"save_every": 2, "evaluate_every": 4, "log_every": 1}
     content = {
         "model": {"architecture": "gpt2", "config": {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 40}},
-        "attention": {"kind": "sfa", "topk": 4, "topk_query": 16, "gradient": "all", "equalize": True},
+        "attention": {"kind": "sfa", "topk": 4, "topk_query": 16, **attention},
         "data": {
             "train": file, "validation": file, "context": 16, "separator": 0, "packed": True, "validation_windows": 9
         },

@@ -11,6 +11,7 @@ from transformers.integrations import TensorBoardCallback
 
 import flashsfa
 from flashsfa.budget import FeatureBudget
+from flashsfa.huggingface.switch import load_basis
 from flashsfa.training import needle, pretrain, recipe
 from flashsfa.training.run import Annealing, RunDirectory, RunTrainer
 from tiny import CONTEXT, GPT2, MODELS, QWEN3, VOCABULARY, Coding, kill_at, losses, refused, result, run
@@ -298,11 +299,40 @@ def test_codes_that_begin_after_a_dense_start(tmp_path, content, tokens, monkeyp
     if attention.get("window"):
         return
     model = flashsfa.from_pretrained(tmp_path / "run" / "model").eval()
-    assert flashsfa.huggingface.switch.load_basis(tmp_path / "run" / "model") is not None
+    assert load_basis(tmp_path / "run" / "model").topk == 3  # which its gain is fitted to
+    assert result(tmp_path)["dense_steps"] == 3
     ids = torch.from_numpy(np.load(tokens)[: 8 * CONTEXT].astype(np.int64)).view(8, CONTEXT).to(model.device)
     with torch.no_grad():
         loss = model(ids, labels=ids, use_cache=False).loss
     assert float(loss) == pytest.approx(result(tmp_path)["validation_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.95])
+def test_a_dense_start_leaves_steps_of_both_kinds(tmp_path, content, capsys, share):
+    content["attention"]["dense_share"] = share
+    refused(
+        capsys,
+        run(tmp_path, content),
+        "attention.dense_share",
+        f"{share} leaves {5 * (share > 0.5)} dense steps, and this run has 5",
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_no_basis_fits_says_what_to_lower(tmp_path, content, capsys, monkeypatch):
+    content["attention"]["dense_share"] = 0.5
+
+    def spoilt(moments):
+        raise ValueError("the model's queries or keys hold NaN")
+
+    monkeypatch.setattr("flashsfa.basis.Moments.require_finite", spoilt)
+    refused(
+        capsys,
+        run(tmp_path, content),
+        "training stopped after 2 dense steps",
+        "hold NaN",
+        "A lower training.learning_rate",
+    )
 
 
 def test_a_budget_that_shrinks_to_the_end_is_evaluated_as_it_is_saved(tmp_path, content, tokens):

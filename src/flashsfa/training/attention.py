@@ -6,7 +6,7 @@ are switched (`flashsfa.enable`) keep their settings, so that what is saved load
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -193,8 +193,8 @@ class DistillCore(SparseCore):
         distance: [Hq] of the last forward pass, the mean over its tokens; None if there is none.
     """
 
-    def __init__(self, coding: LayerCoding, trained: TrainedBasis | None = None) -> None:
-        super().__init__(coding, basis=trained)
+    def __init__(self, coding: LayerCoding, basis: TrainedBasis | None = None) -> None:
+        super().__init__(coding, basis=basis)
         self.target: Tensor | None = None
         self.distance: Tensor | None = None
 
@@ -265,23 +265,25 @@ class FittedBasis(nn.Module):
 
 
 @torch.no_grad()
-def fit_bases(model: Any, batches: Iterable[dict[str, Any]]) -> None:
-    """Fit the bases of a model's sparse layers to the queries and keys of `batches`, as `flashsfa.calibrate` does."""
-    layers: list[tuple[SparseCore, FittedBasis, Moments]] = []
-    for core in model.modules():
-        if isinstance(core, SparseCore) and isinstance(core.basis, FittedBasis):
-            core.seen = Moments(*core.basis.key.shape[:2])
-            layers.append((core, core.basis, core.seen))
+def fit_bases(model: Any, cores: Sequence[SparseCore], batches: Iterable[dict[str, Any]]) -> None:
+    """Fit the bases of a model's sparse layers, which are `FittedBasis`, to the queries and keys of `batches`, as `flashsfa convert` does.
+
+    Raises `ValueError` if these hold NaN or infinity.
+    """
+    bases: list[Any] = [core.basis for core in cores]
+    moments = [Moments(*basis.key.shape[:2]) for basis in bases]
+    for core, seen in zip(cores, moments, strict=True):
+        core.seen = seen
     # Moments lie on the CPU and grow: nothing for a compiled graph.
     with evaluating(model), torch.compiler.set_stance("force_eager"):
         for batch in batches:
             model(**batch, use_cache=False)
-    budget, head_dim = layers[0][0].coding.budget, layers[0][1].key.shape[-1]
-    kind = default_kind(budget.topk_query, head_dim)
-    moments = [seen for _, _, seen in layers]
-    found = FeatureBasis.from_layers(moments, kind, topk=budget.topk, dense_dims=budget.dense_dims)
-    for index, (core, basis, _) in enumerate(layers):
+    for core in cores:
         core.seen = None
+    budget = cores[0].coding.budget
+    kind = default_kind(budget.topk_query, bases[0].key.shape[-1])
+    found = FeatureBasis.from_layers(moments, kind, topk=budget.topk, dense_dims=budget.dense_dims)
+    for index, basis in enumerate(bases):
         basis.take(found[index])
 
 

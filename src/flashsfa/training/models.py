@@ -116,7 +116,10 @@ def finish(model: Any, attention: Attention) -> None:
             if isinstance(part, (EqualizedCore, ScaledCore)):
                 part.fold(layer)
     if attention.kind == "sfa":
-        uninstall_sparse(model, _own_coordinates(model) if attention.train_basis or attention.dense_share else None)
+        has_basis = attention.train_basis or bool(attention.dense_share)
+        # One that is fitted has the gain of its budget.
+        fitted_to = attention.topk if attention.dense_share else None
+        uninstall_sparse(model, _own_coordinates(model, fitted_to) if has_basis else None)
     else:
         uninstall(model, _DENSE)
     multiply(model)
@@ -145,11 +148,11 @@ class _Windowed(Core):
         return self.core(q, k, v, Visible(visible.scale, self._window, visible.bounds, visible.longest))
 
 
-def _own_coordinates(model: Any) -> FeatureBasis:
-    """The identity in each layer of a model."""
+def _own_coordinates(model: Any, topk: int | None) -> FeatureBasis:
+    """The identity in each layer of a model, to be what layers of it have found for `topk`."""
     _, kv_heads, head_dim = attention_shape(model)
     one, layers = FeatureBasis.identity(kv_heads, head_dim), len(attention_layers(model))
-    return FeatureBasis(one.query.repeat(layers, 1, 1, 1), one.key.repeat(layers, 1, 1, 1))
+    return FeatureBasis(one.query.repeat(layers, 1, 1, 1), one.key.repeat(layers, 1, 1, 1), topk=topk)
 
 
 def _config(model: Model, attention: Attention, context: int, vocab_size: int | None) -> Any:

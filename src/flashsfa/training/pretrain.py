@@ -54,10 +54,11 @@ def _pretrain(recipe: PretrainRecipe, place: RunDirectory) -> dict[str, Any]:
         _begin_from(model, Path(recipe.model.start), recipe.attention)
     corpus = load_corpus(recipe.data, recipe.training, tokenizer, model.config.vocab_size)
     steps = total_steps(recipe.training, recipe.data.context)
+    starts = DenseStart.of(model, recipe.attention, steps, corpus.train, corpus.collate)
     callbacks: list[TrainerCallback] = [
         *Annealing.of(model, recipe.attention.anneal, steps),
         *Settling.of(model, recipe.attention, steps),
-        *DenseStart.of(model, recipe.attention, steps, corpus.train, corpus.collate),
+        *starts,
         *Equalizing.of(model),
     ]
     trainer = prepare(
@@ -68,6 +69,8 @@ def _pretrain(recipe: PretrainRecipe, place: RunDirectory) -> dict[str, Any]:
     if not_kept is not None and trainer.args.should_save:
         _log.warning("this run will keep its figures and curve, and no model: nothing loads one with %s", not_kept)
     result = fit(trainer, place)
+    if starts:
+        result["dense_steps"] = starts[0].until
     if is_needle and trainer.args.should_save and not recipe.training.fsdp:
         lengths = [recipe.data.context >> i for i in range(4) if recipe.data.context >> i >= needle.SHORTEST]
         result["needle"] = needle_accuracy(model.eval(), lengths, _NEEDLES_A_LENGTH, recipe.training.seed + 1)

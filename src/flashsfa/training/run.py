@@ -189,8 +189,7 @@ class Settling(TrainerCallback):
         """The callbacks that a model trained so needs: one, or none for one gradient throughout."""
         if attention.gradient_share == 1:
             return []
-        cores = [module for module in model.modules() if isinstance(module, SparseCore)]
-        return [cls(cores, attention.gradient_share, steps)]
+        return [cls(_sparse_cores(model), attention.gradient_share, steps)]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for core in self._cores:
@@ -198,27 +197,44 @@ class Settling(TrainerCallback):
 
 
 class DenseStart(TrainerCallback):
-    """Trains dense for a share of the steps, then fits the bases of the model to what it is trained on and goes on with codes."""
+    """Trains dense for a share of the steps, then fits the bases of the model to what it is trained on and goes on with codes.
+
+    Attributes:
+        until: steps before that.
+    """
 
     def __init__(self, cores: Sequence[SparseCore], until: int, windows: Any, collate: Callable[..., Any]) -> None:
-        self._cores, self._until, self._windows, self._collate = cores, until, windows, collate
+        self._cores, self.until, self._windows, self._collate = cores, until, windows, collate
 
     @classmethod
     def of(
         cls, model: Any, attention: Attention, steps: int, windows: Dataset, collate: Callable[..., Any]
     ) -> list[DenseStart]:
-        """The callbacks that a model trained so needs: one, or none for codes throughout. `windows` are those that it is trained on."""
-        if not attention.dense_share:
+        """The callbacks that a model trained so needs: one, or none for codes throughout. `windows` are those that it is trained on.
+
+        Raises `ValueError` for a share that leaves no step to one of the two.
+        """
+        share = attention.dense_share
+        if not share:
             return []
-        cores = [module for module in model.modules() if isinstance(module, SparseCore)]
-        return [cls(cores, min(round(attention.dense_share * steps), steps - 1), windows, collate)]
+        until = round(share * steps)
+        require(
+            0 < until < steps,
+            f"attention.dense_share: {share} leaves {until} dense steps, and this run has {steps}: it needs one of each kind at least",
+        )
+        return [cls(_sparse_cores(model), until, windows, collate)]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         for core in self._cores:
-            core.is_dense = state.global_step < self._until
-        if state.global_step == self._until:
-            fit_bases(model, self._batches(args))
-            _log.info("step %d: from here on with codes, in a basis fitted to the model", state.global_step)
+            core.is_dense = state.global_step < self.until
+        if state.global_step == self.until:
+            try:
+                fit_bases(model, self._cores, self._batches(args))
+            except ValueError as error:
+                raise ValueError(
+                    f"training stopped after {self.until} dense steps: no basis fits the model: {error}. A lower training.learning_rate "
+                    "or a longer training.warmup may help"
+                ) from error
 
     def _batches(self, args: Any) -> Iterator[dict[str, Any]]:
         """The first windows, the same ones in every process."""
@@ -227,6 +243,10 @@ class DenseStart(TrainerCallback):
         for start in windows[::at_a_time]:
             batch = self._collate([self._windows[i] for i in windows[start : start + at_a_time]])
             yield {name: x.to(args.device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
+
+
+def _sparse_cores(model: Any) -> list[SparseCore]:
+    return [module for module in model.modules() if isinstance(module, SparseCore)]
 
 
 class Equalizing(TrainerCallback):
@@ -268,10 +288,19 @@ class RunTrainer(Trainer):
 
     @property
     def seconds_per_step(self) -> float | None:
-        """The median over the intervals between logs; None for a run without two."""
-        pairs = itertools.pairwise(self._ticks)
-        rates = [(later - earlier) / (step - before) for (before, earlier), (step, later) in pairs if step > before]
-        return statistics.median(rates) if rates else None
+        """The median over the intervals between logs; None for a run without two. Of dense steps and later ones with codes the mean of
+        their medians, weighted by their number."""
+        until = next((x.until for x in self.callback_handler.callbacks if isinstance(x, DenseStart)), 0)
+        found = []
+        for first, last in ((0, until), (until, self.state.max_steps)):
+            rates = [
+                (later - earlier) / (step - before)
+                for (before, earlier), (step, later) in itertools.pairwise(self._ticks)
+                if first <= before < step <= last
+            ]
+            if rates:
+                found.append((statistics.median(rates), last - first))
+        return sum(rate * steps for rate, steps in found) / sum(steps for _, steps in found) if found else None
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         if not self._predicted:
