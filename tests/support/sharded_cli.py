@@ -1,5 +1,8 @@
 """`flashsfa` in a process of torchrun on the CPU, with FSDP2 as on GPUs: accelerate leaves it out where processes are of the CPU."""
 
+import os
+import sys
+
 import accelerate.state
 from torch.distributed.tensor import DTensor
 
@@ -22,4 +25,7 @@ def checked_log(trainer, *args, **kwargs):
 
 accelerate.state.PartialState.__init__ = as_on_gpus
 RunTrainer.log = checked_log
-raise SystemExit(main())
+code = main()
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(code)  # shards on a CPU leave a thread that at times aborts a process that ends in the ordinary way

@@ -1,5 +1,6 @@
 """Whole runs of tiny models: killed, stopped, full disks, and what they learn."""
 
+import itertools
 import shutil
 
 import numpy as np
@@ -319,6 +320,22 @@ def test_a_dense_start_leaves_steps_of_both_kinds(tmp_path, content, capsys, sha
     assert not (tmp_path / "run").exists()
 
 
+def test_a_basis_is_fitted_anew_as_the_weights_move_on(tmp_path, content, monkeypatch):
+    found, fit_bases = [], flashsfa.training.run.fit_bases
+
+    def noted(model, cores, batches):
+        fit_bases(model, cores, batches)
+        found.append(cores[0].basis.key.clone())
+
+    monkeypatch.setattr("flashsfa.training.run.fit_bases", noted)
+    content["attention"] |= {"dense_share": 0.5, "topk_query": 16}
+    content["training"] |= {"tokens": 40 * 4 * CONTEXT, "save_every": 100, "learning_rate": 0.03}
+    assert run(tmp_path, content) == 0
+    assert len(found) == 4  # after 20, 24, 28 and 32 of 40 steps: the last tenth is left alone
+    assert all(not torch.allclose(one, other, rtol=0.01) for one, other in itertools.pairwise(found))
+    assert torch.equal(load_basis(tmp_path / "run" / "model").key[0], found[-1].cpu())
+
+
 def test_a_model_that_no_basis_fits_says_what_to_lower(tmp_path, content, capsys, monkeypatch):
     content["attention"]["dense_share"] = 0.5
 
@@ -329,7 +346,7 @@ def test_a_model_that_no_basis_fits_says_what_to_lower(tmp_path, content, capsys
     refused(
         capsys,
         run(tmp_path, content),
-        "training stopped after 2 dense steps",
+        "training stopped at step 2",
         "hold NaN",
         "A lower training.learning_rate",
     )

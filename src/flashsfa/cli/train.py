@@ -103,11 +103,15 @@ def _distill(options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace, kind: Any, run: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    from torch import distributed
+
     from ..training.recipe import read
     from ..training.run import curves_folder
 
     directory = options.output or Path("runs") / options.recipe.stem
     result = run(read(kind, options.recipe, options.overrides), directory)
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()  # or torch warns of it as the process ends
     needles = "".join(f", needle at {n}: {100 * share:.0f} %" for n, share in result.get("needle", {}).items())
     print(f"validation perplexity {result['perplexity']:.3f} after {result['steps']} steps{needles}; in {directory}")
     if (curves := curves_folder(directory)) is not None:

@@ -241,7 +241,7 @@ class TrainedBasis(nn.Module):
 
 
 class FittedBasis(nn.Module):
-    """A basis of one layer that `fit_bases` finds during the run, the identity before. Its sides [H, D, D] are part of a checkpoint."""
+    """A basis of one layer that `fit_bases` finds during the run, the identity before that. Its sides [H, D, D] are part of a checkpoint."""
 
     query: Tensor
     key: Tensor

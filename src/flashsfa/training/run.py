@@ -199,12 +199,19 @@ class Settling(TrainerCallback):
 class DenseStart(TrainerCallback):
     """Trains dense for a share of the steps, then fits the bases of the model to what it is trained on and goes on with codes.
 
+    Bases are fitted anew after each tenth of the steps, the last one excepted: the weights move on, and what follows RoPE cannot be
+    taken in by them.
+
     Attributes:
         until: steps before that.
     """
 
-    def __init__(self, cores: Sequence[SparseCore], until: int, windows: Any, collate: Callable[..., Any]) -> None:
+    def __init__(
+        self, cores: Sequence[SparseCore], until: int, steps: int, windows: Any, collate: Callable[..., Any]
+    ) -> None:
         self._cores, self.until, self._windows, self._collate = cores, until, windows, collate
+        every = max(1, steps // 10)
+        self._fits = {until, *range(until, steps - every, every)}
 
     @classmethod
     def of(
@@ -222,17 +229,17 @@ class DenseStart(TrainerCallback):
             0 < until < steps,
             f"attention.dense_share: {share} leaves {until} dense steps, and this run has {steps}: it needs one of each kind at least",
         )
-        return [cls(_sparse_cores(model), until, windows, collate)]
+        return [cls(_sparse_cores(model), until, steps, windows, collate)]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         for core in self._cores:
             core.is_dense = state.global_step < self.until
-        if state.global_step == self.until:
+        if state.global_step in self._fits:
             try:
                 fit_bases(model, self._cores, self._batches(args))
             except ValueError as error:
                 raise ValueError(
-                    f"training stopped after {self.until} dense steps: no basis fits the model: {error}. A lower training.learning_rate "
+                    f"training stopped at step {state.global_step}: no basis fits the model: {error}. A lower training.learning_rate "
                     "or a longer training.warmup may help"
                 ) from error
 
