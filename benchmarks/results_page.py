@@ -674,7 +674,7 @@ A GPT-2 of 124M, 12 heads of 64, one pass over 150M tokens. By the paper's rule 
 
 {_trained_table("GPT-2, 150M tokens", GPT2_LARGE, 64)}
 
-**A dense first half** is the best that is known here (`attention.dense_share=0.5`): then a basis is fitted to the model, as `flashsfa convert` does, and the rest is trained with six dense features and the four largest others of each key, in the bytes of `k8`. {_after_dense()} The paper reports {_percent(18.27 / 17.29 - 1)} for `k8`, of a training on another text.
+**A dense first half** is the best that is known here (`attention.dense_share=0.5`): then a basis is fitted to the model, as `flashsfa convert` does (once in this run; by now anew after each tenth of the steps), and the rest is trained with six dense features and the four largest others of each key, in the bytes of `k8`. {_after_dense()} The paper reports {_percent(18.27 / 17.29 - 1)} for `k8`, of a training on another text.
 
 **Dense queries and scores three times as large** for the whole training (`attention.score_scale=3`, about 1/√k in place of 1/√d; folded into the query weights when the model is saved) take back half of what `k8` lost. At equal bytes
 heads of 12 still lose less. With a gradient to all features beside it the training diverges from step 390 of 3,052 on, though a model of 3M parameters had gained by it.
@@ -810,7 +810,7 @@ def _late() -> str:
     }
     gaps = [_gap(curves["qwen3-32+16-late"], curves["qwen3-dense"], *steps) for steps in ((425, 460), (800, 850))]
     return f"""**The same in one run is worse here**: `qwen3-32+16-late`, dense for half of its 42M tokens, ends at {late["perplexity"][0]:.1f}, {_percent(late["change"][0])} of the dense model's {dense["perplexity"][0]:.1f} on as many tokens. On training text it loses {_percent(gaps[0])} in its first steps with codes and {_percent(gaps[1])} at the end: its basis, which follows RoPE, was fitted once,
-and the weights moved on. {_where(run, QWEN3_LATE)}
+and the weights moved on. By now it is fitted anew after each tenth of the steps, which was not run at this size. {_where(run, QWEN3_LATE)}
 
 What fewer bits cost this model, of its own perplexity in 16 bits: {_percent(kept["32+k16-int8"], 2)} in 8 and {_percent(kept["32+k16-int4"], 2)} in 4, 124 of 512 bytes, nothing exact; {_percent(kept["32+k16-int4, 36 exact"], 2)} in 4 with 36 tokens exact. {bits["settings"]["windows"]} windows of {bits["settings"]["window"]} tokens, prompts as they are cached. {_where(bits, QWEN3_LATE_BITS)}"""
 
