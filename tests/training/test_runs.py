@@ -80,7 +80,7 @@ def test_a_run_killed_after_its_last_step_is_finished(tmp_path, content, monkeyp
     assert len(losses(tmp_path)) == 5
 
 
-def test_a_trained_basis_goes_on_after_a_kill_and_is_in_the_model(tmp_path, content, tokens, monkeypatch):
+def test_a_trained_basis_goes_on_after_a_kill_and_is_in_the_model(tmp_path, content, tokens, monkeypatch, capsys):
     content["attention"]["train_basis"] = True
     assert run(tmp_path, content, name="whole") == 0
     kill_at(monkeypatch, 3)
@@ -93,6 +93,9 @@ def test_a_trained_basis_goes_on_after_a_kill_and_is_in_the_model(tmp_path, cont
     with torch.no_grad():
         loss = model(ids, labels=ids, use_cache=False).loss
     assert float(loss) == pytest.approx(result(tmp_path)["validation_loss"], rel=1e-4)
+    content["model"]["start"], content["attention"]["train_basis"] = str(tmp_path / "run"), False
+    capsys.readouterr()
+    refused(capsys, run(tmp_path, content, name="on"), "model.start", "a basis that was trained, which a run cannot go on with")
 
 
 def test_a_directory_holds_one_run(tmp_path, content, capsys):
@@ -228,6 +231,50 @@ def test_short_heads_go_on_with_short_heads(tmp_path, content, architecture):
     content["model"]["start"] = str(tmp_path / "before")
     assert run(tmp_path, content) == 0
     assert losses(tmp_path)[0] < losses(tmp_path, "before")[0]
+
+
+def test_a_run_goes_on_in_the_basis_of_another(tmp_path, content, capsys, monkeypatch):
+    """On a longer context; from the first step with codes, in bases that are fitted anew as the weights move on."""
+    content["model"] = {
+        "architecture": "qwen3",
+        "config": {**QWEN3, "vocab_size": VOCABULARY, "initializer_range": 0.3},
+    }
+    content["attention"] |= {"dense_share": 0.5, "topk_query": 16, "dense_dims": 2}
+    content["training"] |= {"tokens": 20 * 4 * CONTEXT, "learning_rate": 0.01}
+    assert run(tmp_path, content, name="before") == 0
+    content["model"]["start"] = str(tmp_path / "before")
+    content["attention"]["dense_share"] = 0
+
+    content["training"] |= {"tokens": 4 * CONTEXT, "learning_rate": 1e-12}
+    assert run(tmp_path, content, name="same") == 0
+    assert result(tmp_path, "same")["validation_loss"] == pytest.approx(
+        result(tmp_path, "before")["validation_loss"], rel=1e-5
+    )
+
+    content["data"]["context"] = 2 * CONTEXT
+    content["training"] |= {"tokens": 20 * 4 * CONTEXT, "learning_rate": 0.01}
+    assert run(tmp_path, content, name="whole") == 0
+    kill_at(monkeypatch, 5)
+    assert run(tmp_path, content) == 130
+    monkeypatch.undo()
+    assert run(tmp_path, content) == 0
+    assert losses(tmp_path) == losses(tmp_path, "whole")
+    before, after = (load_basis(tmp_path / name / "model") for name in ("before", "run"))
+    assert after.topk == before.topk == content["attention"]["topk"]
+    assert not torch.allclose(after.key, before.key, rtol=0.01)
+
+    for change, message in (
+        ({"topk": 5}, "fits none of topk=5"),
+        (
+            {"kind": "dense", "topk": None, "topk_query": None, "dense_dims": 0},
+            "attention.kind dense cannot go on with",
+        ),
+        ({"train_basis": True}, "attention.train_basis cannot go on with"),
+    ):
+        wrong = {**content, "attention": content["attention"] | change}
+        capsys.readouterr()
+        refused(capsys, run(tmp_path, wrong, name="wrong"), "model.start", message)
+        assert not (tmp_path / "wrong").exists()
 
 
 @pytest.mark.parametrize("attention", [{"window": 8}, {"kind": "int8", "topk": None}], ids=str)

@@ -264,6 +264,15 @@ class FittedBasis(nn.Module):
                 torch.distributed.broadcast(own, 0)
 
 
+def use_bases(model: Any, basis: FeatureBasis) -> None:
+    """Let the sparse layers of a model that `install` prepared begin with theirs of `basis`, which are then fitted anew."""
+    for index, module in enumerate(attention_layers(model)):
+        for core in module.sfa_core.modules():  # type: ignore[union-attr]
+            if isinstance(core, SparseCore):
+                core.basis = FittedBasis(*basis.key.shape[1:3])
+                core.basis.take(basis[index])
+
+
 @torch.no_grad()
 def fit_bases(model: Any, cores: Sequence[SparseCore], batches: Iterable[dict[str, Any]]) -> None:
     """Fit the bases of a model's sparse layers, which are `FittedBasis`, to the queries and keys of `batches`, as `flashsfa convert` does.

@@ -116,10 +116,10 @@ def finish(model: Any, attention: Attention) -> None:
             if isinstance(part, (EqualizedCore, ScaledCore)):
                 part.fold(layer)
     if attention.kind == "sfa":
-        has_basis = attention.train_basis or bool(attention.dense_share)
-        # One that is fitted has the gain of its budget.
-        fitted_to = attention.topk if attention.dense_share else None
-        uninstall_sparse(model, _own_coordinates(model, fitted_to) if has_basis else None)
+        is_fitted = any(isinstance(part, FittedBasis) for part in model.modules())
+        # A fitted one has the gain of its budget, a trained one none.
+        start = _own_coordinates(model, attention.topk if is_fitted else None)
+        uninstall_sparse(model, start if is_fitted or attention.train_basis else None)
     else:
         uninstall(model, _DENSE)
     multiply(model)

@@ -12,16 +12,18 @@ from safetensors.torch import load_file
 from torch.utils.data import ConcatDataset, Dataset
 from transformers import TrainerCallback
 
+from ..basis import FeatureBasis
 from ..checks import require
 from ..huggingface import loading
-from ..huggingface.settings import BASIS_FILE
+from ..huggingface.switch import load_basis
 from . import needle
+from .attention import use_bases
 from .card import write_card
 from .data import Collator, TokenStream, Windows, check_stream, read_stream
 from .models import build, finish, why_not_kept
 from .needle import NeedleWindows, needle_accuracy
 from .recipe import Attention, Data, DistillRecipe, PretrainRecipe, Training
-from .run import MODEL, Annealing, DenseStart, Equalizing, RunDirectory, RunTrainer, Settling, fit, prepare, total_steps
+from .run import MODEL, Annealing, Equalizing, Fitting, RunDirectory, RunTrainer, Settling, fit, prepare, total_steps
 
 _log = logging.getLogger("flashsfa")
 _NEEDLES_A_LENGTH = 200
@@ -54,11 +56,11 @@ def _pretrain(recipe: PretrainRecipe, place: RunDirectory) -> dict[str, Any]:
         _begin_from(model, Path(recipe.model.start), recipe.attention)
     corpus = load_corpus(recipe.data, recipe.training, tokenizer, model.config.vocab_size)
     steps = total_steps(recipe.training, recipe.data.context)
-    starts = DenseStart.of(model, recipe.attention, steps, corpus.train, corpus.collate)
+    fitting = Fitting.of(model, recipe.attention, steps, corpus.train, corpus.collate)
     callbacks: list[TrainerCallback] = [
         *Annealing.of(model, recipe.attention.anneal, steps),
         *Settling.of(model, recipe.attention, steps),
-        *starts,
+        *fitting,
         *Equalizing.of(model),
     ]
     trainer = prepare(
@@ -69,8 +71,8 @@ def _pretrain(recipe: PretrainRecipe, place: RunDirectory) -> dict[str, Any]:
     if not_kept is not None and trainer.args.should_save:
         _log.warning("this run will keep its figures and curve, and no model: nothing loads one with %s", not_kept)
     result = fit(trainer, place)
-    if starts:
-        result["dense_steps"] = starts[0].until
+    if recipe.attention.dense_share:
+        result["dense_steps"] = fitting[0].dense_steps
     if is_needle and trainer.args.should_save and not recipe.training.fsdp:
         lengths = [recipe.data.context >> i for i in range(4) if recipe.data.context >> i >= needle.SHORTEST]
         result["needle"] = needle_accuracy(model.eval(), lengths, _NEEDLES_A_LENGTH, recipe.training.seed + 1)
@@ -95,10 +97,9 @@ def _begin_from(model: Any, run: Path, attention: Attention) -> None:
         bool(files),
         f"model.start: {run} holds no model: name the folder of a run that ended and whose model can be loaded",
     )
-    require(
-        not (run / MODEL / BASIS_FILE).exists(),
-        f"model.start: the model of {run} has a basis, which a run cannot go on with",
-    )
+    basis = load_basis(run / MODEL)
+    if basis is not None:
+        _require_own_basis(basis, run, attention)
     _require_same_function(model.config, run)
     weights = {name: x for file in files for name, x in load_file(file).items()}
     own = model.state_dict()
@@ -122,6 +123,27 @@ def _begin_from(model: Any, run: Path, attention: Attention) -> None:
             ),
         )
     model.load_state_dict(weights, strict=False)
+    if basis is not None:
+        use_bases(model, basis)
+
+
+def _require_own_basis(basis: FeatureBasis, run: Path, attention: Attention) -> None:
+    """Raise `ValueError` if training with `attention` cannot go on in the basis of an earlier run."""
+    for name, is_there in (
+        (f"attention.kind {attention.kind}", attention.kind != "sfa"),
+        ("attention.train_basis", attention.train_basis),
+        ("attention.equalize", attention.equalize),
+        ("attention.positions channel", attention.positions == "channel"),
+    ):
+        require(not is_there, f"model.start: the model of {run} has a basis, which {name} cannot go on with")
+    require(
+        basis.topk is not None,
+        f"model.start: the model of {run} has a basis that was trained, which a run cannot go on with",
+    )
+    try:
+        basis.check(attention.topk, attention.dense_dims)
+    except ValueError as error:
+        raise ValueError(f"model.start: the model of {run} has a basis, and {error}") from error
 
 
 def _require_same_function(config: Any, run: Path) -> None:

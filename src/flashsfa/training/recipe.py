@@ -35,7 +35,7 @@ class Model:
             is 0 unless given; the vocabulary is the tokenizer's unless `vocab_size` is given.
         start: folder of an earlier run, whose weights it begins with in place of random ones: on longer contexts, say. They must be those
             of the same architecture and sizes; what attention makes of them is the recipe's own, but for the size of scores, which is in
-            the weights.
+            the weights, and a basis that was fitted (`Attention.dense_share`), which it begins with.
     """
 
     architecture: str

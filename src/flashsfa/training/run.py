@@ -32,7 +32,7 @@ from ..checks import require
 from ..files import follow_umask, require_place, write_whole
 from ..huggingface.attention import LayerCoding
 from ..huggingface.switch import attention_layers
-from .attention import EqualizedCore, SparseCore, fit_bases
+from .attention import EqualizedCore, FittedBasis, SparseCore, fit_bases
 from .data import IGNORED
 from .recipe import Anneal, Attention, Training, differences, read, write
 
@@ -196,44 +196,41 @@ class Settling(TrainerCallback):
             core.gradient = "all" if state.global_step < self._until else "kept"
 
 
-class DenseStart(TrainerCallback):
-    """Trains dense for a share of the steps, then fits the bases of the model to what it is trained on and goes on with codes.
-
-    Bases are fitted anew after each tenth of the steps, the last one excepted: the weights move on, and what follows RoPE cannot be
-    taken in by them.
+class Fitting(TrainerCallback):
+    """Fits the bases of a model to what it is trained on: after the steps that are dense, if there are some, and anew after each tenth of
+    all steps, the last one excepted. The weights move on, and what follows RoPE cannot be taken in by them.
 
     Attributes:
-        until: steps before that.
+        dense_steps: those before codes begin.
     """
 
     def __init__(
-        self, cores: Sequence[SparseCore], until: int, steps: int, windows: Any, collate: Callable[..., Any]
+        self, cores: Sequence[SparseCore], dense_steps: int, steps: int, windows: Any, collate: Callable[..., Any]
     ) -> None:
-        self._cores, self.until, self._windows, self._collate = cores, until, windows, collate
+        self._cores, self.dense_steps, self._windows, self._collate = cores, dense_steps, windows, collate
         every = max(1, steps // 10)
-        self._fits = {until, *range(until, steps - every, every)}
+        self._fits = {*range(dense_steps, steps - every, every), dense_steps} - {0}  # a run begins with its bases
 
     @classmethod
     def of(
         cls, model: Any, attention: Attention, steps: int, windows: Dataset, collate: Callable[..., Any]
-    ) -> list[DenseStart]:
-        """The callbacks that a model trained so needs: one, or none for codes throughout. `windows` are those that it is trained on.
+    ) -> list[Fitting]:
+        """The callbacks that a model needs: one, or none if it has no such bases. `windows` are those that it is trained on.
 
-        Raises `ValueError` for a share that leaves no step to one of the two.
+        Raises `ValueError` for a share of dense steps that leaves none to them or to codes.
         """
+        cores = [core for core in _sparse_cores(model) if isinstance(core.basis, FittedBasis)]
         share = attention.dense_share
-        if not share:
-            return []
-        until = round(share * steps)
+        dense_steps = round(share * steps)
         require(
-            0 < until < steps,
-            f"attention.dense_share: {share} leaves {until} dense steps, and this run has {steps}: it needs one of each kind at least",
+            share == 0 or 0 < dense_steps < steps,
+            f"attention.dense_share: {share} leaves {dense_steps} dense steps, and this run has {steps}: it needs one of each kind at least",
         )
-        return [cls(_sparse_cores(model), until, steps, windows, collate)]
+        return [cls(cores, dense_steps, steps, windows, collate)] if cores else []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         for core in self._cores:
-            core.is_dense = state.global_step < self.until
+            core.is_dense = state.global_step < self.dense_steps
         if state.global_step in self._fits:
             try:
                 fit_bases(model, self._cores, self._batches(args))
@@ -297,9 +294,9 @@ class RunTrainer(Trainer):
     def seconds_per_step(self) -> float | None:
         """The median over the intervals between logs; None for a run without two. Of dense steps and later ones with codes the mean of
         their medians, weighted by their number."""
-        until = next((x.until for x in self.callback_handler.callbacks if isinstance(x, DenseStart)), 0)
+        dense = next((x.dense_steps for x in self.callback_handler.callbacks if isinstance(x, Fitting)), 0)
         found = []
-        for first, last in ((0, until), (until, self.state.max_steps)):
+        for first, last in ((0, dense), (dense, self.state.max_steps)):
             rates = [
                 (later - earlier) / (step - before)
                 for (before, earlier), (step, later) in itertools.pairwise(self._ticks)
