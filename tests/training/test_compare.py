@@ -48,6 +48,23 @@ def test_figures_of_one_kind_are_means_over_its_seeds(tmp_path, capsys):
     refused(capsys, code, "a1 and again are runs of one recipe and seed")
 
 
+def test_a_run_from_before_a_key_was_there_is_one_with_its_default(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    old = [
+        finished(tmp_path / "dense0", perplexity=10.0, kind="dense"),
+        finished(tmp_path / "sfa0", perplexity=11.0, kind="sfa"),
+    ]
+    new = [
+        finished(tmp_path / "dense1", perplexity=20.0, seed=1, kind="dense", dense_share=0.0),
+        finished(tmp_path / "sfa1", perplexity=21.0, seed=1, kind="sfa", dense_share=0.0),
+    ]
+    assert main(["train", "compare", *old, *new, "-o", str(tmp_path / "out")]) == 0
+    late = finished(tmp_path / "late", perplexity=21.0, seed=1, kind="sfa", dense_share=0.5)
+    assert main(["train", "compare", *old[:1], *new, late, "-o", str(tmp_path / "other")]) == 0
+    kinds = [row["runs"] for row in json.loads(next((tmp_path / "other").glob("*.json")).read_text())["results"]]
+    assert kinds == [["dense0", "dense1"], ["sfa1"], ["late"]]
+
+
 def test_runs_too_short_for_a_curve_are_compared_without_a_picture(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     run = finished(tmp_path / "a", perplexity=10.0)

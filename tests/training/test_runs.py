@@ -95,7 +95,12 @@ def test_a_trained_basis_goes_on_after_a_kill_and_is_in_the_model(tmp_path, cont
     assert float(loss) == pytest.approx(result(tmp_path)["validation_loss"], rel=1e-4)
     content["model"]["start"], content["attention"]["train_basis"] = str(tmp_path / "run"), False
     capsys.readouterr()
-    refused(capsys, run(tmp_path, content, name="on"), "model.start", "a basis that was trained, which a run cannot go on with")
+    refused(
+        capsys,
+        run(tmp_path, content, name="on"),
+        "model.start",
+        "a basis that was trained, which a run cannot go on with",
+    )
 
 
 def test_a_directory_holds_one_run(tmp_path, content, capsys):

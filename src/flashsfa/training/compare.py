@@ -15,8 +15,10 @@ from typing import Any
 
 from ..checks import require
 from ..extras import pyplot
+from .recipe import Attention, Data, Distill, Model, Training
 from .run import RESULT
 
+_PARTS = {"model": Model, "attention": Attention, "data": Data, "training": Training, "distill": Distill}  # of a recipe
 _LARGEST_GAP = 100.0  # between the logarithms of two perplexities: more is drawn as this
 _SMOOTHED = 7  # logs that a point of a drawn curve is the mean of
 FEWEST_LOSSES = _SMOOTHED + 1  # of a curve of two points
@@ -42,8 +44,12 @@ class Run:
 
     @property
     def kind(self) -> str:
-        """The recipe as text, apart from its seed."""
-        return json.dumps(self.recipe | {"training": self.recipe["training"] | {"seed": None}}, sort_keys=True)
+        """What differs from the defaults in the recipe, as text, apart from its seed: a key that is newer than a run is at its default there."""
+        said = self.recipe | {"training": self.recipe["training"] | {"seed": None}}
+        for name, part in _PARTS.items():
+            if isinstance(said.get(name), dict):
+                said[name] = {key: x for key, x in said[name].items() if x != getattr(part, key, object())}
+        return json.dumps(said, sort_keys=True)
 
     def losses(self) -> dict[float, float]:
         """The training loss by step."""
