@@ -58,6 +58,11 @@ def test_a_run_from_before_a_key_was_there_is_one_with_its_default(tmp_path, cap
         finished(tmp_path / "dense1", perplexity=20.0, seed=1, kind="dense", dense_share=0.0),
         finished(tmp_path / "sfa1", perplexity=21.0, seed=1, kind="sfa", dense_share=0.0),
     ]
+    for run in new:  # keys beside the attention's: of the data, and beside all parts
+        file = tmp_path / run / "result.json"
+        content = json.loads(file.read_text())
+        content["recipe"]["license"] = content["recipe"]["data"]["separator"] = None
+        file.write_text(json.dumps(content))
     assert main(["train", "compare", *old, *new, "-o", str(tmp_path / "out")]) == 0
     late = finished(tmp_path / "late", perplexity=21.0, seed=1, kind="sfa", dense_share=0.5)
     assert main(["train", "compare", *old[:1], *new, late, "-o", str(tmp_path / "other")]) == 0

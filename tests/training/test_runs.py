@@ -11,7 +11,9 @@ from huggingface_hub import ModelCard
 from transformers.integrations import TensorBoardCallback
 
 import flashsfa
+from flashsfa import FeatureBasis
 from flashsfa.budget import FeatureBudget
+from flashsfa.huggingface.settings import BASIS_FILE
 from flashsfa.huggingface.switch import load_basis
 from flashsfa.training import needle, pretrain, recipe
 from flashsfa.training.run import Annealing, RunDirectory, RunTrainer
@@ -275,11 +277,22 @@ def test_a_run_goes_on_in_the_basis_of_another(tmp_path, content, capsys, monkey
             "attention.kind dense cannot go on with",
         ),
         ({"train_basis": True}, "attention.train_basis cannot go on with"),
+        ({"anneal": {"share": 0.5}}, "attention.anneal cannot go on with"),
     ):
         wrong = {**content, "attention": content["attention"] | change}
         capsys.readouterr()
         refused(capsys, run(tmp_path, wrong, name="wrong"), "model.start", message)
         assert not (tmp_path / "wrong").exists()
+
+    file = tmp_path / "before" / "model" / BASIS_FILE
+    FeatureBasis(before.query[:1], before.key[:1], topk=before.topk).save(file)
+    refused(
+        capsys, run(tmp_path, content, name="wrong"), "model.start: the basis of", "(1, 2, 16, 16)", "(2, 2, 16, 16)"
+    )
+    file.write_bytes(file.read_bytes()[:-9])
+    refused(capsys, run(tmp_path, content, name="wrong"), "model.start:", "damaged")
+    file.unlink()
+    refused(capsys, run(tmp_path, content, name="wrong"), "model.start:", "do not agree on whether it has a basis")
 
 
 @pytest.mark.parametrize("attention", [{"window": 8}, {"kind": "int8", "topk": None}], ids=str)

@@ -39,21 +39,28 @@ class Run:
     @property
     def sight(self) -> tuple:
         """What must be alike for losses to be compared: the tokens, their order apart, and the steps."""
-        data, training = self.recipe["data"], self.recipe["training"]
-        return *data.values(), training["tokens"], training["batch"]
+        data, training = _said("data", self.recipe["data"]), self.recipe["training"]
+        return *sorted(map(repr, data.items())), training["tokens"], training["batch"]
 
     @property
     def kind(self) -> str:
         """What differs from the defaults in the recipe, as text, apart from its seed: a key that is newer than a run is at its default there."""
-        said = self.recipe | {"training": self.recipe["training"] | {"seed": None}}
-        for name, part in _PARTS.items():
-            if isinstance(said.get(name), dict):
-                said[name] = {key: x for key, x in said[name].items() if x != getattr(part, key, object())}
-        return json.dumps(said, sort_keys=True)
+        recipe = self.recipe | {"training": self.recipe["training"] | {"seed": None}}
+        return json.dumps(
+            {name: _said(name, part) for name, part in recipe.items() if part is not None}, sort_keys=True
+        )
 
     def losses(self) -> dict[float, float]:
         """The training loss by step."""
         return {row["step"]: row["loss"] for row in self.result["curve"] if "loss" in row}
+
+
+def _said(name: str, part: Any) -> Any:
+    """What differs from the defaults in a part of a recipe."""
+    defaults = _PARTS.get(name)
+    if defaults is None or not isinstance(part, dict):
+        return part
+    return {key: x for key, x in part.items() if x != getattr(defaults, key, object())}
 
 
 def read_run(directory: Path) -> Run:

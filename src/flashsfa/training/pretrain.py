@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from ..basis import FeatureBasis
 from ..checks import require
 from ..huggingface import loading
-from ..huggingface.switch import load_basis
+from ..huggingface.switch import attention_layers, attention_shape, load_basis
 from . import needle
 from .attention import use_bases
 from .card import write_card
@@ -97,10 +97,11 @@ def _begin_from(model: Any, run: Path, attention: Attention) -> None:
         bool(files),
         f"model.start: {run} holds no model: name the folder of a run that ended and whose model can be loaded",
     )
-    basis = load_basis(run / MODEL)
+    before = _config_of(model.config, run)
+    _require_same_function(model.config, before, run)
+    basis = _basis_of(run, before, model)
     if basis is not None:
         _require_own_basis(basis, run, attention)
-    _require_same_function(model.config, run)
     weights = {name: x for file in files for name, x in load_file(file).items()}
     own = model.state_dict()
     unlike = [name for name, x in weights.items() if name not in own or own[name].shape != x.shape]
@@ -127,6 +128,32 @@ def _begin_from(model: Any, run: Path, attention: Attention) -> None:
         use_bases(model, basis)
 
 
+def _config_of(config: Any, run: Path) -> dict[str, Any]:
+    """The config of an earlier run's model, which is of the class of `config`."""
+    try:
+        found: dict[str, Any] = type(config).from_json_file(run / MODEL / "config.json").to_dict()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.start: the model of {run} has no config that can be read: {error}") from error
+    return found
+
+
+def _basis_of(run: Path, config: dict[str, Any], model: Any) -> FeatureBasis | None:
+    """That of an earlier run's model, which has `config`; None if it has none. Raises `ValueError` for one that is not of `model`'s sizes."""
+    try:
+        basis = load_basis(run / MODEL)
+    except ValueError as error:
+        raise ValueError(f"model.start: {error}") from error
+    require(
+        (config.get("sfa") or {}).get("has_basis", False) == (basis is not None),
+        f"model.start: the model of {run} is incomplete: its config and its files do not agree on whether it has a basis",
+    )
+    if basis is not None:
+        _, kv_heads, head_dim = attention_shape(model)
+        expected, found = (len(attention_layers(model)), kv_heads, head_dim, head_dim), tuple(basis.key.shape)
+        require(found == expected, f"model.start: the basis of {run} is {found}, and the model needs {expected}")
+    return basis
+
+
 def _require_own_basis(basis: FeatureBasis, run: Path, attention: Attention) -> None:
     """Raise `ValueError` if training with `attention` cannot go on in the basis of an earlier run."""
     for name, is_there in (
@@ -134,6 +161,7 @@ def _require_own_basis(basis: FeatureBasis, run: Path, attention: Attention) -> 
         ("attention.train_basis", attention.train_basis),
         ("attention.equalize", attention.equalize),
         ("attention.positions channel", attention.positions == "channel"),
+        ("attention.anneal", attention.anneal is not None),
     ):
         require(not is_there, f"model.start: the model of {run} has a basis, which {name} cannot go on with")
     require(
@@ -146,12 +174,9 @@ def _require_own_basis(basis: FeatureBasis, run: Path, attention: Attention) -> 
         raise ValueError(f"model.start: the model of {run} has a basis, and {error}") from error
 
 
-def _require_same_function(config: Any, run: Path) -> None:
-    """Raise `ValueError` if a model of `config` would compute something else by the weights of an earlier run, though their shapes fit."""
-    try:
-        before = type(config).from_json_file(run / MODEL / "config.json").to_dict()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model.start: the model of {run} has no config that can be read: {error}") from error
+def _require_same_function(config: Any, before: dict[str, Any], run: Path) -> None:
+    """Raise `ValueError` if a model of `config` would compute something else by the weights of an earlier run, whose config was `before`,
+    though their shapes fit."""
     own = config.to_dict()
     unlike = [name for name in _FUNCTION if own.get(name) != before.get(name)]
     require(

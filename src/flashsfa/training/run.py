@@ -293,18 +293,22 @@ class RunTrainer(Trainer):
     @property
     def seconds_per_step(self) -> float | None:
         """The median over the intervals between logs; None for a run without two. Of dense steps and later ones with codes the mean of
-        their medians, weighted by their number."""
+        their medians, weighted by their number, where both have intervals."""
         dense = next((x.dense_steps for x in self.callback_handler.callbacks if isinstance(x, Fitting)), 0)
-        found = []
-        for first, last in ((0, dense), (dense, self.state.max_steps)):
-            rates = [
-                (later - earlier) / (step - before)
-                for (before, earlier), (step, later) in itertools.pairwise(self._ticks)
-                if first <= before < step <= last
-            ]
-            if rates:
-                found.append((statistics.median(rates), last - first))
-        return sum(rate * steps for rate, steps in found) / sum(steps for _, steps in found) if found else None
+        whole = self.state.max_steps
+        before, after = self._rates(0, dense), self._rates(dense, whole)
+        if before and after:
+            return (statistics.median(before) * dense + statistics.median(after) * (whole - dense)) / whole
+        rates = self._rates(0, whole)
+        return statistics.median(rates) if rates else None
+
+    def _rates(self, first: int, last: int) -> list[float]:
+        """Seconds per step of each interval between two logs from `first` to `last`."""
+        return [
+            (later - earlier) / (step - before)
+            for (before, earlier), (step, later) in itertools.pairwise(self._ticks)
+            if first <= before < step <= last
+        ]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         if not self._predicted:
