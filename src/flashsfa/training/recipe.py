@@ -86,7 +86,8 @@ class Attention:
         window: see the `window` most recent tokens only.
         dense_share: of "sfa": train dense for this share of the steps. Then a basis is fitted to the model's queries and keys, as `flashsfa
             convert` does, and the rest is trained with codes in it; the basis is fitted anew after each tenth of the steps. The best that
-            is known here: all features find out what to attend to, and the rest of the training makes up for what codes drop.
+            is known here for learned positions: all features find out what to attend to, and the rest of the training makes up for what
+            codes drop. With RoPE convert the trained model and train on.
         width: of a baseline, see `kind`.
         anneal: shrink the budget of "sfa" during training.
     """
