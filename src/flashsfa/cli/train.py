@@ -88,6 +88,8 @@ def _distill(options: argparse.Namespace) -> None:
     from ..training.recipe import DistillRecipe
 
     result = _run(options, DistillRecipe, distill)
+    if not _is_first():
+        return
     dense = result["perplexity_dense"]
     caption = "sparse: codes as they are trained, in 16 bits and without exact tokens; flashsfa eval perplexity measures the cache as it is kept"
     table = Table(
@@ -112,11 +114,18 @@ def _run(options: argparse.Namespace, kind: Any, run: Callable[..., dict[str, An
     result = run(read(kind, options.recipe, options.overrides), directory)
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()  # or torch warns of it as the process ends
+    if not _is_first():
+        return result
     needles = "".join(f", needle at {n}: {100 * share:.0f} %" for n, share in result.get("needle", {}).items())
     print(f"validation perplexity {result['perplexity']:.3f} after {result['steps']} steps{needles}; in {directory}")
     if (curves := curves_folder(directory)) is not None:
         print(f"curves are in {curves}; to see them: tensorboard --logdir {directory}")
     return result
+
+
+def _is_first() -> bool:
+    """Whether this is the only process of a run, or the first that torchrun started: the one that writes, and says what came of it."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _tokenize(options: argparse.Namespace) -> None:
