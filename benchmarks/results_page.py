@@ -1125,14 +1125,8 @@ def draw_training(path: Path) -> None:
     figure, axes = plt.subplots(figsize=(9, 4.8), layout="constrained")
     for run, label in labels.items():
         steps = [step for step in curves[run] if step >= _SMOOTHED_STEPS]
-        gaps = [
-            fmean(
-                loss - curves["gpt2-dense"][s]
-                for s, loss in _between(curves[run], step - _SMOOTHED_STEPS, step).items()
-            )
-            for step in steps
-        ]
-        axes.plot([step * 0.049152 for step in steps], [100 * math.expm1(gap) for gap in gaps], label=label, lw=1.6)
+        gaps = [100 * _gap(curves[run], curves["gpt2-dense"], step - _SMOOTHED_STEPS, step) for step in steps]
+        axes.plot([step * 0.049152 for step in steps], gaps, label=label, lw=1.6)
     axes.set(
         xlabel="trained on, million tokens", ylabel="perplexity on training text above dense, %", ylim=(-3, 36),
         title=f"GPT-2 of 124M, 24 bytes a key where dense has 128: {where['device']}",

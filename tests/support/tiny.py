@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
+import flashsfa
 from flashsfa.budget import FeatureBudget
 from flashsfa.cli import main
 
@@ -55,6 +57,23 @@ def kill_at(monkeypatch, count):
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(RunTrainer, "training_step", killed)
+
+
+def stopped_and_gone_on(tmp_path, content, monkeypatch, count, name="run"):
+    """The losses of a run that was stopped in the step after `count`, and started again."""
+    kill_at(monkeypatch, count)
+    assert run(tmp_path, content, name=name) == 130
+    monkeypatch.undo()
+    assert run(tmp_path, content, name=name) == 0
+    return losses(tmp_path, name)
+
+
+def saved_loss(tmp_path, tokens, name="run"):
+    """What the model that a run saved loses on the windows that it was validated on."""
+    model = flashsfa.from_pretrained(tmp_path / name / "model").eval()
+    ids = torch.from_numpy(np.load(tokens)[: 8 * CONTEXT].astype(np.int64)).view(8, CONTEXT).to(model.device)
+    with torch.no_grad():
+        return float(model(ids, labels=ids, use_cache=False).loss)
 
 
 def losses(tmp_path, name="run"):

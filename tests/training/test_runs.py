@@ -17,7 +17,21 @@ from flashsfa.huggingface.settings import BASIS_FILE
 from flashsfa.huggingface.switch import load_basis
 from flashsfa.training import needle, pretrain, recipe
 from flashsfa.training.run import Annealing, RunDirectory, RunTrainer
-from tiny import CONTEXT, GPT2, MODELS, QWEN3, VOCABULARY, Coding, kill_at, losses, refused, result, run
+from tiny import (
+    CONTEXT,
+    GPT2,
+    MODELS,
+    QWEN3,
+    VOCABULARY,
+    Coding,
+    kill_at,
+    losses,
+    refused,
+    result,
+    run,
+    saved_loss,
+    stopped_and_gone_on,
+)  # fmt: skip
 
 
 def test_a_run_that_was_killed_goes_on_with_the_same_losses(tmp_path, content, monkeypatch):
@@ -85,16 +99,8 @@ def test_a_run_killed_after_its_last_step_is_finished(tmp_path, content, monkeyp
 def test_a_trained_basis_goes_on_after_a_kill_and_is_in_the_model(tmp_path, content, tokens, monkeypatch, capsys):
     content["attention"]["train_basis"] = True
     assert run(tmp_path, content, name="whole") == 0
-    kill_at(monkeypatch, 3)
-    assert run(tmp_path, content) == 130
-    monkeypatch.undo()
-    assert run(tmp_path, content) == 0
-    assert losses(tmp_path) == losses(tmp_path, "whole")
-    model = flashsfa.from_pretrained(tmp_path / "run" / "model").eval()
-    ids = torch.from_numpy(np.load(tokens)[: 8 * CONTEXT].astype(np.int64)).view(8, CONTEXT).to(model.device)
-    with torch.no_grad():
-        loss = model(ids, labels=ids, use_cache=False).loss
-    assert float(loss) == pytest.approx(result(tmp_path)["validation_loss"], rel=1e-4)
+    assert stopped_and_gone_on(tmp_path, content, monkeypatch, 3) == losses(tmp_path, "whole")
+    assert saved_loss(tmp_path, tokens) == pytest.approx(result(tmp_path)["validation_loss"], rel=1e-4)
     content["model"]["start"], content["attention"]["train_basis"] = str(tmp_path / "run"), False
     capsys.readouterr()
     refused(
@@ -261,11 +267,7 @@ def test_a_run_goes_on_in_the_basis_of_another(tmp_path, content, capsys, monkey
     content["data"]["context"] = 2 * CONTEXT
     content["training"] |= {"tokens": 20 * 4 * CONTEXT, "learning_rate": 0.01}
     assert run(tmp_path, content, name="whole") == 0
-    kill_at(monkeypatch, 5)
-    assert run(tmp_path, content) == 130
-    monkeypatch.undo()
-    assert run(tmp_path, content) == 0
-    assert losses(tmp_path) == losses(tmp_path, "whole")
+    assert stopped_and_gone_on(tmp_path, content, monkeypatch, 5) == losses(tmp_path, "whole")
     before, after = (load_basis(tmp_path / name / "model") for name in ("before", "run"))
     assert after.topk == before.topk == content["attention"]["topk"]
     assert not torch.allclose(after.key, before.key, rtol=0.01)
@@ -323,11 +325,7 @@ def test_a_gradient_to_all_features_ends_when_it_is_said_to(tmp_path, content, m
     assert ended[:4] == throughout[:4]  # that of step four is found before its own gradient
     assert ended[4] != throughout[4]
 
-    kill_at(monkeypatch, 5)
-    assert run(tmp_path, content, name="stopped") == 130
-    monkeypatch.undo()
-    assert run(tmp_path, content, name="stopped") == 0
-    assert losses(tmp_path, "stopped") == ended
+    assert stopped_and_gone_on(tmp_path, content, monkeypatch, 5, "stopped") == ended
 
 
 @pytest.mark.parametrize(
@@ -357,20 +355,12 @@ def test_codes_that_begin_after_a_dense_start(tmp_path, content, tokens, monkeyp
     assert whole == pytest.approx(dense, rel=1e-4)
     assert sparse[3] != pytest.approx(dense[3], rel=1e-4)
     for step in (2, 3, 4):
-        kill_at(monkeypatch, step)
-        assert run(tmp_path, content, name=f"stopped{step}") == 130
-        monkeypatch.undo()
-        assert run(tmp_path, content, name=f"stopped{step}") == 0
-        assert losses(tmp_path, f"stopped{step}") == sparse
+        assert stopped_and_gone_on(tmp_path, content, monkeypatch, step, f"stopped{step}") == sparse
     if attention.get("window"):
         return
-    model = flashsfa.from_pretrained(tmp_path / "run" / "model").eval()
     assert load_basis(tmp_path / "run" / "model").topk == 3  # which its gain is fitted to
     assert result(tmp_path)["dense_steps"] == 3
-    ids = torch.from_numpy(np.load(tokens)[: 8 * CONTEXT].astype(np.int64)).view(8, CONTEXT).to(model.device)
-    with torch.no_grad():
-        loss = model(ids, labels=ids, use_cache=False).loss
-    assert float(loss) == pytest.approx(result(tmp_path)["validation_loss"], rel=1e-4)
+    assert saved_loss(tmp_path, tokens) == pytest.approx(result(tmp_path)["validation_loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("share", [0.05, 0.95])
@@ -421,11 +411,7 @@ def test_a_budget_that_shrinks_to_the_end_is_evaluated_as_it_is_saved(tmp_path, 
     content["attention"] |= {"topk": 2, "anneal": {"share": 1.0}}
     content["model"]["config"]["initializer_range"] = 0.3  # so that a budget matters
     assert run(tmp_path, content) == 0
-    ids = torch.from_numpy(np.load(tokens)[: 8 * CONTEXT].astype(np.int64)).view(8, CONTEXT)
-    model = flashsfa.from_pretrained(tmp_path / "run" / "model").eval()
-    with torch.no_grad():
-        loss = float(model(ids.to(model.device), labels=ids.to(model.device), use_cache=False).loss)
-    assert result(tmp_path)["validation_loss"] == pytest.approx(loss, rel=1e-4)
+    assert result(tmp_path)["validation_loss"] == pytest.approx(saved_loss(tmp_path, tokens), rel=1e-4)
 
 
 def test_where_curves_are_written_is_said(tmp_path, content, capsys, monkeypatch):

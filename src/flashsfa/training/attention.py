@@ -241,19 +241,21 @@ class TrainedBasis(nn.Module):
 
 
 class FittedBasis(nn.Module):
-    """A basis of one layer that `fit_bases` finds during the run, the identity before that. Its sides [H, D, D] are part of a checkpoint."""
+    """A basis of one layer that `fit_bases` finds during the run, the identity before that. Its sides [H, D, D] are part of a checkpoint; `topk` is
+    the budget that it is fitted to, for its gain."""
 
     query: Tensor
     key: Tensor
 
-    def __init__(self, num_kv_heads: int, head_dim: int) -> None:
+    def __init__(self, num_kv_heads: int, head_dim: int, topk: int | None) -> None:
         super().__init__()
+        self.topk = topk
         one = FeatureBasis.identity(num_kv_heads, head_dim)
         self.register_buffer("query", one.query)
         self.register_buffer("key", one.key)
 
     def forward(self) -> FeatureBasis:
-        return FeatureBasis(self.query, self.key)
+        return FeatureBasis(self.query, self.key, topk=self.topk)
 
     @torch.no_grad()
     def take(self, basis: FeatureBasis) -> None:
@@ -266,10 +268,11 @@ class FittedBasis(nn.Module):
 
 def use_bases(model: Any, basis: FeatureBasis) -> None:
     """Let the sparse layers of a model that `install` prepared begin with theirs of `basis`, which are then fitted anew."""
+    _, kv_heads, head_dim, _ = basis.key.shape
     for index, module in enumerate(attention_layers(model)):
         for core in module.sfa_core.modules():  # type: ignore[union-attr]
             if isinstance(core, SparseCore):
-                core.basis = FittedBasis(*basis.key.shape[1:3])
+                core.basis = FittedBasis(kv_heads, head_dim, basis.topk)
                 core.basis.take(basis[index])
 
 
@@ -320,22 +323,27 @@ def uninstall(model: Any, implementation: str) -> None:
     set_attention(model, implementation)
 
 
-def uninstall_sparse(model: Any, basis: FeatureBasis | None) -> None:
-    """Take the cores off a switched model; if they have found a basis, theirs goes into their layers of `basis`, and `basis` to the model."""
+def uninstall_sparse(model: Any, basis: FeatureBasis | None = None) -> None:
+    """Take the cores off a switched model; if they have found a basis, theirs goes into their layers of `basis`, the identity by default,
+    and `basis` to the model."""
     modules: list[Any] = attention_layers(model)
-    own = [
-        (i, part)
-        for i, m in enumerate(modules)
-        for part in m.sfa_core.modules()
-        if isinstance(part, (TrainedBasis, FittedBasis))
-    ]
-    uninstall(model, "sfa")
-    if basis is None or not own:
-        return
     with torch.no_grad():
-        for index, found in own:
-            sides = found()
-            basis.query[index], basis.key[index] = sides.query.cpu(), sides.key.cpu()
+        own = {
+            i: core.basis()
+            for i, module in enumerate(modules)
+            for core in module.sfa_core.modules()
+            if isinstance(core, SparseCore) and core.basis is not None
+        }
+    uninstall(model, "sfa")
+    if not own:
+        return
+    if basis is None:
+        first = next(iter(own.values()))
+        one = FeatureBasis.identity(*first.key.shape[:2])
+        query, key = (x.repeat(len(modules), 1, 1, 1) for x in (one.query, one.key))
+        basis = FeatureBasis(query, key, topk=first.topk)
+    for index, found in own.items():
+        basis.query[index], basis.key[index] = found.query.cpu(), found.key.cpu()
     enable(model, basis=basis, **SFASettings.from_config(model.config.sfa).arguments())
 
 

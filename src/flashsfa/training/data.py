@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,15 @@ class Windows(Dataset):
                 self._order = (round_, torch.randperm(self._available, generator=generator, device="cpu"))
             place = int(self._order[1][place])
         return {"input_ids": self._stream.window(place, self._context)}
+
+
+def batches(
+    windows: Any, count: int, at_a_time: int, collate: Callable[..., dict[str, Any]], device: torch.device
+) -> Iterator[dict[str, Any]]:
+    """The first `count` windows as batches of so many at a time, on `device`."""
+    for start in range(0, count, at_a_time):
+        batch = collate([windows[i] for i in range(start, min(start + at_a_time, count))])
+        yield {name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.items()}
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from ..huggingface import SFASettings, disable, from_pretrained
 from ..huggingface.structure import attention_layers, most_positions, text_config
 from ..huggingface.switch import load_basis
 from .attention import Core, DenseCore, DistillCore, TargetCore, TrainedBasis, install, uninstall_sparse
-from .data import IGNORED
+from .data import IGNORED, batches
 from .pretrain import Corpus, load_corpus, load_tokenizer, save
 from .recipe import Distill, DistillRecipe, Lora
 from .run import Annealing, RunDirectory, RunTrainer, bounded_exp, fit, prepare, total_steps
@@ -138,7 +138,6 @@ def _perplexities(recipe: DistillRecipe, corpus: Corpus, arguments: Any) -> dict
     """
     model, device = _load(recipe.model).eval().to(arguments.device), arguments.device
     windows: Any = corpus.validation
-    count, batch_size = len(windows), arguments.per_device_eval_batch_size
     found = {}
     for name, make in (
         ("perplexity_before", lambda index, module: DistillCore(module.sfa) if hasattr(module, "sfa") else DenseCore()),
@@ -146,9 +145,7 @@ def _perplexities(recipe: DistillRecipe, corpus: Corpus, arguments: Any) -> dict
     ):
         install(model, make)
         total, predicted = 0.0, 0
-        for start in range(0, count, batch_size):
-            batch = corpus.collate([windows[i] for i in range(start, min(start + batch_size, count))])
-            batch = {key: x.to(device) if isinstance(x, Tensor) else x for key, x in batch.items()}
+        for batch in batches(windows, len(windows), arguments.per_device_eval_batch_size, corpus.collate, device):
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe.training.precision == "bf16"):
                 total += float(model(**batch, num_items_in_batch=1).loss)
             predicted += int((batch["labels"] != IGNORED).sum())

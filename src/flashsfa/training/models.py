@@ -88,7 +88,7 @@ def build(model: Model, attention: Attention, context: int, vocab_size: int | No
             if attention.train_basis:
                 basis = TrainedBasis(FeatureBasis.identity(kv_heads, head_dim), head_dim**-0.5)
             elif attention.dense_share:
-                basis = FittedBasis(kv_heads, head_dim)
+                basis = FittedBasis(kv_heads, head_dim, attention.topk)
             made = SparseCore(coding, attention.gradient, basis)
         elif attention.kind == "int8":
             made = QuantizedCore()
@@ -116,10 +116,7 @@ def finish(model: Any, attention: Attention) -> None:
             if isinstance(part, (EqualizedCore, ScaledCore)):
                 part.fold(layer)
     if attention.kind == "sfa":
-        is_fitted = any(isinstance(part, FittedBasis) for part in model.modules())
-        # A fitted one has the gain of its budget, a trained one none.
-        start = _own_coordinates(model, attention.topk if is_fitted else None)
-        uninstall_sparse(model, start if is_fitted or attention.train_basis else None)
+        uninstall_sparse(model)
     else:
         uninstall(model, _DENSE)
     multiply(model)
@@ -146,13 +143,6 @@ class _Windowed(Core):
 
     def forward(self, q: Any, k: Any, v: Any, visible: Visible) -> Any:
         return self.core(q, k, v, Visible(visible.scale, self._window, visible.bounds, visible.longest))
-
-
-def _own_coordinates(model: Any, topk: int | None) -> FeatureBasis:
-    """The identity in each layer of a model, to be what layers of it have found for `topk`."""
-    _, kv_heads, head_dim = attention_shape(model)
-    one, layers = FeatureBasis.identity(kv_heads, head_dim), len(attention_layers(model))
-    return FeatureBasis(one.query.repeat(layers, 1, 1, 1), one.key.repeat(layers, 1, 1, 1), topk=topk)
 
 
 def _config(model: Model, attention: Attention, context: int, vocab_size: int | None) -> Any:

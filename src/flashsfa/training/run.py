@@ -33,7 +33,7 @@ from ..files import follow_umask, require_place, write_whole
 from ..huggingface.attention import LayerCoding
 from ..huggingface.switch import attention_layers
 from .attention import EqualizedCore, FittedBasis, SparseCore, fit_bases
-from .data import IGNORED
+from .data import IGNORED, batches
 from .recipe import Anneal, Attention, Training, differences, read, write
 
 _log = logging.getLogger("flashsfa")
@@ -233,20 +233,16 @@ class Fitting(TrainerCallback):
             core.is_dense = state.global_step < self.dense_steps
         if state.global_step in self._fits:
             try:
-                fit_bases(model, self._cores, self._batches(args))
+                # the first windows, the same ones in every process
+                count = min(len(self._windows), -(-_FITTED_TOKENS // len(self._windows[0]["input_ids"])))
+                at_a_time = args.per_device_train_batch_size
+                first = batches(self._windows, count, at_a_time, self._collate, args.device)
+                fit_bases(model, self._cores, first)
             except ValueError as error:
                 raise ValueError(
                     f"training stopped at step {state.global_step}: no basis fits the model: {error}. A lower training.learning_rate "
                     "or a longer training.warmup may help"
                 ) from error
-
-    def _batches(self, args: Any) -> Iterator[dict[str, Any]]:
-        """The first windows, the same ones in every process."""
-        context, at_a_time = len(self._windows[0]["input_ids"]), args.per_device_train_batch_size
-        windows = range(min(len(self._windows), -(-_FITTED_TOKENS // context)))
-        for start in windows[::at_a_time]:
-            batch = self._collate([self._windows[i] for i in windows[start : start + at_a_time]])
-            yield {name: x.to(args.device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
 
 
 def _sparse_cores(model: Any) -> list[SparseCore]:
