@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Hashable
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,13 +32,16 @@ from ..checks import require
 from ..decode import FEW_QUERIES, sparse_feature_decode
 from ..huggingface.positions import channel_first
 from ..mask import Mask
+from ..ops import transform
 from ..ops.prefill import operator
+from ..ops.prefill.prepared import Prompt, prepare
 from ..scores import ScoreRules
 from ..stored import KVView
 from .layout import PageLayout, PageStore
 from .settings import PAGE_SIZES, BasisFile, coder_of, current_settings, longest_context, page_size
 
 _log = logging.getLogger("flashsfa")
+_Made = TypeVar("_Made")
 _rehearsed: set[Hashable] = set()  # kinds of layers whose kernels have been used in this process
 
 
@@ -113,7 +116,20 @@ class Decode:
 
 
 @dataclass(frozen=True)
-class Prefill:
+class Shared:
+    """What the layers of a batch have alike: the first of them makes it."""
+
+    _made: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False, kw_only=True)
+
+    def once(self, key: Hashable, make: Callable[[], _Made]) -> _Made:
+        """What `make` gives, asked once for each `key`."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+
+@dataclass(frozen=True)
+class Prefill(Shared):
     """Requests of a batch with many new tokens.
 
     Attributes:
@@ -132,7 +148,7 @@ class Prefill:
 
 
 @dataclass(frozen=True)
-class SparseFeatureMetadata(AttentionMetadata):
+class SparseFeatureMetadata(AttentionMetadata, Shared):
     """A batch: decoding requests first, then those in prefill, in groups.
 
     Attributes:
@@ -298,7 +314,7 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
         require(
             output_scale is None and output_block_scale is None, "flashsfa's vLLM backend does not quantise its output"
         )
-        q, k = self._coordinates(layer, _by_head(query), _by_head(key))
+        q, k = self._coordinates(layer, _by_head(query), _by_head(key), attn_metadata)
         v = _by_head(value)
         if attn_metadata is None:
             return self._rehearse(q, k, v, output)
@@ -313,7 +329,7 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
             if prefill.slots is not None:
                 rows = store.rows(kv_cache, prefill.slots)
                 held, budget = (rows.k, rows.v), budget.with_keys_kept()
-            output[prefill.rows] = self._attend(q[:, :, prefill.rows], *held, budget, prefill)
+            self._attend(q[:, :, prefill.rows], *held, budget, prefill, output[prefill.rows])
         return output
 
     def _decode(self, q: Tensor, pages: KVView, decode: Decode, output: Tensor) -> None:
@@ -330,21 +346,39 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
         if place is None:
             output[decode.rows] = out.transpose(1, 2)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, budget: FeatureBudget, prefill: Prefill) -> Tensor:
-        """[T, Hq, Dv] for q [1, Hq, T, D] over k and v [1, Hkv, Tk, ...]."""
-        mask = Mask(
-            True, self._window, None, prefill.cu_seqlens_q, prefill.cu_seqlens_k, prefill.max_seqlen_q, prefill.max_seqlen_k
-        )  # fmt: skip
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, budget: FeatureBudget, prefill: Prefill, output: Tensor) -> None:
+        """Attention of q [1, Hq, T, D] over k and v [1, Hkv, Tk, ...] into output [T, Hq, Dv]."""
+        out = _by_head(output)
+        form = (
+            budget,
+            self._window,
+            self.scale,
+            v.dtype,
+            *(y for x in (q, k, v) for y in (x.shape[1], x.shape[3], x.stride())),
+        )
+        prompt = prefill.once(form, lambda: self._prompt(q, k, v, out, budget, prefill))
+        if prompt is not None:
+            prompt(q, k, v, out)
+            return
         scores = ScoreRules.of(q, self.scale, None, None)
-        out, _ = operator.attend(q, k, v, budget, mask, scores, gradient_of_all=False, backend="auto")
-        return out[0].transpose(0, 1)
+        found, _ = operator.attend(q, k, v, budget, self._mask(prefill), scores, gradient_of_all=False, backend="auto")
+        out.copy_(found)
+
+    def _prompt(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, budget: FeatureBudget, prefill: Prefill
+    ) -> Prompt | None:
+        return prepare(q, k, v, out, budget, self._mask(prefill), self.scale)
+
+    def _mask(self, prefill: Prefill) -> Mask:
+        bounds = prefill.cu_seqlens_q, prefill.cu_seqlens_k, prefill.max_seqlen_q, prefill.max_seqlen_k
+        return Mask(True, self._window, None, *bounds)
 
     def _rehearse(self, q: Tensor, k: Tensor, v: Tensor, output: Tensor) -> Tensor:
         """Take the memory of the largest batch, a chunk of `q`'s tokens beside the spread keys of the longest context; then use what is
         compiled at its first use, so that no request waits for it."""
         held = self._coder.empty(self._longest, k[:, :, :1], v[:, :, :1])
         spread = [x.new_empty((*x.shape[:2], self._longest, x.shape[3])) for x in (k, v)]
-        output[:] = self._attend_alone(q, k, v, self._budget)
+        self._attend_alone(q, k, v, self._budget, output)
         del held, spread  # until here
         kind = self._budget, self._window, self.settings.cache_dtype, *(x.shape[1::2] for x in (q, k, v)), v.dtype
         if kind not in _rehearsed:
@@ -356,24 +390,24 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
         """Prompts of fewer tokens, one whose keys come from pages, and a few new tokens over these: each has kernels of its own."""
         tokens = k.shape[2]
         for count in (2**i for i in range(FEW_QUERIES.bit_length(), (tokens - 1).bit_length())):
-            self._attend_alone(q[:, :, :count], k[:, :, :count], v[:, :, :count], self._budget)
+            self._attend_alone(q[:, :, :count], k[:, :, :count], v[:, :, :count], self._budget, output[:count])
         few, store = min(FEW_QUERIES, tokens), PageStore(PageLayout(self._coder, self.head_size, v.shape[3], v.dtype))
         shape = 1, k.shape[1], self._page_size, store.layout.token_bytes
         pages = torch.zeros(shape, dtype=torch.uint8, device=k.device).view(v.dtype)
         slots = torch.arange(few, device=k.device)
         store.write(pages, slots, k[:, :, :few], v[:, :, :few])
         rows = store.rows(pages, slots)
-        self._attend_alone(q[:, :, :few], rows.k, rows.v, self._budget.with_keys_kept())
+        self._attend_alone(q[:, :, :few], rows.k, rows.v, self._budget.with_keys_kept(), output[:few])
         seq_lens = torch.full((1,), few, dtype=torch.int32, device=k.device)
         table, views = torch.zeros_like(seq_lens[None]), store.layout.views(pages)
         for count in range(1, few + 1):
             self._decode(q, views, Decode(seq_lens, table, slice(count)), output)
 
-    def _attend_alone(self, q: Tensor, k: Tensor, v: Tensor, budget: FeatureBudget) -> Tensor:
+    def _attend_alone(self, q: Tensor, k: Tensor, v: Tensor, budget: FeatureBudget, output: Tensor) -> None:
         """As `_attend`, of one request whose keys are the queries' own."""
         tokens = k.shape[2]
         bounds = torch.tensor([0, tokens], dtype=torch.int32, device=q.device)
-        return self._attend(q, k, v, budget, Prefill(slice(tokens), bounds, bounds, tokens, tokens))
+        self._attend(q, k, v, budget, Prefill(slice(tokens), bounds, bounds, tokens, tokens), output)
 
     def _store(self, value: Tensor) -> PageStore:
         if self._pages is None:
@@ -381,8 +415,11 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
             self._pages = PageStore(layout)
         return self._pages
 
-    def _coordinates(self, layer: Any, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys [1, H, T, D] with the channel in front, or in the layer's basis, which its first use loads."""
+    def _coordinates(
+        self, layer: Any, q: Tensor, k: Tensor, batch: SparseFeatureMetadata | None
+    ) -> tuple[Tensor, Tensor]:
+        """Queries and keys [1, H, T, D] with the channel in front, or in the layer's basis, which its first use loads. Where prompts are
+        read, they lie where those of the layer before lay."""
         if self.settings.positions is not None:
             dims = self.settings.dense_dims
             return channel_first(q, dims), channel_first(k, dims)
@@ -391,7 +428,13 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
         if self._basis is None:
             basis = self._file.load(layer.layer_name, self.num_kv_heads)
             self._basis = FeatureBasis(basis.query.to(q.device), basis.key.to(q.device))
-        return self._basis.transform(q, k)
+        sides = (q, self._basis.query), (k, self._basis.key)
+        run: Callable[..., list[Tensor]] | None = None
+        if batch is not None and batch.prefills:
+            form = q.dtype, *(y for x in (q, k) for y in (x.shape, x.stride()))
+            run = batch.once(form, lambda: transform.prepared(*sides))
+        one, other = (run or transform.transform)(*sides)
+        return one, other
 
 
 def _by_head(x: Tensor) -> Tensor:

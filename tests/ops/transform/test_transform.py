@@ -134,3 +134,55 @@ def test_a_basis_takes_it(monkeypatch):
     assert len(seen) == 4
     assert x.grad is not None
     torch.testing.assert_close(basis.transform_query(x).detach(), q, rtol=0.01, atol=0.01)
+
+
+class Compiled:
+    """A kernel of Triton that notes what it is launched with."""
+
+    def __init__(self):
+        self.launches = []
+
+    def warmup(self, *arguments, grid, num_warps, num_stages, **sizes):
+        self.compiled = grid, list(arguments), sizes
+        return {grid: lambda *given: self.launches.append(given)}
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("tokens", [17, 300, 5000])
+def test_prepared_once_it_is_launched_with_the_tensors_of_each_call(tokens, monkeypatch):
+    kernel = Compiled()
+    monkeypatch.setattr(triton, "transform_kernel", kernel)
+    layers = [[drawn((1, 2, g, tokens), 64, torch.bfloat16, "cpu") for g in (3, 1)] for _ in range(3)]
+    call = triton.Prepared.of(*layers[0])
+    for sides in layers:
+        outs = call(*sides)
+        assert all(x.shape == out.shape and x.stride() == out.stride() for (x, _), out in zip(sides, outs, strict=True))
+        grid, arguments, sizes, _ = triton._launch(outs, *sides)
+        _, _, names = kernel.compiled
+        assert kernel.compiled[0] == grid
+        assert names == sizes
+        (given,) = kernel.launches
+        kernel.launches.clear()
+        assert [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in given] == [
+            x.data_ptr() if isinstance(x, torch.Tensor) else x for x in (*arguments, *sizes.values())
+        ]
+        # constants follow the other arguments, as in the kernel's signature
+        assert list(sizes) == ["D", "K", "R", "C", "INTERPRETED"]
+
+
+def test_no_kernel_is_prepared_for_a_cpu():
+    sides = [drawn((1, 2, g, 40), 64, torch.bfloat16, "cpu") for g in (3, 1)]
+    assert room.prepared(*sides) is None
+    with pytest.raises(ValueError, match="for a basis"):
+        room.prepared((sides[0][0], sides[0][1][:1, :3]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [17, 300, 5000])
+def test_prepared_it_gives_what_it_gives_at_once(tokens):
+    layers = [[drawn((1, 2, g, tokens), 128, torch.bfloat16, "cuda") for g in (2, 1)] for _ in range(3)]
+    layers = [[(x.transpose(1, 2).contiguous().transpose(1, 2), m) for x, m in sides] for sides in layers]
+    call = room.prepared(*layers[0])
+    for sides in layers:
+        for out, expected in zip(call(*sides), room.transform(*sides), strict=True):
+            torch.testing.assert_close(out, expected, rtol=0, atol=0)

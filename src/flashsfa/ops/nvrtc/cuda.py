@@ -119,8 +119,13 @@ def tensor_map(x: Tensor, rows: int) -> ctypes.Array:
     zeros past the end. The last dimension is contiguous, the other strides and the address multiples of 16 bytes."""
     found = _aligned_map()
     ctypes.memmove(found, _map_of(x.shape, x.stride(), x.dtype, rows), TENSOR_MAP_BYTES)
-    _driver("cuTensorMapReplaceAddress", found, ctypes.c_void_p(x.data_ptr()))
+    move_map(found, x)
     return found
+
+
+def move_map(map: ctypes.Array, x: Tensor) -> None:
+    """Let a map of a tensor such as x be that of x."""
+    _driver("cuTensorMapReplaceAddress", map, ctypes.c_void_p(x.data_ptr()))
 
 
 @functools.lru_cache(maxsize=1024)  # each layer of a model asks for the same

@@ -120,8 +120,7 @@ def coded_rows(
         code = plain_topk(x, topk, dense_dims)
         return plain_scatter(*code, x.shape[-1]), code if keep else None
     out = empty_rows(x, x.shape[-1])
-    if not keep and sparse.prune(x, topk, dense_dims, out):
-        record.record("topk", "hopper", _ROWS)
+    if not keep and write_coded_rows(x, topk, dense_dims, out):
         return out, None
     from .triton import scatter as scatter_kernels
     from .triton import topk as kernels
@@ -132,6 +131,15 @@ def coded_rows(
             return out, kept
         code = kernels.encode(x, topk, dense_dims)
         return scatter_kernels.scatter(*code, out), code if keep else None
+
+
+def write_coded_rows(x: Tensor, topk: int, dense_dims: int, out: Tensor) -> bool:
+    """Write x [B, H, N, D] to `out`, zero but for what its code keeps, for little of the host's time. False, with nothing written, where there
+    is no kernel for it."""
+    written = sparse.prune(x, topk, dense_dims, out)
+    if written:
+        record.record("topk", "hopper", _ROWS)
+    return written
 
 
 def prune_24(x: Tensor, dense_dims: int) -> tuple[Tensor, Tensor, Tensor]:

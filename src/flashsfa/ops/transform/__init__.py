@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,19 @@ def transform(*sides: tuple[Tensor, Tensor]) -> list[Tensor]:
             return kernels.transform(*sides)
     with without_autocast(x.device):
         return [_product(x, matrix) for x, matrix in sides]
+
+
+def prepared(*sides: tuple[Tensor, Tensor]) -> Callable[..., list[Tensor]] | None:
+    """`transform` of sides such as these, two of many tokens, for little of the host's time: it is called like it with sides of the same form,
+    wherever they lie, and writes what it returns over what it returned before. None where there is no such kernel."""
+    _require_fit(*sides)
+    tensors = [x for side in sides for x in side]
+    if not tensors[0].is_cuda or not runs_plainly(*tensors) or not _has_fused(*sides):
+        return None
+    from . import triton as kernels
+
+    with torch.cuda.device_of(tensors[0]):
+        return kernels.Prepared.of(*sides)
 
 
 def _require_fit(*sides: tuple[Tensor, Tensor]) -> None:

@@ -7,6 +7,9 @@ part of the matrix first; of many rows a program takes several blocks one after 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +20,7 @@ from ..triton.rows import cdiv, next_power_of_2
 
 _INTERPRETED = triton.knobs.runtime.interpret  # by what has no products of bfloat16
 _FEW = 128  # tokens, up to which time is latency
+_SIDE = 16  # arguments of a side: three tensors, eleven strides, heads and tokens
 _PROGRAMS = 512  # or so: some four for each multiprocessor of a large GPU
 
 
@@ -29,11 +33,46 @@ def transform(*sides: tuple[Tensor, Tensor]) -> list[Tensor]:
     Returns:
         as x each, with dimensions in the same order in memory.
     """
+    outs = [torch.empty_like(x) for x, _ in sides]
+    grid, arguments, sizes, options = _launch(outs, *sides)
+    transform_kernel[grid](*arguments, **sizes, **options)
+    return outs
+
+
+class Prepared:
+    """`transform` of sides of one form to the same `outs` each time, without what Triton asks of each launch. A form is shapes, strides and
+    dtypes; addresses are multiples of 16."""
+
+    def __init__(self, outs: list[Tensor], run: Callable[..., None], arguments: list[Any]) -> None:
+        self._outs, self._run, self._arguments = outs, run, arguments
+
+    @classmethod
+    def of(cls, *sides: tuple[Tensor, Tensor]) -> Prepared | None:
+        """For sides such as these; None if they lie at other addresses."""
+        outs = [torch.empty_like(x) for x, _ in sides]
+        if any(x.data_ptr() % 16 for x in (*outs, *(x for side in sides for x in side))):
+            return None
+        grid, arguments, sizes, options = _launch(outs, *sides)
+        kernel = transform_kernel.warmup(*arguments, **sizes, **options, grid=grid)
+        return cls(outs, kernel[grid], [*arguments, *sizes.values()])
+
+    def __call__(self, *sides: tuple[Tensor, Tensor]) -> list[Tensor]:
+        """As `transform`, over what was returned before. That the sides have the form is the caller's to know."""
+        arguments = self._arguments
+        for place, (x, matrix) in zip((0, _SIDE), (sides[0], sides[-1]), strict=True):
+            arguments[place], arguments[place + 1] = x, matrix
+        self._run(*arguments)
+        return self._outs
+
+
+def _launch(
+    outs: list[Tensor], *sides: tuple[Tensor, Tensor]
+) -> tuple[tuple[int, int, int], list[Any], dict[str, Any], dict[str, Any]]:
+    """The grid, arguments in their order, constants in theirs, and how it is compiled."""
     kv_heads, head_dim, _ = sides[0][1].shape
     batch, tokens, heads = sides[0][0].shape[0], [x.shape[2] for x, _ in sides], [x.shape[1] for x, _ in sides]
-    outs = [torch.empty_like(x) for x, _ in sides]
     given = [
-        (x, matrix, out, *x.stride(), *matrix.stride(), *out.stride(), *x.shape[1:3])
+        [x, matrix, out, *x.stride(), *matrix.stride(), *out.stride(), *x.shape[1:3]]
         for (x, matrix), out in zip(sides, outs, strict=True)
     ]
     rows, columns, stages = _tile(max(tokens), max(head_dim, 16))
@@ -41,11 +80,11 @@ def transform(*sides: tuple[Tensor, Tensor]) -> list[Tensor]:
     # as many blocks to a program as leave every multiprocessor its programs, and to each as many as to the others
     all_blocks = batch * parts * sum(n * cdiv(x, rows) for n, x in zip(heads, tokens, strict=True))
     programs = cdiv(blocks, max(1, all_blocks // _PROGRAMS))
-    transform_kernel[(batch * sum(heads) * programs * parts,)](
-        *given[0], *given[-1], batch, kv_heads, programs, cdiv(blocks, programs), D=head_dim, K=next_power_of_2(max(head_dim, 16)),
-        R=rows, C=columns, INTERPRETED=_INTERPRETED, num_warps=4, num_stages=stages,
-    )  # fmt: skip
-    return outs
+    arguments = [*given[0], *given[-1], batch, kv_heads, programs, cdiv(blocks, programs)]
+    sizes = {
+        "D": head_dim, "K": next_power_of_2(max(head_dim, 16)), "R": rows, "C": columns, "INTERPRETED": _INTERPRETED,
+    }  # fmt: skip
+    return (batch * sum(heads) * programs * parts, 1, 1), arguments, sizes, {"num_warps": 4, "num_stages": stages}
 
 
 def _tile(tokens: int, width: int) -> tuple[int, int, int]:

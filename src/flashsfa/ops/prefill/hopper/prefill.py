@@ -22,6 +22,7 @@ from .compiler import Tile
 from .params import Params
 
 _WIDTHS = (64, 128, 256)
+_CALLS = 32  # layers or so, for which counters are set to 0 at once
 # Measured on an H100 (docs/notes/2026-11-27-prefill.md):
 _L2_BYTES = 40 << 20  # of K and V that stay in the L2 cache, which has 50 MiB
 _LONG_KEYS, _LONG_WORK_TILES = (
@@ -96,30 +97,65 @@ def forward(
     Raises:
         CompilationError: the kernel cannot be built.
     """
-    count, longest_q, longest_k = sequences(q, k, mask)
     values = indices = None
     if isinstance(q, Tensor):
         channel = q
     else:
         channel, values, indices = as_24_pattern(q)
         values, indices = _aligned(values), _aligned(indices)
-    channel, k, v = _by_16_bytes(channel), _by_16_bytes(k), _by_16_bytes(v)
-    cu_seqlens = [None if x is None else x.contiguous() for x in (mask.cu_seqlens_q, mask.cu_seqlens_k)]
-    launch = _prepared(
-        channel.device.index, channel.dtype, channel.shape, channel.stride(), k.shape, v.shape[3], count, longest_q,
-        longest_k, mask.is_causal, mask.window, scale, tile,
-    )  # fmt: skip
-    out = empty_rows(channel, v.shape[3])
-    lse = channel.new_empty(channel.shape[:3], dtype=torch.float32)
-    counter = torch.zeros(1, dtype=torch.int32, device=channel.device) if launch.counts else None
-    params = Params.from_buffer_copy(launch.params)
-    params.q_dense, params.out, params.lse = channel.data_ptr(), out.data_ptr(), lse.data_ptr()
-    params.q_values, params.q_indices, params.cu_seqlens_q, params.cu_seqlens_k, params.tile_counter = (
-        None if x is None else x.data_ptr() for x in (values, indices, *cu_seqlens, counter)
+    channel, k, v = (
+        x if lies_by_16_bytes(x) else x.clone(memory_format=torch.contiguous_format) for x in (channel, k, v)
     )
-    maps = [cuda.tensor_map(x, launch.block_n) for x in (k, v)]
-    launch.kernel.launch(launch.grid, params, *maps)
-    return out, lse
+    out = empty_rows(channel, v.shape[3])
+    attention = Prepared(channel, k, v, out, mask=mask, scale=scale, tile=tile)
+    attention(channel, k, v, out, values, indices)
+    return out, attention.lse
+
+
+class Prepared:
+    """The kernel over tensors of one form, for little of the host's time: of layers that are alike, the first prepares it and each calls it.
+
+    Attributes:
+        lse: [B, Hq, N_q] float32 of the last call.
+    """
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, mask: Mask, scale: float, tile: Tile | None = None
+    ) -> None:
+        """For queries such as q [B, Hq, N_q, M], their dense channel or dense ones, k [B, Hkv, N_k, D], v [B, Hkv, N_k, Dv] and `out`
+        [B, Hq, N_q, Dv], all of which lie by 16 bytes. Raises `CompilationError` where the kernel cannot be built."""
+        launch = _prepared(
+            q.device.index, q.dtype, q.shape, q.stride(), k.shape, v.shape[3], *sequences(q, k, mask), mask.is_causal, mask.window,
+            scale, tile,
+        )  # fmt: skip
+        self.lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+        self._bounds = [None if x is None else x.contiguous() for x in (mask.cu_seqlens_q, mask.cu_seqlens_k)]
+        # each call takes one that is still 0
+        self._counters = torch.zeros(_CALLS, dtype=torch.int32, device=q.device) if launch.counts else None
+        self._calls = 0
+        self._kernel, self._grid = launch.kernel, launch.grid
+        self._params = params = Params.from_buffer_copy(launch.params)
+        params.out_batch, params.out_head, params.out_row = out.stride()[:3]
+        params.lse = self.lse.data_ptr()
+        params.cu_seqlens_q, params.cu_seqlens_k = (None if x is None else x.data_ptr() for x in self._bounds)
+        self._maps = [cuda.tensor_map(x, launch.block_n) for x in (k, v)]
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, values: Tensor | None = None, indices: Tensor | None = None
+    ) -> None:
+        """Attention into `out`. That all have the form is the caller's to know."""
+        params = self._params
+        params.q_dense, params.out = q.data_ptr(), out.data_ptr()
+        params.q_values, params.q_indices = (None if x is None else x.data_ptr() for x in (values, indices))
+        if self._counters is not None:
+            place = self._calls % _CALLS
+            if self._calls and not place:
+                self._counters.zero_()
+            self._calls += 1
+            params.tile_counter = self._counters.data_ptr() + 4 * place
+        for map, x in zip(self._maps, (k, v), strict=True):
+            cuda.move_map(map, x)
+        self._kernel.launch(self._grid, params, *self._maps)
 
 
 class _Launch(NamedTuple):
@@ -170,9 +206,6 @@ def _prepared(
         q_dense_batch=2 * q_strides[0],
         q_dense_head=2 * q_strides[1],
         q_dense_row=2 * q_strides[2],
-        out_batch=n_q * heads * value_dim,
-        out_head=value_dim,
-        out_row=heads * value_dim,
         n_q=n_q,
         n_k=n_k,
         heads=heads,
@@ -227,6 +260,11 @@ def heads_per_l2_group(heads: int, kv_heads: int, head_bytes: int) -> int:
     return math.ceil(heads / math.ceil(heads / fitting))
 
 
+def lies_by_16_bytes(x: Tensor) -> bool:
+    """Whether x [B, H, N, D] can be read and written by 16 bytes: rows in one piece, at addresses that are multiples."""
+    return _lie_by_16_bytes(x.shape, x.stride()) and x.data_ptr() % 16 == 0
+
+
 def _load(tile: Tile, device: int) -> nvrtc.Kernel:
     """The kernel of one specialisation, ready to launch on `device`. What failed once is not tried again."""
     kernel = nvrtc.load_kernel(compiler.compile_cubin, tile, "prefill_kernel", device)
@@ -239,12 +277,6 @@ def _aligned(x: Tensor) -> Tensor:
     """x contiguous, at a multiple of 16 bytes."""
     x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
-
-
-def _by_16_bytes(x: Tensor) -> Tensor:
-    """x [B, H, N, D], copied unless it can be read by 16 bytes: rows in one piece, at addresses that are multiples."""
-    fits = _lie_by_16_bytes(x.shape, x.stride()) and x.data_ptr() % 16 == 0
-    return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 @functools.lru_cache(maxsize=1024)
