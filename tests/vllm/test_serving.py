@@ -7,6 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashsfa import FeatureBasis
+from flashsfa.ops.prefill import operator
+from flashsfa.scores import ScoreRules
 from vllm_server import CODING, DENSE, DV, HKV, PAGE, STEPS, D, Server
 
 
@@ -159,6 +161,42 @@ def test_decode_is_handed_the_rows_of_the_output(vllm, serve, monkeypatch):
 
 
 @pytest.mark.parametrize("cache_dtype", [None, "int8"])
+def test_layers_of_a_batch_call_what_the_first_has_prepared(vllm, serve, monkeypatch, cache_dtype):
+    """Of two groups of prompts each is prepared once, and a layer of another window by itself; each call is of its own tensors."""
+    from flashsfa.vllm import backend
+
+    made = []
+
+    def prepare(q, k, v, out, budget, mask, scale):
+        made.append((q.shape[2], budget.keeps_keys, mask.window))
+
+        def prompt(q, k, v, out):
+            scores = ScoreRules.of(q, scale, None, None)
+            out.copy_(operator.attend(q, k, v, budget, mask, scores, gradient_of_all=False, backend="auto")[0])
+
+        return prompt
+
+    monkeypatch.setattr(backend, "prepare", prepare)
+    server = Server(vllm, serve(**CODING, longest=60, cache_dtype=cache_dtype))
+    first = server.step({"a": 40, "b": 30})
+    if cache_dtype is None:
+        server.assert_attends(first)
+        assert made == [(70, False, None)]
+    else:
+        assert made == [(40, True, None), (30, True, None)]
+    prepared = made.copy()
+    query, key, value = (torch.cat([server.requests[name][i] for name in "ab"]) for i in range(3))
+    again = server.run(query, key, value, server.metadata)
+    assert torch.equal(again, torch.cat([*first.values()]))
+    other = server.run(2 * query, key, value.flip(0), server.metadata)
+    assert not torch.equal(other, again)
+    assert made == prepared
+    server.impl._window = 5
+    server.run(query, key, value, server.metadata)
+    assert made == prepared + [(*x[:2], 5) for x in prepared]
+
+
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
 def test_the_profiling_run_takes_the_memory_of_the_longest_context(vllm, serve, monkeypatch, cache_dtype):
     """The spread keys and values of a group of prompts are no longer than that, and the largest that attention makes."""
     server = Server(vllm, serve(**CODING, longest=97, cache_dtype=cache_dtype))
@@ -188,9 +226,9 @@ def test_the_profiling_run_uses_what_is_compiled_at_its_first_use(vllm, serve, m
     server, prompts, decoded = Server(vllm, serve(**CODING)), [], []
     attend, decode = server.impl._attend, backend.sparse_feature_decode
 
-    def noted_attend(q, k, v, budget, prefill):
+    def noted_attend(q, k, v, budget, prefill, output):
         prompts.append((q.shape[2], budget.keeps_keys))
-        return attend(q, k, v, budget, prefill)
+        attend(q, k, v, budget, prefill, output)
 
     def noted_decode(q, kv, **options):
         decoded.append((q.shape[2], kv.codes.shape[2]))
