@@ -58,6 +58,7 @@ def serve(vllm, monkeypatch, tmp_path):
                 max_model_len=longest,
             ),
             cache_config=SimpleNamespace(block_size=PAGE),
+            scheduler_config=SimpleNamespace(max_num_seqs=30),
             parallel_config=SimpleNamespace(decode_context_parallel_size=1),
             speculative_config=speculative,
             use_v2_model_runner=False,

@@ -231,7 +231,7 @@ def test_the_profiling_run_uses_what_is_compiled_at_its_first_use(vllm, serve, m
         attend(q, k, v, budget, prefill, output)
 
     def noted_decode(q, kv, **options):
-        decoded.append((q.shape[2], kv.codes.shape[2]))
+        decoded.append((q.shape[2], len(q), kv.codes.shape[2], kv.page_table.shape[1] * PAGE))
         return decode(q, kv, **options)
 
     monkeypatch.setattr(server.impl, "_attend", noted_attend)
@@ -241,7 +241,8 @@ def test_the_profiling_run_uses_what_is_compiled_at_its_first_use(vllm, serve, m
     for _ in range(2):  # two layers of a kind
         server.impl.forward(server.layer, q, k, v, torch.tensor([]), None, output=torch.empty(100, 4, DV))
     assert prompts == [(100, False), (32, False), (64, False), (16, True), (100, False)]
-    assert decoded == [(count, PAGE) for count in range(1, 17)]
+    # of one request, and of as many as there may be with so many tokens, of which each may have the longest context
+    assert decoded == [(count, many, PAGE, 256) for count in range(1, 17) for many in (1, min(30, 100 // count))]
 
 
 class _Sizes(TorchDispatchMode):

@@ -38,7 +38,7 @@ from ..ops.prefill.prepared import Prompt, prepare
 from ..scores import ScoreRules
 from ..stored import KVView
 from .layout import PageLayout, PageStore
-from .settings import PAGE_SIZES, BasisFile, coder_of, current_settings, longest_context, page_size
+from .settings import PAGE_SIZES, BasisFile, coder_of, current_settings, longest_context, most_requests, page_size
 
 _log = logging.getLogger("flashsfa")
 _Made = TypeVar("_Made")
@@ -288,7 +288,7 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self.settings = settings = current_settings()
         self._budget, self._coder, self._window = settings.budget(head_size), coder_of(settings), sliding_window
-        self._longest, self._page_size = longest_context(), page_size()
+        self._longest, self._page_size, self._most_requests = longest_context(), page_size(), most_requests()
         self._file = BasisFile()
         self._basis: FeatureBasis | None = None
         self._pages: PageStore | None = None
@@ -327,7 +327,9 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
         for prefill in attn_metadata.prefills:
             held, budget = (k[:, :, prefill.rows], v[:, :, prefill.rows]), self._budget
             if prefill.slots is not None:
-                rows = store.rows(kv_cache, prefill.slots)
+                widths = kv_cache.shape, k.shape[3], v.shape[3]
+                room = prefill.once(widths, functools.partial(store.empty, kv_cache, len(prefill.slots)))
+                rows = store.rows(kv_cache, prefill.slots, room)
                 held, budget = (rows.k, rows.v), budget.with_keys_kept()
             self._attend(q[:, :, prefill.rows], *held, budget, prefill, output[prefill.rows])
         return output
@@ -387,7 +389,8 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
         return output
 
     def _rehearse_short(self, q: Tensor, k: Tensor, v: Tensor, output: Tensor) -> None:
-        """Prompts of fewer tokens, one whose keys come from pages, and a few new tokens over these: each has kernels of its own."""
+        """Prompts of fewer tokens, one whose keys come from pages, and a few new tokens of one request and of many over these: each has
+        kernels of its own."""
         tokens = k.shape[2]
         for count in (2**i for i in range(FEW_QUERIES.bit_length(), (tokens - 1).bit_length())):
             self._attend_alone(q[:, :, :count], k[:, :, :count], v[:, :, :count], self._budget, output[:count])
@@ -398,10 +401,14 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
         store.write(pages, slots, k[:, :, :few], v[:, :, :few])
         rows = store.rows(pages, slots)
         self._attend_alone(q[:, :, :few], rows.k, rows.v, self._budget.with_keys_kept(), output[:few])
-        seq_lens = torch.full((1,), few, dtype=torch.int32, device=k.device)
-        table, views = torch.zeros_like(seq_lens[None]), store.layout.views(pages)
+        views, pages_of_one = store.layout.views(pages), -(-self._longest // self._page_size)
         for count in range(1, few + 1):
-            self._decode(q, views, Decode(seq_lens, table, slice(count)), output)
+            for requests in dict.fromkeys(
+                (1, min(self._most_requests, tokens // count))
+            ):  # many have kernels of their own
+                seq_lens = torch.full((requests,), few, dtype=torch.int32, device=k.device)
+                table = seq_lens.new_zeros((requests, pages_of_one))
+                self._decode(q, views, Decode(seq_lens, table, slice(requests * count)), output)
 
     def _attend_alone(self, q: Tensor, k: Tensor, v: Tensor, budget: FeatureBudget, output: Tensor) -> None:
         """As `_attend`, of one request whose keys are the queries' own."""

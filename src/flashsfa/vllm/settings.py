@@ -121,6 +121,11 @@ def longest_context() -> int:
     return int(get_current_vllm_config().model_config.max_model_len)
 
 
+def most_requests() -> int:
+    """Sequences that vLLM serves at a time; asked where its config is set."""
+    return int(get_current_vllm_config().scheduler_config.max_num_seqs)
+
+
 def page_size() -> int:
     """Tokens of a page, as far as vLLM knows them when it builds layers; asked where its config is set."""
     return int(get_current_vllm_config().cache_config.block_size or PAGE_SIZES[0])
