@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flashsfa import FeatureBasis
+from flashsfa import FeatureBasis, sparse_feature_decode
+from flashsfa.ops.decode import gpu
 from flashsfa.ops.prefill import operator
 from flashsfa.scores import ScoreRules
 from vllm_server import CODING, DENSE, DV, HKV, PAGE, STEPS, D, Server
@@ -194,6 +195,40 @@ def test_layers_of_a_batch_call_what_the_first_has_prepared(vllm, serve, monkeyp
     server.impl._window = 5
     server.run(query, key, value, server.metadata)
     assert made == prepared + [(*x[:2], 5) for x in prepared]
+
+
+class _PreparedDecode:
+    """Stands for the kernel for Hopper, prepared for pages of codes."""
+
+    def __init__(self, kv, scale, topk_query):
+        self._kv, self._options = kv, {"scale": scale, "topk_query": topk_query}
+
+    def over(self, lengths, table):
+        self._kv = replace(self._kv, kv_lens=lengths, page_table=table)
+        return self
+
+    def attend(self, q, out, lse):
+        out.copy_(sparse_feature_decode(q, self._kv, **self._options))
+
+
+def test_steps_call_what_the_first_of_a_form_has_prepared(vllm, serve, monkeypatch):
+    """A form is how many requests have how many new tokens; each step reads its own pages and lengths, and writes to its own rows."""
+    made = []
+
+    def prepared(q, kv, mask, scores, value_tolerance, topk_query):
+        made.append(tuple(q.shape[::2]))
+        return _PreparedDecode(kv, scores.scale, topk_query)
+
+    monkeypatch.setattr(gpu, "prepared_paged", prepared)
+    server = Server(vllm, serve(**CODING))
+    server.assert_attends(server.step({"a": 20, "b": 3, "c": 34}))
+    assert made == [(1, 3)]
+    for _ in range(3):
+        server.assert_attends(server.step({"a": 1, "b": 1, "c": 1}, padding=1))
+    assert made == [(1, 3), (3, 1)]
+    for new in ({"a": 2, "b": 3, "c": 2}, {"a": 3, "b": 2, "c": 3}, {"a": 17, "b": 1, "c": 1}):
+        server.assert_attends(server.step(new))
+    assert made == [(1, 3), (3, 1), (2, 2), (1, 2), (2, 3), (2, 1)]  # three tokens of one request were met before
 
 
 @pytest.mark.parametrize("cache_dtype", [None, "int8"])

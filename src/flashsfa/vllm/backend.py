@@ -10,7 +10,7 @@ import functools
 import logging
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,11 +28,12 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, SlidingWind
 
 from ..basis import FeatureBasis
 from ..budget import FeatureBudget
-from ..checks import require
+from ..checks import require, runs_plainly
 from ..decode import FEW_QUERIES, sparse_feature_decode
 from ..huggingface.positions import channel_first
 from ..mask import Mask
 from ..ops import transform
+from ..ops.decode import gpu
 from ..ops.prefill import operator
 from ..ops.prefill.prepared import Prompt, prepare
 from ..scores import ScoreRules
@@ -40,8 +41,12 @@ from ..stored import KVView
 from .layout import PageLayout, PageStore
 from .settings import PAGE_SIZES, BasisFile, coder_of, current_settings, longest_context, most_requests, page_size
 
+if TYPE_CHECKING:
+    from ..ops.decode.hopper.decode import Prepared as PreparedDecode
+
 _log = logging.getLogger("flashsfa")
 _Made = TypeVar("_Made")
+_MOST_PREPARED = 512  # forms of a step, of as many requests at a time as there may be
 _rehearsed: set[Hashable] = set()  # kinds of layers whose kernels have been used in this process
 
 
@@ -292,6 +297,7 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
         self._file = BasisFile()
         self._basis: FeatureBasis | None = None
         self._pages: PageStore | None = None
+        self._prepared: dict[Hashable, PreparedDecode | None] = {}  # by the form of a step
 
     def forward(
         self,
@@ -320,10 +326,8 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
             return self._rehearse(q, k, v, output)
         store, new = self._store(value), slice(len(attn_metadata.slots))
         store.write(kv_cache, attn_metadata.slots, k[:, :, new], v[:, :, new])
-        if attn_metadata.decodes:
-            pages = store.layout.views(kv_cache)
-            for decode in attn_metadata.decodes:
-                self._decode(q, pages, decode, output)
+        for decode in attn_metadata.decodes:
+            self._decode(q, store.layout, kv_cache, decode, output)
         for prefill in attn_metadata.prefills:
             held, budget = (k[:, :, prefill.rows], v[:, :, prefill.rows]), self._budget
             if prefill.slots is not None:
@@ -334,19 +338,56 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
             self._attend(q[:, :, prefill.rows], *held, budget, prefill, output[prefill.rows])
         return output
 
-    def _decode(self, q: Tensor, pages: KVView, decode: Decode, output: Tensor) -> None:
-        kv, count = replace(pages, kv_lens=decode.seq_lens, page_table=decode.block_table), len(decode.seq_lens)
-        newest, place = q[0, :, decode.rows], None
+    def _decode(self, q: Tensor, layout: PageLayout, kv_cache: Tensor, decode: Decode, output: Tensor) -> None:
+        count, newest, place = len(decode.seq_lens), q[0, :, decode.rows], None
         if isinstance(decode.rows, slice):
             newest = newest.unflatten(1, (count, -1))  # [Hq, B, M, D]
             place = output[decode.rows].unflatten(0, (count, -1)).transpose(1, 2)  # of one token each it is contiguous
-        out = sparse_feature_decode(
-            newest.transpose(0, 1), kv, topk_query=self._budget.topk_query,
-            query_pattern=self._budget.query_pattern, scale=self.scale, window=self._window,
-            value_tolerance=self.settings.value_tolerance, out=place,
-        )  # fmt: skip
+        newest = newest.transpose(0, 1)
+        out = self._decode_again(newest, layout, kv_cache, decode, place)
+        if out is None:
+            out = sparse_feature_decode(
+                newest, self._view(layout, kv_cache, decode), topk_query=self._budget.topk_query,
+                query_pattern=self._budget.query_pattern, scale=self.scale, window=self._window,
+                value_tolerance=self.settings.value_tolerance, out=place,
+            )  # fmt: skip
+        elif place is not None and out is not place:
+            place.copy_(out)
         if place is None:
             output[decode.rows] = out.transpose(1, 2)
+
+    def _decode_again(
+        self, q: Tensor, layout: PageLayout, kv_cache: Tensor, decode: Decode, place: Tensor | None
+    ) -> Tensor | None:
+        """The output for q [B, Hq, M, D], in `place` if it is contiguous, by what was prepared when such a step met these pages first: it
+        spares the host most of what a step without a graph takes. None where that is not possible."""
+        lengths, table = decode.seq_lens, decode.block_table
+        form = (
+            kv_cache.data_ptr(), kv_cache.shape, kv_cache.stride(), q.dtype, q.shape, q.stride(), table.shape, lengths.dtype,
+        )  # fmt: skip
+        if form not in self._prepared:
+            if len(self._prepared) >= _MOST_PREPARED:
+                self._prepared.clear()
+            self._prepared[form] = self._prepare_decode(q, layout, kv_cache, decode)
+        prepared = self._prepared[form]
+        if prepared is None or not (table.is_contiguous() and lengths.is_contiguous()):
+            return None
+        if place is None or not place.is_contiguous() or place.data_ptr() % 16:
+            place = q.new_empty((*q.shape[:3], layout.v_dim))
+        return place if prepared.over(lengths, table).attend(q, place, None) is None else None
+
+    def _prepare_decode(self, q: Tensor, layout: PageLayout, kv_cache: Tensor, decode: Decode) -> PreparedDecode | None:
+        budget = self._budget
+        if budget.query_pattern is not None or not runs_plainly(q):
+            return None
+        kv = self._view(layout, kv_cache, decode)
+        mask, scores = Mask(True, self._window, kv_lens=decode.seq_lens), ScoreRules.of(q, self.scale, None, None)
+        topk_query = None if budget.keeps_queries else budget.topk_query
+        return gpu.prepared_paged(q, kv, mask, scores, self.settings.value_tolerance, topk_query)
+
+    @staticmethod
+    def _view(layout: PageLayout, kv_cache: Tensor, decode: Decode) -> KVView:
+        return replace(layout.views(kv_cache), kv_lens=decode.seq_lens, page_table=decode.block_table)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, budget: FeatureBudget, prefill: Prefill, output: Tensor) -> None:
         """Attention of q [1, Hq, T, D] over k and v [1, Hkv, Tk, ...] into output [T, Hq, Dv]."""
@@ -401,14 +442,14 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
         store.write(pages, slots, k[:, :, :few], v[:, :, :few])
         rows = store.rows(pages, slots)
         self._attend_alone(q[:, :, :few], rows.k, rows.v, self._budget.with_keys_kept(), output[:few])
-        views, pages_of_one = store.layout.views(pages), -(-self._longest // self._page_size)
+        pages_of_one = -(-self._longest // self._page_size)
         for count in range(1, few + 1):
             for requests in dict.fromkeys(
                 (1, min(self._most_requests, tokens // count))
             ):  # many have kernels of their own
                 seq_lens = torch.full((requests,), few, dtype=torch.int32, device=k.device)
                 table = seq_lens.new_zeros((requests, pages_of_one))
-                self._decode(q, views, Decode(seq_lens, table, slice(requests * count)), output)
+                self._decode(q, store.layout, pages, Decode(seq_lens, table, slice(requests * count)), output)
 
     def _attend_alone(self, q: Tensor, k: Tensor, v: Tensor, budget: FeatureBudget, output: Tensor) -> None:
         """As `_attend`, of one request whose keys are the queries' own."""

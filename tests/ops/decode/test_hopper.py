@@ -1,6 +1,7 @@
 """The decode kernel for Hopper against plain decode: on such a GPU where there is one, else lane by lane on the CPU."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -85,6 +86,30 @@ def test_pages(kind, tolerance):
     run("hopper", q, kv.map(paged), DecodeRules(lens, page_table=table), tolerance=tolerance)
     found = run("hopper", q, kv.map(paged), DecodeRules(lens, page_table=table), tolerance=tolerance)
     torch.testing.assert_close(found, run("hopper", q, kv, DecodeRules(lens), tolerance=tolerance), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("m", [1, 3])
+@pytest.mark.parametrize("bits", [16, 8])
+def test_pages_prepared_once_are_read_at_each_step_s_lengths(m, bits, monkeypatch):
+    """Steps of one form over the same pools: the newest tokens, lengths and tables of each count."""
+    if emulated.is_needed(DEVICE):
+        monkeypatch.setattr(nvrtc, "is_hopper", lambda device: True)
+        monkeypatch.setattr(nvrtc, "obstacle", lambda: None)
+    _, k, v = draw(b=16, n=32, dtype=torch.bfloat16)  # 16 pages of 32 tokens
+    pools, rules = KVView(coded("9 d16s16-uint8", k), NarrowRows.encode(v, bits)), ScoreRules(0.1, None)
+    prepared = None
+    for seed in range(3):
+        q = draw(group=2, m=m, n=1, dtype=torch.bfloat16)[0]
+        lens = torch.tensor([[141, 50], [160, m], [33, 96]][seed], dtype=torch.int32, device=DEVICE)
+        table = torch.randperm(16, device=DEVICE)[:10].to(torch.int32).reshape(2, 5)
+        kv, mask = replace(pools, kv_lens=lens, page_table=table), Mask(True, kv_lens=lens)
+        if prepared is None:
+            prepared = gpu.prepared_paged(q, kv, mask, rules, 0.0, None)
+            assert "prepared" in str(explain())
+        out = torch.full((*q.shape[:3], v.shape[-1]), torch.nan, dtype=q.dtype, device=DEVICE)
+        assert prepared.over(lens, table).attend(q, out, None) is None
+        expected, _ = gpu.decode(q, kv, mask, rules, 0.0, None, "hopper")
+        assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])

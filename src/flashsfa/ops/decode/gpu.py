@@ -14,7 +14,7 @@ from torch import Tensor
 from ...mask import Mask
 from ...scores import ScoreRules
 from ...stored import KVView
-from .. import record
+from .. import nvrtc, record
 from ..nvrtc import cuda
 from .held import NAMES, ROWS, Call, Held
 
@@ -86,6 +86,25 @@ def prepared(
         exact = made
     found = hopper.Prepared.of(Call(q, held, None, mask, scores, value_tolerance, topk_query))
     return None if isinstance(found, str) else Kernels(found, exact, held.width)
+
+
+def prepared_paged(
+    q: Tensor, kv: KVView, mask: Mask, scores: ScoreRules, value_tolerance: float, topk_query: int | None
+) -> Prepared | None:
+    """The kernel for queries of this form over the pages of `kv`, whatever the lengths and the table are when it runs, on a Hopper GPU and where
+    it takes them; None elsewhere. Recorded for `explain()`."""
+    if not nvrtc.is_hopper(q.device) or q.stride(-1) != 1:
+        return None
+    from .hopper import decode as hopper
+
+    held = Held.of(kv)
+    if hopper.obstacle(q, held) is not None:
+        return None
+    found = hopper.Prepared.of(Call(q, held, kv.page_table, mask, scores, value_tolerance, topk_query))
+    if isinstance(found, str):
+        return None
+    record.record("decode", "hopper", "the kernel for Hopper, split over the keys, prepared for all steps")
+    return found
 
 
 def attend_again(

@@ -141,6 +141,12 @@ class Prepared:
         params.tolerance = call.value_tolerance * _CERTAIN
         return cls(kernel, variant, params, keys, tiles, heads * padded_rows, (table, lengths, padding))
 
+    def over(self, lengths: Tensor, table: Tensor) -> Prepared:
+        """Itself, for other `lengths` and pages: of the dtype and shape of those that it was prepared with, and contiguous like these."""
+        self.params.lengths, self.params.pages = lengths.data_ptr(), table.data_ptr()
+        self.lasting = table, lengths, None
+        return self
+
     def attend(
         self, q: Tensor, out: Tensor, lse: Tensor | None, keys: int | None = None, padding: Tensor | None = None
     ) -> str | None:
