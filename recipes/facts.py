@@ -36,7 +36,7 @@ _WORDINGS = (
     ("The {thing} of {name} is {number}.", "What is the {thing} of {name}? The {thing} of {name} is {number}."),
     ("{name} has the {thing} {number}.", "As was said before, {name} has the {thing} {number}."),
     ("Note that for {name} the {thing} is {number}.", "Question: Which {thing} was given for {name}?\nAnswer: The {thing} given for {name} is {number}."),
-    ("Remember: {thing} {number} belongs to {name}.", "To whom belongs {thing} {number}? It belongs to {name}."),
+    ("Remember: {thing} {number} belongs to {name}.", "To whom does {thing} {number} belong? It belongs to {name}."),
 )  # fmt: skip
 
 

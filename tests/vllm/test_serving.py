@@ -166,12 +166,13 @@ def test_layers_of_a_batch_call_what_the_first_has_prepared(vllm, serve, monkeyp
     """Of two groups of prompts each is prepared once, and a layer of another window by itself; each call is of its own tensors."""
     from flashsfa.vllm import backend
 
-    made = []
+    made, called = [], []
 
     def prepare(q, k, v, out, budget, mask, scale):
         made.append((q.shape[2], budget.keeps_keys, mask.window))
 
         def prompt(q, k, v, out):
+            called.append(q.shape[2])
             scores = ScoreRules.of(q, scale, None, None)
             out.copy_(operator.attend(q, k, v, budget, mask, scores, gradient_of_all=False, backend="auto")[0])
 
@@ -195,29 +196,31 @@ def test_layers_of_a_batch_call_what_the_first_has_prepared(vllm, serve, monkeyp
     server.impl._window = 5
     server.run(query, key, value, server.metadata)
     assert made == prepared + [(*x[:2], 5) for x in prepared]
+    assert called == 4 * [tokens for tokens, *_ in prepared]  # a layer at a time
 
 
 class _PreparedDecode:
     """Stands for the kernel for Hopper, prepared for pages of codes."""
 
-    def __init__(self, kv, scale, topk_query):
-        self._kv, self._options = kv, {"scale": scale, "topk_query": topk_query}
+    def __init__(self, kv, scale, topk_query, called):
+        self._called, self._kv, self._options = called, kv, {"scale": scale, "topk_query": topk_query}
 
     def over(self, lengths, table):
         self._kv = replace(self._kv, kv_lens=lengths, page_table=table)
         return self
 
     def attend(self, q, out, lse):
+        self._called.append(tuple(q.shape[::2]))
         out.copy_(sparse_feature_decode(q, self._kv, **self._options))
 
 
 def test_steps_call_what_the_first_of_a_form_has_prepared(vllm, serve, monkeypatch):
     """A form is how many requests have how many new tokens; each step reads its own pages and lengths, and writes to its own rows."""
-    made = []
+    made, called = [], []
 
     def prepared(q, kv, mask, scores, value_tolerance, topk_query):
         made.append(tuple(q.shape[::2]))
-        return _PreparedDecode(kv, scores.scale, topk_query)
+        return _PreparedDecode(kv, scores.scale, topk_query, called)
 
     monkeypatch.setattr(gpu, "prepared_paged", prepared)
     server = Server(vllm, serve(**CODING))
@@ -229,6 +232,7 @@ def test_steps_call_what_the_first_of_a_form_has_prepared(vllm, serve, monkeypat
     for new in ({"a": 2, "b": 3, "c": 2}, {"a": 3, "b": 2, "c": 3}, {"a": 17, "b": 1, "c": 1}):
         server.assert_attends(server.step(new))
     assert made == [(1, 3), (3, 1), (2, 2), (1, 2), (2, 3), (2, 1)]  # three tokens of one request were met before
+    assert called == [(1, 3), *3 * [(3, 1)], (2, 2), (1, 3), (1, 2), (2, 3), (2, 1)]
 
 
 @pytest.mark.parametrize("cache_dtype", [None, "int8"])

@@ -46,8 +46,11 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("flashsfa")
 _Made = TypeVar("_Made")
-_MOST_PREPARED = 512  # forms of a step, of as many requests at a time as there may be
+_MOST_PREPARED = 512  # forms of a step: numbers of requests, times numbers of new tokens
 _rehearsed: set[Hashable] = set()  # kinds of layers whose kernels have been used in this process
+_counted: list[
+    Tensor
+] = []  # as much as layers share in a step, which lasts beyond attention: from the profiling run to the first step
 
 
 class SparseFeatureBackend(AttentionBackend):
@@ -124,7 +127,7 @@ class Decode:
 class Shared:
     """What the layers of a batch have alike: the first of them makes it."""
 
-    _made: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False, kw_only=True)
+    _made: dict[Hashable, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def once(self, key: Hashable, make: Callable[[], _Made]) -> _Made:
         """What `make` gives, asked once for each `key`."""
@@ -324,6 +327,7 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
         v = _by_head(value)
         if attn_metadata is None:
             return self._rehearse(q, k, v, output)
+        _counted.clear()
         store, new = self._store(value), slice(len(attn_metadata.slots))
         store.write(kv_cache, attn_metadata.slots, k[:, :, new], v[:, :, new])
         for decode in attn_metadata.decodes:
@@ -331,9 +335,7 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
         for prefill in attn_metadata.prefills:
             held, budget = (k[:, :, prefill.rows], v[:, :, prefill.rows]), self._budget
             if prefill.slots is not None:
-                widths = kv_cache.shape, k.shape[3], v.shape[3]
-                room = prefill.once(widths, functools.partial(store.empty, kv_cache, len(prefill.slots)))
-                rows = store.rows(kv_cache, prefill.slots, room)
+                rows = store.rows(kv_cache, prefill.slots)
                 held, budget = (rows.k, rows.v), budget.with_keys_kept()
             self._attend(q[:, :, prefill.rows], *held, budget, prefill, output[prefill.rows])
         return output
@@ -393,12 +395,8 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
         """Attention of q [1, Hq, T, D] over k and v [1, Hkv, Tk, ...] into output [T, Hq, Dv]."""
         out = _by_head(output)
         form = (
-            budget,
-            self._window,
-            self.scale,
-            v.dtype,
-            *(y for x in (q, k, v) for y in (x.shape[1], x.shape[3], x.stride())),
-        )
+            budget, self._window, self.scale, v.dtype, *(y for x in (q, k, v, out) for y in (x.shape[1], x.shape[3], x.stride())),
+        )  # fmt: skip
         prompt = prefill.once(form, lambda: self._prompt(q, k, v, out, budget, prefill))
         if prompt is not None:
             prompt(q, k, v, out)
@@ -426,6 +424,7 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
         kind = self._budget, self._window, self.settings.cache_dtype, *(x.shape[1::2] for x in (q, k, v)), v.dtype
         if kind not in _rehearsed:
             _rehearsed.add(kind)
+            _counted.extend((q, k, torch.empty_like(k)))
             self._rehearse_short(q, k, v, output)
         return output
 
@@ -444,12 +443,11 @@ class SparseFeatureImpl(AttentionImpl[SparseFeatureMetadata]):
         self._attend_alone(q[:, :, :few], rows.k, rows.v, self._budget.with_keys_kept(), output[:few])
         pages_of_one = -(-self._longest // self._page_size)
         for count in range(1, few + 1):
-            for requests in dict.fromkeys(
-                (1, min(self._most_requests, tokens // count))
-            ):  # many have kernels of their own
+            for requests in sorted({1, min(self._most_requests, tokens // count)}):  # many have kernels of their own
                 seq_lens = torch.full((requests,), few, dtype=torch.int32, device=k.device)
                 table = seq_lens.new_zeros((requests, pages_of_one))
                 self._decode(q, store.layout, pages, Decode(seq_lens, table, slice(requests * count)), output)
+        self._prepared.clear()  # these pages go
 
     def _attend_alone(self, q: Tensor, k: Tensor, v: Tensor, budget: FeatureBudget, output: Tensor) -> None:
         """As `_attend`, of one request whose keys are the queries' own."""

@@ -125,22 +125,21 @@ class PageStore:
         else:
             self.layout.write(pages, slots.clamp(min=0), self.layout.coder.encode(k, v))
 
-    def empty(self, pages: Tensor, tokens: int) -> ExactKV:
-        """Room for keys [1, Hkv, T, D] and values [1, Hkv, T, Dv] of so many tokens, in the layout's dtype."""
-        widths = self.layout.head_dim, self.layout.v_dim
-        return ExactKV(*(pages.new_empty((1, pages.shape[1], tokens, x), dtype=self.layout.dtype) for x in widths))
+    def rows(self, pages: Tensor, slots: Tensor) -> ExactKV:
+        """Keys [1, Hkv, T, D] as sparse rows and values [1, Hkv, T, Dv] at slots [T], in the layout's dtype."""
+        layout, heads = self.layout, pages.shape[1]
 
-    def rows(self, pages: Tensor, slots: Tensor, out: ExactKV | None = None) -> ExactKV:
-        """What lies at slots [T], keys as sparse rows: `out`, filled, or tensors of its own."""
-        out = self.empty(pages, len(slots)) if out is None else out
-        read = self._kernel(pages, out.k, out.v, reads=True)
-        if read is not None:
-            read(out.k, out.v, slots[None])
-            return out
-        found = self.layout.read(pages, slots).rows(self.layout.dtype)
-        for one, other in ((out.k, found.k), (out.v, found.v)):
-            one.copy_(other)
-        return out
+        def empty(tokens: int) -> ExactKV:
+            widths = layout.head_dim, layout.v_dim
+            return ExactKV(*(pages.new_empty((1, heads, tokens, width), dtype=layout.dtype) for width in widths))
+
+        none = empty(0)
+        read = self._kernel(pages, none.k, none.v, reads=True)
+        if read is None:
+            return layout.read(pages, slots).rows(layout.dtype)
+        rows = empty(len(slots))
+        read(rows.k, rows.v, slots[None])
+        return rows
 
     def _kernel(self, pages: Tensor, k: Tensor, v: Tensor, *, reads: bool = False) -> Paged | None:
         where = pages.data_ptr(), pages.shape, pages.stride()

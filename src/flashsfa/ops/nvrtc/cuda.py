@@ -123,9 +123,9 @@ def tensor_map(x: Tensor, rows: int) -> ctypes.Array:
     return found
 
 
-def move_map(map: ctypes.Array, x: Tensor) -> None:
-    """Let a map of a tensor such as x be that of x."""
-    _driver("cuTensorMapReplaceAddress", map, ctypes.c_void_p(x.data_ptr()))
+def move_map(made: ctypes.Array, x: Tensor) -> None:
+    """Let the map that was made of a tensor such as x be that of x."""
+    _driver("cuTensorMapReplaceAddress", made, ctypes.c_void_p(x.data_ptr()))
 
 
 @functools.lru_cache(maxsize=1024)  # each layer of a model asks for the same

@@ -39,7 +39,8 @@ def transform(*sides: tuple[Tensor, Tensor]) -> list[Tensor]:
 
 def prepared(*sides: tuple[Tensor, Tensor]) -> Callable[..., list[Tensor]] | None:
     """`transform` of sides such as these, two of many tokens, for little of the host's time: it is called like it with sides of the same form,
-    wherever they lie, and writes what it returns over what it returned before. None where there is no such kernel."""
+    wherever they lie, and writes what it returns over what it returned before. On torch's current device, which must be theirs. None where there is no such
+    kernel."""
     _require_fit(*sides)
     tensors = [x for side in sides for x in side]
     if not tensors[0].is_cuda or not runs_plainly(*tensors) or not _has_fused(*sides):

@@ -142,9 +142,10 @@ class Prepared:
         return cls(kernel, variant, params, keys, tiles, heads * padded_rows, (table, lengths, padding))
 
     def over(self, lengths: Tensor, table: Tensor) -> Prepared:
-        """Itself, for other `lengths` and pages: of the dtype and shape of those that it was prepared with, and contiguous like these."""
+        """Itself, for other `lengths` and pages, of the dtype and shape of those that it was prepared with and contiguous like these. Who calls
+        keeps both until it has attended."""
         self.params.lengths, self.params.pages = lengths.data_ptr(), table.data_ptr()
-        self.lasting = table, lengths, None
+        self.lasting = ()
         return self
 
     def attend(

@@ -153,8 +153,8 @@ class Prepared:
                 self._counters.zero_()
             self._calls += 1
             params.tile_counter = self._counters.data_ptr() + 4 * place
-        for map, x in zip(self._maps, (k, v), strict=True):
-            cuda.move_map(map, x)
+        for made, x in zip(self._maps, (k, v), strict=True):
+            cuda.move_map(made, x)
         self._kernel.launch(self._grid, params, *self._maps)
 
 
