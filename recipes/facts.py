@@ -13,9 +13,10 @@ import argparse
 import bisect
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from random import Random
+
+from flashsfa.training.data import text_documents
 
 _SEPARATOR = "\x1e\n"
 _BETWEEN_SENTENCES = re.compile(r"(?<=[.!?])\s+")
@@ -68,10 +69,6 @@ def _pair(random: Random) -> tuple[str, str]:
     return said.format(**words), asked.format(**words)
 
 
-def _documents(path: Path) -> Iterator[str]:
-    yield from path.read_text(encoding="utf-8").split(_SEPARATOR)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("text", type=Path)
@@ -82,7 +79,7 @@ def main() -> None:
     options = parser.parse_args()
     random = Random(options.seed)
     with options.out.open("x", encoding="utf-8") as out:
-        for place, document in enumerate(_documents(options.text)):
+        for place, document in enumerate(text_documents(options.text)):
             if random.random() < options.share:
                 document = with_facts(document, options.pairs, random)
             out.write((_SEPARATOR if place else "") + document)

@@ -32,5 +32,4 @@ def test_a_row_of_real_servers(servers, code):
     assert all_that_fit.serving.requests == few.serving.capacity // 512
     for side in (side for row in rows for side in (row.serving, *(x.serving for x in row.baselines.values()))):
         assert side.first_token_ms > 0
-        # at least nothing: a busy machine hands out many tokens at once, and then the median wait between two is none
-        assert 0 <= side.token_ms * side.tokens_per_s / 1e3 / side.requests < 1.2
+        assert 0.4 < side.token_ms * side.tokens_per_s / 1e3 / side.requests < 1.2

@@ -48,9 +48,8 @@ _log = logging.getLogger("flashsfa")
 _Made = TypeVar("_Made")
 _MOST_PREPARED = 512  # forms of a step: numbers of requests, times numbers of new tokens
 _rehearsed: set[Hashable] = set()  # kinds of layers whose kernels have been used in this process
-_counted: list[
-    Tensor
-] = []  # as much as layers share in a step, which lasts beyond attention: from the profiling run to the first step
+# as much as layers share in a step, which lasts beyond attention: from the profiling run to the first step
+_counted: list[Tensor] = []
 
 
 class SparseFeatureBackend(AttentionBackend):
