@@ -9,7 +9,8 @@ import flashsfa
 from flashsfa import reference
 from flashsfa.huggingface.switch import BASIS_FILE
 from flashsfa.training.attention import DistillCore, TargetCore, TrainedBasis, Visible, install
-from flashsfa.training.distill import DistillTrainer
+from flashsfa.training.data import IGNORED
+from flashsfa.training.distill import DistillTrainer, divergence
 from flashsfa.training.run import RunTrainer
 from tiny import CONTEXT, QWEN3, VOCABULARY, Coding, distill_content, result, run, transformers
 
@@ -44,6 +45,23 @@ def test_the_target_of_eq8_is_dense_attention():
     repeated = [x.repeat_interleave(2, 1) for x in (k, v)]
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, *repeated, is_causal=True, scale=0.3))
     assert core.out is out
+
+
+@pytest.mark.parametrize("tokens", [5, 1500])  # one part of the rows, and several
+def test_the_divergence_is_that_of_the_tokens_that_are_predicted(tokens):
+    target, logits = torch.randn(2, 2, tokens, 11)
+    labels = torch.randint(0, 11, (2, tokens))
+    labels[1, 3:] = IGNORED
+    kept = labels[:, 1:] != IGNORED
+    logits[:, -1], target[1, 4] = torch.inf, torch.nan  # rows that predict no token
+    sides = [x[:, :-1][kept].double() for x in (target, logits.requires_grad_())]
+    one, other = (x.log_softmax(-1) for x in sides)
+    expected = F.kl_div(other, one, log_target=True, reduction="batchmean")
+    found = divergence(target, logits, labels)
+    torch.testing.assert_close(found.double(), expected)
+    (gradient,), (its,) = (torch.autograd.grad(3 * x, logits) for x in (expected, found))
+    torch.testing.assert_close(its, gradient)
+    assert not divergence(target, logits, torch.full_like(labels, IGNORED))
 
 
 def test_a_trained_basis_changes_no_score_before_topk():
@@ -123,6 +141,25 @@ def test_distillation_brings_heads_to_the_dense_model_as_it_was(tmp_path, conten
     dense = head_outputs(flashsfa.disable(sparse), ids)
     after = head_outputs(flashsfa.from_pretrained(tmp_path / "run" / "model"), ids)
     assert (after - dense).norm() < 0.8 * (before - dense).norm()
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_the_dense_model_runs_in_the_precision_of_the_recipe(
+    tmp_path, content, converted, monkeypatch, precision, dtype
+):
+    seen = {}
+    for core in (TargetCore, DistillCore):
+        forward = core.forward
+
+        def looked_at(self, q, k, v, visible, core=core, forward=forward):
+            out = forward(self, q, k, v, visible)
+            seen.setdefault(core, set()).update((q.dtype, k.dtype, v.dtype, out.dtype))
+            return out
+
+        monkeypatch.setattr(core, "forward", looked_at)
+    content["training"] |= {"precision": precision, "tokens": 2 * 4 * CONTEXT, **ONCE}
+    assert run(tmp_path, distill_content(content, converted), command="distill") == 0
+    assert seen == {TargetCore: {dtype}, DistillCore: {dtype}}
 
 
 def test_distillation_without_a_loss_term_is_plain_fine_tuning(tmp_path, content, converted):

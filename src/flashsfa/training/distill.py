@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..basis import FeatureBasis
 from ..checks import require
@@ -100,7 +101,8 @@ class DistillTrainer(RunTrainer):
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self._teacher is not None:
-            with torch.no_grad(), self.compute_loss_context_manager():
+            # Of the model that is trained accelerate wraps the forward pass itself.
+            with torch.no_grad(), self.accelerator.autocast():
                 dense = self._teacher(**{k: v for k, v in inputs.items() if k != "labels"}, use_cache=False).logits
         for core, target in self._targets:
             core.target = target.out
@@ -111,7 +113,7 @@ class DistillTrainer(RunTrainer):
         if distances:
             terms.append(("attention_distance", self._settings.weight, torch.stack(distances).mean()))
         if self._settings.logits:
-            terms.append(("divergence", self._settings.logits, _divergence(dense, outputs.logits, inputs["labels"])))
+            terms.append(("divergence", self._settings.logits, divergence(dense, outputs.logits, inputs["labels"])))
         for name, weight, value in terms:
             self.note(name, value)
             # The language modelling loss is a share of the whole step's already.
@@ -119,15 +121,37 @@ class DistillTrainer(RunTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
-def _divergence(target: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+def divergence(target: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
     """KL(target ‖ logits), the mean over predicted tokens; logits [B, N, V]."""
-    kept = labels[:, 1:] != IGNORED  # [B, N - 1]
-    rows = (x[:, :-1][kept] for x in (target, logits))  # [T, V] each
-    total = logits.new_zeros((), dtype=torch.float32)
-    for one, other in zip(*(x.split(_ROWS) for x in rows), strict=True):
-        one, other = one.float().log_softmax(-1), other.float().log_softmax(-1)
-        total = total + F.kl_div(other, one, log_target=True, reduction="sum")
-    return total / kept.sum().clamp(min=1)
+    kept = F.pad(labels[:, 1:] != IGNORED, (0, 1))  # [B, N], the last token predicts none
+    found: Tensor = _Divergence.apply(target.flatten(0, 1), logits.flatten(0, 1), kept.flatten())
+    return found
+
+
+class _Divergence(torch.autograd.Function):
+    """The mean of KL(target ‖ logits) over those of T rows that are kept. Its gradient is made on the way, in the logits' own dtype: all
+    that a step keeps, where autograd would keep the logarithms of both sides in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, target: Tensor, logits: Tensor, kept: Tensor) -> Tensor:
+        count = kept.sum().clamp(min=1)
+        total = logits.new_zeros((), dtype=torch.float32)
+        gradient = torch.empty_like(logits)  # [T, V]
+        for counts, part, *both in zip(
+            *(x.split(_ROWS) for x in (kept[:, None], gradient, target, logits)), strict=True
+        ):
+            one, other = (x.float().log_softmax(-1) for x in both)
+            share = one.exp()
+            total += torch.where(counts, share * (one - other), 0).sum()
+            part.copy_(torch.where(counts, other.exp() - share, 0))
+        ctx.save_for_backward(gradient, count)
+        return total / count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_loss: Tensor) -> tuple[None, Tensor, None]:
+        gradient, count = ctx.saved_tensors
+        return None, gradient * (of_loss / count), None
 
 
 @torch.no_grad()

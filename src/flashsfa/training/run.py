@@ -316,7 +316,7 @@ class RunTrainer(Trainer):
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple[Any, None, None]:
         """A loss whose mean over windows is that over all tokens, however they are spread over batches and processes."""
         inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with torch.no_grad():
             total = model(**inputs, num_items_in_batch=1).loss
         return total / (len(inputs["labels"]) * self._predicted), None, None
 
