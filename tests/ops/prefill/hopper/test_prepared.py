@@ -45,7 +45,7 @@ def launched(monkeypatch):
     monkeypatch.setattr(nvrtc, "is_hopper", lambda _: True)
     monkeypatch.setattr(nvrtc, "obstacle", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=2))
-    monkeypatch.setattr(cuda, "tensor_map", lambda x, rows: SimpleNamespace(at=x.data_ptr()))
+    monkeypatch.setattr(cuda, "tensor_map", lambda x, rows: SimpleNamespace())
     monkeypatch.setattr(cuda, "move_map", lambda map, x: setattr(map, "at", x.data_ptr()))
     kept = prefill._prepared, sparse._prepared
     for cache in kept:
