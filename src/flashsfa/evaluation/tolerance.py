@@ -80,18 +80,24 @@ def _attend(
     k, v = k.to(dtype), v.to(dtype)
     positions = torch.arange(n, device=q.device)
     parts, sums, read, seen = [], [], 0.0, 0.0
-    for some in positions.split(max(1, _MOST_WEIGHTS // (q.shape[0] * n))):
-        visible = positions <= some[:, None]  # [M, N]
+    at_a_time = max(1, _MOST_WEIGHTS // (q.shape[0] * n))
+    for start in range(0, n, at_a_time):
+        some = positions[start : start + at_a_time]  # [M]
+        # all that one of them sees: what is sorted takes the time
+        keys = slice(0 if window is None else max(0, start - window + 1), start + len(some))  # K of them
+        visible = positions[keys] <= some[:, None]  # [M, K]
         if window is not None:
-            visible &= positions > some[:, None] - window
-        s = scores.cap(scores.scale * (rows[:, some].flatten(1, 2) @ k.mT)).unflatten(1, (-1, group))  # [Hkv, M, G, N]
+            visible &= positions[keys] > some[:, None] - window
+        s = scores.cap(scores.scale * (rows[:, some].flatten(1, 2) @ k[:, keys].mT)).unflatten(
+            1, (-1, group)
+        )  # [Hkv, M, G, K]
         s = s.masked_fill(~visible[:, None], -torch.inf)
         sums.append(s.logsumexp(-1))  # [Hkv, M, G]
         weights = s.softmax(-1)
-        needed = needed_rows(weights, tolerance)  # [Hkv, M, N]
+        needed = needed_rows(weights, tolerance)  # [Hkv, M, K]
         weights = weights * needed[:, :, None]
         weights = weights / weights.sum(-1, keepdim=True)
-        parts.append((weights.flatten(1, 2) @ v).unflatten(1, (-1, group)))  # [Hkv, M, G, Dv]
+        parts.append((weights.flatten(1, 2) @ v[:, keys]).unflatten(1, (-1, group)))  # [Hkv, M, G, Dv]
         late = some >= n - _LAST_TOKENS
         read += float(needed[:, late].sum())
         seen += float(visible[late].sum()) * k.shape[0]
