@@ -15,6 +15,7 @@ pytest.importorskip("matplotlib")
 from bytes_model import TEXT, byte_tokenizer, save_tiny  # noqa: E402
 from flashsfa.benchmarking.configuration import Configuration  # noqa: E402
 from flashsfa.benchmarking.decode import DecodeCase  # noqa: E402
+from flashsfa.evaluation import tolerance  # noqa: E402
 from flashsfa.evaluation.frontier import decode_ms, forms, read_recorded  # noqa: E402
 from flashsfa.evaluation.perplexity import window_losses  # noqa: E402
 from flashsfa.evaluation.tolerance import tolerance_losses  # noqa: E402
@@ -145,10 +146,23 @@ def test_a_model_of_which_nothing_was_measured_is_left_out(models, tmp_path, mon
     assert (document["incomplete"], list(document["results"])) == ("1 of 3 models", ["dense"])
 
 
-def test_tolerance_is_what_decode_leaves_out(models):
+@pytest.fixture(params=["all rows at once", "seven at a time"])
+def in_parts(request, monkeypatch):
+    """Called with a model and its windows: how many rows of attention weights are made at a time."""
+
+    def use(model, windows):
+        if request.param == "seven at a time":
+            a_row = model.config.num_attention_heads * windows.shape[1]
+            monkeypatch.setattr(tolerance, "_MOST_WEIGHTS", 7 * a_row)
+
+    return use
+
+
+def test_tolerance_is_what_decode_leaves_out(models, in_parts):
     with torch.device("cpu"), torch.no_grad():
         model = flashsfa.from_pretrained(models / "k2" / "model", dtype=torch.float64).eval()
         windows = torch.randint(2, 258, (2, 40))
+        in_parts(model, windows)
         found, share = tolerance_losses(model, windows, 0.2)
         settings = SFASettings.from_config(model.config.sfa).arguments() | {"value_tolerance": 0.2}
         flashsfa.enable(model, **settings)
@@ -164,7 +178,7 @@ def test_tolerance_is_what_decode_leaves_out(models):
         assert tolerance_losses(dense, windows, 1e-12)[0] == pytest.approx(window_losses(dense, windows), rel=1e-6)
 
 
-def test_tolerance_beside_sinks(models):
+def test_tolerance_beside_sinks_and_a_window(in_parts):
     """gpt-oss: a sink takes its share of the weight of each head."""
     sizes = {
         "hidden_size": 32,
@@ -180,6 +194,7 @@ def test_tolerance_beside_sinks(models):
     for layer in model.model.layers:
         torch.nn.init.normal_(layer.self_attn.sinks, 2.0)
     windows = torch.randint(0, 40, (2, 24))
+    in_parts(model, windows)
     dense = tolerance_losses(model, windows, 0.0)[0]
     assert dense == pytest.approx(window_losses(model, windows), rel=1e-5)
 

@@ -64,6 +64,20 @@ def test_the_divergence_is_that_of_the_tokens_that_are_predicted(tokens):
     assert not divergence(target, logits, torch.full_like(labels, IGNORED))
 
 
+def test_the_gradient_of_the_divergence_has_the_precision_of_its_target():
+    """As in a training in bf16: the dense model's logits come in bf16, those that are trained in float32."""
+    target, logits = torch.randn(2, 6, 11).bfloat16(), torch.randn(2, 6, 11, requires_grad=True)
+    labels = torch.randint(0, 11, (2, 6))
+    found = divergence(target, logits, labels)
+    assert [x.dtype for x in found.grad_fn.saved_tensors if x.shape == (12, 11)] == [torch.bfloat16]
+    (gradient,) = torch.autograd.grad(found, logits, retain_graph=True)
+    assert gradient.dtype == torch.float32
+    (expected,) = torch.autograd.grad(divergence(target.float(), logits, labels), logits)
+    torch.testing.assert_close(gradient, expected, rtol=2**-8, atol=0)
+    (again,) = torch.autograd.grad(found, logits)
+    assert torch.equal(again, gradient)
+
+
 def test_a_trained_basis_changes_no_score_before_topk():
     start = flashsfa.FeatureBasis.identity(2, 8)
     trained = TrainedBasis(start)

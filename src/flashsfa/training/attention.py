@@ -201,7 +201,7 @@ class DistillCore(SparseCore):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
         out = super().forward(q, k, v, visible)
         if self.training and self.target is not None:
-            self.distance = (out - self.target).float().square().sum(-1).mean((0, 2))
+            self.distance = (out.float() - self.target.float()).square().sum(-1).mean((0, 2))
         return out
 
 

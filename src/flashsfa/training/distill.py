@@ -122,21 +122,22 @@ class DistillTrainer(RunTrainer):
 
 
 def divergence(target: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-    """KL(target ‖ logits), the mean over predicted tokens; logits [B, N, V]."""
+    """KL(target ‖ logits), the mean over predicted tokens; both [B, N, V]. The gradient has the precision of `target`."""
     kept = F.pad(labels[:, 1:] != IGNORED, (0, 1))  # [B, N], the last token predicts none
     found: Tensor = _Divergence.apply(target.flatten(0, 1), logits.flatten(0, 1), kept.flatten())
     return found
 
 
 class _Divergence(torch.autograd.Function):
-    """The mean of KL(target ‖ logits) over those of T rows that are kept. Its gradient is made on the way, in the logits' own dtype: all
-    that a step keeps, where autograd would keep the logarithms of both sides in float32."""
+    """The mean of KL(target ‖ logits) over those of T rows that are kept. Its gradient is made on the way, in the dtype of the target: all
+    that a step keeps, where autograd would keep the logarithms of both sides in float32. The logits that are trained come in float32, as
+    accelerate converts them."""
 
     @staticmethod
     def forward(ctx: Any, target: Tensor, logits: Tensor, kept: Tensor) -> Tensor:
         count = kept.sum().clamp(min=1)
         total = logits.new_zeros((), dtype=torch.float32)
-        gradient = torch.empty_like(logits)  # [T, V]
+        gradient = torch.empty_like(target)  # [T, V]
         for counts, part, *both in zip(
             *(x.split(_ROWS) for x in (kept[:, None], gradient, target, logits)), strict=True
         ):
@@ -145,13 +146,14 @@ class _Divergence(torch.autograd.Function):
             total += torch.where(counts, share * (one - other), 0).sum()
             part.copy_(torch.where(counts, other.exp() - share, 0))
         ctx.save_for_backward(gradient, count)
+        ctx.dtype = logits.dtype
         return total / count
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_loss: Tensor) -> tuple[None, Tensor, None]:
         gradient, count = ctx.saved_tensors
-        return None, gradient * (of_loss / count), None
+        return None, gradient.to(ctx.dtype, copy=True).mul_(of_loss / count), None
 
 
 @torch.no_grad()

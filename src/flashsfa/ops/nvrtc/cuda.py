@@ -115,9 +115,9 @@ def current_graph() -> int | None:
 
 
 def tensor_map(x: Tensor, rows: int) -> ctypes.Array:
-    """A CUtensorMap for tensors such as x [B, H, N, D], 16 bits an entry, which `move_map` makes that of one: boxes of `rows` rows of 64
-    entries, swizzled by 128 bytes, zeros past the end. The last dimension is contiguous, the other strides and the address multiples of
-    16 bytes."""
+    """A CUtensorMap for tensors such as x [B, H, N, D], 16 bits an entry: boxes of `rows` rows of 64 entries, swizzled by 128 bytes,
+    zeros past the end. The last dimension is contiguous, the other strides are multiples of 16 bytes. It has no address yet: `move_map`
+    gives it one, a multiple of 16 bytes."""
     found = _aligned_map()
     ctypes.memmove(found, _map_of(x.shape, x.stride(), x.dtype, rows), TENSOR_MAP_BYTES)
     return found
