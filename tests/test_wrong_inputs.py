@@ -171,7 +171,11 @@ def test_signals_leave_no_results(line, number, code, work, capfd, monkeypatch):
     monkeypatch.setattr(Path, "write_text", ended)
     before = everything()
     handler = signal.getsignal(signal.SIGTERM)
-    assert main(command(line)) == code
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        assert main(command(line)) == code
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
     kept = ["./new", "./new/.out.measured.json"] if line.startswith("convert") else []
     said = f"; what was measured is kept in {work / kept[1]}: the same command goes on from there" if kept else ""
     assert capfd.readouterr().err.strip() == f"flashsfa: stopped{said}"
