@@ -22,7 +22,6 @@ from flashsfa.benchmarking.configuration import Configuration, code_name
 from flashsfa.benchmarking.plots import speedup_bars
 from flashsfa.benchmarking.results import compared
 from flashsfa.evaluation import frontier
-from flashsfa.evaluation.frontier import decode_ms
 from flashsfa.evaluation.perplexity import spread
 from flashsfa.extras import pyplot
 from flashsfa.formats import CodeFormat, cache_bits
@@ -378,13 +377,12 @@ Of `16+k16-int8` with 16 requests the two runs made {slow["16+k16-int8"][0]:,.0f
 def _served_rest(run: dict[str, Any]) -> str:
     """What the table of several servers says."""
     runs = run["runs_tokens_per_s"]["qwen3-0.6b-graphs-16+k16-int8"]["16"]
-    firsts = {
-        side.removeprefix("qwen3-8b-graphs-"): found["before"]["500"]
-        for side, found in run["first_token_ms_of_short_prompts"].items()
-    }
-    short = {side: first / firsts["flash_bf16"] for side, first in firsts.items()}
+    dense, ours, narrow, fp8 = (
+        run["first_token_ms_of_short_prompts"][f"qwen3-8b-graphs-{side}"]["before"]["500"]
+        for side in ("flash_bf16", "16+k16", "16+k16-int8", "flash_fp8")
+    )
     return f"""With 16 requests the two runs of `16+k16-int8` made {runs[0]:,.0f} and {runs[1]:,.0f} tokens per second. **Serve with graphs**, which is vLLM's default: without them the host binds, and a layer of codes asks more of it than FlashAttention does, so that both caches of codes are slower than the dense ones there. One request of the 8B shape takes as long with any
-cache within 4 %: weights are what it reads. Its first token after 500 tokens takes {short["16+k16"]:.2f} times as long as with FlashAttention in 16 bits with `16+k16`, {short["16+k16-int8"]:.2f} times in 8 bits and {short["flash_fp8"]:.2f} times with fp8."""
+cache within 4 %: weights are what it reads. Its first token after 500 tokens takes {ours / dense:.2f} times as long as with FlashAttention in 16 bits with `16+k16`, {narrow / dense:.2f} times in 8 bits and {fp8 / dense:.2f} times with fp8."""
 
 
 def _loads(run: dict[str, Any], cache: str) -> list[float]:
@@ -834,8 +832,7 @@ as little as anything here; below, bits per axis lose least, and at 98 features 
 def _healed() -> str:
     runs = [_read(name) for name in HEALED]
     tokens = runs[0]["results"][0]["recipe"]["training"]["tokens"]
-    where = " ".join(_where(run, name) for run, name in zip(runs, HEALED, strict=True))
-    return f"""**And trained on after its conversion**: rows of `recipes/heal.sh`, a dense Qwen3 of 42M tokens ({runs[0]["results"][0]["perplexity"]["dense"]:.1f}), {tokens / 1e6:.1f}M more tokens by `flashsfa train distill`, codes in 16 bits and none exact. {where}
+    return f"""**And trained on after its conversion**: rows of `recipes/heal.sh`, a dense Qwen3 of 42M tokens ({runs[0]["results"][0]["perplexity"]["dense"]:.1f}), {tokens / 1e6:.1f}M more tokens by `flashsfa train distill`, codes in 16 bits and none exact. {_where_each(HEALED)}
 
 {_healed_table(runs)}
 
@@ -850,7 +847,6 @@ two dense models of the recipe differ by 0.05 % here, and others of one seed by 
 def _healed_long() -> str:
     """Models that were converted and trained on at a context of 8192, the last ones in each form of their caches."""
     runs, measured = [_read(name) for name in HEALED_LONG], _read(LONG_FRONTIER)
-    where = " ".join(_where(run, name) for run, name in zip(runs, HEALED_LONG, strict=True))
     whole = [run["converted_only"]["results"]["dense, int4"] for run in runs]
     losses = " and ".join(f"{100 * row['loss']:.1f}" for row in whole)
     tokens = " and ".join(f"{run['results'][0]['recipe']['training']['tokens'] / 1e6:.1f}M" for run in runs)
@@ -871,7 +867,7 @@ def _healed_long() -> str:
         "trained on as", "cache", "bytes of a coded token", "loss at 1024", "loss at 8192", "needles, 1024", "needles, 8192", "decode, 32k",
         "decode, 128k",
     )  # fmt: skip
-    return f"""**At a context of 8192**: dense Qwen3s of 31.9M tokens at a context of 1024 and {runs[0]["base"]["qwen3-dense-8k"]["steps"] * 49152 / 1e6:.1f}M at 8192 (`recipes/long.sh`), converted and trained on for {tokens} tokens, all at 8192, on text in which facts are asked for later on (`recipes/facts.py`). {where}
+    return f"""**At a context of 8192**: dense Qwen3s of 31.9M tokens at a context of 1024 and {runs[0]["base"]["qwen3-dense-8k"]["steps"] * 49152 / 1e6:.1f}M at 8192 (`recipes/long.sh`), converted and trained on for {tokens} tokens, all at 8192, on text in which facts are asked for later on (`recipes/facts.py`). {_where_each(HEALED_LONG)}
 
 {_healed_table(runs)}
 
@@ -950,7 +946,7 @@ def _wide_times(label: str) -> list[str]:
     configuration = Configuration.named(names[label], 128)
     times: dict[int, float] = {}
     for has_dense_queries in (False, True):
-        times |= decode_ms(recorded, configuration, has_dense_queries, group=4)
+        times |= frontier.decode_ms(recorded, configuration, has_dense_queries, group=4)
     return [f"{times[n]:.3f} ms" if n in times else NOT_MEASURED for n in (2**15, 2**17)]
 
 
@@ -1435,6 +1431,11 @@ def _where(run: dict[str, Any], *names: str) -> str:
     mark = " with uncommitted changes" if _is_dirty(environment) else ""
     commit = f"commit `{str(environment['commit']).removesuffix('-dirty')}`{mark}"
     return f"{environment['device']}, {', '.join(versions)}, {commit} ({files}).{note}"
+
+
+def _where_each(names: Sequence[str]) -> str:
+    """Of files that were not run alike."""
+    return " ".join(_where(_read(name), name) for name in names)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -88,10 +88,8 @@ def _attend(
         visible = positions[keys] <= some[:, None]  # [M, K]
         if window is not None:
             visible &= positions[keys] > some[:, None] - window
-        s = scores.cap(scores.scale * (rows[:, some].flatten(1, 2) @ k[:, keys].mT)).unflatten(
-            1, (-1, group)
-        )  # [Hkv, M, G, K]
-        s = s.masked_fill(~visible[:, None], -torch.inf)
+        products = (rows[:, some].flatten(1, 2) @ k[:, keys].mT).unflatten(1, (-1, group))  # [Hkv, M, G, K]
+        s = scores.cap(scores.scale * products).masked_fill(~visible[:, None], -torch.inf)
         sums.append(s.logsumexp(-1))  # [Hkv, M, G]
         weights = s.softmax(-1)
         needed = needed_rows(weights, tolerance)  # [Hkv, M, K]

@@ -70,7 +70,7 @@ def _distill(recipe: DistillRecipe, place: RunDirectory) -> dict[str, Any]:
         DistillTrainer, place, trained, corpus.train, corpus.validation, corpus.collate, recipe.training,
         recipe.data.context, callbacks, settings=recipe.distill, teacher=teacher, targets=_targets(model, teacher, layers),
     )  # fmt: skip
-    before = _perplexities(recipe, corpus, trainer.args)
+    before = _perplexities(recipe.model, corpus, trainer)
     settings = SFASettings.from_config(model.config.sfa)
     as_kept = not (settings.rounds or settings.recent or settings.first or settings.value_tolerance)
     result = fit(trainer, place) | before | {"as_kept": as_kept}
@@ -157,12 +157,13 @@ class _Divergence(torch.autograd.Function):
 
 
 @torch.no_grad()
-def _perplexities(recipe: DistillRecipe, corpus: Corpus, arguments: Any) -> dict[str, float]:
+def _perplexities(path: str, corpus: Corpus, trainer: RunTrainer) -> dict[str, float]:
     """Validation perplexity of the model before training, dense and sparse, by the attention that it is trained with.
 
     Every process computes both: then none waits for another.
     """
-    model, device = _load(recipe.model).eval().to(arguments.device), arguments.device
+    device, at_a_time = trainer.args.device, trainer.args.per_device_eval_batch_size
+    model = _load(path).eval().to(device)
     windows: Any = corpus.validation
     found = {}
     for name, make in (
@@ -171,8 +172,8 @@ def _perplexities(recipe: DistillRecipe, corpus: Corpus, arguments: Any) -> dict
     ):
         install(model, make)
         total, predicted = 0.0, 0
-        for batch in batches(windows, len(windows), arguments.per_device_eval_batch_size, corpus.collate, device):
-            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.training.precision == "bf16"):
+        for batch in batches(windows, len(windows), at_a_time, corpus.collate, device):
+            with trainer.accelerator.autocast():
                 total += float(model(**batch, num_items_in_batch=1).loss)
             predicted += int((batch["labels"] != IGNORED).sum())
         found[name] = bounded_exp(total / predicted)
