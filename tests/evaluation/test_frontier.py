@@ -109,6 +109,22 @@ def test_a_row_for_each_form_of_each_model(models, tmp_path, capsys):
         assert all(0 <= form["needles"]["400"] <= 1 for form in model["forms"].values())
 
 
+def test_keys_in_bits_per_axis_have_values_of_each_width(models, tmp_path):
+    with torch.device("cpu"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(models / "dense" / "model")
+    basis = flashsfa.calibrate(model, torch.randint(2, 258, (2, 32)), key_bytes=3)
+    flashsfa.enable(model, basis=basis).save_pretrained(tmp_path / "axes")
+    byte_tokenizer().save_pretrained(tmp_path / "axes")
+    bench = recorded(tmp_path / "decode.json", {case("axes3-int8", 4096, True): 2.0}, {"sdpa": 5.0})
+    more = ["--lengths", "40", "--windows", 2, "--trials", 0, "--tolerances", "0.1", "--decode", bench]
+    assert frontier(models, tmp_path / "out", *more, names=("dense", tmp_path / "axes")) == 0
+    (file,) = (tmp_path / "out").glob("*.json")
+    found = json.loads(file.read_text())["results"]["axes"]
+    assert {name: form["token_bytes"] for name, form in found["forms"].items()} == {"axes3": 3 + 32, "axes3-int8": 3 + 12}
+    assert found["forms"]["axes3-int8"]["decode_ms"] == {"4096": 2.0}
+    assert 0 < found["tolerances"]["0.1"]["40"]["v_rows_read"] < 1
+
+
 def stopped(models, tmp_path, monkeypatch, is_last):
     """The file of a run that is stopped at the first model that `is_last`, and what it holds."""
 

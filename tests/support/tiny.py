@@ -9,6 +9,7 @@ import torch
 import flashsfa
 from flashsfa.budget import FeatureBudget
 from flashsfa.cli import main
+from flashsfa.coder import Coder
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -91,7 +92,7 @@ def logits(model, ids, **options):
 
 
 class Coding(torch.nn.Module):
-    budget = FeatureBudget(16, 3, 3, 2)
+    budget, coder = FeatureBudget(16, 3, 3, 2), Coder(3, 2)
 
     def queries(self, q):
         return q

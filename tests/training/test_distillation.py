@@ -12,7 +12,7 @@ from flashsfa.training.attention import DistillCore, TargetCore, TrainedBasis, V
 from flashsfa.training.data import IGNORED
 from flashsfa.training.distill import DistillTrainer, divergence
 from flashsfa.training.run import RunTrainer
-from tiny import CONTEXT, QWEN3, VOCABULARY, Coding, distill_content, result, run, transformers
+from tiny import CONTEXT, QWEN3, VOCABULARY, Coding, distill_content, refused, result, run, saved_loss, transformers
 
 ONCE = {"save_every": 1000, "evaluate_every": 1000}  # at the end
 
@@ -198,7 +198,7 @@ def test_distillation_with_adapters(tmp_path, content, converted):
 def test_distillation_ends_with_a_table_of_dense_before_and_after(tmp_path, content, converted, tokens, capsys):
     assert run(tmp_path, distill_content(content, converted), command="distill") == 0
     out = capsys.readouterr().out
-    for name in ("dense, before", "sparse, before", "sparse, after"):
+    for name in ("dense, before", "coded, before", "coded, after"):
         assert name in out
     found = result(tmp_path)
     ids = torch.from_numpy(np.load(tokens)[: 8 * CONTEXT].astype(np.int64)).view(8, CONTEXT)
@@ -221,7 +221,7 @@ def test_figures_of_another_cache_than_the_one_that_is_kept_say_so(tmp_path, con
     assert run(tmp_path, distill_content(content, converted), command="distill") == 0
     assert "flashsfa eval perplexity measures the cache as it is kept" in " ".join(capsys.readouterr().out.split())
     assert result(tmp_path)["as_kept"] is False
-    assert "codes in 16 bits, no token exact |" in (tmp_path / "run/model/README.md").read_text()
+    assert "no token exact, features in 16 bits |" in (tmp_path / "run/model/README.md").read_text()
 
 
 def test_distillation_of_packed_documents_is_compared_too(tmp_path, content, converted):
@@ -254,9 +254,32 @@ def test_distillation_starts_from_a_converted_model(tmp_path, content, capsys):
     assert DistillTrainer.compute_loss is not RunTrainer.compute_loss
 
 
-def test_a_model_in_bits_per_axis_is_refused(tmp_path, content, converted, capfd):
+@pytest.fixture
+def in_axes(converted):
+    """A converted model that keeps keys in bits per axis, six bytes of them, and values in 4 bits."""
     dense = flashsfa.disable(flashsfa.from_pretrained(converted))
     basis = flashsfa.calibrate(dense, torch.randint(0, VOCABULARY, (2, 32)), key_bytes=6)
-    flashsfa.enable(dense, basis=basis).save_pretrained(converted)
-    assert run(tmp_path, distill_content(content, converted), command="distill") == 2
-    assert "training is for codes of topk: convert it with --topk" in capfd.readouterr().err
+    flashsfa.enable(dense, basis=basis, cache_dtype="int4").save_pretrained(converted)
+    return converted
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_keys_in_bits_per_axis_are_trained_as_the_cache_keeps_them(tmp_path, content, in_axes, tokens, packed):
+    content["data"]["packed"] = packed
+    content["training"] |= {"tokens": 40 * 4 * CONTEXT, "learning_rate": 3e-3, **ONCE}
+    assert run(tmp_path, distill_content(content, in_axes, weight=10.0), command="distill") == 0
+    found = result(tmp_path)
+    assert found["as_kept"]
+    assert found["perplexity"] < found["perplexity_before"]
+    model, before = (flashsfa.from_pretrained(path) for path in (tmp_path / "run/model", in_axes))
+    for (name, x), y in zip(model.named_parameters(), before.parameters(), strict=True):
+        assert not torch.equal(x, y), name  # gradients pass through what is rounded
+    if not packed:
+        assert saved_loss(tmp_path, tokens) == pytest.approx(found["validation_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{"anneal": {"share": 0.5}}, {"train_basis": True}])
+def test_what_bits_per_axis_have_no_use_for_is_refused(tmp_path, content, in_axes, capsys, settings):
+    code = run(tmp_path, distill_content(content, in_axes, **settings), command="distill")
+    refused(capsys, code, "keeps keys in bits per axis", "leave out distill.anneal", "distill.train_basis")
+    assert not (tmp_path / "run").exists()

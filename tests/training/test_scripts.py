@@ -142,7 +142,7 @@ def test_a_dense_model_is_converted_once_and_trained_on(tmp_path):
     ]
     assert all(words[-2:] == ["--calibrate", str(text)] for words in converted)
     for name, words in zip(names, (words for words in commands if words[2] == "train"), strict=True):
-        assert words[2:7] == ["train", "distill", "recipes/qwen3-d128-distill.yaml", "-o", f"{out}/{name}"]
+        assert words[2:7] == ["train", "distill", "recipes/heal.yaml", "-o", f"{out}/{name}"]
         read = recipe.read(recipe.DistillRecipe, ROOT / words[4], words[8::2])
         assert (read.model, read.training.batch) == (f"{out}/converted/{name}", 2)
     assert script(tmp_path, "heal.sh", *arguments, picked="dense|16.*", jobs=1)[1] == []

@@ -38,7 +38,7 @@ class Configuration:
     @classmethod
     def named(cls, name: str, head_dim: int) -> Configuration:
         """The configuration of a `name` such as `16+k16-int8`. Raises `ValueError` for what is no such name."""
-        found = re.fullmatch(r"(?:dense|(?:(\d+)\+)?k(\d+)|axes(\d+)(?=-int4))(?:-int(4|8))?(-skip)?", name)
+        found = re.fullmatch(r"(?:dense|(?:(\d+)\+)?k(\d+)|axes(\d+))(?:-int(4|8))?(-skip)?", name)
         require(
             found is not None,
             f"{name!r} names no configuration; names are such as dense-int8, k16, 16+k16-skip, 16+k16-int4, axes48-int4",

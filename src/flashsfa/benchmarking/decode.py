@@ -52,6 +52,7 @@ _CONFIGURATIONS = {
         "dense-int8",
         "dense-int4",
         "axes48-int4",
+        "axes32-int4",
     ),
     (64, False): ("k8",),
     (64, True): (
@@ -62,6 +63,8 @@ _CONFIGURATIONS = {
         "28+k12-int8",
         "22+k12-int4",
         "axes36-int4",
+        "axes24",
+        "axes24-int4",
         "dense-int8",
         "dense-int4",
     ),

@@ -91,14 +91,14 @@ def _distill(options: argparse.Namespace) -> None:
     if not _is_first():
         return
     dense = result["perplexity_dense"]
-    caption = "sparse: codes as they are trained, in 16 bits and without exact tokens; flashsfa eval perplexity measures the cache as it is kept"
+    caption = "coded: as it is trained, without exact tokens and with features in 16 bits; flashsfa eval perplexity measures the cache as it is kept"
     table = Table(
         "model", "validation perplexity", "against dense before", title="Distillation", caption=None if result["as_kept"] else caption
     )  # fmt: skip
     for name, value in (
         ("dense, before", dense),
-        ("sparse, before", result["perplexity_before"]),
-        ("sparse, after", result["perplexity"]),
+        ("coded, before", result["perplexity_before"]),
+        ("coded, after", result["perplexity"]),
     ):
         table.add_row(name, f"{value:.3f}", f"{100 * (value / dense - 1):+.1f} %" if value != dense else "")
     console().print(table)

@@ -59,28 +59,25 @@ class Form:
 def require_forms(name: str, settings: SFASettings) -> None:
     """Raise `ValueError` for a switched model whose caches are none of `forms`."""
     require(
-        settings.topk is not None,
-        f"{name} keeps keys in bits per axis, which have one form: compare it with flashsfa convert, or flashsfa eval perplexity",
-    )
-    require(
         not (settings.recent or settings.first),
         f"{name} keeps its newest {settings.recent} and first {settings.first} tokens exact, and the forms that are compared keep none: "
         "measure it with flashsfa eval perplexity, or save it switched with recent=0 and first=0",
     )
 
 
-def forms(settings: SFASettings | None, head_dim: int) -> list[Form]:
+def forms(settings: SFASettings | None, head_dim: int, basis: FeatureBasis | None = None) -> list[Form]:
     """Those of a model in 16, 8 and 4 bits, as far as the head can be held in them: of a switched model by its settings without its
-    `value_tolerance`, which has rows of its own, and of a dense one for None."""
+    `value_tolerance`, which has rows of its own, and of a dense one for None. Of keys in bits per axis, which `basis` says, the values are
+    in 16, 8 and 4 bits."""
     found = []
     if settings is None:
         for name, rival in rivals(head_dim, Exact(0, 0, "coded")).items():
             found.append(Form(Configuration.named(name.replace("_", "-"), head_dim), rival.options))
         return found
-    assert settings.topk is not None
+    axis_bytes = None if basis is None or basis.axes is None else basis.axes.key_bytes
     for bits, cache_dtype in _CACHES.items():
         if bits > 4 or head_dim % ROTATION_WIDTH == 0:
-            configuration = Configuration(head_dim, settings.dense_dims, settings.topk, bits)
+            configuration = Configuration(head_dim, settings.dense_dims, settings.topk, bits, axis_bytes=axis_bytes)
             found.append(
                 Form(configuration, settings.arguments() | {"cache_dtype": cache_dtype, "value_tolerance": 0.0})
             )
@@ -104,7 +101,7 @@ def measure_model(
     heads, kv_heads, head_dim = attention_shape(model)
     found: dict[str, Any] = {"sfa": getattr(model.config, "sfa", None), "forms": {}, "tolerances": {}}
     results[name] = found
-    for form in forms(settings, head_dim):
+    for form in forms(settings, head_dim, basis):
         form.switch(model, basis)
         kind, by_length = form.configuration.name, {}
         for length, cut in windows.items():

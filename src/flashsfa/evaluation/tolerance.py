@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import require
-from ..codes import code_queries, topk_codes
+from ..codes import code_queries
 from ..huggingface.settings import SFASettings
 from ..huggingface.structure import attending_by
 from ..huggingface.switch import is_enabled
@@ -25,13 +25,13 @@ _MOST_WEIGHTS = 1 << 26  # attention weights at a time
 
 def decode_losses(model: Any, windows: Tensor, progress: Callable[[], None] = lambda: None) -> list[float]:
     """Losses as `window_losses`', of a model that is switched with a `value_tolerance` too. Raises `ValueError` where that stands beside
-    few bits or exact tokens, of which it is not measured."""
+    exact tokens, of which it is not measured."""
     settings = SFASettings.from_config(model.config.sfa) if is_enabled(model) else None
     if settings is None or not settings.value_tolerance:
         return window_losses(model, windows, progress)
     require(
-        not (settings.rounds or settings.recent or settings.first),
-        f"the model leaves out values (value_tolerance={settings.value_tolerance:g}) beside few bits or exact tokens, and perplexity is not "
+        not (settings.recent or settings.first),
+        f"the model leaves out values (value_tolerance={settings.value_tolerance:g}) beside exact tokens, and perplexity is not "
         "measured of both: save it switched with value_tolerance=0, or measure needles",
     )
     return tolerance_losses(model, windows, settings.value_tolerance, progress)[0]
@@ -44,8 +44,7 @@ def tolerance_losses(
     """Losses as `window_losses`', and the share of V rows that the last tokens of a window read, of those that they see.
 
     Args:
-        model: a causal language model of transformers, dense, or switched to keep its cache in the dtype that it comes in, without
-            exact tokens.
+        model: a causal language model of transformers, dense, or switched to a cache without exact tokens.
         windows: [S, W] int64 token ids.
         tolerance: as in `sparse_feature_decode`: which rows are read is what the kernels must find, in plain PyTorch.
     """
@@ -57,9 +56,9 @@ def tolerance_losses(
     ) -> tuple[Tensor, None]:  # fmt: skip
         coding: Any = getattr(module, "sfa", None)
         if coding is not None:
-            budget = coding.budget
-            query = code_queries(coding.queries(query), budget).to_dense()
-            key = topk_codes(coding.keys(key), budget.topk, dense_dims=budget.dense_dims).to_dense()
+            query = code_queries(coding.queries(query), coding.budget).to_dense()
+            kept = coding.coder.rounded(coding.keys(key), value)
+            key, value = kept.k, kept.v
         scores = ScoreRules.of(query, scaling, softcap, s_aux)
         out, share = _attend(query[0], key[0], value[0], scores, sliding_window, tolerance)
         shares.append(share)

@@ -135,6 +135,9 @@ class ScaledCore(Core):
 class SparseCore(Core):
     """Sparse Feature Attention in the coordinates of the layer's coding, or in those of a basis that the run finds.
 
+    Keys in bits per axis, and their values, are those that the layer's cache would hold; gradients pass straight through the rounding.
+    Codes of topk are not rounded.
+
     All attributes are read at each call, so that they may change during training.
 
     Attributes:
@@ -162,6 +165,9 @@ class SparseCore(Core):
             q, k = self.basis().transform(q, k)
         else:
             q, k = self.coding.queries(q), self.coding.keys(k)
+        if self.coding.coder.axes is not None:
+            kept = self.coding.coder.rounded(k, v)
+            return dense_attention(q, kept.k.to(k.dtype), kept.v.to(v.dtype), visible)
         # Rows that are kept whole for the backward pass are kept by themselves: as views they would hold all that GPT-2
         # projects together.
         budget = self.coding.budget

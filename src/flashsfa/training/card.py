@@ -30,7 +30,7 @@ def write_card(folder: Path, recipe: Any, result: Mapping[str, Any]) -> None:
     tokens = result["steps"] * training.batch * data.context
     is_held_out = data.train != data.validation or data.train == "needle"  # whose prompts are drawn anew
     text = "held-out text" if is_held_out else "the text that was trained on"
-    text += "" if result.get("as_kept", True) else ", codes in 16 bits, no token exact"
+    text += "" if result.get("as_kept", True) else ", no token exact, features in 16 bits"
     figures = {
         f"perplexity, {text}": f"{result['perplexity']:.4g}",
         f"loss, {text}": f"{result['validation_loss']:.4f}",

@@ -33,7 +33,8 @@ _ROWS = 2048  # logits compared at a time: in float32 they would be the largest 
 def distill(recipe: DistillRecipe, directory: Path) -> dict[str, Any]:
     """Run `recipe` in `directory`; returns the figures that stand in its `result.json`: those of any run, and
     "perplexity_dense" and "perplexity_before", of the dense and the converted model before training. Perplexities are those of codes
-    as they are trained, neither rounded to fewer bits nor beside exact tokens; "as_kept" says whether the model's cache keeps them so.
+    as they are trained: not beside exact tokens, and codes of topk not rounded to fewer bits; "as_kept" says whether the model's cache keeps
+    them so.
 
     Raises `ValueError`, with nothing written, for a recipe that does not fit.
     """
@@ -43,9 +44,11 @@ def distill(recipe: DistillRecipe, directory: Path) -> dict[str, Any]:
 
 def _distill(recipe: DistillRecipe, place: RunDirectory) -> dict[str, Any]:
     model = _load(recipe.model)
+    settings = SFASettings.from_config(model.config.sfa)
     require(
-        model.config.sfa["topk"] is not None,
-        f"model: {recipe.model} keeps keys in bits per axis, and training is for codes of topk: convert it with --topk",
+        settings.topk is not None or not (recipe.distill.anneal or recipe.distill.train_basis),
+        f"model: {recipe.model} keeps keys in bits per axis: leave out distill.anneal, as they have no budget of features, and "
+        "distill.train_basis, as the bits are those of their basis",
     )
     lora = recipe.distill.lora
     widest = getattr(text_config(model), "hidden_size", None)
@@ -71,8 +74,8 @@ def _distill(recipe: DistillRecipe, place: RunDirectory) -> dict[str, Any]:
         recipe.data.context, callbacks, settings=recipe.distill, teacher=teacher, targets=_targets(model, teacher, layers),
     )  # fmt: skip
     before = _perplexities(recipe.model, corpus, trainer)
-    settings = SFASettings.from_config(model.config.sfa)
-    as_kept = not (settings.rounds or settings.recent or settings.first or settings.value_tolerance)
+    is_rounded = settings.rounds and settings.topk is not None
+    as_kept = not (is_rounded or settings.recent or settings.first or settings.value_tolerance)
     result = fit(trainer, place) | before | {"as_kept": as_kept}
 
     def finish() -> None:
