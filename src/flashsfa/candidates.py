@@ -73,8 +73,13 @@ def by_topk(
     return rivals(head_dim, exact) | {"topk": asked}
 
 
-def by_bytes(head_dim: int, key_bytes: int | None, cache_dtype: str | None, exact: Exact) -> Candidates:
-    """Two candidates of `key_bytes` (None for `default_key_bytes`) beside the rivals and the code that was the default before."""
+def by_bytes(
+    head_dim: int, key_bytes: int | None, cache_dtype: str | None, exact: Exact, basis: str | None = None
+) -> Candidates:
+    """Two candidates of `key_bytes` (None for `default_key_bytes`) beside the rivals and the code that was the default before; with a
+    `basis` to share them out in, that one alone."""
+    if basis is not None and key_bytes is not None:
+        return rivals(head_dim, exact) | {"axes": _axes(head_dim, key_bytes, cache_dtype, exact, basis)}
     found, usual = rivals(head_dim, exact), default_budget(head_dim)
     found["topk_16"] = _features(
         usual.dense_dims, usual.topk, head_dim, "dictionary", "16 bits, nothing exact", {}, may_win=False
@@ -152,14 +157,16 @@ def _whole(head_dim: int, form: CodeFormat, exact: Exact, *, may_win: bool) -> C
     return Candidate(f"dense, int{form.v_bits}", options, None, may_win, nbytes)
 
 
-def _axes(head_dim: int, key_bytes: int, cache_dtype: str | None, exact: Exact) -> Candidate:
+def _axes(head_dim: int, key_bytes: int, cache_dtype: str | None, exact: Exact, kind: str = "scaled") -> Candidate:
     require_int("key_bytes", key_bytes, 1, head_dim)
     form = _form(cache_dtype)
     form.require_v_dim(head_dim)
     nbytes = None if cache_dtype is None else key_bytes + form.v_bytes(head_dim)
-    label = f"bits per axis, {key_bytes} bytes a key, values {form.v_bits} bits"
+    label = f"bits per axis, {key_bytes} bytes a key, values {form.v_bits} bits" + (
+        f", {kind}" if kind != "scaled" else ""
+    )
     options = {**exact.options(), "cache_dtype": cache_dtype}
-    return Candidate(label, options, {"kind": "scaled", "key_bytes": key_bytes}, True, nbytes)
+    return Candidate(label, options, {"kind": kind, "key_bytes": key_bytes}, True, nbytes)
 
 
 def _features(

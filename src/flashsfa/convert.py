@@ -109,7 +109,7 @@ class ConvertSettings:
         require_width(f"--cache-dtype {cache_dtype}", cache_dtype, head_dim)
         if self.topk is None:
             require_key_bytes(self.key_bytes, head_dim)
-            return by_bytes(head_dim, self.key_bytes, cache_dtype, self.exact)
+            return by_bytes(head_dim, self.key_bytes, cache_dtype, self.exact, self.basis)
         return by_topk(head_dim, self.topk, self.dense_dims, self.topk_query, self.basis, cache_dtype, self.exact)
 
 

@@ -7,7 +7,9 @@ They were measured at head size 64 (SmolLM2-135M and its instructed twin, dense 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from .basis import SHARED
 from .checks import require
 from .formats import ROTATION_WIDTH, CodeFormat, cache_bits
 
@@ -90,16 +92,22 @@ def default_budget(head_dim: int) -> Shares:
 def require_one_way(
     key_bytes: int | None, topk: int | None, topk_query: int | str | None, dense_dims: int | None, basis: str | None
 ) -> None:
-    """Raise `ValueError` unless options of a command say in one way what a key keeps: by its bytes, or by `topk` and what goes with
-    it."""
+    """Raise `ValueError` unless options of a command say in one way what a key keeps: by its bytes, and of `SHARED` the basis that they are
+    shared out in, or by `topk` and what goes with it."""
     require(
         topk is None or key_bytes is None,
         "--topk and --key-bytes are two ways to say what a key keeps: give one of them",
     )
-    others = {"topk_query": topk_query, "dense_dims": dense_dims, "basis": basis}
+    others: dict[str, Any] = {"topk_query": topk_query, "dense_dims": dense_dims}
+    if key_bytes is None:
+        others["basis"] = basis
     given = [f"--{name.replace('_', '-')}" for name, value in others.items() if value is not None]
     require(
         topk is not None or not given, f"{', '.join(given)} goes with --topk: without it keys are kept in bits per axis"
+    )
+    require(
+        key_bytes is None or basis in (None, *SHARED),
+        f"--basis must be {' or '.join(SHARED)} with --key-bytes, got {basis}: in others the bits of an axis say little of its scores",
     )
 
 

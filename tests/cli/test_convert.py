@@ -14,6 +14,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 import flashsfa.convert  # noqa: E402
+from flashsfa.huggingface.settings import BASIS_FILE  # noqa: E402
 from words_model import assert_refused  # noqa: E402
 
 
@@ -199,11 +200,24 @@ def test_what_measures_best_for_the_bytes_is_written(key_bytes, tiny, text, tmp_
     assert f"basis: {report['switched']['basis']}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kind", ["scaled", "whitened"])
+def test_bytes_in_a_basis_that_is_named_are_bits_per_axis(kind, tiny, text, tmp_path, short):
+    command = without(arguments(tiny, text, tmp_path / "out"), "--topk", "--dense-dims", "--cache-dtype")
+    assert main([*command, "--key-bytes", "3", "--basis", kind, "--cache-dtype", "int8"]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert list(report["variants"]) == ["dense", "dense_int8", "axes"]
+    assert (report["chosen"], report["switched"]["basis"]) == ("axes", kind)
+    assert flashsfa.FeatureBasis.load(tmp_path / "out" / BASIS_FILE).axes.key_bytes == 3
+
+
 def test_two_ways_to_say_what_a_key_keeps(tiny, text, tmp_path, capsys):
     assert_refused(capsys, arguments(tiny, text, tmp_path / "out", "--key-bytes", "4"), "give one of them")
     command = without(arguments(tiny, text, tmp_path / "out"), "--topk")
     assert_refused(capsys, command, "--dense-dims goes with --topk")
     command = without(command, "--dense-dims", "--cache-dtype")
+    assert_refused(
+        capsys, [*command, "--key-bytes", "4", "--basis", "pca"], "--basis must be scaled or whitened with --key-bytes"
+    )
     message = "--key-bytes must be 1 to the model's head size, 8, got 9"
     assert_refused(capsys, [*command, "--cache-dtype", "int8", "--key-bytes", "9"], message)
 

@@ -101,7 +101,10 @@ def test_perplexity_of_a_model_that_leaves_out_values(kept, tiny, text, tmp_path
     if kept == "features in 8 bits":
         options["cache_dtype"] = "int8"
     elif kept == "bits per axis":
-        options = {"basis": flashsfa.calibrate(model, torch.randint(2, 258, (2, 32)), key_bytes=4), "value_tolerance": 0.3}
+        options = {
+            "basis": flashsfa.calibrate(model, torch.randint(2, 258, (2, 32)), key_bytes=4),
+            "value_tolerance": 0.3,
+        }
     flashsfa.enable(model, **options).save_pretrained(tmp_path / "skip")
     byte_tokenizer().save_pretrained(tmp_path / "skip")
     more = ["--text", text, "--window", 40, "--windows", 1, "--dtype", "float32", "--device", "cpu"]

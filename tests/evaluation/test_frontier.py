@@ -120,7 +120,10 @@ def test_keys_in_bits_per_axis_have_values_of_each_width(models, tmp_path):
     assert frontier(models, tmp_path / "out", *more, names=("dense", tmp_path / "axes")) == 0
     (file,) = (tmp_path / "out").glob("*.json")
     found = json.loads(file.read_text())["results"]["axes"]
-    assert {name: form["token_bytes"] for name, form in found["forms"].items()} == {"axes3": 3 + 32, "axes3-int8": 3 + 12}
+    assert {name: form["token_bytes"] for name, form in found["forms"].items()} == {
+        "axes3": 3 + 32,
+        "axes3-int8": 3 + 12,
+    }
     assert found["forms"]["axes3-int8"]["decode_ms"] == {"4096": 2.0}
     assert 0 < found["tolerances"]["0.1"]["40"]["v_rows_read"] < 1
 

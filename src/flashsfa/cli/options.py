@@ -6,7 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
-from ..basis import KINDS
+from ..basis import KINDS, SHARED
 from ..budget import DENSE
 from ..checks import MOST_TOKENS, require_int
 from ..formats import AUTO, NAMES, cache_bits
@@ -137,7 +137,8 @@ def add_budget(
     )  # fmt: skip
     parser.add_argument(
         "--basis", choices=KINDS, metavar="KIND",
-        help=f"calibrated coordinates, with --topk: {_listed(KINDS)} (default: dictionary for dense queries, balanced for sparse ones)",
+        help=f"calibrated coordinates, with --topk: {_listed(KINDS)} (default: dictionary for dense queries, balanced for sparse ones); "
+        f"with --key-bytes: {_listed(SHARED)}, and then nothing else is tried (default: scaled)",
     )  # fmt: skip
     parser.add_argument(
         "--max-position", type=int, metavar="N", help=f"longest context in tokens to calibrate for (default: {context})"

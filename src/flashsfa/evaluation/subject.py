@@ -49,7 +49,7 @@ class SubjectSettings:
         key_bytes, topk: one of them, as in `flashsfa convert`; None for both leaves a dense model as it is.
         topk_query: a number, or "dense", which is also what None stands for.
         dense_dims: None for that of `default_budget`.
-        basis: None for "dictionary" with dense queries and "balanced" with sparse ones.
+        basis: None for "dictionary" with dense queries and "balanced" with sparse ones, and for "scaled" with key_bytes.
         max_position: None for the longest context that is measured.
         calibrate: the text to calibrate on, for the record; None for `read_text`'s own.
         cache_dtype: as `enable`'s.
@@ -158,7 +158,8 @@ class Subject:
             longest: tokens of the longest context that will be measured.
         """
         if calibration is not None:
-            options, kind, furthest = self._options(), "scaled", self.settings.max_position or longest
+            options, furthest = self._options(), self.settings.max_position or longest
+            kind = self.settings.basis or "scaled"
             fit: dict[str, Any] = {"key_bytes": self.settings.key_bytes}
             if self.settings.topk is not None:
                 kind = self.settings.basis or default_kind(options["topk_query"], attention_shape(self.model)[2])
