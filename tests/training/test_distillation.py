@@ -283,3 +283,9 @@ def test_what_bits_per_axis_have_no_use_for_is_refused(tmp_path, content, in_axe
     code = run(tmp_path, distill_content(content, in_axes, **settings), command="distill")
     refused(capsys, code, "keeps keys in bits per axis", "leave out distill.anneal", "distill.train_basis")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.gpu
+def test_keys_in_bits_per_axis_are_trained_by_compiled_models(tmp_path, content, in_axes):
+    content["training"] |= {"tokens": 2 * 4 * CONTEXT, "compile": True, "precision": "bf16", **ONCE}
+    assert run(tmp_path, distill_content(content, in_axes, weight=1.0), command="distill") == 0

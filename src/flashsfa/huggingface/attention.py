@@ -59,7 +59,7 @@ class LayerCoding(nn.Module):
         super().__init__()
         self.budget, self.value_tolerance, self.channel = budget, value_tolerance, channel
         self.settings = settings or SFASettings(budget.topk)
-        axes = None if basis is None else basis.axes
+        self._axes = axes = None if basis is None else basis.axes
         bits = cache_bits(self.settings.cache_dtype)
         self.coder = Coder(budget.topk, budget.dense_dims, bits) if axes is None else Coder(None, 0, bits, axes)
         self._basis_digest = None if basis is None else _digest(basis.key)
@@ -116,7 +116,10 @@ class LayerCoding(nn.Module):
                 x if device.type == "meta" else x.to(device)
             )  # weights on "meta" lie elsewhere; a basis would be lost
 
-        return super()._apply(moved, recurse)
+        super()._apply(moved, recurse)
+        if self._axes is not None:  # a compiled call must find them there: it cannot look at values
+            self.coder = replace(self.coder, axes=self._axes.to(self.key.device))
+        return self
 
 
 class SeenKV(NamedTuple):
