@@ -24,7 +24,7 @@ class Candidate:
     Attributes:
         label: as people read it.
         options: `enable`'s, the basis apart; None for the dense model.
-        fit: `FeatureBasis.from_layers`'; None for no basis.
+        fit: `FeatureBasis.from_layers`'; None for no basis. Its kind may be None: that of the model.
         may_win: whether it may be chosen; others are measured to compare with.
         token_bytes: of a coded key and its value, per token and kv head, where they follow from the widths alone.
     """
@@ -34,6 +34,10 @@ class Candidate:
     fit: dict[str, Any] | None = None
     may_win: bool = False
     token_bytes: int | None = None
+
+    def of_kind(self, kind: str) -> Candidate:
+        """The same with the basis `kind`, where it has one and none was named."""
+        return self if self.fit is None or self.fit["kind"] else replace(self, fit=self.fit | {"kind": kind})
 
 
 Candidates = dict[str, Candidate]  # by name
@@ -157,14 +161,12 @@ def _whole(head_dim: int, form: CodeFormat, exact: Exact, *, may_win: bool) -> C
     return Candidate(f"dense, int{form.v_bits}", options, None, may_win, nbytes)
 
 
-def _axes(head_dim: int, key_bytes: int, cache_dtype: str | None, exact: Exact, kind: str = "scaled") -> Candidate:
+def _axes(head_dim: int, key_bytes: int, cache_dtype: str | None, exact: Exact, kind: str | None = None) -> Candidate:
     require_int("key_bytes", key_bytes, 1, head_dim)
     form = _form(cache_dtype)
     form.require_v_dim(head_dim)
     nbytes = None if cache_dtype is None else key_bytes + form.v_bytes(head_dim)
-    label = f"bits per axis, {key_bytes} bytes a key, values {form.v_bits} bits" + (
-        f", {kind}" if kind != "scaled" else ""
-    )
+    label = f"bits per axis, {key_bytes} bytes a key, values {form.v_bits} bits" + (f", {kind}" if kind else "")
     options = {**exact.options(), "cache_dtype": cache_dtype}
     return Candidate(label, options, {"kind": kind, "key_bytes": key_bytes}, True, nbytes)
 

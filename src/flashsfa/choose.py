@@ -24,7 +24,7 @@ from .files import write_whole
 from .huggingface import disable, enable
 from .huggingface.cache import cache_nbytes
 from .huggingface.calibration import gather_moments, require_windows
-from .huggingface.structure import attention_layers, attention_shape
+from .huggingface.structure import attention_layers, attention_shape, default_shared_kind
 
 Rows = dict[str, dict[str, Any]]  # figures of each candidate, by its name
 _MOST_WIDENED = 1 << 30  # parameters, that take 4 GiB in float32
@@ -181,6 +181,7 @@ def choose(
     if candidates is None:
         most = None if limits.max_bytes is None else limits.most(dense_bytes)
         candidates = ladder(head_dim, most, exact or Exact())
+    candidates = {name: x.of_kind(default_shared_kind(model)) for name, x in candidates.items()}
     names = [name for name, x in candidates.items() if x.may_win]
     if not names:
         smallest = sorted(ladder(head_dim, None, Exact()).values(), key=lambda x: x.token_bytes or dense_bytes)

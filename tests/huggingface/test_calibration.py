@@ -36,6 +36,24 @@ def test_bits_per_axis(model, windows, options, tmp_path):
     assert codes.packed.shape == (1, 2, 5, 3)
 
 
+SIZES = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 61, "bos_token_id": None, "eos_token_id": None}
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (small_llama, "scaled"),
+        (lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(n_positions=64, **SIZES)), "whitened"),
+    ],
+)
+def test_bits_are_shared_out_in_the_basis_that_suits_positions(make, kind, windows):
+    model = make().eval()
+    found, expected = (flashsfa.calibrate(model, windows, key_bytes=3, **more) for more in ({}, {"kind": kind}))
+    assert torch.equal(found.key, expected.key)
+    other = {"scaled": "whitened", "whitened": "scaled"}[kind]
+    assert not torch.equal(found.key, flashsfa.calibrate(model, windows, key_bytes=3, kind=other).key)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_default_dtype_changes_nothing(model, windows, dtype):
     expected = flashsfa.calibrate(model, windows, key_bytes=3)

@@ -138,7 +138,7 @@ def add_budget(
     parser.add_argument(
         "--basis", choices=KINDS, metavar="KIND",
         help=f"calibrated coordinates, with --topk: {_listed(KINDS)} (default: dictionary for dense queries, balanced for sparse ones); "
-        f"with --key-bytes: {_listed(SHARED)}, and then nothing else is tried (default: scaled)",
+        f"with --key-bytes: {_listed(SHARED)}, and then nothing else is tried (default: scaled, or whitened for a model without RoPE)",
     )  # fmt: skip
     parser.add_argument(
         "--max-position", type=int, metavar="N", help=f"longest context in tokens to calibrate for (default: {context})"

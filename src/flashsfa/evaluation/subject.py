@@ -13,7 +13,7 @@ from ..basis import default_kind
 from ..budget import DENSE, query_features
 from ..checks import require
 from ..huggingface import calibrate, disable, enable
-from ..huggingface.structure import most_positions, require_whole
+from ..huggingface.structure import default_shared_kind, most_positions, require_whole
 from ..huggingface.switch import attention_shape
 from ..models import BUNDLED_NAME, is_converted, load_model
 from ..presets import default_budget, require_key_bytes, require_one_way, require_width
@@ -49,7 +49,7 @@ class SubjectSettings:
         key_bytes, topk: one of them, as in `flashsfa convert`; None for both leaves a dense model as it is.
         topk_query: a number, or "dense", which is also what None stands for.
         dense_dims: None for that of `default_budget`.
-        basis: None for "dictionary" with dense queries and "balanced" with sparse ones, and for "scaled" with key_bytes.
+        basis: None for "dictionary" with dense queries and "balanced" with sparse ones, and with key_bytes for `default_shared_kind`'s.
         max_position: None for the longest context that is measured.
         calibrate: the text to calibrate on, for the record; None for `read_text`'s own.
         cache_dtype: as `enable`'s.
@@ -159,7 +159,7 @@ class Subject:
         """
         if calibration is not None:
             options, furthest = self._options(), self.settings.max_position or longest
-            kind = self.settings.basis or "scaled"
+            kind = self.settings.basis or default_shared_kind(self.model)
             fit: dict[str, Any] = {"key_bytes": self.settings.key_bytes}
             if self.settings.topk is not None:
                 kind = self.settings.basis or default_kind(options["topk_query"], attention_shape(self.model)[2])

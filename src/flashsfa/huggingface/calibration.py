@@ -19,6 +19,7 @@ from .structure import (
     attention_layers,
     attention_shape,
     default_dense_dims,
+    default_shared_kind,
     evaluating,
     most_positions,
     require_switchable,
@@ -54,7 +55,7 @@ def calibrate(
         text, tokenizer: in place of windows: a text of some 40,000 characters or more, and the model's tokenizer. It is cut into
             windows of up to 1024 tokens, of which 16 are taken evenly across it.
         kind: "dictionary", "balanced" (for sparse queries), "whitened", "scaled", "pca" or "identity"; see
-            `FeatureBasis.from_moments`. None: "dictionary" for topk, "scaled" for key_bytes.
+            `FeatureBasis.from_moments`. None: "dictionary" for topk; for key_bytes "scaled", or "whitened" for a model without RoPE.
         max_position, progress: as in `gather_moments`.
 
     Raises `TypeError` or `ValueError` for what does not fit, before the model runs.
@@ -72,7 +73,7 @@ def calibrate(
         windows = _windows(model, text, tokenizer)
     require(windows is not None, "calibrate needs windows of token ids, or text and tokenizer")
     assert windows is not None
-    kind = kind or ("dictionary" if key_bytes is None else "scaled")
+    kind = kind or ("dictionary" if key_bytes is None else default_shared_kind(model))
     if key_bytes is not None:
         require_int("key_bytes", key_bytes, 1, attention_shape(model)[2])
         require(kind in SHARED, f"key_bytes go with the kinds {' and '.join(SHARED)}, got {kind!r}")
