@@ -24,7 +24,7 @@ class Candidate:
     Attributes:
         label: as people read it.
         options: `enable`'s, the basis apart; None for the dense model.
-        fit: `FeatureBasis.from_layers`'; None for no basis. Its kind may be None: that of the model.
+        fit: `FeatureBasis.from_layers`'; None for no basis. Its kind may be None until `of_kind` gives that of the model.
         may_win: whether it may be chosen; others are measured to compare with.
         token_bytes: of a coded key and its value, per token and kv head, where they follow from the widths alone.
     """
@@ -82,7 +82,8 @@ def by_bytes(
 ) -> Candidates:
     """Two candidates of `key_bytes` (None for `default_key_bytes`) beside the rivals and the code that was the default before; with a
     `basis` to share them out in, that one alone."""
-    if basis is not None and key_bytes is not None:
+    if basis is not None:
+        assert key_bytes is not None
         return rivals(head_dim, exact) | {"axes": _axes(head_dim, key_bytes, cache_dtype, exact, basis)}
     found, usual = rivals(head_dim, exact), default_budget(head_dim)
     found["topk_16"] = _features(

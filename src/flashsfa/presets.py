@@ -103,7 +103,9 @@ def require_one_way(
         others["basis"] = basis
     given = [f"--{name.replace('_', '-')}" for name, value in others.items() if value is not None]
     require(
-        topk is not None or not given, f"{', '.join(given)} goes with --topk: without it keys are kept in bits per axis"
+        topk is not None or not given,
+        f"{', '.join(given)} goes with --topk: without it keys are kept in bits per axis"
+        + (", in a basis that --key-bytes must stand beside" if "--basis" in given else ""),
     )
     require(
         key_bytes is None or basis in (None, *SHARED),

@@ -39,7 +39,7 @@ class LayerCoding(nn.Module):
     `channel` rotary features are brought to the front, where the dense channel is (`positions.channel_first`); 0 for none.
     `coder` is that of the layer's growing cache; `settings` tell which tokens it keeps, and shows to prompts, as they come.
 
-    The buffers follow the model from device to device, but keep their precision: rounded to 16 bits the two sides of a
+    The buffers follow the model from device to device, and the coder's bits per axis with them, but keep their precision: rounded to 16 bits the two sides of a
     basis no longer undo one another. They are not part of the state dict: the checkpoint stays the dense
     model's, the basis has its own file.
     """
@@ -117,8 +117,10 @@ class LayerCoding(nn.Module):
             )  # weights on "meta" lie elsewhere; a basis would be lost
 
         super()._apply(moved, recurse)
-        if self._axes is not None:  # a compiled call must find them there: it cannot look at values
-            self.coder = replace(self.coder, axes=self._axes.to(self.key.device))
+        if self._axes is not None:  # moved now, as a compiled call cannot: it sees no values
+            axes = self._axes.to(self.key.device)
+            if axes is not self.coder.axes:
+                self.coder = replace(self.coder, axes=axes)
         return self
 
 

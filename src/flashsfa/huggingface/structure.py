@@ -130,7 +130,7 @@ def default_dense_dims(model: Any) -> int:
 
 def default_shared_kind(model: Any) -> str:
     """The basis in which bits of a key are shared out over its axes, where none is named: "scaled", which goes with RoPE, for a model that
-    turns keys by it, else "whitened". A GPT-2 of 124M loses a tenth as much in it (docs/results.md, "125M parameters")."""
+    turns keys by it, as its config says, else "whitened" (docs/results.md, "125M parameters")."""
     is_turned = any(name.startswith("rope") and value for name, value in text_config(model).to_dict().items())
     return "scaled" if is_turned else "whitened"
 
