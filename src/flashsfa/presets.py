@@ -7,7 +7,6 @@ They were measured at head size 64 (SmolLM2-135M and its instructed twin, dense 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from .basis import SHARED
 from .checks import require
@@ -98,9 +97,7 @@ def require_one_way(
         topk is None or key_bytes is None,
         "--topk and --key-bytes are two ways to say what a key keeps: give one of them",
     )
-    others: dict[str, Any] = {"topk_query": topk_query, "dense_dims": dense_dims}
-    if key_bytes is None:
-        others["basis"] = basis
+    others = {"topk_query": topk_query, "dense_dims": dense_dims, "basis": basis if key_bytes is None else None}
     given = [f"--{name.replace('_', '-')}" for name, value in others.items() if value is not None]
     require(
         topk is not None or not given,

@@ -159,11 +159,13 @@ class Subject:
         """
         if calibration is not None:
             options, furthest = self._options(), self.settings.max_position or longest
-            kind = self.settings.basis or default_shared_kind(self.model)
-            fit: dict[str, Any] = {"key_bytes": self.settings.key_bytes}
-            if self.settings.topk is not None:
-                kind = self.settings.basis or default_kind(options["topk_query"], attention_shape(self.model)[2])
+            fit: dict[str, Any]
+            if self.settings.topk is None:
+                kind, fit = default_shared_kind(self.model), {"key_bytes": self.settings.key_bytes}
+            else:
+                kind = default_kind(options["topk_query"], attention_shape(self.model)[2])
                 fit = {"topk": options["topk"], "dense_dims": options["dense_dims"]}
+            kind = self.settings.basis or kind
             bar = progress("calibrating", len(calibration))
             basis = calibrate(self.model, calibration, kind=kind, max_position=furthest, progress=bar, **fit)
             enable(self.model, basis=basis, **options)

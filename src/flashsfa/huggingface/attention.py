@@ -39,8 +39,8 @@ class LayerCoding(nn.Module):
     `channel` rotary features are brought to the front, where the dense channel is (`positions.channel_first`); 0 for none.
     `coder` is that of the layer's growing cache; `settings` tell which tokens it keeps, and shows to prompts, as they come.
 
-    The buffers follow the model from device to device, and the coder's bits per axis with them, but keep their precision: rounded to 16 bits the two sides of a
-    basis no longer undo one another. They are not part of the state dict: the checkpoint stays the dense
+    The buffers follow the model from device to device, and the coder's bits per axis with them, but keep their precision: rounded to 16
+    bits the two sides of a basis no longer undo one another. They are not part of the state dict: the checkpoint stays the dense
     model's, the basis has its own file.
     """
 

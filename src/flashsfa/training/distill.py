@@ -73,9 +73,8 @@ def _distill(recipe: DistillRecipe, place: RunDirectory) -> dict[str, Any]:
         DistillTrainer, place, trained, corpus.train, corpus.validation, corpus.collate, recipe.training,
         recipe.data.context, callbacks, settings=recipe.distill, teacher=teacher, targets=_targets(model, teacher, layers),
     )  # fmt: skip
-    for module in attention_layers(
-        model
-    ):  # FSDP moves buffers past the modules, and a compiled step cannot move bits per axis
+    # FSDP moves buffers past the modules, and a compiled step cannot move bits per axis.
+    for module in attention_layers(model):
         if hasattr(module, "sfa"):
             module.sfa.to(trainer.args.device)
     before = _perplexities(recipe.model, corpus, trainer)
