@@ -26,6 +26,7 @@ axes24-int4 --key-bytes 24 --basis scaled --cache-dtype int4
 axes24      --key-bytes 24 --basis scaled
 axes32-int4-whitened --key-bytes 32 --basis whitened --cache-dtype int4
 axes24-whitened --key-bytes 24 --basis whitened
+axes24-int8-whitened --key-bytes 24 --basis whitened --cache-dtype int8
 12+4        --topk 4 --dense-dims 12
 6+4         --topk 4 --dense-dims 6
 k8          --topk 8 --dense-dims 0
