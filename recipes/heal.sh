@@ -20,6 +20,9 @@ dense       --topk 1 --dense-dims $((${HEAD_DIM:-128} - 1)) --basis identity --c
 16+8        --topk 8 --dense-dims 16
 k16         --topk 16 --dense-dims 0
 axes48-int4 --key-bytes 48 --basis scaled --cache-dtype int4
+axes48-int3 --key-bytes 48 --basis scaled --cache-dtype d8s4v3
+axes48-int3-whitened --key-bytes 48 --basis whitened --cache-dtype d8s4v3
+axes40-int3-whitened --key-bytes 40 --basis whitened --cache-dtype d8s4v3
 axes40-int4 --key-bytes 40 --basis scaled --cache-dtype int4
 axes32-int4 --key-bytes 32 --basis scaled --cache-dtype int4
 axes24-int4 --key-bytes 24 --basis scaled --cache-dtype int4
@@ -27,6 +30,7 @@ axes24      --key-bytes 24 --basis scaled
 axes32-int4-whitened --key-bytes 32 --basis whitened --cache-dtype int4
 axes24-whitened --key-bytes 24 --basis whitened
 axes24-int8-whitened --key-bytes 24 --basis whitened --cache-dtype int8
+axes24-int3-whitened --key-bytes 24 --basis whitened --cache-dtype d8s4v3
 12+4        --topk 4 --dense-dims 12
 6+4         --topk 4 --dense-dims 6
 k8          --topk 8 --dense-dims 0

@@ -26,11 +26,11 @@ def test_key_bytes_are_those_of_the_tensors(head_dim, dense_dims, topk):
 
 
 @pytest.mark.parametrize("v_dim", [1, 16, 64, 65, 80, 96, 128, 192, 256, 576])
-@pytest.mark.parametrize("v_bits", [16, 8, 4])
+@pytest.mark.parametrize("v_bits", [16, 8, 4, 3])
 def test_value_bytes_are_those_of_the_tensors(v_dim, v_bits):
     form = CodeFormat(v_bits=v_bits)
     v = torch.randn(2, 3, v_dim).bfloat16()
-    if v_bits == 4 and v_dim % 16:
+    if v_bits < 8 and v_dim % 16:
         for refused in (lambda: form.v_bytes(v_dim), lambda: NarrowRows.encode(v, v_bits)):
             with pytest.raises(ValueError, match=f"width must be a multiple of 16, got {v_dim}; take 8 bits"):
                 refused()
@@ -55,7 +55,9 @@ def test_key_bytes_by_hand(form, head_dim, dense_dims, topk, expected):
     assert form.key_bytes(head_dim, dense_dims, topk) == expected
 
 
-@pytest.mark.parametrize(("v_bits", "v_dim", "expected"), [(16, 64, 128), (8, 64, 68), (4, 64, 36), (4, 128, 68)])
+@pytest.mark.parametrize(
+    ("v_bits", "v_dim", "expected"), [(16, 64, 128), (8, 64, 68), (4, 64, 36), (4, 128, 68), (3, 128, 52)]
+)
 def test_value_bytes_by_hand(v_bits, v_dim, expected):
     assert CodeFormat(v_bits=v_bits).v_bytes(v_dim) == expected
 
@@ -90,7 +92,7 @@ def test_other_names(name):
     [
         ({"dense_bits": 4}, ValueError, "dense_bits must be 16 or 8, got 4"),
         ({"value_bits": 2}, ValueError, "value_bits must be 16 or 8 or 4, got 2"),
-        ({"v_bits": 3}, ValueError, "v_bits must be 16 or 8 or 4, got 3"),
+        ({"v_bits": 2}, ValueError, "v_bits must be 16 or 8 or 4 or 3, got 2"),
         ({"v_bits": 8.0}, TypeError, "v_bits must be an int"),
         ({"value_bits": True}, TypeError, "value_bits must be an int"),
         ({"index": "rle"}, ValueError, "index must be one of auto, uint8, packed, bitmap; got 'rle'"),
@@ -108,6 +110,6 @@ def test_budgets_that_do_not_fit():
         CodeFormat(v_bits=16).v_bytes(0)
 
 
-@pytest.mark.parametrize("name", ["d8s4v4", "d16s8v16", "d8s4v4-packed", "d8s8v8-bitmap"])
+@pytest.mark.parametrize("name", ["d8s4v4", "d16s8v16", "d8s4v4-packed", "d8s8v8-bitmap", "d8s4v3"])
 def test_a_format_says_the_name_that_it_is_read_from(name):
     assert CodeFormat.named(name).name == name

@@ -8,6 +8,7 @@ import torch
 from flashsfa import topk_codes
 from flashsfa.formats import INDEX_FORMS, CodeFormat
 from flashsfa.narrow import NarrowCodes, NarrowRows
+from flashsfa.ops.select.narrow import pack_3_bits, unpack_3_bits
 from flashsfa.rotation import rotate
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -197,8 +198,8 @@ def test_compiled_whole():
     def there_and_back(x):
         codes = NarrowCodes.encode(topk_codes(x, 5, dense_dims=4), CodeFormat(8, 4, "bitmap"))
         packed = NarrowCodes.encode(topk_codes(x, 5, dense_dims=4), CodeFormat(8, 4, "packed"))
-        v = NarrowRows.encode(x, 4)
-        return codes.to_codes(x.dtype).to_dense(), packed.to_codes(x.dtype).to_dense(), v.to_dense(x.dtype)
+        values = [NarrowRows.encode(x, bits).to_dense(x.dtype) for bits in (4, 3)]
+        return codes.to_codes(x.dtype).to_dense(), packed.to_codes(x.dtype).to_dense(), *values
 
     x = torch.randn(2, 3, 48)
     compiled = torch.compile(there_and_back, fullgraph=True, backend="aot_eager")
@@ -209,21 +210,34 @@ def test_compiled_whole():
 # ---- values
 
 
+def test_three_bits_lie_as_they_are_described():
+    """Eight levels in a word and a byte, all words before all bytes: the kernels count on it."""
+    levels = torch.randint(0, 8, (5, 32), dtype=torch.uint8)
+    packed = pack_3_bits(levels)
+    assert packed.shape == (5, 12)
+    for row, of_row in zip(levels.tolist(), packed.tolist(), strict=True):
+        for i in range(4):
+            eight, word, byte = row[8 * i : 8 * i + 8], of_row[2 * i] | of_row[2 * i + 1] << 8, of_row[8 + i]
+            assert [word >> shift & 7 for shift in (0, 3, 6, 9, 12)] == eight[:5]
+            assert [byte & 7, byte >> 3 & 7, word >> 15 | byte >> 6 << 1] == eight[5:]
+    assert torch.equal(unpack_3_bits(packed, 32), levels)
+
+
 @pytest.mark.parametrize("v_dim", [16, 48, 64, 80, 128, 256, 576])
 @pytest.mark.parametrize("rows", [torch.randn, heavy_tailed])
-@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("bits", [16, 8, 4, 3])
 def test_values_come_back_to_half_a_step(bits, rows, v_dim):
-    """For 4 bits of the range of the rotated row."""
+    """For 4 and 3 bits of the range of the rotated row."""
     v = rows(2, 50, v_dim)
     stored = NarrowRows.encode(v, bits)
     assert stored.shape == v.shape
     kept = rotate(v) if stored.is_rotated else v
-    steps = {16: math.inf, 8: 127, 4: 7.5}[bits]
+    steps = {16: math.inf, 8: 127, 4: 7.5, 3: 3.5}[bits]
     largest = kept.abs().amax(-1, keepdim=True)
     low, high = kept.aminmax(dim=-1, keepdim=True)
-    half_range = (high - low) / 2 + 2**-8 * largest if bits == 4 else largest
+    half_range = (high - low) / 2 + 2**-8 * largest if stored.is_rotated else largest
     assert_within_half_a_step(kept, stored.rows(torch.float32), half_range / steps * (1 + 2**-8))
-    expected = rotate(stored.rows(torch.float64)) if bits == 4 else stored.rows(torch.float64)
+    expected = rotate(stored.rows(torch.float64)) if stored.is_rotated else stored.rows(torch.float64)
     torch.testing.assert_close(stored.to_dense(torch.float64), expected)
 
 
@@ -235,7 +249,7 @@ def test_constant_rows_cost_nothing():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("bits", [16, 8, 4, 3])
 def test_values_with_nan_or_infinity(bits, bad):
     v = torch.randn(3, 16)
     v[1, 5] = bad
@@ -246,7 +260,7 @@ def test_values_with_nan_or_infinity(bits, bad):
         assert read[1].isnan().all()
 
 
-@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("bits", [16, 8, 4, 3])
 def test_hidden_rows_read_as_zero_whatever_they_hold(bits):
     v = torch.randn(2, 3, 5, 16)
     v[:, :, 2] = math.nan
@@ -260,12 +274,12 @@ def test_hidden_rows_read_as_zero_whatever_they_hold(bits):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"bits": 2}, "16, 8 or 4 bits, got 2"),
+        ({"bits": 2}, "16, 8, 4 or 3 bits, got 2"),
         ({"width": 24}, "width must be a multiple of 16"),
         ({"width": 48}, "kept of 48 entries in 4 bits must be torch.uint8 \\[..., 24\\]"),
         ({"scale": None}, "kept in 4 bits need a scale in torch.bfloat16"),
-        ({"centre": None}, "rows of 4 bits need a bfloat16 centre"),
-        ({"centre": torch.zeros(2)}, "rows of 4 bits need a bfloat16 centre"),
+        ({"centre": None}, "rows of 4 and 3 bits need a bfloat16 centre"),
+        ({"centre": torch.zeros(2)}, "rows of 4 and 3 bits need a bfloat16 centre"),
         ({"scale": torch.zeros(3, dtype=torch.bfloat16)}, "all parts share rows"),
     ],
 )

@@ -18,7 +18,10 @@ from .checks import require, require_choice, require_int
 NAMES = "int4, int8, or widths such as d8s4v4 or d8s4v4-packed"
 INDEX_FORMS = ("uint8", "packed", "bitmap")
 AUTO = "auto"
-ROTATION_WIDTH = 16  # a row of 4 bits is a whole number of blocks at least this wide, over which its rotation mixes
+ROTATION_WIDTH = (
+    16  # a row of 4 or 3 bits is a whole number of blocks at least this wide, over which its rotation mixes
+)
+ROTATED_BITS = (4, 3)
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class CodeFormat:
         value_bits: of a kept entry of the sparse part, 16, 8 or 4; of all features where a key keeps every one.
         index: "uint8", a byte per kept entry; "packed", the bits that a position in the sparse part needs; "bitmap", a bit
             per feature of the sparse part; "auto", the smallest of these for the budget, the first one where two are equal.
-        v_bits: of a feature of a value, 16, 8 or 4. Rows of 4 bits are rotated first (`rotation.rotate`).
+        v_bits: of a feature of a value, 16, 8, 4 or 3. Rows of 4 and 3 bits are rotated first (`rotation.rotate`).
 
     Raises `TypeError` or `ValueError` for other widths.
     """
@@ -41,7 +44,7 @@ class CodeFormat:
     v_bits: int = 4
 
     def __post_init__(self) -> None:
-        for name, widths in (("dense_bits", (16, 8)), ("value_bits", (16, 8, 4)), ("v_bits", (16, 8, 4))):
+        for name, widths in (("dense_bits", (16, 8)), ("value_bits", (16, 8, 4)), ("v_bits", (16, 8, 4, 3))):
             bits = getattr(self, name)
             require_int(name, bits)
             require(bits in widths, f"{name} must be {' or '.join(map(str, widths))}, got {bits}")
@@ -50,7 +53,7 @@ class CodeFormat:
     @classmethod
     def named(cls, name: str) -> CodeFormat:
         """The format of a `name` such as `d8s4v4` or `d8s4v4-packed`. Raises `ValueError` for what is no such name."""
-        found = re.fullmatch(rf"d(16|8)s(16|8|4)v(16|8|4)(?:-({'|'.join(INDEX_FORMS)}))?", name)
+        found = re.fullmatch(rf"d(16|8)s(16|8|4)v(16|8|4|3)(?:-({'|'.join(INDEX_FORMS)}))?", name)
         require(found is not None, f"{name!r} names no format of a cache; there are {NAMES}")
         assert found is not None
         dense_bits, value_bits, v_bits, index = found.groups()
@@ -92,18 +95,18 @@ class CodeFormat:
 
 
 def row_bytes(width: int, bits: int) -> int:
-    """Of a row of `width` features in 16, 8 or 4 bits, with its scale, and in 4 bits its centre. Raises `ValueError` for a width
-    that 4 bits cannot hold."""
+    """Of a row of `width` features in 16, 8, 4 or 3 bits, with its scale, and in 4 and 3 bits its centre. Raises `ValueError` for a
+    width that these cannot hold."""
     require_int("width", width, 1)
-    require(bits in (16, 8, 4), f"rows are kept in 16, 8 or 4 bits, got {bits}")
+    require(bits in (16, 8, *ROTATED_BITS), f"rows are kept in 16, 8, 4 or 3 bits, got {bits}")
     require(
-        bits != 4 or width % ROTATION_WIDTH == 0,
+        bits not in ROTATED_BITS or width % ROTATION_WIDTH == 0,
         lambda: (
-            f"rows of 4 bits are rotated in blocks of a power of two, so their width must be a multiple of {ROTATION_WIDTH}, got "
+            f"rows of {bits} bits are rotated in blocks of a power of two, so their width must be a multiple of {ROTATION_WIDTH}, got "
             f"{width}; take 8 bits"
         ),
     )
-    return {16: 2 * width, 8: width + 4, 4: width // 2 + 4}[bits]
+    return {16: 2 * width, 8: width + 4, 4: width // 2 + 4, 3: 3 * width // 8 + 4}[bits]
 
 
 def cache_bits(name: str | None) -> torch.dtype | CodeFormat | None:

@@ -16,14 +16,14 @@ from torch import Tensor
 from .budget import require_budget
 from .checks import require, require_float
 from .codes import FeatureCodes, quantize_rows
-from .formats import CodeFormat, index_bits, packed_bytes, row_bytes
+from .formats import ROTATED_BITS, CodeFormat, index_bits, packed_bytes, row_bytes
 from .ops.select.narrow import (
     centre_of,
-    from_4_bits,
+    from_levels,
     pack,
     pack_bitmap,
-    to_4_bits,
     to_8_bits,
+    to_levels,
     unpack,
     unpack_bitmap,
 )
@@ -181,14 +181,15 @@ class NarrowCodes(Rows):
 
 @dataclass(frozen=True, eq=False)
 class NarrowRows(Rows):
-    """Rows with any leading shape `...` in 16, 8 or 4 bits: values, and keys that keep every feature.
+    """Rows with any leading shape `...` in 16, 8, 4 or 3 bits: values, and keys that keep every feature.
 
     Attributes:
-        kept: [..., C] as they came for 16 bits, int8 for 8; for 4 bits [..., C / 2] uint8, two per byte, of the rotated rows.
-        scale: [...] step of each row: float32 for 8 bits, bfloat16 for 4, None for 16.
-        centre: [...] bfloat16 middle of each row for 4 bits, else None.
+        kept: [..., C] as they came for 16 bits, int8 for 8; of the rotated rows, for 4 bits [..., C / 2] uint8, two per byte, and
+            for 3 bits [..., 3C / 8] uint8, as `pack_3_bits` lays them.
+        scale: [...] step of each row: float32 for 8 bits, bfloat16 for 4 and 3, None for 16.
+        centre: [...] bfloat16 middle of each row for 4 and 3 bits, else None.
         width: C.
-        bits: 16, 8 or 4.
+        bits: 16, 8, 4 or 3.
 
     Raises `ValueError` for parts whose shapes, dtypes or devices do not fit.
     """
@@ -207,9 +208,9 @@ class NarrowRows(Rows):
         scale_dtype = torch.float32 if self.bits == 8 else torch.bfloat16
         _check_part("kept", self.kept, self.scale, self.width, self.bits, scale_dtype)
         require(
-            (self.centre is not None) == (self.bits == 4)
+            (self.centre is not None) == self.is_rotated
             and (self.centre is None or self.centre.dtype == torch.bfloat16),
-            lambda: f"rows of 4 bits need a bfloat16 centre, and others have none; got {_words(self.centre)}",
+            lambda: f"rows of 4 and 3 bits need a bfloat16 centre, and others have none; got {_words(self.centre)}",
         )
         self._check_rows()
 
@@ -223,16 +224,16 @@ class NarrowRows(Rows):
         kept, scale, centre = x, None, None
         if bits == 8:
             kept, scale = quantize_rows(x)
-        elif bits == 4:
+        elif bits in ROTATED_BITS:
             rotated = rotate(x.float())
             centre = centre_of(rotated)
-            kept, scale = to_4_bits(rotated, centre)
+            kept, scale = to_levels(rotated, bits, centre)
         return cls(kept, scale, centre, x.shape[-1], bits)
 
     @property
     def is_rotated(self) -> bool:
         """Whether `rows` are rotated, and so attention's output over them (`rotation.rotate` undoes it)."""
-        return self.bits == 4
+        return self.bits in ROTATED_BITS
 
     def rows(self, dtype: torch.dtype) -> Tensor:
         """[..., C] the rows as they are kept, rotated or not, in a floating dtype, their scales taken in."""
@@ -265,7 +266,7 @@ def _encode_part(x: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
         return x, None
     if not x.shape[-1]:
         return x.to(torch.int8), None
-    return to_8_bits(x) if bits == 8 else to_4_bits(x)
+    return to_8_bits(x) if bits == 8 else to_levels(x, bits)
 
 
 def _decode_part(
@@ -274,7 +275,7 @@ def _decode_part(
     if scale is None:
         return x.to(dtype)
     wide = torch.promote_types(torch.float32, dtype)
-    steps = x.to(wide) if bits == 8 else from_4_bits(x, width, wide)
+    steps = x.to(wide) if bits == 8 else from_levels(x, bits, width, wide)
     rows = steps * scale.to(wide)[..., None]
     return (rows if centre is None else rows + centre.to(wide)[..., None]).to(dtype)
 
@@ -282,7 +283,8 @@ def _decode_part(
 def _check_part(
     name: str, x: Tensor, scale: Tensor | None, width: int, bits: int, scale_dtype: torch.dtype = torch.bfloat16
 ) -> None:
-    stored, dtype = (packed_bytes(width, 4), torch.uint8) if bits == 4 else (width, torch.int8)
+    is_packed = bits in ROTATED_BITS
+    stored, dtype = (packed_bytes(width, bits), torch.uint8) if is_packed else (width, torch.int8)
     require(
         x.shape[-1] == stored and (x.is_floating_point() if bits == 16 else x.dtype == dtype),
         lambda: (

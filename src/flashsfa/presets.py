@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from .basis import SHARED
 from .checks import require
-from .formats import ROTATION_WIDTH, CodeFormat, cache_bits
+from .formats import ROTATED_BITS, ROTATION_WIDTH, CodeFormat, cache_bits
 
 MEASURED_HEAD_DIM = 64
 DEFAULT_CACHE_DTYPE = "int4"  # of `flashsfa convert`, where nothing is said
@@ -119,12 +119,13 @@ def require_key_bytes(key_bytes: int | None, head_dim: int) -> None:
 
 
 def require_width(said: str, cache_dtype: str | None, head_dim: int) -> None:
-    """Raise `ValueError` if an option that was `said` keeps values in 4 bits, and `head_dim` is no width for these."""
+    """Raise `ValueError` if an option that was `said` keeps values in 4 or 3 bits, and `head_dim` is no width for these."""
     bits = cache_bits(cache_dtype)
+    v_bits = bits.v_bits if isinstance(bits, CodeFormat) else 16
     require(
-        not isinstance(bits, CodeFormat) or bits.v_bits != 4 or head_dim % ROTATION_WIDTH == 0,
-        f"{said} keeps values in 4 bits, which goes with head sizes that are a multiple of {ROTATION_WIDTH}; the model's is {head_dim}: "
-        "take --cache-dtype int8 in its place",
+        v_bits not in ROTATED_BITS or head_dim % ROTATION_WIDTH == 0,
+        f"{said} keeps values in {v_bits} bits, which goes with head sizes that are a multiple of {ROTATION_WIDTH}; the model's is "
+        f"{head_dim}: take --cache-dtype int8 in its place",
     )
 
 

@@ -15,7 +15,7 @@ HKV, GROUP, D, DV, TOPK, DENSE, PAGE = 2, 2, 16, 32, 3, 4, 16
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 CLOSE_IN_FLOAT32 = {"rtol": 1e-5, "atol": 1e-6}  # in which int8 is read
 EXACT = [(0, 0), (5, 3), (0, 2), (4, 0), (99, 2)]
-KINDS = ["int8", "d8s4v4", "d16s8v16", "d8s4v8-bitmap", "d8s8v8-packed", "rows", "axes"]
+KINDS = ["int8", "d8s4v4", "d16s8v16", "d8s4v8-bitmap", "d8s8v8-packed", "d8s4v3", "rows", "axes"]
 
 
 def draw(n, batch=1, dtype=torch.float64):

@@ -23,7 +23,8 @@ class Configuration:
 
     Attributes:
         topk: None keeps all features.
-        bits: 16, as they come; 8, keys and values with a float32 scale per row; 4, the default `CodeFormat`.
+        bits: 16, as they come; 8, keys and values with a float32 scale per row; 4, the default `CodeFormat`; 3, of values beside keys in
+            bits per axis alone.
         skips: decode leaves out values that weigh little (`value_tolerance`).
         axis_bytes: bytes of a key in bits per axis (`AxisBits`), else None.
     """
@@ -38,10 +39,10 @@ class Configuration:
     @classmethod
     def named(cls, name: str, head_dim: int) -> Configuration:
         """The configuration of a `name` such as `16+k16-int8`. Raises `ValueError` for what is no such name."""
-        found = re.fullmatch(r"(?:dense|(?:(\d+)\+)?k(\d+)|axes(\d+))(?:-int(4|8))?(-skip)?", name)
+        found = re.fullmatch(r"(?:dense|(?:(\d+)\+)?k(\d+)|axes(\d+))(?:-int(3|4|8))?(-skip)?", name)
         require(
-            found is not None,
-            f"{name!r} names no configuration; names are such as dense-int8, k16, 16+k16-skip, 16+k16-int4, axes48-int4",
+            found is not None and (found[3] is not None or found[4] != "3"),
+            f"{name!r} names no configuration; names are such as dense-int8, k16, 16+k16-skip, 16+k16-int4, axes48-int4, axes48-int3",
         )
         assert found is not None
         dense_dims, topk, axis_bytes, bits, skips = found.groups()
@@ -70,7 +71,9 @@ class Configuration:
         """The `dtype` of a cache that holds it."""
         if self.is_dense and self.bits == 8:  # rows, not codes
             return CodeFormat(value_bits=8, v_bits=8)
-        return {16: None, 8: torch.int8, 4: CodeFormat()}[self.bits]
+        if self.bits < 8:
+            return CodeFormat(v_bits=self.bits)
+        return torch.int8 if self.bits == 8 else None
 
     @property
     def key_bytes(self) -> int:
@@ -86,5 +89,4 @@ class Configuration:
     @property
     def bytes(self) -> int:
         """Of key and value, of equal width."""
-        values = {16: 2 * self.head_dim, 8: self.head_dim + 4, 4: CodeFormat().v_bytes(self.head_dim)}
-        return self.key_bytes + values[self.bits]
+        return self.key_bytes + CodeFormat(v_bits=self.bits).v_bytes(self.head_dim)

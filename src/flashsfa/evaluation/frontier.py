@@ -30,9 +30,9 @@ from .perplexity import spread, window_losses
 from .subject import Progress
 from .tolerance import tolerance_losses
 
-_CACHES = {16: None, 8: "int8", 4: "int4"}  # `enable`'s cache_dtype by bits
+_CACHES = {16: None, 8: "int8", 4: "int4", 3: "d8s4v3"}  # `enable`'s cache_dtype by bits
 _COLORS = ("#4c566a", "#2a9d8f", "#d1803a", "#7a5195", "#1d6fb8", "#b4532a")  # the dense model first
-_MARKERS = {16: "o", 8: "s", 4: "D"}
+_MARKERS = {16: "o", 8: "s", 4: "D", 3: "^"}
 
 Results = dict[str, dict[str, Any]]
 
@@ -68,7 +68,7 @@ def require_forms(name: str, settings: SFASettings) -> None:
 def forms(settings: SFASettings | None, head_dim: int, basis: FeatureBasis | None = None) -> list[Form]:
     """Those of a model in 16, 8 and 4 bits, as far as the head can be held in them: of a switched model by its settings without its
     `value_tolerance`, which has rows of its own, and of a dense one for None. Of keys in bits per axis, which `basis` says, the values are
-    in 16, 8 and 4 bits."""
+    in 16, 8, 4 and 3 bits."""
     found = []
     if settings is None:
         for name, rival in rivals(head_dim, Exact(0, 0, "coded")).items():
@@ -76,7 +76,7 @@ def forms(settings: SFASettings | None, head_dim: int, basis: FeatureBasis | Non
         return found
     axis_bytes = None if basis is None or basis.axes is None else basis.axes.key_bytes
     for bits, cache_dtype in _CACHES.items():
-        if bits > 4 or head_dim % ROTATION_WIDTH == 0:
+        if (bits > 4 or head_dim % ROTATION_WIDTH == 0) and (bits > 3 or axis_bytes is not None):
             configuration = Configuration(head_dim, settings.dense_dims, settings.topk, bits, axis_bytes=axis_bytes)
             found.append(
                 Form(configuration, settings.arguments() | {"cache_dtype": cache_dtype, "value_tolerance": 0.0})

@@ -75,7 +75,7 @@ def enable(
         cache_dtype: in how many bits the switched layers' caches keep codes and values. "int8": 8 bits with a
             float32 scale a row; a key costs M + 2·K + 4 bytes (M dense dims, K kept features), a value Dv + 4. "int4": the
             dense channel in 8 bits, kept features and values in 4, indices as small as they go; other widths by a name such as
-            "d8s8v4" (`CodeFormat`, which counts the bytes). With topk = head_dim keys are rows without indices, in the width
+            "d8s8v4" or "d8s4v3" (`CodeFormat`, which counts the bytes). With topk = head_dim keys are rows without indices, in the width
             after the s. None keeps all in the dtype that it comes in. A prompt attends to the rounded ones too, and so do calls
             without a cache; gradients pass straight through.
         query_pattern: as in `sparse_feature_attention`, for prompts on Hopper's sparse tensor cores; for models that are trained

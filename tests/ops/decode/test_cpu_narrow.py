@@ -26,6 +26,7 @@ FORMATS = {
     "whole keys in 8 bits": {"topk": D, "dtype": CodeFormat(8, 8, v_bits=8)},
     "whole keys in 4 bits": {"topk": 32, "dtype": CodeFormat()},
     "axes": {"dtype": CodeFormat()},
+    "axes, values in 3 bits": {"dtype": CodeFormat(v_bits=3)},
     "axes, values in 16 bits": {"dtype": CodeFormat(v_bits=16)},
 }
 SUPPORTED = [name for name in FORMATS if name != "mixed"]

@@ -38,7 +38,7 @@ def test_every_kind_of_keys(kind, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dv", [64, 128])
-@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("bits", [16, 8, 4, 3])
 def test_every_kind_of_values(bits, dv, dtype):
     q, k, v = draw(group=2, n=141, dv=dv, dtype=dtype)
     v[0, 0, 3] *= 1000  # one row's scale is far above the others'
@@ -112,7 +112,7 @@ def test_pages_prepared_once_are_read_at_each_step_s_lengths(m, bits, monkeypatc
         assert torch.equal(out, expected)
 
 
-@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("bits", [16, 8, 4, 3])
 @pytest.mark.parametrize("group", [1, 3, 4])
 @pytest.mark.parametrize("n", [40, 700, 1500])
 def test_values_of_little_weight_are_left_out(n, group, bits):
@@ -140,7 +140,7 @@ def test_values_of_little_weight_are_left_out(n, group, bits):
     torch.testing.assert_close(out[0, 0, 0].float(), row, rtol=0, atol=0.02)
 
 
-@pytest.mark.parametrize(("group", "bits"), [(1, 16), (4, 8), (8, 4)])
+@pytest.mark.parametrize(("group", "bits"), [(1, 16), (4, 8), (8, 4), (2, 3)])
 def test_keys_that_are_light_one_by_one_are_heavy_together(group, bits, monkeypatch):
     """All weights are equal, each far below the tolerance. The output counts the tokens of each 64 that are read."""
     monkeypatch.setattr(hopper, "processors", lambda device: 1)  # few warps, of many keys each

@@ -61,6 +61,16 @@ VARIANTS = {
     },
     "pages": {"page_size": 16, "is_capped": True, "is_bf16": False},
     "padding": {"has_padding": True, "has_several_queries": True},
+    "values in 3 bits": {
+        **FOUR_BITS,
+        "channel": 192,
+        "channel_bits": 2,
+        "query_dims": 192,
+        "kept": 0,
+        "channel_stride": 48,
+        "value_bits": 3,
+        "value_stride": 48,
+    },
     "axes": {**FOUR_BITS, "channel": 192, "channel_bits": 2, "query_dims": 192, "kept": 0, "channel_stride": 48},
 }
 

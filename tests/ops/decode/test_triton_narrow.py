@@ -28,7 +28,7 @@ def test_every_kind_of_keys(kind, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("bits", [16, 8, 4, 3])
 def test_every_kind_of_values(bits, dtype):
     q, k, v = draw(group=2, dv=48, dtype=dtype)
     v[0, 0, 3] *= 1000  # one row's scale is far above the others'
@@ -53,10 +53,10 @@ def test_small_and_large_queries(kind, factor):
 
 
 @pytest.mark.parametrize(("d", "dv"), [(96, 96), (128, 64), (256, 128), (32, 16)])
-@pytest.mark.parametrize("kind", ["rows 4", "9 d8s4-packed", "0 d8s4-bitmap", "axes"])
-def test_widths(kind, d, dv):
+@pytest.mark.parametrize(("kind", "v_bits"), [("rows 4", 4), ("9 d8s4-packed", 3), ("0 d8s4-bitmap", 4), ("axes", 3)])
+def test_widths(kind, v_bits, d, dv):
     q, k, v = draw(b=1, group=3, n=35, d=d, dv=dv)
-    assert_decodes("triton", q, KVView(coded(kind, k, topk=7), NarrowRows.encode(v, 4)))
+    assert_decodes("triton", q, KVView(coded(kind, k, topk=7), NarrowRows.encode(v, v_bits)))
 
 
 @pytest.mark.parametrize("topk", [1, 23])
@@ -89,7 +89,7 @@ LENGTHS = {"all": None, "some": (70, 3), "none": (0, 57)}
 
 @pytest.mark.parametrize("lens", LENGTHS)
 @pytest.mark.parametrize("window", [None, 1, 30])
-@pytest.mark.parametrize(("kind", "v_bits"), [("rows 4", 4), ("9 d8s4-bitmap", 8), ("9 d8s4-packed", 4), ("axes", 16)])
+@pytest.mark.parametrize(("kind", "v_bits"), [("rows 4", 4), ("9 d8s4-bitmap", 8), ("9 d8s4-packed", 3), ("axes", 16)])
 def test_visibility(kind, v_bits, window, lens):
     """kv_lens, window and padding, with NaN wherever no query looks."""
     q, k, v = draw(hkv=1, group=2, m=2, n=70)
@@ -102,10 +102,10 @@ def test_visibility(kind, v_bits, window, lens):
 
 
 @pytest.mark.parametrize("page_size", [16, 64])
-@pytest.mark.parametrize("kind", ["rows 4", "9 d8s4-bitmap", "axes"])
-def test_pages(kind, page_size):
+@pytest.mark.parametrize(("kind", "v_bits"), [("rows 4", 4), ("9 d8s4-bitmap", 4), ("axes", 3)])
+def test_pages(kind, v_bits, page_size):
     q, k, v = draw(group=2, m=2, n=128)
-    kv = KVView(coded(kind, k), NarrowRows.encode(v, 4))
+    kv = KVView(coded(kind, k), NarrowRows.encode(v, v_bits))
     lens = torch.tensor([101, 128], device=DEVICE)
     table = torch.randperm(2 * 128 // page_size, device=DEVICE).to(torch.int32).unflatten(0, (2, -1))
 

@@ -132,28 +132,31 @@ def whole_numbers(dtype, width):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [16, 64, 80, 192, 256])
-def test_rows_in_4_bits(width, dtype):
-    """Of keys and values. The norm of their rotation is a power of two."""
+@pytest.mark.parametrize("v_bits", [4, 3])
+def test_rotated_rows(v_bits, width, dtype):
+    """Of keys in 4 bits and of values. The norm of their rotation is a power of two."""
     k, v = whole_numbers(dtype, width), whole_numbers(dtype, width)
-    assert_appends_somewhere(Coder(width, 0, CodeFormat()), k, v)
+    assert_appends_somewhere(Coder(width, 0, CodeFormat(v_bits=v_bits)), k, v)
 
 
-def test_values_in_4_bits():
+@pytest.mark.parametrize("v_bits", [4, 3])
+def test_rotated_values(v_bits):
     """Of a width that takes all registers, beside each kind of key."""
-    v = whole_numbers(torch.bfloat16, 1024)
+    v, form = whole_numbers(torch.bfloat16, 1024), CodeFormat(v_bits=v_bits)
     k, _ = hostile(torch.bfloat16, 64, 1)
-    for coder in (Coder(9, 7, CodeFormat()), Coder(None, bits=CodeFormat(), axes=axis_bits(HEADS, 64))):
+    for coder in (Coder(9, 7, form), Coder(None, bits=form, axes=axis_bits(HEADS, 64))):
         assert_appends(coder, k, v, 2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [32, 96, 128, 512])
-def test_any_rows_in_4_bits_but_for_ties(width, dtype):
+@pytest.mark.parametrize("bits", [4, 3])
+def test_any_rotated_rows_but_for_ties(bits, width, dtype):
     """Sums of a rotation depend on their order in the last bit, by which a scale or a level may fall to the other side of a tie."""
     v = torch.randn(BATCH, HEADS, TOKENS, width, device=DEVICE).to(dtype)
     v[:, :, 1] *= 1e-4
     v[:, :, 2, 5] = 300
-    coder = Coder(None, bits=CodeFormat(), axes=axis_bits(HEADS, 64))
+    coder, highest = Coder(None, bits=CodeFormat(v_bits=bits), axes=axis_bits(HEADS, 64)), 2 ** (bits - 1) - 0.5
     k, start = hostile(dtype, 64, 1)[0], 1
     kv, _ = held(coder, k, v)
     prepare(k, v, kv)(k, v, start)
@@ -164,18 +167,18 @@ def test_any_rows_in_4_bits_but_for_ties(width, dtype):
     centre, scale = found.centre.double(), found.scale.double()
     assert ((centre - middle).abs() <= eps * middle.abs() + 1e-6 * rotated.abs().amax(-1)).all()
     around = rotated - centre[..., None]
-    largest = around.abs().amax(-1) / 7.5
+    largest = around.abs().amax(-1) / highest
     assert ((scale - largest).abs() <= eps * largest).all()
     steps = around / scale[..., None]
-    levels = NarrowRows(found.kept, torch.ones_like(found.scale), torch.zeros_like(found.centre), width, 4).rows(
+    levels = NarrowRows(found.kept, torch.ones_like(found.scale), torch.zeros_like(found.centre), width, bits).rows(
         torch.float64
     )
-    due = (steps.floor() + 0.5).clamp(-7.5, 7.5)
+    due = (steps.floor() + 0.5).clamp(-highest, highest)
     is_tie = (steps - steps.round()).abs() < 1e-4
     assert is_tie.double().mean() < 0.01
     assert torch.equal(levels[~is_tie], due[~is_tie])
     assert (levels - due).abs().max() <= 1
-    usual = NarrowRows.encode(v, 4)
+    usual = NarrowRows.encode(v, bits)
     assert ((usual.scale == found.scale) & (usual.centre == found.centre)).double().mean() > 0.9
 
 

@@ -30,6 +30,7 @@ class Held:
         tensors: those that there are, by name.
         channel, bits: places of the channel of a key, and their bits: 16, 8, 4, or 2 for slots of axes.
         topk, index_bits: kept entries of the other features, and the bits of the place of each; 0 for a bitmap.
+        value_bits: of a feature of a value: 16, 8, 4 or 3; 32 of values in float32.
         width: of a value.
     """
 
@@ -38,12 +39,13 @@ class Held:
     bits: int
     topk: int
     index_bits: int
+    value_bits: int
     width: int
 
     @property
     def sizes(self) -> list[int]:
         """All but the tensors, in order."""
-        return [self.channel, self.bits, self.topk, self.index_bits, self.width]
+        return [self.channel, self.bits, self.topk, self.index_bits, self.value_bits, self.width]
 
     @classmethod
     def of(cls, kv: KVView) -> Held:
@@ -72,11 +74,13 @@ class Held:
             if channel:
                 parts |= {"CHANNEL": codes.dense, "CHANNEL_SCALE": channel_scale}
         if isinstance(v, NarrowRows):
+            value_bits = v.bits if v.bits < 16 else 8 * v.kept.itemsize
             parts |= {"V": v.kept, "V_SCALE": v.scale, "V_CENTRE": v.centre}
         else:
+            value_bits = 8 * v.itemsize
             parts |= {"V": v, "V_SCALE": kv.v_scale}
         held = {name: x for name, x in parts.items() if x is not None}
-        return cls(held, channel, bits, topk, place_bits, v.shape[-1])
+        return cls(held, channel, bits, topk, place_bits, value_bits, v.shape[-1])
 
 
 @dataclass(frozen=True)

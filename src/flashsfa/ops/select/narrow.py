@@ -1,4 +1,4 @@
-"""Rows in 8 and 4 bits, and small numbers packed into bytes. Plain PyTorch for every device, without a host sync.
+"""Rows in 8, 4 and 3 bits, and small numbers packed into bytes. Plain PyTorch for every device, without a host sync.
 
 Rows are quantised against their scale as it is stored, in bfloat16: as wide a range as float32, and its rounding moves the
 step, not the result. A row that holds NaN or infinity has a scale of NaN, and so is NaN when read.
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 MOST_8_BIT = 127
-CENTRE_4_BIT = 7.5  # the levels 0 to 15 lie around it
 
 
 def pack(numbers: Tensor, bits: int) -> Tensor:
@@ -37,6 +36,26 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     next_byte = (byte + 1).clamp(max=packed.shape[-1] - 1)  # the last number needs none: its own byte again
     both = packed[..., byte].to(torch.int16) | packed[..., next_byte].to(torch.int16) << 8
     return (both >> shift & mask).to(torch.uint8)
+
+
+def pack_3_bits(levels: Tensor) -> Tensor:
+    """`levels` [..., C] uint8 below 8, C a multiple of 8, as [..., 3C / 8] uint8: all words of 16 bits, then all bytes.
+
+    Eight levels that follow one another take a word and a byte: five in the word from its lowest bit on, two in the byte, and
+    the last one's lowest bit in what the word has left, its others in what the byte has. So a kernel needs no more than a mask for most.
+    """
+    eights = levels.unflatten(-1, (-1, 8)).to(torch.int32) << _places_of_eight(levels.device)
+    bits = eights.sum(-1, dtype=torch.int32)  # [..., C / 8], 24 of them
+    word, byte = bits & 0x7FFF | bits >> 6 & 0x8000, bits >> 15 & 63 | bits >> 16 & 192
+    return torch.cat((torch.stack((word & 255, word >> 8), -1).flatten(-2), byte), -1).to(torch.uint8)
+
+
+def unpack_3_bits(packed: Tensor, width: int) -> Tensor:
+    """The levels [..., width] that `pack_3_bits` wrote."""
+    numbers = packed.to(torch.int32)
+    (low, high), byte = numbers[..., : width // 4].unflatten(-1, (-1, 2)).unbind(-1), numbers[..., width // 4 :]
+    bits = low | (high & 127) << 8 | (byte & 63) << 15 | high >> 7 << 21 | byte >> 6 << 22
+    return (bits[..., None] >> _places_of_eight(packed.device) & 7).flatten(-2).to(torch.uint8)
 
 
 def pack_bitmap(indices: Tensor, width: int) -> Tensor:
@@ -67,26 +86,39 @@ def to_8_bits(x: Tensor) -> tuple[Tensor, Tensor]:
     return _steps(wide, scale).round().clamp(-MOST_8_BIT, MOST_8_BIT).to(torch.int8), scale
 
 
-def to_4_bits(x: Tensor, centre: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """x [..., C], C >= 1, in 4 bits and the bfloat16 scale [...] of each row: x ≈ centre + (level - 7.5) · scale, to half a scale.
+def middle_of(bits: int) -> float:
+    """What the levels 0 to 2**bits - 1 lie around."""
+    return (2**bits - 1) / 2
 
-    The levels 0 to 15 are packed, two per byte. Zero is no level around a centre of zero: it comes back as half a scale.
+
+def to_levels(x: Tensor, bits: int, centre: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x [..., C], C >= 1, in 4 or 3 bits and the bfloat16 scale [...] of each row: x ≈ centre + (level - middle) · scale, to half a
+    scale.
+
+    The levels are packed: of 4 bits two per byte, of 3 bits as `pack_3_bits` does, for C a multiple of 8. Zero is no level around a
+    centre of zero: it comes back as half a scale.
     """
     wide = x.float() if centre is None else x.float() - centre.float()[..., None]
-    scale = _stored(step_of(wide, CENTRE_4_BIT))
-    levels = (_steps(wide, scale).floor() + 8).clamp(0, 15).to(torch.uint8)
-    return pack(levels, 4), scale
+    scale = _stored(step_of(wide, middle_of(bits)))
+    levels = (_steps(wide, scale).floor() + 2 ** (bits - 1)).clamp(0, 2**bits - 1).to(torch.uint8)
+    return pack_3_bits(levels) if bits == 3 else pack(levels, bits), scale
 
 
-def from_4_bits(packed: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """[..., width] levels less 7.5, in `dtype`: times the scale, around the centre, the rows of `to_4_bits`."""
-    return unpack(packed, 4, width).to(dtype) - CENTRE_4_BIT
+def from_levels(packed: Tensor, bits: int, width: int, dtype: torch.dtype) -> Tensor:
+    """[..., width] levels less their middle, in `dtype`: times the scale, around the centre, the rows of `to_levels`."""
+    levels = unpack_3_bits(packed, width) if bits == 3 else unpack(packed, bits, width)
+    return levels.to(dtype) - middle_of(bits)
 
 
 def centre_of(x: Tensor) -> Tensor:
     """[...] bfloat16 middle of the range of each row of x [..., C]."""
     low, high = x.float().aminmax(dim=-1)
     return (low / 2 + high / 2).to(torch.bfloat16)
+
+
+def _places_of_eight(device: torch.device) -> Tensor:
+    """The first bit of each of eight levels of three bits that follow one another."""
+    return torch.arange(0, 24, 3, dtype=torch.int32, device=device)
 
 
 def _stored(scale: Tensor) -> Tensor:

@@ -211,7 +211,7 @@ def _values(kv: KVView, copies: list[Tensor]) -> tuple[threads.Kernel, tuple, tu
     """Pass three over these values, the dtypes that it is compiled for, and what it takes of them."""
     if isinstance(kv.v, NarrowRows) and kv.v.is_rotated:
         at, block = book(copies, kv.v.kept, kv.v.scale, kv.v.centre), kv.v.width & -kv.v.width
-        return sum_levels, (), (at, block)
+        return sum_levels, (), (at, kv.v.bits, block)
     v, scale = (kv.v, kv.v_scale) if isinstance(kv.v, Tensor) else (kv.v.kept, kv.v.scale)
     return sum_rows, (v.dtype,), (like(v.dtype), book(copies, v, scale))
 

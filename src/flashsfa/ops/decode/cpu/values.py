@@ -1,6 +1,6 @@
 """Pass three: the weighted sum over the V rows that any query row of a kv head needs.
 
-V of 4 bits is summed as it lies, rotated, and the sum is rotated back.
+V of 4 and 3 bits is summed as it lies, rotated, and the sum is rotated back.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ def _sum_rows(weights, cuts, first, last, padding, kv_heads, n_first, n, like, a
 sum_rows = Kernel(_sum_rows)
 
 
-def _sum_levels(weights, cuts, first, last, padding, kv_heads, n_first, n, at, rotation, sums, masses, out):
-    """As `_sum_rows`, for values in 4 bits: centre[key] + (level - 7.5) * scale[key], two levels per byte, rotated in blocks of width
-    `rotation`. `at` [3, 4] tells where the bytes, the scales and the centres lie."""
+def _sum_levels(weights, cuts, first, last, padding, kv_heads, n_first, n, at, bits, rotation, sums, masses, out):
+    """As `_sum_rows`, for values in 4 or 3 bits: centre[key] + (level - middle) * scale[key], two levels per byte or as `pack_3_bits` lays
+    them, rotated in blocks of width `rotation`. `at` [3, 4] tells where the bytes, the scales and the centres lie."""
     heads, rows, dims = out.shape
     per_head = tasks_per_head(n)
     parts = np.empty((heads * per_head, rows, dims), np.float32)
     part_masses = np.empty((heads * per_head, rows), np.float32)
     for task in prange(heads * per_head):
         _sum_levels_of_chunk(
-            np.int64(task), per_head, weights, cuts, first, last, padding, kv_heads, n_first, n, at, parts[task],
+            np.int64(task), per_head, weights, cuts, first, last, padding, kv_heads, n_first, n, at, bits, parts[task],
             part_masses[task],
         )  # fmt: skip
     _combine(parts, part_masses, sums, masses, rotation, out)
@@ -75,7 +75,9 @@ def _sum_rows_of_chunk(
 
 
 @jit()
-def _sum_levels_of_chunk(task, per_head, weights, cuts, first, last, padding, kv_heads, n_first, n, at, out, masses):
+def _sum_levels_of_chunk(
+    task, per_head, weights, cuts, first, last, padding, kv_heads, n_first, n, at, bits, out, masses
+):
     head, b, h, start, end = chunk_of(task, per_head, Seen(first, last, padding, kv_heads, n_first, n))
     needed = _needed(weights[head], cuts[head], padding[b], n_first, start, end)
     kept = _kept(weights[head], needed, masses)
@@ -85,8 +87,14 @@ def _sum_levels_of_chunk(task, per_head, weights, cuts, first, last, padding, kv
         for i in range(len(needed)):
             base[row] += kept[row, i] * widen(centres[place(centre, b, h, needed[i])])
     _scale(kept, needed, Part(_BFLOAT16, at[1]), b, h)
+    levels = Part(_UINT8, at[0])
+    if bits == 3:
+        for row in range(rows):
+            out[row] = base[row]
+        _add_eights(kept, needed, levels, b, h, out)
+        return
     # of the lower halves of the bytes, and of the upper ones behind them
-    sums, levels = np.zeros((rows, 2 * width), np.float32), Part(_UINT8, at[0])
+    sums = np.zeros((rows, 2 * width), np.float32)
     _add_lower(kept, needed, levels, b, h, sums, 0, width)
     _add_upper(kept, needed, levels, b, h, sums, width, width)
     for row in range(rows):
@@ -231,6 +239,29 @@ def _upper_entry(v, at):
 
 
 _add_rows, _add_lower, _add_upper = _adder(_row, _entry), _adder(_lower, _lower_entry), _adder(_upper, _upper_entry)
+
+
+@jit(reorder=True)
+def _add_eights(weights, needed, part, b, h, out):
+    """Adds to out [R, Dv] the weighted levels, less their middle, of the needed keys: eight in a word of 16 bits and a byte."""
+    rows, dims = out.shape
+    v, eights, line = entries(part), np.uint64(dims // 8), np.empty(dims, np.float32)
+    for i in range(len(needed)):
+        words = place(part, b, h, needed[i])
+        for eight in range(eights):
+            at = words + np.uint64(2) * eight
+            low, high, byte = (
+                np.uint32(v[at]),
+                np.uint32(v[at + np.uint64(1)]),
+                np.uint32(v[words + np.uint64(2) * eights + eight]),
+            )
+            bits = low | (high & 127) << 8 | (byte & 63) << 15 | high >> 7 << 21 | byte >> 6 << 22
+            for level in range(8):
+                line[np.uint64(8) * eight + np.uint64(level)] = np.float32(bits >> (3 * level) & 7) - np.float32(3.5)
+        for row in range(rows):
+            weight, sums = weights[row, i], out[row]
+            for c in range(dims):
+                sums[c] += weight * line[c]
 
 
 @jit()

@@ -36,7 +36,7 @@ class Variant:
         channel_bits: 16, 8, 4, or 2 for axes.
         kept: kept entries K beside it; kept_bits: 16, 8 or 4.
         index_bits: of the place of each; 0 for a bitmap.
-        value_bits: 16, 8 or 4.
+        value_bits: 16, 8, 4 or 3.
         channel_scale_bytes, kept_scale_bytes, value_scale_bytes: 0 for none, 2 for bfloat16, 4 for float32.
         channel_centred, value_centred: whether rows have a centre, in bfloat16.
         channel_alignment, kept_alignment, index_alignment: powers of two up to 16 that divide all addresses.

@@ -109,14 +109,14 @@ struct Sums {
 #pragma unroll
     for (int i = 0; i < VALUE_TILES; ++i)
 #pragma unroll
-      for (int j = 0; j < 4; ++j) out[i][j] -= VALUE_MIDDLE / (j < 2 ? EVEN_UNIT : ODD_UNIT) * mass[j % 2];
+      for (int j = 0; j < 4; ++j) out[i][j] -= VALUE_MIDDLE / level_unit(2 * i + j / 2) * mass[j % 2];
     mass[0] = mass[1] = 0;
   }
 
   // The lane's feature 2 * i + j for query row r, which it has.
   DEVICE float output(int i, int j, int r) const {
     if constexpr (!ARE_VALUES_LEVELS) return out[i][2 * j + r % 2];
-    return out[i][2 * j + r % 2] * (j ? ODD_UNIT : EVEN_UNIT) * unit;
+    return out[i][2 * j + r % 2] * level_unit(2 * i + j) * unit;
   }
 
   // Scale all sums of values by a factor per query row.

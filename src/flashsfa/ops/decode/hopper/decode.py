@@ -217,9 +217,10 @@ class _Place(NamedTuple):
         """The largest power of two up to 16 that divides the addresses of all rows."""
         return math.gcd(16, self.offset, *self.strides)
 
-    def bits(self, is_uint8_packed: bool) -> int:
-        """Of an entry."""
-        return 4 if self.dtype == torch.uint8 and is_uint8_packed else 8 * self.dtype.itemsize
+    @property
+    def bits(self) -> int:
+        """Of an entry, of which bytes have two."""
+        return 4 if self.dtype == torch.uint8 else 8 * self.dtype.itemsize
 
 
 @functools.lru_cache(maxsize=4096)  # a growing cache has other strides after each growth, not at each step
@@ -230,13 +231,13 @@ def _specialised(
     channel_bits: int,
     topk: int,
     index_bits: int,
+    value_bits: int,
     width: int,
 ) -> tuple[Variant, bytes] | str:
     """The kernel for what is `held`, and its parameters but for addresses and lengths; or why there is none."""
     places = dict(held)
-    v, centred = places["V"], "V_CENTRE" in places
-    value_bits = v.bits(centred)
-    piece = min(16, width * value_bits // 64)
+    v = places["V"]
+    piece = width // 32 if value_bits == 3 else min(16, width * value_bits // 64)
     if v.alignment < piece:
         return f"the CUDA kernel reads values {piece} bytes at a time, and these do not begin at multiples of it"
     if form.page_size and any(x.strides[0] >= 1 << 31 for x in places.values()):
@@ -260,14 +261,14 @@ def _specialised(
         channel=channel,
         channel_bits=channel_bits,
         kept=topk,
-        kept_bits=kept.bits(True) if topk else 16,
+        kept_bits=kept.bits if topk else 16,
         index_bits=index_bits,
         value_bits=value_bits,
         channel_scale_bytes=scale_bytes("CHANNEL_SCALE"),
         kept_scale_bytes=scale_bytes("VALUE_SCALE"),
         value_scale_bytes=scale_bytes("V_SCALE"),
         channel_centred="CHANNEL_CENTRE" in places,
-        value_centred=centred,
+        value_centred="V_CENTRE" in places,
         channel_alignment=dense.alignment,
         kept_alignment=kept.alignment,
         index_alignment=indices.alignment,

@@ -4,16 +4,24 @@
 // of neighbouring keys. Output tile i has the lane's features 2 * i and 2 * i + 1 for the query rows 2 * quad and 2 * quad + 1.
 
 constexpr int VALUE_BYTES = VALUE_DIM * VALUE_BITS / 8;
-constexpr int LANE_FEATURES = VALUE_DIM / 8, VALUE_WORDS = words(VALUE_BYTES / 8), VALUE_TILES = LANE_FEATURES / 2;
-constexpr int VALUE_PIECE = smaller(16, VALUE_BYTES / 8);  // bytes that a lane reads at a time
+constexpr bool ARE_VALUES_EIGHTS = VALUE_BITS == 3;  // eight features have a word of 16 bits and, behind all of these, a byte
+constexpr int LANE_FEATURES = VALUE_DIM / 8, VALUE_TILES = LANE_FEATURES / 2;
+constexpr int VALUE_WORDS = ARE_VALUES_EIGHTS ? 2 : words(VALUE_BYTES / 8);  // of a lane and key: of eights one with words, one with bytes
+constexpr int VALUE_PIECE = ARE_VALUES_EIGHTS ? VALUE_DIM / 32 : smaller(16, VALUE_BYTES / 8);  // bytes that a lane reads at a time
 constexpr bool ARE_VALUES_LEVELS = VALUE_BITS < 16;
 constexpr int WEIGHT_STRIDE = 48;  // entries between the rows of weights: no two lanes of a load share a bank
-constexpr float VALUE_MIDDLE = VALUE_BITS == 8 ? 128.0f : 7.5f;  // of the levels, taken off at the end
-// What a sum of levels is multiplied by, for even and odd features: odd levels of 4 bits lie above the lowest bit.
-constexpr float EVEN_UNIT = LEVEL_UNIT, ODD_UNIT = VALUE_BITS == 4 ? LEVEL_UNIT / 16 : LEVEL_UNIT;
+constexpr float VALUE_MIDDLE = VALUE_BITS == 8 ? 128.0f : VALUE_BITS == 4 ? 7.5f : 3.5f;  // of the levels, taken off at the end
+
+// What a sum of levels of a lane's i-th feature is multiplied by: some levels lie above the lowest bit.
+constexpr float level_unit(int i) {
+  if (VALUE_BITS == 4) return i % 2 ? LEVEL_UNIT / 16 : LEVEL_UNIT;
+  if (!ARE_VALUES_EIGHTS) return LEVEL_UNIT;
+  return i % 8 == 2 ? LEVEL_UNIT / 64 : i % 8 == 1 || i % 8 == 4 || i % 8 == 6 ? LEVEL_UNIT / 8 : LEVEL_UNIT;
+}
 
 // The feature that a lane's i-th is.
 DEVICE int value_feature(int group, int i) {
+  if (ARE_VALUES_EIGHTS) return group * LANE_FEATURES + i;
   constexpr int PIECE = VALUE_PIECE * 8 / VALUE_BITS;
   return i / PIECE * 8 * PIECE + group * PIECE + i % PIECE;
 }
@@ -30,9 +38,14 @@ DEVICE void load_values(StoredValues& values, int tile, const Params& p, const K
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     const u8* row = IN_ORDER ? first_row + j * VALUE_STRIDE : row_of(p.v, keys, first + j, VALUE_STRIDE) + group * VALUE_PIECE;
+    u32* x = values.rows[tile][j];
+    if constexpr (ARE_VALUES_EIGHTS) {
+      load_pieces<VALUE_PIECE, VALUE_PIECE>(x, row);
+      load_pieces<VALUE_PIECE / 2, VALUE_PIECE / 2>(x + 1, row + (VALUE_DIM / 4 - group * (VALUE_PIECE / 2)));
+    } else {
 #pragma unroll
-    for (int i = 0; i < VALUE_BYTES / 8; i += VALUE_PIECE)
-      load_row<VALUE_PIECE, VALUE_PIECE>(values.rows[tile][j] + i / 4, row + 8 * i);
+      for (int i = 0; i < VALUE_BYTES / 8; i += VALUE_PIECE) load_row<VALUE_PIECE, VALUE_PIECE>(x + i / 4, row + 8 * i);
+    }
   }
 }
 
@@ -47,9 +60,27 @@ DEVICE void clear_unseen(StoredValues& values, int tile, const Keys& keys) {
     }
 }
 
-// The features of a word of two keys, as pairs.
-DEVICE void pair_values(u32 (&pairs)[32 / VALUE_BITS], u32 x, u32 y) {
-  if constexpr (VALUE_BITS == 16) {
+constexpr int PAIRED = ARE_VALUES_EIGHTS ? LANE_FEATURES : 32 / VALUE_BITS;  // features at a time: those of a word, of eights all
+
+// The features of two keys, as pairs.
+DEVICE void pair_values(u32 (&pairs)[PAIRED], const u32* of_one, const u32* of_other) {
+  const u32 x = of_one[0], y = of_other[0];
+  if constexpr (ARE_VALUES_EIGHTS) {
+#pragma unroll
+    for (int i = 0; i < LANE_FEATURES / 8; ++i) {
+      const u32 word = i ? bytes_of<0x7632>(x, y) : bytes_of<0x5410>(x, y), upper = word >> 9;
+      const u32 byte = i ? bytes_of<0x4501>(of_one[1], of_other[1]) : bytes_of<0x5410>(of_one[1], of_other[1]);
+      u32* eight = pairs + 8 * i;
+      eight[0] = word & 0x00070007;
+      eight[1] = word & 0x00380038;
+      eight[2] = word & 0x01c001c0;
+      eight[3] = upper & 0x00070007;
+      eight[4] = upper & 0x00380038;
+      eight[5] = byte & 0x00070007;
+      eight[6] = byte & 0x00380038;
+      eight[7] = (word >> 15 & 0x00010001) | (byte >> 5 & 0x00060006);
+    }
+  } else if constexpr (VALUE_BITS == 16) {
     pairs[0] = bytes_of<0x5410>(x, y);
     pairs[1] = bytes_of<0x7632>(x, y);
   } else if constexpr (VALUE_BITS == 8) {
@@ -75,16 +106,15 @@ DEVICE void add_values(float (&sum)[VALUE_TILES][4], float (&mass)[4], const Sto
   const u32* of_keys = reinterpret_cast<const u32*>(weights + row * WEIGHT_STRIDE + 16 * tile + 4 * quad);
   const u32 b0 = of_keys[0], b1 = of_keys[1];
   if constexpr (ARE_VALUES_LEVELS) multiply<false>(mass, 0x3c003c00, 0x3c003c00, 0x3c003c00, 0x3c003c00, b0, b1);
-  constexpr int FEATURES = 32 / VALUE_BITS;  // of a word
 #pragma unroll
-  for (int i = 0; i < VALUE_WORDS; ++i) {
+  for (int i = 0; i < LANE_FEATURES / PAIRED; ++i) {
     const u32(&of)[4][VALUE_WORDS] = values.rows[tile];
-    u32 first[FEATURES], second[FEATURES];
-    pair_values(first, of[0][i], of[1][i]);
-    pair_values(second, of[2][i], of[3][i]);
+    u32 first[PAIRED], second[PAIRED];
+    pair_values(first, of[0] + i, of[1] + i);
+    pair_values(second, of[2] + i, of[3] + i);
 #pragma unroll
-    for (int j = 0; j < FEATURES; j += 2)
-      multiply<!ARE_VALUES_LEVELS && IS_BF16>(sum[(i * FEATURES + j) / 2], first[j], first[j + 1], second[j], second[j + 1], b0, b1);
+    for (int j = 0; j < PAIRED; j += 2)
+      multiply<!ARE_VALUES_LEVELS && IS_BF16>(sum[(i * PAIRED + j) / 2], first[j], first[j + 1], second[j], second[j + 1], b0, b1);
   }
 }
 

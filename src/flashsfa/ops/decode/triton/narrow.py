@@ -53,7 +53,7 @@ class NarrowProblem(Problem):
     def valued(self) -> dict[str, Any]:
         tensors = self.held.tensors
         return {
-            **_arguments(tensors, "V", "V_SCALE", "V_CENTRE"), "DV": self.width,
+            **_arguments(tensors, "V", "V_SCALE", "V_CENTRE"), "DV": self.width, "V_BITS": self.held.value_bits,
             "DTYPE": TRITON_DTYPES[self._levels if "V_SCALE" in tensors else self.dtype],
         }  # fmt: skip
 
@@ -120,7 +120,7 @@ def decode_narrow_kernel(
     channel_sn: tl.constexpr, channel_scale_sn: tl.constexpr, channel_centre_sn: tl.constexpr, values_sn: tl.constexpr,
     value_scale_sn: tl.constexpr, indices_sn: tl.constexpr, v_sn: tl.constexpr, v_scale_sn: tl.constexpr, v_centre_sn: tl.constexpr,
     DTYPE: tl.constexpr, D: tl.constexpr, T: tl.constexpr, C: tl.constexpr, BITS: tl.constexpr, K: tl.constexpr, INDEX_BITS: tl.constexpr,
-    DV: tl.constexpr, R: tl.constexpr, RT: tl.constexpr, PAGE: tl.constexpr, CAUSAL: tl.constexpr, CAPPED: tl.constexpr, WINDOW: tl.constexpr,
+    DV: tl.constexpr, V_BITS: tl.constexpr, R: tl.constexpr, RT: tl.constexpr, PAGE: tl.constexpr, CAUSAL: tl.constexpr, CAPPED: tl.constexpr, WINDOW: tl.constexpr,
     BN: tl.constexpr, KC: tl.constexpr,
 ):  # fmt: skip
     """Unnormalised output [RT, DV], maximum and sum of one split for one tile of rows. Scores in log2 units."""
@@ -129,7 +129,7 @@ def decode_narrow_kernel(
     first_row = tile * RT
     r = first_row + tl.arange(0, RT)  # [RT]
     length, begin, end = split_range(LENS, b, n, m, window, WINDOW, BN)
-    HALVES: tl.constexpr = V_CENTRE is not None
+    HALVES: tl.constexpr = V_BITS == 4
     W: tl.constexpr = max(16, triton.next_power_of_2(DV // 2 if HALVES else DV))
     peak = tl.full([RT], float("-inf"), tl.float32)
     total = tl.zeros([RT], tl.float32)
@@ -165,7 +165,7 @@ def decode_narrow_kernel(
             V + outer * v_sb + h * v_sh + slot * v_sn,
             V_SCALE + outer * v_scale_sb + h * v_scale_sh + slot * v_scale_sn if V_SCALE is not None else None,
             V_CENTRE + outer * v_centre_sb + h * v_centre_sh + slot * v_centre_sn if V_CENTRE is not None else None,
-            live, low, high, unit, shrink, DTYPE, DV,
+            live, low, high, unit, shrink, DTYPE, DV, V_BITS,
         )  # fmt: skip
         peak = new_peak
     row = (head.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * R + r  # [RT]

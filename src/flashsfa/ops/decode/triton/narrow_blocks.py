@@ -247,20 +247,24 @@ def _entry(values, k, inside):
 
 
 @triton.jit
-def add_values(p, v, v_scale, v_centre, live, low, high, unit, shrink, DTYPE: tl.constexpr, DV: tl.constexpr):
+def add_values(
+    p, v, v_scale, v_centre, live, low, high, unit, shrink, DTYPE: tl.constexpr, DV: tl.constexpr, BITS: tl.constexpr
+):  # fmt: skip
     """The weighted values of a block added to what came before: low [RT, W], high [RT, W or 1], in units of `unit`.
 
     Args:
         p: [BN, RT] weights.
         v, v_scale, v_centre: row pointers [BN].
-        low, high: sums of the stored columns; of 4 bits the even and the odd ones, else `low` has all. Both shrink by
+        low, high: sums of the columns; of 4 bits the even and the odd ones, else `low` has all. Both shrink by
             `shrink` [RT] first.
         unit: scalar, the largest scale of a row so far: a weight times its scale stays within the range of float16.
     """
-    HALVES: tl.constexpr = v_centre is not None
-    STORED: tl.constexpr = DV // 2 if HALVES else DV
-    c = tl.arange(0, low.shape[1])
-    held = tl.load(v[:, None] + c[None, :], mask=live[:, None] & (c < STORED)[None, :], other=0)  # [BN, W]
+    if BITS == 3:
+        held = _eights(v, live, low.shape[1], DV)  # [BN, W]
+    else:
+        STORED: tl.constexpr = DV // 2 if BITS == 4 else DV
+        c = tl.arange(0, low.shape[1])
+        held = tl.load(v[:, None] + c[None, :], mask=live[:, None] & (c < STORED)[None, :], other=0)  # [BN, W]
     if v_scale is None:
         low = tl.dot(tl.trans(p).to(DTYPE), held.to(DTYPE), low * shrink[:, None], input_precision="ieee")
     else:
@@ -271,17 +275,33 @@ def add_values(p, v, v_scale, v_centre, live, low, high, unit, shrink, DTYPE: tl
         weights = tl.trans(p * (step / unit)[:, None]).to(DTYPE)  # [RT, BN]
         mass = tl.sum(weights.to(tl.float32), 1)  # [RT]
         # what levels are too large by is taken off before they are added, so that sums never grow by it
-        if HALVES:
+        level = 0.0
+        if v_centre is not None:
             centre = tl.load(v_centre, mask=live, other=0.0).to(tl.float32) / unit
-            level = tl.sum(p * centre[:, None], 0) - 7.5 * mass
+            level = tl.sum(p * centre[:, None], 0) - (2**BITS - 1) / 2 * mass
+        if BITS == 4:
             low = low * shrink[:, None] + (level - level_zero(DTYPE, 0) * mass)[:, None]
             low = tl.dot(weights, from_levels(held & 15, DTYPE, 0), low, input_precision="ieee")
             high = high * shrink[:, None] + (level - level_zero(DTYPE, 4) * mass)[:, None]
             high = tl.dot(weights, from_levels(held & 240, DTYPE, 4), high, input_precision="ieee")
         else:
-            low = low * shrink[:, None] - (level_zero(DTYPE, 7) * mass)[:, None]
-            low = tl.dot(weights, from_levels(held, DTYPE, 7), low, input_precision="ieee")
+            FIRST: tl.constexpr = 0 if BITS == 3 else 7
+            low = low * shrink[:, None] + (level - level_zero(DTYPE, FIRST) * mass)[:, None]
+            low = tl.dot(weights, from_levels(held, DTYPE, FIRST), low, input_precision="ieee")
     return low, high, unit
+
+
+@triton.jit
+def _eights(v, live, W: tl.constexpr, DV: tl.constexpr):
+    """The levels [BN, W] of rows of 3 bits at v [BN]: eight in a word of 16 bits and a byte, as `pack_3_bits` lays them."""
+    eight = tl.arange(0, W // 8)
+    inside = live[:, None] & (eight < DV // 8)[None, :]
+    low = tl.load(v[:, None] + (2 * eight)[None, :], mask=inside, other=0).to(tl.int32)  # [BN, W / 8]
+    high = tl.load(v[:, None] + (2 * eight + 1)[None, :], mask=inside, other=0).to(tl.int32)
+    byte = tl.load(v[:, None] + (DV // 4 + eight)[None, :], mask=inside, other=0).to(tl.int32)
+    bits = low | (high & 127) << 8 | (byte & 63) << 15 | high >> 7 << 21 | byte >> 6 << 22
+    levels = bits[:, :, None] >> (3 * tl.arange(0, 8))[None, None, :] & 7  # [BN, W / 8, 8]
+    return tl.reshape(levels.to(tl.uint8), (v.shape[0], W))
 
 
 @triton.jit

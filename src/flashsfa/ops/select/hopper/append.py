@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ....checks import require
-from ....formats import packed_bytes
+from ....formats import ROTATED_BITS, packed_bytes
 from ... import nvrtc
 from . import MOST_HEADS, MOST_ROWS, compiler
 from .compiler import Form, Variant
@@ -294,15 +294,16 @@ def _parts(form: Form, dtype: torch.dtype, head_dim: int, v_dim: int) -> dict[st
 
 def _row(name: str, scale: str, centre: str, features: int, dtype: torch.dtype, bits: int) -> dict[str, _Part]:
     """Those of rows of so many features, as of `NarrowRows`."""
-    width = features // 2 if bits == 4 else features
+    is_rotated = bits in ROTATED_BITS
+    width = packed_bytes(features, bits) if is_rotated else features
     parts: dict[str, _Part] = {name: ((width,), _stored(dtype, bits))}
     if bits < 16:
         parts[scale] = (), torch.float32 if bits == 8 else torch.bfloat16
-    return parts | {centre: ((), torch.bfloat16)} if bits == 4 else parts
+    return parts | {centre: ((), torch.bfloat16)} if is_rotated else parts
 
 
 def _stored(dtype: torch.dtype, bits: int) -> torch.dtype:
-    return {16: dtype, 8: torch.int8, 4: torch.uint8}[bits]
+    return {16: dtype, 8: torch.int8}.get(bits, torch.uint8)
 
 
 def _tables(head_dim: int, form: Form) -> dict[str, _Part]:

@@ -30,7 +30,7 @@ class Form:
     """How a cache keeps keys and values. 16 bits are those that they come in.
 
     Attributes:
-        v_bits: of a feature of a value; 4 of one that is rotated, as `NarrowRows` are.
+        v_bits: of a feature of a value; 4 or 3 of one that is rotated, as `NarrowRows` are.
         kept_bits: of a kept entry of a key; of each feature, as of a value, where keys have neither indices nor axes.
         kept: kept entries K, of keys with indices.
         dense_dims, dense_bits: the dense channel beside them.

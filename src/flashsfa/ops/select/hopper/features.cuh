@@ -9,7 +9,7 @@ template <int BITS>
 DEVICE void store(void* part, int i, u16 x, float scale, u8* levels) {
   if constexpr (BITS == 16) static_cast<u16*>(part)[i] = x;
   if constexpr (BITS == 8) static_cast<u8*>(part)[i] = SHARES_SCALE ? in_8_bits(x, scale) : to_8_bits(number(x), scale);
-  if constexpr (BITS == 4) levels[i] = to_4_bits(number(x), scale);
+  if constexpr (BITS == 4) levels[i] = to_level<4>(number(x), scale);
 }
 
 DEVICE void keep_features(const Params& p, const u16* k, i64 row, u8* levels) {

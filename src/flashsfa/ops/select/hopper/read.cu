@@ -52,6 +52,16 @@ DEVICE void spread_features(const Params& p, i64 row, u16* k, u16* memory) {
   for (int d = lane; d < HEAD_DIM; d += LANES) k[d] = memory[d];
 }
 
+// Entry `i` of a rotated row of so many bits, in steps of its scale.
+template <int WIDTH, int BITS>
+DEVICE float level_of(const u8* row, int i) {
+  if constexpr (BITS == 4) return steps_of<4>(row, i);
+  const int eight = i / 8, place = i % 8;
+  const u32 word = reinterpret_cast<const u16*>(row)[eight], byte = row[WIDTH / 4 + eight];
+  const u32 level = place < 5 ? word >> 3 * place : place < 7 ? byte >> 3 * (place - 5) : word >> 15 | byte >> 6 << 1;
+  return float(level & 7) - 3.5f;
+}
+
 // A row as `keep_row` kept it.
 template <int WIDTH, int BITS>
 DEVICE void spread_row(const void* kept, const void* scale, const u16* centre, i64 row, u16* x) {
@@ -67,7 +77,7 @@ DEVICE void spread_row(const void* kept, const void* scale, const u16* centre, i
 #pragma unroll
     for (int i = 0; i < entries(WIDTH); ++i) {
       const int d = i * LANES + lane_id();
-      entry[i] = d < WIDTH ? steps_of<4>(at, d) * step + middle : 0.0f;
+      entry[i] = d < WIDTH ? level_of<WIDTH, BITS>(at, d) * step + middle : 0.0f;
     }
     rotate<WIDTH>(entry);
 #pragma unroll

@@ -1,4 +1,4 @@
-// A row that a warp has, in 16, 8 or 4 bits. Entry d of it is entry d / 32 of lane d % 32.
+// A row that a warp has, in 16, 8, 4 or 3 bits. Entry d of it is entry d / 32 of lane d % 32.
 
 constexpr int LANES = 32;
 
@@ -55,7 +55,12 @@ DEVICE float steps(float x, float scale) { return scale > 0 ? x / scale : 0.0f; 
 
 DEVICE u8 to_8_bits(float x, float scale) { return u8(int(fminf(fmaxf(rounded(steps(x, scale)), -127.0f), 127.0f))); }
 
-DEVICE u8 to_4_bits(float x, float scale) { return u8(fminf(fmaxf(floorf(steps(x, scale)) + 8, 0.0f), 15.0f)); }
+// Of so many bits, the middle two around zero.
+template <int BITS>
+DEVICE u8 to_level(float x, float scale) {
+  constexpr float HALF = 1 << (BITS - 1);
+  return u8(fminf(fmaxf(floorf(steps(x, scale)) + HALF, 0.0f), 2 * HALF - 1));
+}
 
 // ---- bytes
 
@@ -70,6 +75,18 @@ DEVICE void pack(u8* packed, const u8* numbers, int count, int bits) {
       if (i < count) x |= (numbers[i] >> from % bits & 1u) << bit;
     }
     packed[byte] = u8(x);
+  }
+}
+
+// `width` levels of three bits: eight take a word of 16 bits and, behind all words, a byte. The last one's lowest bit is the word's highest,
+// its others are the byte's.
+DEVICE void pack_3_bits(u8* packed, const u8* levels, int width) {
+  sync_warp();  // which wrote them
+  for (int i = lane_id(); i < width / 8; i += LANES) {
+    const u8* x = levels + 8 * i;
+    const u32 word = x[0] | x[1] << 3 | x[2] << 6 | x[3] << 9 | x[4] << 12 | (x[7] & 1) << 15;
+    reinterpret_cast<u16*>(packed)[i] = u16(word);
+    packed[width / 4 + i] = u8(x[5] | x[6] << 3 | x[7] >> 1 << 6);
   }
 }
 
@@ -129,8 +146,8 @@ DEVICE void rotate(float (&x)[entries(WIDTH)]) {
 }
 
 // The rotated row around the middle of its range. `levels` is the warp's memory.
-template <int WIDTH>
-DEVICE void keep_in_4_bits(u8* kept, u16* scale, u16* centre, const u16* row, u8* levels) {
+template <int WIDTH, int BITS>
+DEVICE void keep_rotated(u8* kept, u16* scale, u16* centre, const u16* row, u8* levels) {
   float x[entries(WIDTH)];
 #pragma unroll
   for (int i = 0; i < entries(WIDTH); ++i) x[i] = i * LANES + lane_id() < WIDTH ? number(row[i * LANES + lane_id()]) : 0.0f;
@@ -147,11 +164,14 @@ DEVICE void keep_in_4_bits(u8* kept, u16* scale, u16* centre, const u16* row, u8
 #pragma unroll
   for (int i = 0; i < entries(WIDTH); ++i)
     if (i * LANES + lane_id() < WIDTH) largest = larger(largest, fabsf(x[i] - middle));
-  const float step = rounded_scale(largest, 7.5f, scale);
+  const float step = rounded_scale(largest, ((1 << BITS) - 1) / 2.0f, scale);
 #pragma unroll
   for (int i = 0; i < entries(WIDTH); ++i)
-    if (i * LANES + lane_id() < WIDTH) levels[i * LANES + lane_id()] = to_4_bits(x[i] - middle, step);
-  pack(kept, levels, WIDTH, 4);
+    if (i * LANES + lane_id() < WIDTH) levels[i * LANES + lane_id()] = to_level<BITS>(x[i] - middle, step);
+  if constexpr (BITS == 3)
+    pack_3_bits(kept, levels, WIDTH);
+  else
+    pack(kept, levels, WIDTH, BITS);
 }
 
 template <int WIDTH, int BITS>
@@ -159,5 +179,5 @@ DEVICE void keep_row(const u16* x, void* kept, void* scale, u16* centre, i64 row
   u8* const at = row_of(kept, row, WIDTH * BITS / 8);
   if constexpr (BITS == 16) keep<WIDTH>(at, x);
   if constexpr (BITS == 8) keep_in_8_bits<WIDTH>(at, static_cast<float*>(scale) + row, x);
-  if constexpr (BITS == 4) keep_in_4_bits<WIDTH>(at, static_cast<u16*>(scale) + row, centre + row, x, levels);
+  if constexpr (BITS < 8) keep_rotated<WIDTH, BITS>(at, static_cast<u16*>(scale) + row, centre + row, x, levels);
 }
