@@ -38,12 +38,16 @@ def variants() -> dict[str, tuple[dict[str, Any] | None, dict[str, Any] | None]]
         "dense, int8": ({**WHOLE, "cache_dtype": "d8s8v8", **EXACT}, None),
         "dense, int4": ({**WHOLE, "cache_dtype": "int4", **EXACT}, None),
         "dense, int4, nothing exact": ({**WHOLE, "cache_dtype": "int4"}, None),
+        "dense, keys in 4 bits, values in 3": ({**WHOLE, "cache_dtype": "d8s4v3", **EXACT}, None),
         "22+k12, 16 bits, nothing exact": (queries, dictionary),
         "22+k12, int4": ({**queries, "cache_dtype": "int4", **EXACT}, dictionary),
     }
     for key_bytes in (40, 36, 32, 30, 28, 26, 24):
         fit = {"kind": "scaled", "key_bytes": key_bytes}
         found[f"bits per axis, {key_bytes}"] = ({"cache_dtype": "int4", **EXACT}, fit)
+    for key_bytes in (44, 40, 36, 32, 28, 24):
+        fit = {"kind": "scaled", "key_bytes": key_bytes}
+        found[f"bits per axis, {key_bytes}, values in 3 bits"] = ({"cache_dtype": "d8s4v3", **EXACT}, fit)
     lossless = PRESETS["near-lossless"]
     exact = {"recent": lossless.recent, "first": lossless.first}
     fit = {"kind": "scaled", "key_bytes": lossless.key_bytes}
@@ -55,7 +59,10 @@ def variants() -> dict[str, tuple[dict[str, Any] | None, dict[str, Any] | None]]
     return found
 
 
-LONG = ("dense", "dense, int4", "bits per axis, 36", "bits per axis, 32", "bits per axis, 26", "22+k12, int4")
+LONG = (
+    "dense", "dense, int4", "bits per axis, 36", "bits per axis, 32", "bits per axis, 26", "22+k12, int4",
+    "bits per axis, 36, values in 3 bits", "bits per axis, 32, values in 3 bits",
+)  # fmt: skip
 
 
 def main() -> None:

@@ -11,8 +11,9 @@ from .checks import require_int
 from .formats import ROTATION_WIDTH, CodeFormat, cache_bits
 from .presets import Preset, default_budget, default_key_bytes, largest_budget
 
-# Of the ladder: sixteenths of the head size that are bytes of a key, beside values in so many bits.
-_LADDER = ((5, 4), (6, 4), (7, 4), (8, 4), (9, 4), (11, 4), (10, 8), (13, 8))
+# Of the ladder: sixteenths of the head size that are bytes of a key, beside values in so many bits. In few bytes larger keys beside values
+# of 3 bits lose less (docs/results.md, "Values in 3 bits").
+_LADDER = ((6, 3), (7, 3), (8, 3), (9, 3), (8, 4), (9, 4), (11, 4), (10, 8), (13, 8))
 _MOST_STEPS = 4  # of the ladder, beside candidates that are made for a budget of bytes
 _FEWEST = 3 / 16  # of the head size: below so many bytes of a key nothing is worth a measurement
 
@@ -107,27 +108,28 @@ def by_preset(head_dim: int, preset: Preset) -> Candidates:
 
 
 def ladder(head_dim: int, most_bytes: float | None, exact: Exact) -> Candidates:
-    """From few bytes to many: bits per axis with values of 4 and 8 bits, codes of few bits, and the dense model's own in fewer bits.
+    """From few bytes to many: bits per axis with values of 3, 4 and 8 bits, codes of few bits, and the dense model's own in fewer bits.
 
     Args:
-        most_bytes: per token and kv head. Two candidates are then made to fill them, beside the largest of the others that fit.
+        most_bytes: per token and kv head. Some candidates are then made to fill them, beside the largest of the others that fit.
     """
+    is_rotated = head_dim % ROTATION_WIDTH == 0
     widths = [
         (max(1, round(sixteenths * head_dim / 16)), v_bits)
         for sixteenths, v_bits in _LADDER
-        if v_bits == 8 or head_dim % ROTATION_WIDTH == 0
+        if v_bits == 8 or is_rotated
     ]
-    most_key = default_key_bytes(head_dim)
+    form, most_key = CodeFormat(v_bits=4 if is_rotated else 8), default_key_bytes(head_dim)
     if most_bytes is not None:
         widths = [(keys, v_bits) for keys, v_bits in widths if keys + _v_bytes(head_dim, v_bits) <= most_bytes]
         widths = sorted(widths, key=lambda width: width[0] + _v_bytes(head_dim, width[1]))[-_MOST_STEPS:]
-        for v_bits in (8, 4) if head_dim % ROTATION_WIDTH == 0 else (8,):
+        for v_bits in (8, 4, 3) if is_rotated else (8,):
             keys = min(head_dim, int(most_bytes) - _v_bytes(head_dim, v_bits))
             if keys >= max(1, _FEWEST * head_dim):
                 widths.append((keys, v_bits))
-                most_key = keys  # that of the narrowest values
+                if v_bits == form.v_bits:
+                    most_key = keys
     found = rivals(head_dim, exact, may_win=True)
-    form = CodeFormat(v_bits=4 if head_dim % ROTATION_WIDTH == 0 else 8)
     if (code := _largest_code(head_dim, most_key, form.name, exact)) is not None:
         found["topk"] = code
     for keys, v_bits in sorted(set(widths)):

@@ -156,7 +156,7 @@ def test_a_preset_is_written_and_timed_without_a_comparison(name, text, tmp_path
         ([], "--cache-dtype int4"),
         (["--topk", "2"], "--cache-dtype int4"),
         (["--cache-dtype", "d8s8v4"], "--cache-dtype d8s8v4"),
-        (["--preset", "small"], "--preset small"),
+        (["--preset", "balanced"], "--preset balanced"),
     ],
 )
 def test_heads_that_4_bits_do_not_hold(options, said, tiny, text, tmp_path, capsys, monkeypatch):
