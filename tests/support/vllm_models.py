@@ -30,6 +30,7 @@ MODELS = {
     "8 bits": ("Qwen3", {}, _CODE | {"cache_dtype": "int8"}),
     "whole keys in 8 bits": ("Qwen3", {}, {"topk": HEAD, "cache_dtype": "d8s8v8"}),
     "4 bits": ("Llama", {}, _CODE | {"cache_dtype": "int4"}),
+    "values in 3 bits": ("Llama", {}, _CODE | {"cache_dtype": "d8s4v3"}),
     "windows": ("Mistral", {"sliding_window": 48}, _CODE),
     "Gemma 3": ("Gemma3", _HALF_WINDOWED | {"query_pre_attn_scalar": HEAD}, _CODE),
     "GPT-NeoX": ("GPTNeoX", {"rotary_pct": 0.25}, {"topk": 12, "topk_query": 48}),
