@@ -936,7 +936,7 @@ def _healed_axes() -> str:
         "trained on as", "cache", "bytes of a coded token", "converted", "trained on", "other text",
         f"and {settings['recent'] + settings['first']} tokens exact", "decode, 32k", "decode, 128k", "commit",
     )  # fmt: skip
-    return f"""**In bits per axis**: two times a Qwen3 of recipes/qwen3-d128.yaml, dense over 39.3M tokens, converted, and trained on for {first["results"][0]["recipe"]["training"]["tokens"] / 1e6:.1f}M more as the cache holds keys and values: rounded in each step (`recipes/heal.sh`). Losses are of the dense model that was trained on alike; the text of training's validation, then {measurements[0]["settings"]["windows"]} windows of 1024 tokens of another. Decode: 32 query heads on 8 kv heads, as in the table above; that of few bits was measured with this ({_where(_read(AXES_TIMES), AXES_TIMES)} {_where(_read(VALUES3_TIMES), VALUES3_TIMES)}). {_where_each(AXES_HEALED)} {_where_each(AXES_FRONTIER)}
+    return f"""**In bits per axis**: two Qwen3s of recipes/qwen3-d128.yaml, dense over 39.3M tokens, converted, and trained on for {first["results"][0]["recipe"]["training"]["tokens"] / 1e6:.1f}M more as the cache holds keys and values: rounded in each step (`recipes/heal.sh`). Losses are of the dense model that was trained on alike; the text of training's validation, then {measurements[0]["settings"]["windows"]} windows of 1024 tokens of another. Decode: 32 query heads on 8 kv heads, as in the table above; that of few bits was measured with this ({_where(_read(AXES_TIMES), AXES_TIMES)} {_where(_read(VALUES3_TIMES), VALUES3_TIMES)}). {_where_each(AXES_HEALED)} {_where_each(AXES_FRONTIER)}
 
 {_table(head, rows)}
 

@@ -13,7 +13,7 @@ from flashsfa.formats import CodeFormat
     [
         ("dense", 128, 512), ("k16", 128, 304), ("16+k16", 128, 336), ("16+k16-skip", 128, 336), ("k16-int8", 128, 168),
         ("22+k12", 64, 208), ("28+k12-int8", 64, 124), ("dense-int4", 128, 136), ("16+k16-int4", 128, 110), ("axes48-int4", 128, 116),
-        ("axes24", 64, 152), ("axes24-int8", 64, 92),
+        ("axes24", 64, 152), ("axes24-int8", 64, 92), ("axes48-int3", 128, 100),
     ],
 )  # fmt: skip
 def test_a_name_stands_for_bytes(name, head_dim, total):
@@ -48,6 +48,8 @@ def test_a_cache_of_all_features_holds_rows():
         "16",
         "16+16",
         "k16-int2",
+        "k16-int3",
+        "dense-int3",
         "axes",
         "axes48-int2",
         "k=16",

@@ -1,6 +1,7 @@
 """Trained models beside one another: each form of their caches, tolerances, and the recorded times of decode."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -265,6 +266,18 @@ def test_forms_of_wide_heads_have_four_bits():
         "32+k8-int8",
         "32+k8-int4",
     ]
+
+
+def test_values_beside_bits_per_axis_have_three_bits_too():
+    axes = flashsfa.AxisBits.fit(torch.randn(2, 40, 16), 6)[1]
+    basis = replace(flashsfa.FeatureBasis.identity(2, 16), axes=axes)
+    found = forms(SFASettings(None, has_basis=True), 16, basis)
+    assert {form.configuration.name: form.options["cache_dtype"] for form in found} == {
+        "axes6": None,
+        "axes6-int8": "int8",
+        "axes6-int4": "int4",
+        "axes6-int3": "d8s4v3",
+    }
 
 
 @pytest.mark.parametrize(
