@@ -98,7 +98,9 @@ def test_the_ladder_has_what_fits(head_dim, share):
         kept = x.fit or {"topk": head_dim, "dense_dims": 0}
         keys = kept.get("key_bytes") or form.key_bytes(head_dim, kept["dense_dims"], kept["topk"])
         assert x.token_bytes == keys + form.v_bytes(head_dim)
-    if share is not None and head_dim == 64:  # one fills the bytes
+    if share is not None and head_dim == 64:  # one fills the bytes, with values in 3 bits too
+        filled = f"axes_{min(64, int(most) - 28)}_v3"
+        assert found[filled].may_win
         assert max(x.token_bytes for x in able if "axes" in x.label or x.fit) == min(int(most), 64 + 68)
 
 

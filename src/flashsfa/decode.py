@@ -489,6 +489,10 @@ def _check(q: Tensor, kv: KVView, mask: Mask, value_tolerance: float, *, is_of_c
     # past a sequence's length a buffer may hold anything, NaN too
     may_hold_nan = kv.kv_lens is not None
     require_float("q", q)
+    require(
+        not (isinstance(codes, NarrowRows) and codes.bits == 3),
+        "rows of 3 bits are values: keys that keep every feature are rows of 16, 8 or 4 bits",
+    )
     if isinstance(codes, FeatureCodes):
         _check_stored(q, "codes", codes.values, codes.scale, may_hold_nan)
         _check_stored(q, "dense", codes.dense, codes.scale, may_hold_nan)

@@ -15,13 +15,11 @@ import torch
 from .budget import require_budget
 from .checks import require, require_choice, require_int
 
-NAMES = "int4, int8, or widths such as d8s4v4 or d8s4v4-packed"
+NAMES = "int4, int8, or widths such as d8s4v4, d8s4v3 or d8s4v4-packed"
 INDEX_FORMS = ("uint8", "packed", "bitmap")
 AUTO = "auto"
-ROTATION_WIDTH = (
-    16  # a row of 4 or 3 bits is a whole number of blocks at least this wide, over which its rotation mixes
-)
-ROTATED_BITS = (4, 3)
+# Rows of so few bits are rotated, each in whole blocks at least so wide, over which the rotation mixes.
+ROTATED_BITS, ROTATION_WIDTH = (4, 3), 16
 
 
 @dataclass(frozen=True)

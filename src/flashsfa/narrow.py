@@ -181,7 +181,7 @@ class NarrowCodes(Rows):
 
 @dataclass(frozen=True, eq=False)
 class NarrowRows(Rows):
-    """Rows with any leading shape `...` in 16, 8, 4 or 3 bits: values, and keys that keep every feature.
+    """Rows with any leading shape `...` in 16, 8, 4 or 3 bits: values, and, but for 3 bits, keys that keep every feature.
 
     Attributes:
         kept: [..., C] as they came for 16 bits, int8 for 8; of the rotated rows, for 4 bits [..., C / 2] uint8, two per byte, and

@@ -136,7 +136,7 @@ def _way(label: str, candidate: Candidate, model: ModelDescription) -> Way:
 
 
 def _fits(preset: Preset, head_dim: int) -> bool:
-    """Whether a preset holds heads so wide: 4 bits want whole blocks."""
+    """Whether a preset holds heads so wide: 4 and 3 bits want whole blocks."""
     try:
         by_preset(head_dim, preset)
     except ValueError:

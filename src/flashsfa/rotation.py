@@ -1,4 +1,4 @@
-"""The Hadamard rotation that spreads an outlier of a row over its features, so that 4 bits hold it."""
+"""The Hadamard rotation that spreads an outlier of a row over its features, so that few bits hold it."""
 
 from __future__ import annotations
 

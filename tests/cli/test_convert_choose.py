@@ -151,18 +151,19 @@ def test_a_preset_is_written_and_timed_without_a_comparison(name, text, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "said", "bits"),
     [
-        ([], "--cache-dtype int4"),
-        (["--topk", "2"], "--cache-dtype int4"),
-        (["--cache-dtype", "d8s8v4"], "--cache-dtype d8s8v4"),
-        (["--preset", "balanced"], "--preset balanced"),
+        ([], "--cache-dtype int4", 4),
+        (["--topk", "2"], "--cache-dtype int4", 4),
+        (["--cache-dtype", "d8s8v4"], "--cache-dtype d8s8v4", 4),
+        (["--preset", "balanced"], "--preset balanced", 4),
+        (["--preset", "small"], "--preset small", 3),
     ],
 )
-def test_heads_that_4_bits_do_not_hold(options, said, tiny, text, tmp_path, capsys, monkeypatch):
+def test_heads_that_few_bits_do_not_hold(options, said, bits, tiny, text, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(flashsfa.convert, "token_windows", None)  # refused before any work
     message = (
-        f"{said} keeps values in 4 bits, which goes with head sizes that are a multiple of 16; the model's is 8: "
+        f"{said} keeps values in {bits} bits, which goes with head sizes that are a multiple of 16; the model's is 8: "
         "take --cache-dtype int8 in its place"
     )
     assert_refused(capsys, arguments(tiny, text, tmp_path / "out", *options), message)

@@ -36,6 +36,12 @@ class Configuration:
     skips: bool = False
     axis_bytes: int | None = None
 
+    def __post_init__(self) -> None:
+        require(
+            self.bits != 3 or self.axis_bytes is not None,
+            "values in 3 bits have a name beside keys in bits per axis alone",
+        )
+
     @classmethod
     def named(cls, name: str, head_dim: int) -> Configuration:
         """The configuration of a `name` such as `16+k16-int8`. Raises `ValueError` for what is no such name."""

@@ -277,8 +277,8 @@ def _print_context(model: ModelDescription, ways: list[Way], context: int) -> No
     screen.print(table)
     if len(ways) > 1:
         screen.print(
-            "What runs: a prompt goes through dense kernels over codes with zeros, and multiplies as a dense one. So does decode of 4 bits "
-            "and of bits per axis, after it has unpacked them; fused decode of codes in 16 and 8 bits multiplies what the formula says."
+            "What runs: a prompt goes through dense kernels over codes with zeros, and multiplies as a dense one. So does decode of 4 and 3 "
+            "bits and of bits per axis, after it has unpacked them; fused decode of codes in 16 and 8 bits multiplies what the formula says."
         )
     if len(ways) > 1 and any(kind.window is not None and kind.window <= context for kind in model.kinds):
         screen.print(

@@ -66,7 +66,7 @@ def require_forms(name: str, settings: SFASettings) -> None:
 
 
 def forms(settings: SFASettings | None, head_dim: int, basis: FeatureBasis | None = None) -> list[Form]:
-    """Those of a model in 16, 8 and 4 bits, as far as the head can be held in them: of a switched model by its settings without its
+    """Those of a model in 16, 8 and 4 bits, and values in 3, as far as the head can be held in them: of a switched model by its settings without its
     `value_tolerance`, which has rows of its own, and of a dense one for None. Of keys in bits per axis, which `basis` says, the values are
     in 16, 8, 4 and 3 bits."""
     found = []

@@ -38,13 +38,13 @@ def axes():
     return AxisBits.fit(rows, 21)[1]
 
 
-def cache_of(name, dtype=torch.float32, n=70, batch=2, **exact):
+def cache_of(name, dtype=torch.float32, n=70, batch=2, v_dim=DV, **exact):
     """A filled cache of the format, and queries' width."""
     options = dict(FORMATS[name])
     if name.startswith("axes"):
         options["axes"] = axes()
     width = 32 if options.get("topk") == 32 else D
-    k, v = torch.randn(batch, HEADS, n, width, dtype=dtype), torch.randn(batch, HEADS, n, DV, dtype=dtype)
+    k, v = torch.randn(batch, HEADS, n, width, dtype=dtype), torch.randn(batch, HEADS, n, v_dim, dtype=dtype)
     cache = SparseKVCache(**options, capacity=n + 9, **exact)
     cache.append(k, v)
     return cache, width
@@ -84,6 +84,16 @@ def assert_equal(q, kv, mask, rules, topk_query=None, tolerance=0.0):
             rtol=2e-2 if q.dtype == torch.bfloat16 else 2e-5,
             atol=2e-2 if q.dtype == torch.bfloat16 else 2e-5,
         )
+
+
+@pytest.mark.parametrize("v_dim", [16, 48, 80, 128])
+@pytest.mark.parametrize("name", ["axes", "axes, values in 3 bits"])
+def test_widths_of_rotated_values(name, v_dim):
+    cache, width = cache_of(name, v_dim=v_dim)
+    q = torch.randn(2, HEADS * 3, 2, width)
+    found, due = (decode(q, cache.kv, Mask(True), ScoreRules(0.2), 0.0, None) for decode in (cpu.decode, plain.decode))
+    for x, y in zip(found, due, strict=True):
+        torch.testing.assert_close(x, y, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

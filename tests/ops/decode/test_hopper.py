@@ -56,11 +56,11 @@ VISIBILITY = {
 }
 
 
-@pytest.mark.parametrize("kind", ["rows 8", "9 d8s4-bitmap", "axes"])
+@pytest.mark.parametrize(("kind", "v_bits"), [("rows 8", 4), ("9 d8s4-bitmap", 4), ("axes", 3)])
 @pytest.mark.parametrize("rules", VISIBILITY)
-def test_who_sees_what(rules, kind):
+def test_who_sees_what(rules, kind, v_bits):
     q, k, v = draw(group=2, m=3, n=141, dtype=torch.bfloat16)
-    assert_decodes("hopper", q, KVView(coded(kind, k), NarrowRows.encode(v, 4)), VISIBILITY[rules]())
+    assert_decodes("hopper", q, KVView(coded(kind, k), NarrowRows.encode(v, v_bits)), VISIBILITY[rules]())
 
 
 @pytest.mark.parametrize("kind", ["rows 4", "0 d8s4-packed", "axes"])
@@ -71,11 +71,11 @@ def test_any_number_of_query_rows(kind, group, m):
 
 
 @pytest.mark.parametrize("tolerance", [0.0, 0.02])
-@pytest.mark.parametrize("kind", ["rows 8", "9 d8s4-bitmap", "9 d16s16-uint8"])
-def test_pages(kind, tolerance):
+@pytest.mark.parametrize(("kind", "v_bits"), [("rows 8", 8), ("9 d8s4-bitmap", 3), ("9 d16s16-uint8", 8)])
+def test_pages(kind, v_bits, tolerance):
     """In any order, with whatever lies in the rest of the pool."""
     q, k, v = draw(group=2, n=160, dtype=torch.bfloat16)
-    kv, lens = KVView(coded(kind, k), NarrowRows.encode(v, 8)), torch.tensor([141, 50], device=DEVICE)
+    kv, lens = KVView(coded(kind, k), NarrowRows.encode(v, v_bits)), torch.tensor([141, 50], device=DEVICE)
     table = torch.randperm(16, device=DEVICE)[:10].to(torch.int32).reshape(2, 5)
 
     def paged(x):  # [B, Hkv, N, ...] to [pages, Hkv, 32, ...]

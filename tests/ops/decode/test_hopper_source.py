@@ -71,6 +71,17 @@ VARIANTS = {
         "value_bits": 3,
         "value_stride": 48,
     },
+    "narrow values in 3 bits": {
+        **FOUR_BITS,
+        "channel": 192,
+        "channel_bits": 2,
+        "query_dims": 192,
+        "kept": 0,
+        "channel_stride": 48,
+        "value_bits": 3,
+        "value_stride": 24,
+        "value_dim": 64,
+    },
     "axes": {**FOUR_BITS, "channel": 192, "channel_bits": 2, "query_dims": 192, "kept": 0, "channel_stride": 48},
 }
 

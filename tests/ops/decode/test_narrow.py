@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from decode_cases import DecodeRules, decode
-from flashsfa import topk_codes
+from flashsfa import sparse_feature_decode, topk_codes
 from flashsfa.formats import INDEX_FORMS, CodeFormat
 from flashsfa.narrow import NarrowCodes, NarrowRows
 from flashsfa.ops.decode import plain
@@ -162,6 +162,13 @@ def test_strided_views_of_a_buffer():
     copies = (x.map(lambda t: t[:, :, 5:31].contiguous()) for x in (codes, v))
     for x, y in zip(assert_as_what_it_reads(q, *held), assert_as_what_it_reads(q, *copies), strict=True):
         torch.testing.assert_close(x, y)
+
+
+def test_keys_are_no_rows_of_3_bits():
+    """No kernel reads such keys: they are refused, not read as others."""
+    keys, values = (NarrowRows.encode(torch.randn(1, 1, 40, 32), 3) for _ in range(2))
+    with pytest.raises(ValueError, match="rows of 3 bits are values"):
+        sparse_feature_decode(queries(1, batch=1, heads=1), keys, values)
 
 
 def test_no_keys():

@@ -19,6 +19,7 @@ FORMS = {
     "rows": (128, 1024, Form(4, 4)),
     "rows in 16 and 8 bits": (37, 1, Form(8, 16)),
     "axes": (64, 64, Form(4, axis_bytes=36)),
+    "values in 3 bits": (128, 128, Form(3, **FEATURES, kept=16, dense_dims=16, index_bits=7)),
     "axes beside 3 bits": (128, 128, Form(3, axis_bytes=48)),
 }
 

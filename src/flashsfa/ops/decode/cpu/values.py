@@ -15,7 +15,7 @@ from ...cpu.parts import Part, entries, is_there, like, place
 from ...cpu.threads import Kernel
 from .parts import Seen
 from .tasks import chunk_of, tasks_per_head
-from .vectors import SIXTEEN, add, add_scaled, filled16, load16, load16_lower, load16_upper, store
+from .vectors import SIXTEEN, add, add_scaled, filled16, load16, load16_eights, load16_lower, load16_upper, store
 
 _GROUP_KEYS = (
     32  # summed in registers before the sums are stored: often enough that their rows stay in the first-level cache
@@ -91,7 +91,7 @@ def _sum_levels_of_chunk(
     if bits == 3:
         for row in range(rows):
             out[row] = base[row]
-        _add_eights(kept, needed, levels, b, h, out)
+        _add_eights(kept, needed, levels, b, h, out, 0, out.shape[1])
         return
     # of the lower halves of the bytes, and of the upper ones behind them
     sums = np.zeros((rows, 2 * width), np.float32)
@@ -146,9 +146,10 @@ def _scale(weights, needed, scale, b, h):
             weights[row, i] *= widen(factors[place(scale, b, h, needed[i])])
 
 
-def _adder(load_vector, load_one):
+def _adder(load_vector, load_one, stored):
     """A function that adds to out[:, column : column + width] the weighted sum over needed keys of what lies in `part`, read by
-    `load_vector(array, at)` and, at the end of a row, by `load_one(array, at)`."""
+    `load_vector(array, row, place, width)`, sixteen entries from `place` on of the row that begins at `row`, and, at the end of a row, by
+    `load_one`. `stored(width)` items of the array hold a row."""
 
     @jit()
     def add_keys(weights, needed, part, b, h, out, column, width):
@@ -162,7 +163,7 @@ def _adder(load_vector, load_one):
             end = min(start + _GROUP_KEYS, count)
             if is_scattered:  # the machine foresees the next of adjacent rows by itself
                 for ahead in range(end, min(end + _GROUP_KEYS, count)):
-                    for line in range(places[ahead], places[ahead] + np.uint64(width), per_line):
+                    for line in range(places[ahead], places[ahead] + np.uint64(stored(width)), per_line):
                         prefetch(v, line)
             row = 0
             while row < rows:
@@ -175,7 +176,7 @@ def _adder(load_vector, load_one):
             for c in range(width - width % SIXTEEN, width):
                 for row in range(rows):
                     for i in range(start, end):
-                        out[row, column + c] += weights[row, i] * load_one(v, places[i] + np.uint64(c))
+                        out[row, column + c] += weights[row, i] * load_one(v, places[i], np.uint64(c), np.uint64(width))
 
     @jit()
     def add_four(weights, v, places, start, end, out, row, column, width):
@@ -188,7 +189,7 @@ def _adder(load_vector, load_one):
             s0, s1, s2, s3 = load16(out0, c), load16(out1, c), load16(out2, c), load16(out3, c)
             offset = c - np.uint64(column)
             for i in range(np.uint64(start), np.uint64(end)):
-                x = load_vector(v, places[i] + offset)
+                x = load_vector(v, places[i], offset, np.uint64(width))
                 s0, s1 = add_scaled(s0, x, w0[i]), add_scaled(s1, x, w1[i])
                 s2, s3 = add_scaled(s2, x, w2[i]), add_scaled(s3, x, w3[i])
             store(out0, c, s0)
@@ -202,66 +203,66 @@ def _adder(load_vector, load_one):
         for c in range(np.uint64(column), np.uint64(column + width - width % SIXTEEN), np.uint64(SIXTEEN)):
             total, offset = load16(line, c), c - np.uint64(column)
             for i in range(np.uint64(start), np.uint64(end)):
-                total = add_scaled(total, load_vector(v, places[i] + offset), w[i])
+                total = add_scaled(total, load_vector(v, places[i], offset, np.uint64(width)), w[i])
             store(line, c, total)
 
     return add_keys
 
 
 @jit()
-def _row(v, at):
-    return load16(v, at)
+def _row(v, row, place, width):
+    return load16(v, row + place)
 
 
 @jit()
-def _entry(v, at):
-    return widen(v[at])
+def _entry(v, row, place, width):
+    return widen(v[row + place])
 
 
 @jit()
-def _lower(v, at):
-    return add(load16_lower(v, at), filled16(-7.5))
+def _lower(v, row, place, width):
+    return add(load16_lower(v, row + place), filled16(-7.5))
 
 
 @jit()
-def _lower_entry(v, at):
-    return np.float32(np.uint64(v[at]) & np.uint64(15)) - np.float32(7.5)
+def _lower_entry(v, row, place, width):
+    return np.float32(np.uint64(v[row + place]) & np.uint64(15)) - np.float32(7.5)
 
 
 @jit()
-def _upper(v, at):
-    return add(load16_upper(v, at), filled16(-7.5))
+def _upper(v, row, place, width):
+    return add(load16_upper(v, row + place), filled16(-7.5))
 
 
 @jit()
-def _upper_entry(v, at):
-    return np.float32(np.uint64(v[at]) >> np.uint64(4)) - np.float32(7.5)
+def _upper_entry(v, row, place, width):
+    return np.float32(np.uint64(v[row + place]) >> np.uint64(4)) - np.float32(7.5)
 
 
-_add_rows, _add_lower, _add_upper = _adder(_row, _entry), _adder(_lower, _lower_entry), _adder(_upper, _upper_entry)
+@jit()
+def _eights(v, row, place, width):
+    """Two times eight levels: a word of 16 bits each and, behind all words, a byte."""
+    four, eight = np.uint64(4), np.uint64(8)
+    return add(load16_eights(v, row + place // four, row + width // four + place // eight), filled16(-3.5))
 
 
-@jit(reorder=True)
-def _add_eights(weights, needed, part, b, h, out):
-    """Adds to out [R, Dv] the weighted levels, less their middle, of the needed keys: eight in a word of 16 bits and a byte."""
-    rows, dims = out.shape
-    v, eights, line = entries(part), np.uint64(dims // 8), np.empty(dims, np.float32)
-    for i in range(len(needed)):
-        words = place(part, b, h, needed[i])
-        for eight in range(eights):
-            at = words + np.uint64(2) * eight
-            low, high, byte = (
-                np.uint32(v[at]),
-                np.uint32(v[at + np.uint64(1)]),
-                np.uint32(v[words + np.uint64(2) * eights + eight]),
-            )
-            bits = low | (high & 127) << 8 | (byte & 63) << 15 | high >> 7 << 21 | byte >> 6 << 22
-            for level in range(8):
-                line[np.uint64(8) * eight + np.uint64(level)] = np.float32(bits >> (3 * level) & 7) - np.float32(3.5)
-        for row in range(rows):
-            weight, sums = weights[row, i], out[row]
-            for c in range(dims):
-                sums[c] += weight * line[c]
+@jit()
+def _no_entry(v, row, place, width):
+    return np.float32(0)  # rows of 3 bits are a multiple of 16 wide: none has an end
+
+
+@jit()
+def _all(width):
+    return width
+
+
+@jit()
+def _three_eighths(width):
+    return width * 3 // 8
+
+
+_add_rows, _add_lower = _adder(_row, _entry, _all), _adder(_lower, _lower_entry, _all)
+_add_upper, _add_eights = _adder(_upper, _upper_entry, _all), _adder(_eights, _no_entry, _three_eighths)
 
 
 @jit()

@@ -55,6 +55,35 @@ def _load(width: int, piece: Callable | None = None) -> Any:
     return intrinsic(load)
 
 
+def _load_eights_code(typing: Any, array: Any, words: Any, bytes_: Any) -> Any:
+    """Sixteen levels of three bits as float32: the words of 16 bits of two eights lie at array[words], of uint8, and their bytes at
+    array[bytes_], as `pack_3_bits` lays them."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pair = ir.VectorType(_I32, 2)
+
+        def two(at: Any, bits: int) -> Any:
+            x = builder.load(_pointer(context, builder, array, (arguments[0], at), ir.VectorType(ir.IntType(bits), 2)))
+            x.align = 1
+            return builder.zext(x, pair)
+
+        def field(x: Any, mask: int, left: int) -> Any:
+            masked = builder.and_(x, ir.Constant(pair, [mask] * 2))
+            shift = ir.Constant(pair, [abs(left)] * 2)
+            return builder.shl(masked, shift) if left > 0 else builder.lshr(masked, shift)
+
+        word, byte = two(arguments[1], 16), two(arguments[2], 8)
+        bits = field(word, 0x7FFF, 0)
+        for part in (field(word, 0x8000, 6), field(byte, 63, 15), field(byte, 192, 16)):
+            bits = builder.or_(bits, part)
+        which = ir.Constant(ir.VectorType(_I32, SIXTEEN), [0] * 8 + [1] * 8)
+        spread = builder.shuffle_vector(bits, bits, which)
+        moved = builder.lshr(spread, ir.Constant(spread.type, [*range(0, 24, 3)] * 2))
+        return builder.uitofp(builder.and_(moved, ir.Constant(spread.type, [7] * SIXTEEN)), _TYPES[SIXTEEN].llvm)
+
+    return _TYPES[SIXTEEN](array, words, bytes_), generate
+
+
 def _pointer(context: Any, builder: Any, array: Any, arguments: Any, content: Any) -> Any:
     data = context.make_array(array)(context, builder, arguments[0]).data
     return builder.bitcast(builder.gep(data, [arguments[1]]), content.as_pointer())
@@ -123,12 +152,14 @@ def _store_code(typing: Any, array: Any, at: Any, x: Any) -> Any:
 load4, load16 = _load(FOUR), _load(SIXTEEN)
 load16_lower, load16_upper = _load(SIXTEEN, _lower_half), _load(SIXTEEN, _upper_half)  # the half bytes of 16 uint8
 filled4, filled16 = _filled(FOUR), _filled(SIXTEEN)
+load16_eights: Any = None
 add_scaled: Any = None
 add: Any = None
 lane: Any = None
 store: Any = None
 if numba:
-    add_scaled, add, store = map(intrinsic, (_add_scaled_code, _add_code, _store_code))
+    load16_eights, add_scaled = map(intrinsic, (_load_eights_code, _add_scaled_code))
+    add, store = map(intrinsic, (_add_code, _store_code))
     lane = intrinsic(prefer_literal=True)(_lane_code)
 
 

@@ -219,7 +219,7 @@ class _Place(NamedTuple):
 
     @property
     def bits(self) -> int:
-        """Of an entry, of which bytes have two."""
+        """Of an entry: a uint8 has two."""
         return 4 if self.dtype == torch.uint8 else 8 * self.dtype.itemsize
 
 

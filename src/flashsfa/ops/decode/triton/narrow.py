@@ -105,7 +105,7 @@ def _launch(problem: NarrowProblem) -> tuple[dict[str, Any], int]:
     return {"BN": keys, "KC": chunk(max(1, held.topk), problem.tile), "num_warps": warps, "num_stages": 1}, 16
 
 
-# A cache grows at each step, and with it the strides of its scales; those of rows are multiples of 16 anyway.
+# A cache grows at each step, and with it the strides of its scales; those of most rows are multiples of 16 anyway.
 _GROWING = ["n", *(f"{name.lower()}_{stride}" for name in SCALES for stride in ("sb", "sh"))]
 
 
