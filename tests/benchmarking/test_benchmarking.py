@@ -297,7 +297,7 @@ def test_target_cases_are_registered():
             (64, "28+k12-int8", True), (128, "k16-int4", False), (128, "16+k16-int4", False), (128, "dense-int4", True),
             *((128, code + bits, True) for code in ("32+k16", "16+k8") for bits in ("", "-int8", "-int4")),
             *((64, "k8" + bits, True) for bits in ("", "-int8", "-int4")),
-            (128, "axes32-int4", True), (64, "axes24", True), (64, "axes24-int4", True), (128, "axes48-int4", True), (64, "22+k12-int4", True), (64, "axes36-int4", True), (64, "dense-int4", True),
+            (128, "axes32-int4", True), (64, "axes24", True), (64, "axes24-int4", True), (64, "axes24-int3", True), (128, "axes48-int4", True), (128, "axes48-int3", True), (64, "22+k12-int4", True), (64, "axes36-int4", True), (64, "dense-int4", True),
         )
     }  # fmt: skip
     assert (8, 16, 32768, 128, 16, 0) in {

@@ -102,6 +102,8 @@ def _launch(problem: NarrowProblem) -> tuple[dict[str, Any], int]:
         warps = 4 if is_small else 8
     elif problem.tile > 8 and held.topk and held.index_bits:
         warps = 4
+    if held.value_bits == 3 and held.width > 64:  # unpacked all at once
+        keys = 16
     return {"BN": keys, "KC": chunk(max(1, held.topk), problem.tile), "num_warps": warps, "num_stages": 1}, 16
 
 
