@@ -42,12 +42,13 @@ def variants() -> dict[str, tuple[dict[str, Any] | None, dict[str, Any] | None]]
         "22+k12, 16 bits, nothing exact": (queries, dictionary),
         "22+k12, int4": ({**queries, "cache_dtype": "int4", **EXACT}, dictionary),
     }
-    for key_bytes in (40, 36, 32, 30, 28, 26, 24):
-        fit = {"kind": "scaled", "key_bytes": key_bytes}
-        found[f"bits per axis, {key_bytes}"] = ({"cache_dtype": "int4", **EXACT}, fit)
-    for key_bytes in (44, 40, 36, 32, 28, 24):
-        fit = {"kind": "scaled", "key_bytes": key_bytes}
-        found[f"bits per axis, {key_bytes}, values in 3 bits"] = ({"cache_dtype": "d8s4v3", **EXACT}, fit)
+    for cache_dtype, values, widths in (
+        ("int4", "", (40, 36, 32, 30, 28, 26, 24)),
+        ("d8s4v3", ", values in 3 bits", (44, 40, 36, 32, 28, 24)),
+    ):
+        for key_bytes in widths:
+            fit = {"kind": "scaled", "key_bytes": key_bytes}
+            found[f"bits per axis, {key_bytes}{values}"] = ({"cache_dtype": cache_dtype, **EXACT}, fit)
     lossless = PRESETS["near-lossless"]
     exact = {"recent": lossless.recent, "first": lossless.first}
     fit = {"kind": "scaled", "key_bytes": lossless.key_bytes}

@@ -923,34 +923,16 @@ def _healed_axes() -> str:
     """Qwen3s in bits per axis, trained on as their caches keep them."""
     runs, measurements, rows = [_read(name) for name in AXES_HEALED], [_read(name) for name in AXES_FRONTIER], []
     for run, measured in zip(runs, measurements, strict=True):
-        exact, commit = measured["exact"], f"`{run['environment']['commit']}`"
-        before = {row["run"]: row["perplexity"]["before"] / row["perplexity"]["dense"] - 1 for row in run["results"]}
-        for model, found in measured["results"].items():
-            for form, row in found["forms"].items():
-                if model != "dense" and row["bits"] > 4:
-                    continue
-                is_trained_so = form == model.removesuffix("-whitened") and model != "dense"
-                loss, kept = row["lengths"]["1024"], exact[model].get(f"int{row['bits']}")
-                rows.append(
-                    [
-                        f"`{model}`", f"`{form}`", row["token_bytes"], _percent(before[model]) if is_trained_so else "",
-                        _percent(_after(run, model)) if is_trained_so else "", _with_error(loss["loss"], loss["error"]) if loss["loss"] else "",
-                        "" if kept is None else _with_error(kept["loss"], kept["error"]),
-                        *(f"{row['decode_ms'][n]:.3f} ms" if n in row["decode_ms"] else NOT_MEASURED for n in ("32768", "131072")), commit,
-                    ]
-                )  # fmt: skip
+        commit = f"`{run['environment']['commit']}`"
+        rows += [[*row, commit] for row in _trained_forms(run, measured, most_bits=4)]
     first, last = runs
     dense, ours = (measurements[0]["results"][name]["forms"] for name in ("dense", "axes32-int4-whitened"))
     whole, few = dense["dense-int4"], ours["axes32-int4"]
     apart = [f"{100 * abs(whole['decode_ms'][n] / few['decode_ms'][n] - 1):.0f} %" for n in ("32768", "131072", "8192")]
-    settings = measurements[0]["exact_settings"]
     nothing = _read(VALUES3)["nothing_exact"]
     same = ("model", "key_bytes", "cache_dtype", "basis")
     kept = next(row for row in _read(VALUES3)["results"] if all(row[name] == nothing[name] for name in same))
-    head = (
-        "trained on as", "cache", "bytes of a coded token", "converted", "trained on", "other text",
-        f"and {settings['recent'] + settings['first']} tokens exact", "decode, 32k", "decode, 128k", "commit",
-    )  # fmt: skip
+    head = (*_trained_head(measurements[0]), "commit")
     return f"""**In bits per axis**: two Qwen3s of recipes/qwen3-d128.yaml, dense over 39.3M tokens, converted, and trained on for {first["results"][0]["recipe"]["training"]["tokens"] / 1e6:.1f}M more as the cache holds keys and values: rounded in each step (`recipes/heal.sh`). Losses are of the dense model that was trained on alike; the text of training's validation, then {measurements[0]["settings"]["windows"]} windows of 1024 tokens of another. Decode: 32 query heads on 8 kv heads, as in the table above; that of few bits was measured with this ({_where(_read(AXES_TIMES), AXES_TIMES)} {_where(_read(VALUES3_TIMES), VALUES3_TIMES)}). {_where_each(AXES_HEALED)} {_where_each(AXES_FRONTIER)}
 
 {_table(head, rows)}
@@ -981,33 +963,13 @@ def _axes_without_rope() -> str:
     head = (
         "cache", "basis", "key bytes", "bytes of a coded token", "perplexity", "loss", "decode, 32k", "decode, 128k",
     )  # fmt: skip
-    before = {row["run"]: row["perplexity"]["before"] / row["perplexity"]["dense"] - 1 for row in healed["results"]}
-    trained = []
-    for model, found in measured["results"].items():
-        for form, row in found["forms"].items():
-            of_text, kept = (
-                row["lengths"]["1024"],
-                measured["exact"][model].get({16: "16"}.get(row["bits"], f"int{row['bits']}")),
-            )
-            is_trained_so = form == model.removesuffix("-whitened") and model != "dense"
-            trained.append(
-                [
-                    f"`{model}`", f"`{form}`", row["token_bytes"], _percent(before[model]) if is_trained_so else "",
-                    _percent(_after(healed, model)) if is_trained_so else "", "" if form == "dense" else _with_error(of_text["loss"], of_text["error"]),
-                    "" if kept is None else _with_error(kept["loss"], kept["error"]),
-                    *(f"{row['decode_ms'][n]:.3f} ms" if n in row["decode_ms"] else NOT_MEASURED for n in ("32768", "131072")),
-                ]
-            )  # fmt: skip
+    trained = _trained_forms(healed, measured, most_bits=16)
     forms = measured["results"]["axes24-whitened"]["forms"]
     whole = measured["results"]["dense"]["forms"]["dense-int4"]["lengths"]["1024"]
 
     def of(form: str) -> str:
         return _with_error(forms[form]["lengths"]["1024"]["loss"], forms[form]["lengths"]["1024"]["error"])
 
-    trained_head = (
-        "trained on as", "cache", "bytes of a coded token", "converted", "trained on", "other text", "and 36 tokens exact", "decode, 32k",
-        "decode, 128k",
-    )  # fmt: skip
     return f"""**A GPT-2 in 24 of 128 key bytes, converted and not trained on**: bits per axis in a whitened basis lose {_percent(loss["whitened"])}, which its error does not tell from the aim of 1 %. Another dense GPT-2 of the recipe above, over {settings["trained"]["tokens"] / 1e6:.1f}M tokens (validation perplexity {settings["trained"]["perplexity"]:.1f}), {settings["windows"]} windows of {settings["window"]} tokens of another text, nothing exact. Decode: 16 heads. {_where(run, AXES_GPT2)} {_where(_read(AXES_TIMES), AXES_TIMES)}
 
 {_table(head, rows)}
@@ -1016,11 +978,43 @@ The paper's kind of code, `k8` in as many bytes, loses {_percent(next(row["loss"
 
 **And trained on in 24 of 128 key bytes**: such a GPT-2 once more, trained for 140.2M tokens, converted, and trained on for {healed["results"][0]["recipe"]["training"]["tokens"] / 1e6:.1f}M as the cache holds keys and values. Losses are of the dense model that was trained on alike; the text of training's validation, then {measured["settings"]["windows"]} windows of 1024 tokens of another. {_where(healed, GPT2_HEALED)} {_where(measured, AXES_GPT2_FRONTIER)}
 
-{_table(trained_head, trained)}
+{_table(_trained_head(measured), trained)}
 
 - **The aim, 24 of 128 key bytes within 1 %, is reached**: {of("axes24")} with values in 16 bits and {of("axes24-int4")} in a whole cache of 60 of 256 bytes, nothing exact. A dense cache in 4 bits takes 72 bytes and loses {_with_error(whole["loss"], whole["error"])} so.
 - **With 36 tokens exact the dense cache in 4 bits is better**: it loses 0.1 %, these models 0.8 to 0.9 %; and converted alone, with exact tokens, bits per axis lose 0.1 % in 60 bytes and 0.4 % in 52 ([table](#values-in-3-bits)).
 - A dense cache in 4 bits is read faster than all of these, 1.2x faster than the 60 bytes at 32k: few bits take instructions. Against 16 bits the 60 bytes are read 2.1x faster."""
+
+
+def _trained_head(measured: dict[str, Any]) -> tuple[str, ...]:
+    """Of the rows of `_trained_forms`."""
+    settings = measured["exact_settings"]
+    exact = f"and {settings['recent'] + settings['first']} tokens exact"
+    return (
+        "trained on as", "cache", "bytes of a coded token", "converted", "trained on", "other text", exact, "decode, 32k", "decode, 128k",
+    )  # fmt: skip
+
+
+def _trained_forms(run: dict[str, Any], measured: dict[str, Any], *, most_bits: int) -> list[list[Any]]:
+    """Rows of the models of a run of `recipes/heal.sh` in bits per axis: each form of the dense model's cache, and of theirs those whose values
+    have `most_bits` or fewer."""
+    before = {row["run"]: row["perplexity"]["before"] / row["perplexity"]["dense"] - 1 for row in run["results"]}
+    rows = []
+    for model, found in measured["results"].items():
+        for form, row in found["forms"].items():
+            if model != "dense" and row["bits"] > most_bits:
+                continue
+            is_trained_so = form == model.removesuffix("-whitened") and model != "dense"
+            loss, bits = row["lengths"]["1024"], "16" if row["bits"] == 16 else f"int{row['bits']}"
+            kept = measured["exact"][model].get(bits)
+            rows.append(
+                [
+                    f"`{model}`", f"`{form}`", row["token_bytes"], _percent(before[model]) if is_trained_so else "",
+                    _percent(_after(run, model)) if is_trained_so else "", "" if form == "dense" else _with_error(loss["loss"], loss["error"]),
+                    "" if kept is None else _with_error(kept["loss"], kept["error"]),
+                    *(f"{row['decode_ms'][n]:.3f} ms" if n in row["decode_ms"] else NOT_MEASURED for n in ("32768", "131072")),
+                ]
+            )  # fmt: skip
+    return rows
 
 
 def _healed_long() -> str:

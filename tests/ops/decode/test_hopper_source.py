@@ -22,6 +22,7 @@ FOUR_BITS = {
     "value_centred": True,
     "value_stride": 64,
 }
+AXES = {**FOUR_BITS, "channel": 192, "channel_bits": 2, "query_dims": 192, "kept": 0, "channel_stride": 48}
 VARIANTS = {
     "16 bits": {},
     "8 bits": {
@@ -61,28 +62,9 @@ VARIANTS = {
     },
     "pages": {"page_size": 16, "is_capped": True, "is_bf16": False},
     "padding": {"has_padding": True, "has_several_queries": True},
-    "values in 3 bits": {
-        **FOUR_BITS,
-        "channel": 192,
-        "channel_bits": 2,
-        "query_dims": 192,
-        "kept": 0,
-        "channel_stride": 48,
-        "value_bits": 3,
-        "value_stride": 48,
-    },
-    "narrow values in 3 bits": {
-        **FOUR_BITS,
-        "channel": 192,
-        "channel_bits": 2,
-        "query_dims": 192,
-        "kept": 0,
-        "channel_stride": 48,
-        "value_bits": 3,
-        "value_stride": 24,
-        "value_dim": 64,
-    },
-    "axes": {**FOUR_BITS, "channel": 192, "channel_bits": 2, "query_dims": 192, "kept": 0, "channel_stride": 48},
+    "axes": AXES,
+    "values in 3 bits": {**AXES, "value_bits": 3, "value_stride": 48},
+    "narrow values in 3 bits": {**AXES, "value_bits": 3, "value_stride": 24, "value_dim": 64},
 }
 
 

@@ -68,9 +68,7 @@ def _load_eights_code(typing: Any, array: Any, words: Any, bytes_: Any) -> Any:
             return builder.zext(x, pair)
 
         def field(x: Any, mask: int, left: int) -> Any:
-            masked = builder.and_(x, ir.Constant(pair, [mask] * 2))
-            shift = ir.Constant(pair, [abs(left)] * 2)
-            return builder.shl(masked, shift) if left > 0 else builder.lshr(masked, shift)
+            return builder.shl(builder.and_(x, ir.Constant(pair, [mask] * 2)), ir.Constant(pair, [left] * 2))
 
         word, byte = two(arguments[1], 16), two(arguments[2], 8)
         bits = field(word, 0x7FFF, 0)
