@@ -50,7 +50,7 @@ PRESETS = {
     "balanced": Preset(
         "what is taken where nothing is said", 72, "+0.3 to +0.4 %", "int4", key_bytes=36
     ),
-    "small": Preset("where memory counts most", 60, "+0.4 %, over contexts of 8k +1.0 %", "d8s4v3", key_bytes=32),
+    "small": Preset("where memory counts most", 60, "+0.4 to +0.7 %, over contexts of 8k +0.6 %", "d8s4v3", key_bytes=32),
 }  # fmt: skip
 
 
