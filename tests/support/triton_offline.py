@@ -1,5 +1,5 @@
 """Compile Triton kernels for one part or several, without a GPU, at the sizes that their launchers choose: `python
-triton_offline.py rows 90 80`.
+triton_offline.py rows 90 86`.
 
 The launch functions of the package run as they are, on the CPU; a launch compiles its kernel for the part and ends there. One
 line of JSON per kernel: what it is, and the shared memory, registers and stack (which holds what registers do not) it needs.
