@@ -51,7 +51,7 @@ def variants() -> dict[str, tuple[dict[str, Any] | None, dict[str, Any] | None]]
             found[f"bits per axis, {key_bytes}{values}"] = ({"cache_dtype": cache_dtype, **EXACT}, fit)
     lossless = PRESETS["near-lossless"]
     exact = {"recent": lossless.recent, "first": lossless.first}
-    fit = {"kind": "scaled", "key_bytes": lossless.key_bytes}
+    fit = {"kind": "scaled", "key_bytes": lossless.key_bytes_of(64)}
     found["near-lossless"] = ({"cache_dtype": lossless.cache_dtype, **exact}, fit)
     fit = {"kind": "scaled", "key_bytes": 36}
     for recent, first in ((0, 0), (16, 4), (64, 4), (32, 0)):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flashsfa.candidates import Exact, by_bytes, ladder
-from flashsfa.formats import CodeFormat
+from flashsfa.formats import CodeFormat, cache_bits
 
 transformers = pytest.importorskip("transformers")
 from flashsfa import choose as module  # noqa: E402
@@ -107,8 +107,11 @@ def test_the_ladder_has_what_fits(head_dim, share):
 @pytest.mark.parametrize("cache_dtype", [None, "int8", "int4", "d16s8v8"])
 def test_what_may_be_written_for_a_cache_dtype_has_it(cache_dtype):
     able = {name: x for name, x in by_bytes(64, None, cache_dtype, EXACT).items() if x.may_win}
-    assert list(able) == ["topk", "axes"]
-    assert all(x.options["cache_dtype"] == cache_dtype for x in able.values())
+    dense = ["dense_int4"] if cache_dtype == "int4" else []  # as many bytes, and nobody asked for bits per axis
+    assert list(able) == [*dense, "topk", "axes"]
+    assert all(cache_bits(x.options["cache_dtype"]) == cache_bits(cache_dtype) for x in able.values())
+    asked = by_bytes(64, 36, cache_dtype, EXACT)
+    assert [name for name, x in asked.items() if x.may_win] == ["topk", "axes"]
 
 
 def test_bytes_of_candidates_are_those_of_live_caches(model, windows):

@@ -9,7 +9,7 @@ from .basis import default_kind
 from .budget import DENSE, query_features
 from .checks import require_int
 from .formats import ROTATION_WIDTH, CodeFormat, cache_bits
-from .presets import Preset, default_budget, default_key_bytes, largest_budget
+from .presets import DEFAULT_CACHE_DTYPE, Preset, default_budget, default_key_bytes, largest_budget
 
 # Of the ladder: sixteenths of the head size that are bytes of a key, beside values in so many bits. In few bytes larger keys beside values
 # of 3 bits lose less (docs/results.md, "Values in 3 bits").
@@ -81,8 +81,8 @@ def by_topk(
 def by_bytes(
     head_dim: int, key_bytes: int | None, cache_dtype: str | None, exact: Exact, basis: str | None = None
 ) -> Candidates:
-    """Two candidates of `key_bytes` (None for `default_key_bytes`) beside the rivals and the code that was the default before; with a
-    `basis` to share them out in, that one alone."""
+    """Two candidates of `key_bytes` beside the rivals and the code that was the default before; with a `basis` to share them out in,
+    that one alone. None stands for `default_key_bytes`; the dense model in as many bytes, 4 bits, may win then."""
     if basis is not None:
         assert key_bytes is not None
         return rivals(head_dim, exact) | {"axes": _axes(head_dim, key_bytes, cache_dtype, exact, basis)}
@@ -90,7 +90,10 @@ def by_bytes(
     found["topk_16"] = _features(
         usual.dense_dims, usual.topk, head_dim, "dictionary", "16 bits, nothing exact", {}, may_win=False
     )
-    key_bytes = default_key_bytes(head_dim) if key_bytes is None else key_bytes
+    if key_bytes is None:
+        key_bytes = default_key_bytes(head_dim)
+        if cache_dtype == DEFAULT_CACHE_DTYPE:  # as many bytes
+            found["dense_int4"] = _whole(head_dim, CodeFormat(), exact, may_win=True)
     if (code := _largest_code(head_dim, key_bytes, cache_dtype, exact)) is not None:
         found["topk"] = code
     found["axes"] = _axes(head_dim, key_bytes, cache_dtype, exact)

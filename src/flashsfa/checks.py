@@ -38,6 +38,15 @@ def is_checked() -> bool:
     return not torch.compiler.is_compiling() and _checked.get()
 
 
+def named_device(name: str) -> torch.device:
+    """The device of an option --device: "cuda", "cpu" or "auto". Raises `ValueError` for a GPU that is not there."""
+    on_gpu = torch.cuda.is_available()
+    require(
+        name != "cuda" or on_gpu, "--device cuda, but torch finds no CUDA device here; leave it out to run on the CPU"
+    )
+    return torch.device(("cuda" if on_gpu else "cpu") if name == "auto" else name)
+
+
 def has_values(x: Tensor) -> bool:
     """Whether x holds numbers: not on the meta device, nor while something traces or transforms the call."""
     if torch.compiler.is_compiling() or type(x) not in _HOLDING or x.is_meta:

@@ -21,11 +21,11 @@ from . import __version__
 from .attention import sparse_feature_attention
 from .cache.contiguous import SparseKVCache
 from .candidates import Candidates, Exact, by_bytes, by_preset, by_topk
-from .checks import require, require_choice
+from .checks import named_device, require, require_choice
 from .choose import Kept, Limits, choose
 from .decode import sparse_feature_decode
-from .evaluation.subject import Progress, named_device
-from .evaluation.text import separate_texts, token_windows
+from .evaluation.subject import Progress
+from .evaluation.text import calibration_windows, separate_texts, token_windows
 from .files import require_place, whole_folder
 from .formats import AUTO
 from .huggingface import disable
@@ -67,7 +67,9 @@ class ConvertSettings:
     first: int | None = None
     prefill: str | None = None
     window: int | None = None  # None for 2048, or the model's positions if fewer
-    windows: int | None = None  # to evaluate on: None for 2, or 4 where limits choose; calibration takes twice as many
+    windows: int | None = (
+        None  # to evaluate on: None for 2, or 4 where limits choose; `calibration_windows` takes twice as many or more
+    )
     contexts: tuple[int, ...] = (1024, 4096, 16384, 32768)
     tokenizer: str | None = None  # as `load_model`'s
     device: str = "auto"  # as `named_device`'s
@@ -119,7 +121,8 @@ def convert(
     """Convert, measure, and write the model, its tokenizer, report.json and report.png to the folder `output`, whole or not at
     all; with limits frontier.png too. Returns the report.
 
-    What a run that is stopped has measured stays in a hidden file beside `output`, and the next one goes on from there.
+    What a run that ends early has measured stays in a hidden file beside `output`, and the next one goes on from there, with other
+    limits too.
 
     Raises, before any work: `OSError` if `output` cannot be written, `ValueError` if it holds anything, or if the model, its
     texts or the settings do not fit. Later `NothingFitsError`, if no candidate is within the limits.
@@ -164,12 +167,9 @@ def convert(
             "attention_ms": _attention_times(model, settings.contexts, progress),
         }
         _write(model, tokenizer, report, settings.model, output)
-    except KeyboardInterrupt as stop:
+    except (Exception, KeyboardInterrupt) as stop:
         if kept.path.exists():
             stop.add_note(f"what was measured is kept in {kept.path}: the same command goes on from there")
-        raise
-    except Exception:
-        kept.remove()
         raise
     kept.remove()
     return report
@@ -210,7 +210,7 @@ def _windows(
     count = settings.windows or (4 if settings.limits else 2)
     calibration_text, evaluation_text = texts
     return (
-        token_windows(tokenizer, calibration_text, length=length, count=2 * count, purpose="calibration"),
+        calibration_windows(tokenizer, calibration_text, length=length, least=2 * count),
         token_windows(tokenizer, evaluation_text, length=length, count=count, purpose="evaluation"),
     )
 

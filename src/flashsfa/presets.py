@@ -1,7 +1,8 @@
 """Settings to begin with, for models that are converted without training: presets by name, and budgets of keys by head size.
 
 They were measured at head size 64 (SmolLM2-135M and its instructed twin, dense queries: docs/results.md, "Converted models",
-"Caches of few bits" and "Values in 3 bits"). Other head sizes get the same shares of their features, which has not been measured.
+"Caches of few bits" and "Values in 3 bits"). Bytes of keys lie on a line through those of heads of 64 and 128, of which
+`small` was measured at both; budgets of other head sizes are the same shares of their features, which has not been measured.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Preset:
         token_bytes: of a coded key and its value, per token and kv head, where a dense one has 256 in 16 bits.
         loss: what it cost SmolLM2-135M, in words: perplexity against dense.
         cache_dtype, recent, first, prefill: as `enable`'s.
-        key_bytes: of a key in bits per axis; None for whole keys, in the bits of features.
+        key_bytes: of a key in bits per axis, at heads of 64 and of 128; None for whole keys, in the bits of features.
     """
 
     purpose: str
@@ -35,22 +36,25 @@ class Preset:
     recent: int = 32
     first: int = 4
     prefill: str = "dense"
-    key_bytes: int | None = None
+    key_bytes: tuple[int, int] | None = None
 
     def key_bytes_of(self, head_dim: int) -> int | None:
-        """`key_bytes` for another head."""
-        return None if self.key_bytes is None else max(1, round(self.key_bytes * head_dim / MEASURED_HEAD_DIM))
+        """`key_bytes` for any head: on the line through both, and at most a byte for each feature."""
+        if self.key_bytes is None:
+            return None
+        narrow, wide = self.key_bytes
+        return max(1, min(head_dim, round(narrow + (wide - narrow) * (head_dim / MEASURED_HEAD_DIM - 1))))
 
 
 PRESETS = {
-    "near-lossless": Preset("where nothing may be lost", 120, "under 0.1 %", "d8s8v8", key_bytes=52),
+    "near-lossless": Preset("where nothing may be lost", 120, "under 0.1 %", "d8s8v8", key_bytes=(52, 104)),
     "half": Preset(
         "half of the bytes without calibration, and what vLLM serves", 136, "some 0.1 %", "d8s8v8", recent=0, first=0, prefill="coded"
     ),
     "balanced": Preset(
-        "what is taken where nothing is said", 72, "+0.3 to +0.4 %", "int4", key_bytes=36
+        "what is taken where nothing is said", 72, "+0.3 to +0.4 %", "int4", key_bytes=(36, 68)
     ),
-    "small": Preset("where memory counts most", 60, "+0.4 to +0.7 %, over contexts of 8k +0.6 %", "d8s4v3", key_bytes=32),
+    "small": Preset("where memory counts most", 60, "+0.4 to +0.7 %, over contexts of 8k +0.6 %", "d8s4v3", key_bytes=(32, 48)),
 }  # fmt: skip
 
 

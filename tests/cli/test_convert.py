@@ -147,7 +147,7 @@ def test_convert_to_a_cache_with_exact_tokens(tiny, text, tmp_path, short):
 
 
 @pytest.mark.parametrize("kilobytes", [1, 20])
-def test_full_disk_leaves_nothing(kilobytes, tiny, text, tmp_path, capsys, short):
+def test_full_disk_leaves_nothing_but_what_was_measured(kilobytes, tiny, text, tmp_path, capsys, short):
     """No file may grow past a limit, which writers meet as they meet a full disk."""
     resource = pytest.importorskip("resource")
     before = set(tmp_path.iterdir())
@@ -162,7 +162,9 @@ def test_full_disk_leaves_nothing(kilobytes, tiny, text, tmp_path, capsys, short
     assert len(error) == 1
     assert "flashsfa: error:" in error[0]
     assert "File too large" in error[0]
-    assert set(tmp_path.iterdir()) == before
+    kept = tmp_path / ".out.measured.json"
+    assert set(tmp_path.iterdir()) == before | ({kept} if kilobytes > 1 else set(tmp_path.glob(kept.name)))
+    assert (f"what was measured is kept in {kept}: the same command goes on from there" in error[0]) == kept.exists()
 
 
 def without(command, *options):

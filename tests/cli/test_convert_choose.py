@@ -73,13 +73,18 @@ def test_what_nothing_meets_is_refused_with_the_nearest(tiny, text, tmp_path, ca
     before = set(tmp_path.iterdir())
     assert main(arguments(tiny, text, tmp_path / "a" / "out", "--max-loss", "1%")) == 2
     out, error = capsys.readouterr()
-    assert set(tmp_path.iterdir()) == before
+    kept = tmp_path / "a" / ".out.measured.json"  # for another try, with other limits
+    assert [*(tmp_path / "a").iterdir()] == [kept]
+    assert f"what was measured is kept in {kept}" in error
     assert len(re.findall(r"\+10\.00 ± 1\.00 %", out)) == 3
     (line,) = error.strip().splitlines()
     assert "nothing that was tried has a loss of at most 1 %; the nearest is" in line
+    assert main(arguments(tiny, text, tmp_path / "a" / "out", "--max-loss", "20%")) == 0
+    assert "measured before: dense" in capsys.readouterr().out
+    assert not kept.exists()
     assert main(arguments(tiny, text, tmp_path / "out", "--bytes", "5%")) == 2
     out, error = capsys.readouterr()
-    assert set(tmp_path.iterdir()) == before
+    assert set(tmp_path.iterdir()) == before | {tmp_path / "a"}
     assert "not measured" in out
     assert "at most 5 % of the bytes" in error
 
@@ -147,7 +152,7 @@ def test_a_preset_is_written_and_timed_without_a_comparison(name, text, tmp_path
         assert (settings["dense_dims"], settings["topk"]) == (0, 16)
     else:
         row = report["variants"][report["chosen"]]
-        assert f"{round(preset.key_bytes / 4)} bytes a key" in row["label"]
+        assert f"{preset.key_bytes_of(16)} bytes a key" in row["label"]
 
 
 @pytest.mark.parametrize(
@@ -175,7 +180,7 @@ def test_presets_say_their_bytes():
     for preset in PRESETS.values():
         bits = cache_bits(preset.cache_dtype)
         values = bits.v_bytes(64) if isinstance(bits, CodeFormat) else 64 + 4
-        assert preset.token_bytes == (preset.key_bytes or 64 + 4) + values
+        assert preset.token_bytes == (preset.key_bytes_of(64) or 64 + 4) + values
 
 
 def test_presets_and_the_dtype_of_shares_stand_in_the_help(capsys):

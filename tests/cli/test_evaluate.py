@@ -227,6 +227,28 @@ def test_lm_eval_on_local_tasks(tiny, text, tmp_path, capsys):
     assert document(tmp_path / "short")["settings"]["sfa"]["max_position"] == 300
 
 
+def test_contexts_fit_the_model_where_nothing_is_said(tiny, tmp_path):
+    text = tmp_path / "long.txt"
+    text.write_text(TEXT * (1 + 3000 // len(TEXT)))
+    assert evaluate("perplexity", tiny, tmp_path / "a", "--dense", "--text", text, "--windows", 1) == 0
+    assert document(tmp_path / "a")["settings"]["window"] == 1024
+    assert evaluate("needle", tiny, tmp_path / "b", "--dense", "--text", text, "--depths", "50") == 0
+    assert document(tmp_path / "b")["settings"]["lengths"] == [512, 1024]
+
+
+@pytest.mark.parametrize(("length", "least", "shape"), [(5, 10, (1600, 5)), (2048, 4, (4, 2048)), (768, 10, (11, 768))])
+def test_calibration_takes_enough_tokens_however_short_its_windows(length, least, shape, caplog):
+    from flashsfa.evaluation.text import calibration_windows
+
+    tokenizer = byte_tokenizer()
+    long = TEXT * (1 + 20_000 // len(TEXT))
+    assert calibration_windows(tokenizer, long, length=length, least=least).shape == shape
+    assert not caplog.records
+    few = calibration_windows(tokenizer, long[:2500], length=length, least=least)
+    assert few.shape == (2500 // length, length)
+    assert f"calibrated on {few.numel()} tokens, all that the text has" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("name", "more", "message"),
     [

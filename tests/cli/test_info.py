@@ -140,7 +140,7 @@ CONFIGS = {  # kind: options, lines of its description
     "Qwen3Next": (
         SIZES | LINEAR | EXPERTS | {"num_hidden_layers": 4, "head_dim": 32},
         ["can be switched: yes", "layers 0 to 2: a state of fixed size (linear attention)\n",
-         "layer 3: full attention, 256 bytes per token and layer, 76 switched", "KV cache: 76 bytes per token, dense 256"],
+         "layer 3: full attention, 256 bytes per token and layer, 80 switched", "KV cache: 80 bytes per token, dense 256"],
     ),
     "DeepseekV3": (
         SIZES | {"num_hidden_layers": 2, "num_key_value_heads": 4, "n_routed_experts": 8, "n_group": 2, "topk_group": 1},

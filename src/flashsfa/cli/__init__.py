@@ -34,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _sigterm_stops():
             return options.run(options) or 0
     except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"flashsfa: error: {' '.join(str(error).split())}", file=sys.stderr)
+        said = "; ".join([str(error), *getattr(error, "__notes__", [])])
+        print(f"flashsfa: error: {' '.join(said.split())}", file=sys.stderr)
         return 2
     except MemoryError:
         print("flashsfa: error: the memory of this machine is full: use shorter contexts, or fewer", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..checks import named_device
 from .options import HelpFormatter, add_device, add_output, some_text
 from .screen import console, need, print_written
 
@@ -32,12 +33,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    import torch
-
-    on_gpu = torch.cuda.is_available()
-    device = torch.device(("cuda" if on_gpu else "cpu") if options.device == "auto" else options.device)
-    if device.type == "cuda" and not on_gpu:
-        raise ValueError("--device cuda, but torch finds no CUDA device here; leave it out to run on the CPU")
+    device = named_device(options.device)
     if options.plain and options.operation != "generate":
         raise ValueError(f"--plain is a way to time generate, not {options.operation}; leave it out")
     need("bench", "matplotlib", "rich")

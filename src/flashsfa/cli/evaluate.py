@@ -49,7 +49,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
     perplexity = add("perplexity", "perplexity over long windows of a text", _perplexity, _perplexity_table)
     perplexity.add_argument("--text", type=some_text, metavar="TEXT", help=f"file or folder (default: {HELP_TOPICS})")
-    perplexity.add_argument("--window", type=int, default=4096, metavar="N", help="tokens per window")
+    perplexity.add_argument(
+        "--window", type=int, metavar="N", help="tokens per window (default: 4096, or the model's positions if fewer)"
+    )
     perplexity.add_argument("--windows", type=int, default=8, metavar="N", help="windows, spread over the text")
 
     needle = add("needle", "needles in a haystack of real text, and RULER's offline tasks", _needle, _needle_table)
@@ -60,7 +62,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--task", choices=TASKS, default="single", metavar="TASK", help=f"what to find: {', '.join(TASKS)}"
     )
     needle.add_argument(
-        "--lengths", type=integers, default="512,1024,2048,4096", metavar="N,N", help="contexts in tokens, by commas"
+        "--lengths",
+        type=integers,
+        metavar="N,N",
+        help="contexts in tokens, by commas (default: 512,1024,2048,4096, as far as the model has positions)",
     )
     needle.add_argument(
         "--depths",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..benchmarking.results import incomplete_note
-from ..checks import MOST_TOKENS, require, require_int, require_tolerance
+from ..checks import MOST_TOKENS, named_device, require, require_int, require_tolerance
 from ..files import require_place
 from ..huggingface.loading import read_config
 from ..huggingface.settings import SFASettings
@@ -26,28 +26,31 @@ from .haystack import Haystack, samples
 from .memory import cache_bytes_per_token
 from .perplexity import spread
 from .results import document, save
-from .subject import Progress, Subject, SubjectSettings, named_device
+from .subject import Progress, Subject, SubjectSettings
 from .text import read_text, separate_texts, token_windows
 from .tolerance import decode_losses
 
 _DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of needles
+_LENGTHS = (512, 1024, 2048, _LONGEST := 4096)  # where nothing is asked for
 _MODEL_FOLDER = "model"  # of a run
 
 Measured = tuple[dict[str, Any], list[Path]]
 
 
 def measure_perplexity(
-    settings: SubjectSettings, output: Path, progress: Progress, *, text: str | None, window: int, windows: int
+    settings: SubjectSettings, output: Path, progress: Progress, *, text: str | None, window: int | None, windows: int
 ) -> Measured:
     """Perplexity over `windows` windows of `window` tokens, its standard error, and bytes of the cache per token.
 
     Args:
         text: file or folder; None for `read_text`'s own.
+        window: None for 4096, or the model's positions if fewer.
     """
     with _fitting(output):
         calibration_text, evaluation_text = separate_texts(settings.calibrate, text)
         subject = Subject(settings)
-        subject.require_length(window)
+        window = subject.fitting((_LONGEST,))[0] if window is None else window
+        subject.require_length(window, "--window")
         cut = token_windows(subject.tokenizer, evaluation_text, length=window, count=windows, purpose="evaluation")
         calibration = subject.calibration_windows(calibration_text, window)
         content = _document("perplexity", subject, text=text, window=window, windows=windows)
@@ -63,22 +66,24 @@ def measure_perplexity(
 
 def measure_needles(
     settings: SubjectSettings, output: Path, progress: Progress, *,
-    text: str | None, task: str, lengths: Sequence[int], depths: Sequence[int], trials: int, seed: int,
+    text: str | None, task: str, lengths: Sequence[int] | None, depths: Sequence[int], trials: int, seed: int,
 ) -> Measured:  # fmt: skip
     """What is found again of `task`, over contexts of `lengths` tokens and needles at `depths` percent, with a picture.
 
     Args:
         text: file or folder for the hay; None for `read_text`'s own.
+        lengths: None for 512 to 4096, as far as the model has positions.
         trials: prompts for each length and depth.
     """
-    for length in lengths:
+    for length in lengths or ():
         require_int("each of --lengths", length, 1, MOST_TOKENS)
     require(all(0 <= d <= 100 for d in depths), f"--depths are percents from 0 to 100, got {depths}")
     with _fitting(output):
         calibration_text, hay = separate_texts(settings.calibrate, text)
         subject = Subject(settings)
+        lengths = subject.fitting(_LENGTHS) if lengths is None else lengths
         longest = max(lengths)
-        subject.require_length(longest)
+        subject.require_length(longest, "--lengths")
         prompts = samples(
             task, Haystack(subject.tokenizer, hay), lengths, [depth / 100 for depth in depths], trials, seed
         )
@@ -103,7 +108,7 @@ def measure_tasks(
         harness = Harness(tasks, include_path)
         subject = Subject(settings)
         longest = subject.usual_length if settings.max_position is None else settings.max_position
-        subject.require_length(longest)
+        subject.require_length(longest, "--max-position")
         calibration = subject.calibration_windows(read_text(settings.calibrate), longest)
         asked: dict[str, Any] = {"batch_size": batch_size, "limit": limit, "num_fewshot": num_fewshot}
         content = _document("lm-eval", subject, tasks=tasks, include_path=include_path, **asked)
@@ -201,7 +206,8 @@ def _require_comparable(models: Sequence[str], tokenizer: str | None, tokens: in
         config = config.get("text_config", config)
         limit = config.get("max_position_embeddings", config.get("n_positions"))  # GPT-2's word for it
         require(
-            limit is None or tokens <= limit, f"{name} has {limit} positions, fewer than the {tokens} tokens asked for"
+            limit is None or tokens <= limit,
+            f"{name} has {limit} positions, fewer than the {tokens} tokens of --lengths: give fewer",
         )
 
 

@@ -31,6 +31,7 @@ def window_losses(model: Any, windows: Tensor, progress: Callable[[], None] = la
 
     Each token is scored as decode sees it: one whose cache is in fewer bits attends to the rounded keys and values that the cache
     holds, and one that keeps its newest and first tokens as they came to these, and to the codes of the others.
+    But all values count: `value_tolerance` is left aside here, and is what `tolerance.decode_losses` is for.
 
     Args:
         model: a causal language model of transformers; in training mode it is measured without dropout all the same.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from ..basis import default_kind
 from ..budget import DENSE, query_features
-from ..checks import require
+from ..checks import named_device, require
 from ..huggingface import calibrate, disable, enable
 from ..huggingface.structure import default_shared_kind, most_positions, require_whole
 from ..huggingface.switch import attention_shape
 from ..models import BUNDLED_NAME, is_converted, load_model
 from ..presets import default_budget, require_key_bytes, require_one_way, require_width
-from .text import token_windows
+from .text import calibration_windows
 
 Progress = Callable[[str, int], Callable[[], None]]  # (description, steps) -> call once a step
 
@@ -36,7 +36,7 @@ SWITCH_OPTIONS = (
 )
 
 _USUAL_TOKENS = 2048
-_CALIBRATION_TOKENS, _CALIBRATION_WINDOWS = 768, 10
+_CALIBRATION_LENGTH, _CALIBRATION_WINDOWS = 768, 10
 
 
 @dataclass(frozen=True)
@@ -127,12 +127,17 @@ class Subject:
         """Tokens of a context where nothing says how long it will be: 2048, or the model's positions if fewer."""
         return min(_USUAL_TOKENS, self._limit or _USUAL_TOKENS)
 
-    def require_length(self, longest: int) -> None:
-        """Raise `ValueError` unless the model has positions for `longest` tokens, and `max_position` covers them."""
+    def fitting(self, lengths: Sequence[int]) -> list[int]:
+        """Of `lengths` those that the model has positions for, or all its positions."""
+        limit = self._limit
+        return [n for n in lengths if limit is None or n <= limit] or [limit or min(lengths)]
+
+    def require_length(self, longest: int, option: str) -> None:
+        """Raise `ValueError` unless the model has positions for the `longest` tokens of an `option`, and `max_position` covers them."""
         limit = self._limit
         require(
             limit is None or longest <= limit,
-            f"{self.name} has {limit} positions, fewer than the {longest} tokens asked for",
+            f"{self.name} has {limit} positions, fewer than the {longest} tokens of {option}: give fewer",
         )
         furthest = self.settings.max_position
         require(
@@ -145,10 +150,9 @@ class Subject:
         """[S, W] token ids to calibrate on; None for a model that is not calibrated here."""
         if not self._switches:
             return None
-        return token_windows(
-            self.tokenizer, text, length=min(_CALIBRATION_TOKENS, longest), count=_CALIBRATION_WINDOWS,
-            purpose="calibration",
-        )  # fmt: skip
+        return calibration_windows(
+            self.tokenizer, text, length=min(_CALIBRATION_LENGTH, longest), least=_CALIBRATION_WINDOWS
+        )
 
     def variants(self, calibration: Tensor | None, longest: int, progress: Progress) -> Iterator[str]:
         """The names of the variants, "sfa" and "dense"; when a name comes, `model` is that variant.
@@ -194,12 +198,3 @@ class Subject:
         dense_dims = default_budget(head_dim).dense_dims if settings.dense_dims is None else settings.dense_dims
         queries = query_features(settings.topk_query or DENSE, head_dim)
         return {"topk": settings.topk, "topk_query": queries, "dense_dims": dense_dims, **options}
-
-
-def named_device(name: str) -> torch.device:
-    """The device of --device: "cuda", "cpu" or "auto". Raises `ValueError` for a GPU that is not there."""
-    on_gpu = torch.cuda.is_available()
-    require(
-        name != "cuda" or on_gpu, "--device cuda, but torch finds no CUDA device here; leave it out to run on the CPU"
-    )
-    return torch.device(("cuda" if on_gpu else "cpu") if name == "auto" else name)

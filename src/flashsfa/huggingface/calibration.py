@@ -87,7 +87,7 @@ def calibrate(
     return FeatureBasis.from_layers(moments, kind, topk=topk, dense_dims=dense_dims, key_bytes=key_bytes)
 
 
-_WINDOW, _WINDOWS, _FEWEST_TOKENS = 1024, 16, 4000
+_WINDOW, _WINDOWS, FEWEST_TOKENS = 1024, 16, 4000
 
 
 def _windows(model: Any, text: str, tokenizer: Any) -> Tensor:
@@ -95,8 +95,8 @@ def _windows(model: Any, text: str, tokenizer: Any) -> Tensor:
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], device="cpu")
     length = min(_WINDOW, most_positions(model) or _WINDOW)
     require(
-        ids.numel() >= max(length, _FEWEST_TOKENS),
-        f"the text has {ids.numel()} tokens, and calibration needs {max(length, _FEWEST_TOKENS)} or more: give a longer text like "
+        ids.numel() >= max(length, FEWEST_TOKENS),
+        f"the text has {ids.numel()} tokens, and calibration needs {max(length, FEWEST_TOKENS)} or more: give a longer text like "
         "those that the model will read",
     )
     available = ids.numel() // length

@@ -167,7 +167,10 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> Any:
     Raises `ValueError` if there is no such model, or not all of it.
     """
     config = read_config(path, **kwargs)
-    require("sfa" in config, f"{path} holds a dense model; load it with transformers and call flashsfa.enable")
+    require(
+        "sfa" in config,
+        f"{path} holds a dense model; load it with transformers and call flashsfa.enable, or make a converted one with flashsfa convert",
+    )
     with refusing(f"{path} cannot be loaded as a converted model"):
         settings = SFASettings.from_config(config["sfa"])
         basis = load_basis(path, **kwargs)

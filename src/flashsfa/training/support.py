@@ -114,7 +114,7 @@ def support_statistics(model: Any, windows: Tensor, progress: Callable[[], None]
     def record(module: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
         coding = getattr(module, "sfa", None)
         if coding is not None:
-            sums = found.setdefault(module.layer_idx, _Sums(key.shape[1], key.shape[-1], coding))
+            sums = found.setdefault(module.layer_idx, _Sums(key.shape[1], coding))
             sums.add(coding, coding.queries(query), coding.keys(key))
         return attention_forward(module, query, key, *args, **kwargs)
 
@@ -154,7 +154,7 @@ def draw(title: str, statistics: SupportStatistics, path: Path) -> None:
 class _Sums:
     """What is added up of one layer."""
 
-    def __init__(self, kv_heads: int, head_dim: int, coding: Any) -> None:
+    def __init__(self, kv_heads: int, coding: Any) -> None:
         budget = coding.budget
         self.budgets: dict[str, Any] = {
             "topk": budget.topk, "topk_query": None if budget.keeps_queries else budget.topk_query, "sparse_dims": budget.sparse_dims,
