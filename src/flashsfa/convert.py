@@ -68,7 +68,7 @@ class ConvertSettings:
     prefill: str | None = None
     window: int | None = None  # None for 2048, or the model's positions if fewer
     windows: int | None = (
-        None  # to evaluate on: None for 2, or 4 where limits choose; `calibration_windows` takes twice as many or more
+        None  # to evaluate on: None for 2, or 4 where limits choose; calibration takes twice as many, or more
     )
     contexts: tuple[int, ...] = (1024, 4096, 16384, 32768)
     tokenizer: str | None = None  # as `load_model`'s

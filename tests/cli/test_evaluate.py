@@ -237,16 +237,24 @@ def test_contexts_fit_the_model_where_nothing_is_said(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(("length", "least", "shape"), [(5, 10, (1600, 5)), (2048, 4, (4, 2048)), (768, 10, (11, 768))])
-def test_calibration_takes_enough_tokens_however_short_its_windows(length, least, shape, caplog):
+def test_calibration_takes_enough_tokens_however_short_its_windows(length, least, shape):
     from flashsfa.evaluation.text import calibration_windows
 
     tokenizer = byte_tokenizer()
     long = TEXT * (1 + 20_000 // len(TEXT))
     assert calibration_windows(tokenizer, long, length=length, least=least).shape == shape
-    assert not caplog.records
     few = calibration_windows(tokenizer, long[:2500], length=length, least=least)
     assert few.shape == (2500 // length, length)
-    assert f"calibrated on {few.numel()} tokens, all that the text has" in caplog.text
+
+
+@pytest.mark.parametrize(("length", "warns"), [(3000, True), (30_000, False)])
+def test_a_text_too_short_to_calibrate_on_is_told(length, warns, tiny, tmp_path, caplog):
+    text, other = tmp_path / "text.txt", tmp_path / "other.txt"
+    text.write_text((TEXT * (1 + length // len(TEXT)))[:length])
+    other.write_text(TEXT)
+    given = ["--text", other, "--calibrate", text, "--window", 100, "--windows", 1, *BUDGET]
+    assert evaluate("perplexity", tiny, tmp_path / "out", *given) == 0
+    assert ("a basis may lose much" in caplog.text) == warns
 
 
 @pytest.mark.parametrize(

@@ -34,15 +34,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _sigterm_stops():
             return options.run(options) or 0
     except (ValueError, TypeError, OSError, ImportError) as error:
-        said = "; ".join([str(error), *getattr(error, "__notes__", [])])
-        print(f"flashsfa: error: {' '.join(said.split())}", file=sys.stderr)
+        _say(f"error: {error}", error)
         return 2
-    except MemoryError:
-        print("flashsfa: error: the memory of this machine is full: use shorter contexts, or fewer", file=sys.stderr)
+    except MemoryError as error:
+        _say("error: the memory of this machine is full: use shorter contexts, or fewer", error)
         return 2
     except KeyboardInterrupt as stop:
-        print("; ".join(["flashsfa: stopped", *getattr(stop, "__notes__", [])]), file=sys.stderr)
+        _say("stopped", stop)
         return 128 + (signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT)
+
+
+def _say(what: str, error: BaseException) -> None:
+    """One line on stderr, with the notes of `error`."""
+    print(" ".join("; ".join([f"flashsfa: {what}", *getattr(error, "__notes__", [])]).split()), file=sys.stderr)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from pathlib import Path
@@ -12,11 +11,9 @@ import torch
 from torch import Tensor
 
 from ..checks import require
-from ..huggingface.calibration import FEWEST_TOKENS
 
 _TEXT_SUFFIXES = (".txt", ".md", ".rst")
 _ENOUGH_TOKENS = 8000  # to calibrate on
-_log = logging.getLogger("flashsfa")
 
 
 def read_text(source: str | Path | None) -> str:
@@ -77,15 +74,9 @@ def token_windows(tokenizer: Any, text: str, *, length: int, count: int, purpose
 
 def calibration_windows(tokenizer: Any, text: str, *, length: int, least: int) -> Tensor:
     """[S, length] int64 from `text`, as `token_windows`: `least` windows or more, so that they hold `_ENOUGH_TOKENS`, where there are so
-    many. Logs a warning for a calibration of so few tokens that `calibrate` would refuse them."""
+    many."""
     count = max(least, math.ceil(_ENOUGH_TOKENS / length))
-    windows = token_windows(tokenizer, text, length=length, count=count, purpose="calibration")
-    if windows.numel() < FEWEST_TOKENS:
-        _log.warning(
-            "calibrated on %d tokens, all that the text has: under %d a basis may lose much; give a longer text (--calibrate)",
-            windows.numel(), FEWEST_TOKENS,
-        )  # fmt: skip
-    return windows
+    return token_windows(tokenizer, text, length=length, count=count, purpose="calibration")
 
 
 def _read_file(path: Path) -> str:

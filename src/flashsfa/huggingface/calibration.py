@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +31,7 @@ from .structure import (
 )
 
 _NAME = "sfa_calibration"
+_log = logging.getLogger("flashsfa")
 
 
 def calibrate(
@@ -87,7 +89,7 @@ def calibrate(
     return FeatureBasis.from_layers(moments, kind, topk=topk, dense_dims=dense_dims, key_bytes=key_bytes)
 
 
-_WINDOW, _WINDOWS, FEWEST_TOKENS = 1024, 16, 4000
+_WINDOW, _WINDOWS, _FEWEST_TOKENS = 1024, 16, 4000
 
 
 def _windows(model: Any, text: str, tokenizer: Any) -> Tensor:
@@ -95,8 +97,8 @@ def _windows(model: Any, text: str, tokenizer: Any) -> Tensor:
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], device="cpu")
     length = min(_WINDOW, most_positions(model) or _WINDOW)
     require(
-        ids.numel() >= max(length, FEWEST_TOKENS),
-        f"the text has {ids.numel()} tokens, and calibration needs {max(length, FEWEST_TOKENS)} or more: give a longer text like "
+        ids.numel() >= max(length, _FEWEST_TOKENS),
+        f"the text has {ids.numel()} tokens, and calibration needs {max(length, _FEWEST_TOKENS)} or more: give a longer text like "
         "those that the model will read",
     )
     available = ids.numel() // length
@@ -122,7 +124,7 @@ def require_windows(name: str, windows: Tensor, model: Any) -> None:
 def gather_moments(
     model: Any, windows: Tensor, *, max_position: int | None = None, progress: Callable[[], None] | None = None
 ) -> list[Moments]:
-    """Moments of each attention layer's queries and keys, after RoPE, over windows [S, W] of token ids.
+    """Moments of each attention layer's queries and keys, after RoPE, over windows [S, W] of token ids. Few tokens log a warning.
 
     Args:
         max_position: longest context the model will be used with. Rotated keys look different at positions that calibration has
@@ -135,6 +137,11 @@ def gather_moments(
     if max_position is not None:
         require_int("max_position", max_position, 1)
     count, length = windows.shape
+    if windows.numel() < _FEWEST_TOKENS:
+        _log.warning(
+            "calibrating on %d tokens: with fewer than %d a basis may lose much, so give more text of the kind that the model will read",
+            windows.numel(), _FEWEST_TOKENS,
+        )  # fmt: skip
     model = unwrap(model)
     modules: list[Any] = attention_layers(model)
     require_switchable(model, modules)
